@@ -1,0 +1,1 @@
+"""Repeatable measurements, one method after the other, as JSON with their conditions."""

@@ -1,0 +1,215 @@
+"""A transformers causal LM behind our own prefill and decode step, timed from the inside.
+
+One forward call a step with the library's own KV cache, so every architecture and every quantization that transformers
+can load runs here. Nothing here knows text: token ids in, token ids out.
+
+Timing: on a GPU a pair of CUDA events around the step, on a CPU the monotonic clock; both include sampling and the
+transfer of the chosen token, which the next step needs. Memory on a GPU: the allocator's peak is reset before each
+call, so what a call needed beyond what was allocated before it is this engine's and no other's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmq.engine.sampling import Sampler, SamplingSettings
+from llmq.errors import UserError
+from llmq.quant.handler import Handler, stored_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+WARM_UP_TOKENS = 16
+WARM_UP_STEPS = 2
+
+
+class Interrupted(Exception):
+    """Raised out of a forward pass when the run was stopped."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One sampled token, the natural log of its probability, and the seconds its forward pass and sampling took."""
+
+    token_id: int
+    logprob: float
+    seconds: float
+
+
+class HFEngine:
+    """One loaded model on one device, for one generation at a time.
+
+    `device` is 'cpu' or 'cuda:N'. `clock` returns seconds and is used on a CPU only.
+    """
+
+    name = "hf"
+
+    def __init__(
+        self, model: PreTrainedModel, handler: Handler, device: str, *, clock: Callable[[], float] = time.perf_counter
+    ):
+        self.model, self.handler, self.device = model, handler, device
+        self.weight_bytes = stored_bytes(model)
+        self._timer = _CudaTimer(device) if device.startswith("cuda") else _HostTimer(clock)
+        self._warm_length = 0
+
+    @property
+    def scale_bytes(self) -> int:
+        return self.handler.scale_bytes(self.model)
+
+    @property
+    def context(self) -> int:
+        """The most tokens, prompt and answer together, the model's positions allow."""
+        return int(getattr(self.model.config, "max_position_embeddings", 2**31))
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        eos = self.model.generation_config.eos_token_id
+        return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+    def set_threshold(self, threshold: float) -> None:
+        self.handler.set_threshold(self.model, threshold)
+
+    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> Generation:
+        """Begin a generation: nothing runs until its `prefill()`."""
+        return Generation(self, prompt_ids, settings)
+
+    def warm_up(self, prompt_ids: list[int]) -> None:
+        """Run what a generation of this prompt will run, uncounted: kernels load, clocks and caches settle.
+
+        A GPU loads kernels by shape, so there the whole prompt goes through; a CPU has nothing shape-bound to load.
+        """
+        length = len(prompt_ids) if self.device.startswith("cuda") else min(len(prompt_ids), WARM_UP_TOKENS)
+        if length == self._warm_length:
+            return
+        generation = self.start(prompt_ids[:length], SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
+        generation.prefill()
+        for _ in range(WARM_UP_STEPS):
+            generation.step()
+        self._warm_length = length
+
+
+class Generation:
+    """One answer in the making: `prefill()` gives token 0, each `step()` the next. Drop it to free its KV cache."""
+
+    def __init__(self, engine: HFEngine, prompt_ids: list[int], settings: SamplingSettings):
+        from transformers import DynamicCache
+
+        assert prompt_ids, "a generation needs at least one prompt token"
+        self._engine = engine
+        self._prompt_ids = prompt_ids
+        self._cache = DynamicCache(config=engine.model.config)
+        self._sampler = Sampler(settings, engine.device)
+        self._last: int | None = None
+        self.workspace_bytes = 0  # most that one call needed beyond weights and KV cache; 0 on a CPU
+        self.peak_bytes = 0  # most that KV cache and workspace took together
+        self.allocator_peak_bytes = 0  # highest level of the device's allocator during our calls, everyone's tensors
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values held now, exact tensor sizes."""
+        layers = self._cache.layers if self._cache is not None else ()
+        return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None)
+
+    def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
+        """Read the whole prompt in one call and sample token 0; its seconds are the time to first token.
+
+        `stopped` is asked before every linear layer, so a long prompt can be given up at once (raises Interrupted).
+        One call, not chunks: LLM.int8() pools outlier columns over the rows of a call, so chunks would change results.
+        """
+        with _interruptible(self._engine.model, stopped):
+            return self._forward(self._prompt_ids)
+
+    def step(self) -> Token:
+        """Feed the last token, sample the next."""
+        assert self._last is not None, "prefill before the first step"
+        return self._forward([self._last])
+
+    def _forward(self, ids: list[int]) -> Token:
+        import torch
+
+        timer, model = self._engine._timer, self._engine.model
+        kv_before = self.kv_bytes
+        with torch.inference_mode(), timer:
+            tokens = torch.tensor([ids], device=self._engine.device)
+            logits = model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            token_id, logprob = self._sampler.choose(logits).tolist()
+        self._account(kv_before, timer.growth_bytes)
+        if math.isnan(logprob):
+            raise UserError("the model's output is not a number (an overflow in 16 bit?); try bf16 or fp32")
+        self._last = int(token_id)
+        return Token(self._last, logprob, timer.seconds)
+
+    def _account(self, kv_before: int, growth: int) -> None:
+        kv_growth = self.kv_bytes - kv_before
+        self.workspace_bytes = max(self.workspace_bytes, growth - kv_growth)
+        self.peak_bytes = max(self.peak_bytes, kv_before + max(growth, kv_growth))
+        self.allocator_peak_bytes = max(self.allocator_peak_bytes, self._engine._timer.peak_bytes)
+
+    def close(self) -> None:
+        """Free the KV cache; the object is of no more use."""
+        self._cache = None
+
+
+class _HostTimer:
+    """Seconds between entering and leaving; `growth_bytes` stays 0: a CPU has no allocator to ask."""
+
+    growth_bytes = peak_bytes = 0
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+
+    def __enter__(self):
+        self._start = self._clock()
+
+    def __exit__(self, *_):
+        self.seconds = self._clock() - self._start
+
+
+class _CudaTimer:
+    """Seconds between two CUDA events; `growth_bytes` is the allocator's peak over the level it started from."""
+
+    def __init__(self, device: str):
+        import torch
+
+        self._torch, self._device = torch, device
+        with torch.cuda.device(device):
+            self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __enter__(self):
+        cuda = self._torch.cuda
+        cuda.synchronize(self._device)
+        cuda.reset_peak_memory_stats(self._device)
+        self._level = cuda.memory_allocated(self._device)
+        self._begin.record(cuda.current_stream(self._device))
+
+    def __exit__(self, *_):
+        cuda = self._torch.cuda
+        self._end.record(cuda.current_stream(self._device))
+        self._end.synchronize()
+        self.seconds = self._begin.elapsed_time(self._end) / 1e3
+        self.peak_bytes = cuda.max_memory_allocated(self._device)
+        self.growth_bytes = self.peak_bytes - self._level
+
+
+@contextmanager
+def _interruptible(model: torch.nn.Module, stopped: Callable[[], bool] | None) -> Iterator[None]:
+    """While inside, every linear layer of `model` first asks `stopped()` and raises Interrupted when told so."""
+    from torch import nn
+
+    def check(module, args):
+        if stopped():
+            raise Interrupted
+
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear)) if stopped else ()
+    hooks = [linear.register_forward_pre_hook(check) for linear in linears]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,124 @@
+"""Loaded engines, kept between runs, and the lock that lets one run at a time touch the device."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from llmq import telemetry
+from llmq.engine.hf import HFEngine
+from llmq.models.loading import Source, load_model
+from llmq.quant import method_named
+
+VERIFIED_SHARE = 0.9  # of the expected bytes that must be seen to come back before memory counts as freed
+
+
+@dataclass(frozen=True)
+class Key:
+    """What makes two loaded models interchangeable. Two contestants with one method and two thresholds are two keys."""
+
+    source: Source
+    label: str
+    method: str
+    device: str
+
+
+@dataclass(frozen=True)
+class FreedMemory:
+    expected_bytes: int
+    freed_bytes: int
+    verified: bool
+
+
+class Residents:
+    """The engines in memory. `load(source, method, device)` makes one; tests pass their own."""
+
+    def __init__(self, load: Callable[[Source, str, str], HFEngine] | None = None):
+        self._load = load or load_engine
+        self._engines: dict[Key, HFEngine] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[Callable[[float], bool]]:
+        """Inside, call `take(timeout_seconds)` until it says True; the device is given back when the block ends.
+
+        A stopped run may still be inside a slow step when the next one begins, so a queue in front is not enough.
+        """
+        taken = False
+
+        def take(timeout: float) -> bool:
+            nonlocal taken
+            taken = taken or self._lock.acquire(timeout=timeout)
+            return taken
+
+        try:
+            yield take
+        finally:
+            if taken:
+                self._lock.release()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._engines
+
+    def bytes_on(self, device: str) -> int:
+        return sum(e.weight_bytes + e.scale_bytes for key, e in self._engines.items() if key.device == device)
+
+    def get(self, key: Key) -> tuple[HFEngine, float]:
+        """The engine for `key`, loaded if need be, and the seconds that took (0 when it was resident)."""
+        if engine := self._engines.get(key):
+            return engine, 0.0
+        started = time.perf_counter()
+        engine = self._engines[key] = self._load(key.source, key.method, key.device)
+        return engine, time.perf_counter() - started
+
+    def drop_others(self, wanted: set[Key]) -> None:
+        """Free every engine that is not wanted."""
+        for key in [key for key in self._engines if key not in wanted]:
+            self.drop(key)
+
+    def drop(self, key: Key) -> FreedMemory:
+        """Free one engine and look whether the memory came back: the model object dead, and the bytes seen again."""
+        engine = self._engines.pop(key, None)
+        if engine is None:
+            reclaim(key.device)
+            return FreedMemory(0, 0, True)
+        expected = engine.weight_bytes + engine.scale_bytes
+        model = weakref.ref(engine.model)
+        before = _used_bytes(key.device)
+        del engine
+        reclaim(key.device)
+        freed = before - _used_bytes(key.device)
+        return FreedMemory(expected, freed, model() is None and freed >= VERIFIED_SHARE * expected)
+
+
+def load_engine(source: Source, method: str, device: str) -> HFEngine:
+    """Load one model under one method on one device."""
+    handler = method_named(method).handler
+    return HFEngine(load_model(source, handler, device), handler, device)
+
+
+def reclaim(device: str) -> None:
+    """Give memory nobody refers to back to the device or the system."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        # glibc keeps freed blocks; without this a process's resident size does not fall with its tensors.
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _used_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    return telemetry.MemoryReader()()["process_bytes"]

@@ -1,0 +1,68 @@
+"""Tokens in, readable text out: the chat template on one side, streaming across multi-byte characters on the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmq.errors import BadChoice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a character whose rest is still to come
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, context: int) -> list[int]:
+    """Token ids of `prompt` as the user's turn of the model's chat template (plain text where it has none).
+
+    Raises BadChoice for an empty prompt and for one that leaves no room in a context of `context` tokens.
+    """
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise BadChoice("the prompt is empty; type something, or pick an example")
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if len(ids) >= context:
+        raise BadChoice(
+            f"the prompt is {len(ids):,} tokens long with its chat template, and this model reads {context:,}; "
+            "shorten the prompt or choose a model with a longer context"
+        )
+    return ids
+
+
+class TextStream:
+    """Turns a growing list of token ids into text that only ever grows.
+
+    A byte-level token may end in the middle of a character; its bytes wait until the character is whole. The pieces
+    joined, with `flush()` at the end, are exactly the decoding of all ids at once.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # first id still decoded for context: some tokenizers drop a leading space
+        self._shown = 0  # ids whose text has been given out
+
+    def push(self, token_id: int) -> str:
+        """The text that became readable with this token; empty while a character is incomplete."""
+        self._ids.append(token_id)
+        return self._take(final=False)
+
+    def flush(self) -> str:
+        """What is left when no more tokens come."""
+        return self._take(final=True)
+
+    def _take(self, *, final: bool) -> str:
+        before = self._decode(self._ids[self._start : self._shown])
+        now = self._decode(self._ids[self._start :])
+        if not final and now.endswith(_INCOMPLETE):
+            return ""
+        if len(now) > len(before):
+            self._start, self._shown = self._shown, len(self._ids)
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

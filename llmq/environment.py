@@ -1,0 +1,107 @@
+"""What a figure was measured on: device, driver, versions, model revision, date. Stored with every run and result."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from llmq import telemetry
+from llmq.errors import BadChoice, UserError
+from llmq.models.loading import Source, revision_of
+
+PACKAGES = ("llmq", "torch", "transformers", "bitsandbytes", "accelerate", "gradio")
+
+
+def default_device() -> str:
+    """The first CUDA device where there is one, else the CPU."""
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def device_named(name: str | None) -> str:
+    """'cpu', 'cuda', 'cuda:N' or None (choose) as a torch device string with its index."""
+    import torch
+
+    if not name:
+        return default_device()
+    count = torch.cuda.device_count()
+    choices = ["cpu", *(f"cuda:{i}" for i in range(count))]
+    name = "cuda:0" if name == "cuda" else name
+    if name not in choices:
+        raise BadChoice(f"device {name!r} is not here; choose from {', '.join(choices)}")
+    return name
+
+
+def device_label(device: str) -> str:
+    """The device as people call it."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {os.cpu_count()} cores"
+
+
+def describe(device: str, source: Source | None = None) -> dict:
+    """Plain JSON: everything needed to judge or repeat a measurement."""
+    import torch
+
+    from llmq import __version__
+
+    facts = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "device_name": device_label(device),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "versions": {"llmq": __version__} | _versions(),
+        "torch_threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+    if device.startswith("cuda"):
+        nvml = telemetry.Nvml.for_torch_device(device)
+        facts |= {"driver": nvml.driver if nvml else None, "cuda": torch.version.cuda}
+    if source:
+        try:
+            facts |= {"model": source.name, "model_revision": revision_of(source)}
+        except UserError:
+            facts |= {"model": source.name, "model_revision": None}
+    return facts
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES[1:]:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, marked when files differ from it; None outside a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

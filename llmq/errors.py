@@ -1,0 +1,26 @@
+"""What a user may be shown. The library raises these; only `ui/` and `cli.py` translate them for their audience."""
+
+
+class UserError(Exception):
+    """A failure whose message is written for the person at the screen: what happened, and what to do about it."""
+
+
+class BadChoice(UserError, ValueError):
+    """A value that cannot be used; the message names the value and the choices."""
+
+
+class ModelUnavailable(UserError):
+    """A model that cannot be fetched, opened or understood."""
+
+
+class OutOfMemory(UserError):
+    """Memory ran out, or would; the message gives predicted and free bytes."""
+
+
+class DeviceBusy(UserError):
+    """Another run holds the device and did not give it back in time."""
+
+
+def unknown(kind: str, value: object, choices) -> BadChoice:
+    """The one wording for a name that is not in a table."""
+    return BadChoice(f"unknown {kind} {value!r}; choose from {', '.join(map(str, choices))}")

@@ -1,0 +1,252 @@
+"""The records every comparison yields, and `Run`: settings, environment and events in one JSON Lines file.
+
+The core yields these records; the page, the command line, the benchmarks, the tests and the replays consume the same
+stream. Nothing in here knows who listens, and nothing in here imports torch.
+
+Units: seconds, bytes, tokens. `contestant` is the label of one (method, threshold) pair, unique within a run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from llmq.errors import UserError
+
+FORMAT = "llmq-run"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """Another run still holds the device; yielded until it is free."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What will happen and why, before anything is loaded."""
+
+    schedule: str
+    reason: str
+    prompt_tokens: int
+    predicted_bytes: dict[str, int]  # contestant -> weights + KV cache + workspace at the full length
+    free_bytes: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    contestant: str
+    message: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """`seconds` is 0 when the weights were already resident from an earlier run (`resident`)."""
+
+    contestant: str
+    weight_bytes: int
+    seconds: float
+    resident: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prefilled:
+    """The prompt is in the KV cache and the first token is sampled: `seconds` is the time to first token."""
+
+    contestant: str
+    prompt_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One generated token.
+
+    `index` counts from 0. Token 0 comes out of the prefill, so its `seconds` is 0 and it is left out of the decode
+    speed. `text` is what became printable with this token: empty while a multi-byte character is incomplete.
+    `logprob` is the natural logarithm of the token's probability before temperature and filtering.
+    """
+
+    contestant: str
+    index: int
+    token_id: int
+    text: str
+    seconds: float
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """One sample. `at` is seconds since the run began; `None` where the machine cannot tell.
+
+    `ledger`: contestant -> {"weights", "scales", "kv", "workspace"} in bytes, exact tensor sizes.
+    """
+
+    at: float
+    process_bytes: int | None = None  # resident memory of this process
+    device_bytes: int | None = None  # NVML, whole device
+    device_process_bytes: int | None = None  # NVML, this process
+    allocated_bytes: int | None = None  # torch allocator, live tensors
+    peak_allocated_bytes: int | None = None  # torch allocator, high-water mark of this run
+    ledger: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Freed:
+    """A contestant's weights were dropped; `verified` says whether the memory really came back."""
+
+    contestant: str
+    expected_bytes: int
+    freed_bytes: int
+    verified: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """`reason`: 'eos', 'length', 'context', 'time' or 'stopped'. `text` flushes an incomplete last character.
+
+    `peak_bytes` is what this contestant needed at its highest: weights, scales, KV cache and (on a GPU) workspace.
+    """
+
+    contestant: str
+    reason: str
+    text: str = ""
+    kv_bytes: int = 0
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """This contestant is out; the others go on."""
+
+    contestant: str
+    message: str
+
+
+Event = Waiting | Planned | Loading | Loaded | Prefilled | Step | Memory | Freed | Finished | Failed
+EVENT_TYPES = {
+    cls.__name__: cls for cls in (Waiting, Planned, Loading, Loaded, Prefilled, Step, Memory, Freed, Finished, Failed)
+}
+
+
+@dataclass(frozen=True)
+class TimedEvent:
+    """An event and when it was yielded, in seconds since the run began."""
+
+    at: float
+    event: Event
+
+
+@dataclass
+class Run:
+    """One comparison: its settings, its environment, and every event with its time.
+
+    Saved as JSON Lines: a header object, then one object an event. Replaying yields the same events; consumers cannot
+    tell a replay from a live run except by `Run.environment`, which the page shows.
+    """
+
+    settings: dict
+    environment: dict
+    events: list[TimedEvent] = field(default_factory=list)
+
+    def record(self, stream: Iterable[Event], clock) -> Iterator[Event]:
+        """Pass `stream` through, keeping every event with its time from `clock()` (seconds, any origin)."""
+        start = clock()
+        for event in stream:
+            self.events.append(TimedEvent(round(clock() - start, 4), event))
+            yield event
+
+    def replay(self, sleep=None, speed: float = 1.0) -> Iterator[Event]:
+        """Yield the recorded events; with `sleep`, at their recorded pace divided by `speed`."""
+        previous = 0.0
+        for timed in self.events:
+            if sleep is not None and timed.at > previous:
+                sleep((timed.at - previous) / speed)
+            previous = timed.at
+            yield timed.event
+
+    def save(self, path: str | Path) -> Path:
+        """Write the run atomically: a reader never sees half a file."""
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as out:
+                    out.writelines(line + "\n" for line in self.to_lines())
+                os.replace(partial, path)
+            except BaseException:
+                Path(partial).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise UserError(f"cannot save the run to {path}: {error.strerror or error}") from error
+        return path
+
+    def to_lines(self) -> Iterator[str]:
+        header = {"format": FORMAT, "version": VERSION, "settings": self.settings, "environment": self.environment}
+        yield json.dumps(header, ensure_ascii=False, allow_nan=False)
+        for timed in self.events:
+            record = {"at": timed.at, "event": type(timed.event).__name__, **_finite(asdict(timed.event))}
+            # 'Memory' has an 'at' of its own, measured by the sampler; it wins over the time of the yield.
+            yield json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """Read a saved run. Raises UserError naming the file and the line that is wrong."""
+        path = Path(path)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the run {path}: {error}") from error
+        return cls.from_lines(lines, name=str(path))
+
+    @classmethod
+    def from_lines(cls, lines: Iterable[str], *, name: str = "run") -> Run:
+        rows = [(number, _parse(line, name, number)) for number, line in enumerate(lines, 1) if line.strip()]
+        if not rows or rows[0][1].get("format") != FORMAT:
+            raise UserError(f"{name} is not a saved llmq run (no {FORMAT!r} header in its first line)")
+        header = rows[0][1]
+        if header.get("version") != VERSION:
+            raise UserError(f"{name} has version {header.get('version')!r}; this llmq reads version {VERSION}")
+        settings, environment = header.get("settings"), header.get("environment")
+        if not isinstance(settings, dict) or not isinstance(environment, dict):
+            raise UserError(f"{name}: the header needs 'settings' and 'environment' objects")
+        return cls(settings, environment, [_event(row, name, number) for number, row in rows[1:]])
+
+
+def _parse(line: str, name: str, number: int) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{name}, line {number}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{name}, line {number}: expected an object")
+    return row
+
+
+def _event(row: dict, name: str, number: int) -> TimedEvent:
+    cls = EVENT_TYPES.get(row.get("event"))
+    if cls is None:
+        raise UserError(f"{name}, line {number}: unknown event {row.get('event')!r}")
+    known = {f.name for f in fields(cls)}
+    at = row.get("at")
+    if not isinstance(at, int | float) or not math.isfinite(at):
+        raise UserError(f"{name}, line {number}: 'at' must be a number of seconds, not {at!r}")
+    try:
+        return TimedEvent(float(at), cls(**{k: v for k, v in row.items() if k in known}))
+    except TypeError as error:
+        raise UserError(f"{name}, line {number}: {error}") from error
+
+
+def _finite(record: dict) -> dict:
+    """JSON has no infinity: a log-probability of -inf is stored as the most negative float."""
+    clamp = {math.inf: 1e308, -math.inf: -1e308}
+    return {k: clamp.get(v, v) if isinstance(v, float) and not math.isnan(v) else v for k, v in record.items()}

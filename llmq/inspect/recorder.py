@@ -1,0 +1,210 @@
+"""Record the activation outliers at the input of every linear layer while a prompt and its continuation run.
+
+The reductions run where the activations are, and only statistics leave the device: once after the prefill, once for
+every generated token. LLM.int8() keeps a column in 16 bit when any |x| in it reaches the threshold in that call
+(Dettmers et al. 2022, section 3.2), so the prompt pools all its tokens and a generated token stands alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmq.inspect.hooks import LinearInputs, is_quantized, kind_and_layer, linear_modules
+from llmq.inspect.reductions import Layout, PromptStatistics, StepTotals, fetch, reduce_prompt
+from llmq.inspect.report import (
+    THRESHOLDS,
+    ModuleOutliers,
+    OutlierReport,
+    PhaseStatistics,
+    TokenMap,
+    check_phase,
+    cutoff,
+)
+
+
+class Stopped(Exception):
+    """The stop event was set while the model ran; raised from a hook to leave the forward pass."""
+
+
+@dataclass(eq=False)
+class _Input:
+    """One tensor that one or several linear layers read.
+
+    `kept`, on its device: in decode |x| as (tokens, in_features) float32, in prefill what it was reduced to.
+    """
+
+    kept: torch.Tensor | PromptStatistics
+    compared_as: str
+    names: list[str]
+
+
+class OutlierRecorder:
+    """Record every linear layer of `model` inside a `with` block; no hook is left after it.
+
+        with OutlierRecorder(model) as recorder:
+            recorder.phase("prefill")
+            model(prompt)                # exactly one call, all tokens of the prompt
+            recorder.phase("decode")
+            model(token)                 # one call for every generated token
+        report = recorder.report(...)
+
+    Before the first `phase` nothing is recorded (warm-up). Decode keeps single channels from `lowest_threshold` up.
+    Layers that read the same tensor (q, k, v) are reduced once. With `stop` set, the next layer raises `Stopped`.
+    Activations are fp16, bf16 or fp32. RuntimeError when the prefill runs twice.
+    """
+
+    def __init__(self, model: nn.Module, *, lowest_threshold: float = 2.0, stop: threading.Event | None = None) -> None:
+        cutoff(lowest_threshold, "float32")
+        self.lowest_threshold = lowest_threshold
+        self._modules = linear_modules(model)
+        self._quantized = {name: is_quantized(module) for name, module in self._modules.items()}
+        self._hooks = LinearInputs(model, self._on_input)
+        self._stop = stop
+        self._phase: str | None = None
+        self._dtypes: dict[str, str] = {}
+        self._last: tuple[tuple, torch.Tensor, _Input] | None = None  # the tensor is kept, so its address stays its own
+        self._prompt: list[_Input] = []
+        self._prompt_of: dict[str, tuple[PhaseStatistics, TokenMap]] = {}
+        self._step: list[_Input] = []
+        self._seen: set[str] = set()
+        self._totals: dict[Layout, StepTotals] = {}
+        self._steps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
+
+    def __enter__(self) -> OutlierRecorder:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        self._hooks.__exit__()
+        if kind is None:
+            self._close()
+        else:
+            self._last = None
+            self._prompt.clear()
+            self._step.clear()
+
+    def phase(self, name: str) -> None:
+        """What the next calls of the model are: 'prefill', or 'decode', of which each call is one generated token."""
+        check_phase(name)
+        self._close()
+        if name == "prefill" and self._prompt_of:
+            raise RuntimeError("the prefill is recorded already; make a new OutlierRecorder for another prompt")
+        self._phase = name
+
+    def report(
+        self,
+        *,
+        model: str,
+        method: str,
+        threshold: float = 6.0,
+        token_texts: Iterable[str] = (),
+        stopped: bool = False,
+    ) -> OutlierReport:
+        """Everything recorded, as numpy arrays; every linear layer of the model has its entry, in the model's order."""
+        cutoff(threshold, "float32")
+        self._close()
+        decode = self._decode_statistics()
+        modules = tuple(self._module(name, decode.get(name)) for name in self._modules)
+        prompt_tokens = max((entry.token_map.end for entry in modules if entry.token_map is not None), default=0)
+        return OutlierReport(
+            model, method, threshold, prompt_tokens, len(self._steps), list(token_texts), modules, stopped
+        )
+
+    def _module(self, name: str, decode: PhaseStatistics | None) -> ModuleOutliers:
+        in_features = self._modules[name].in_features
+        nothing = np.zeros(in_features, np.float32), np.zeros(len(THRESHOLDS), np.int64)
+        prefill, token_map = self._prompt_of.get(name, (PhaseStatistics(*nothing), None))
+        quiet = np.empty(0, np.int32), np.empty(0, np.float32)
+        return ModuleOutliers(
+            name,
+            *kind_and_layer(name),
+            in_features=in_features,
+            quantized=self._quantized[name],
+            dtype=self._dtypes.get(name, "float16"),
+            lowest_threshold=self.lowest_threshold,
+            prefill=prefill,
+            decode=decode or PhaseStatistics(*nothing),
+            decode_steps=tuple(step.get(name, quiet) for step in self._steps),
+            token_map=token_map,
+        )
+
+    def _decode_statistics(self) -> dict[str, PhaseStatistics]:
+        merged: dict[str, PhaseStatistics] = {}
+        for totals in self._totals.values():
+            for names, found in totals.statistics():
+                merged.update({name: found + merged[name] if name in merged else found for name in names})
+        return merged
+
+    def _on_input(self, name: str, module: nn.Module, x: torch.Tensor) -> None:
+        if name in self._seen:
+            if self._phase == "prefill":
+                raise RuntimeError(f"{name} ran twice in the prefill; call phase('decode') before the next call")
+            self._close()
+        if self._stop is not None and self._stop.is_set():
+            self._step.clear()  # an unfinished token; an unfinished prompt keeps the layers that it reached
+            raise Stopped
+        if self._phase is None or x.numel() == 0:
+            return
+        self._seen.add(name)
+        self._dtypes[name] = str(x.dtype).removeprefix("torch.")
+        self._input(x, "float16" if self._quantized[name] else self._dtypes[name]).names.append(name)
+
+    def _input(self, x: torch.Tensor, compared_as: str) -> _Input:
+        """The input that `x` is: the last one when `x` is the same memory, unchanged; else a new one.
+
+        Under `inference_mode` torch keeps no version of a tensor: a change in place between two layers goes unseen.
+        """
+        version = None if x.is_inference() else x._version
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, compared_as, version)
+        if self._last is not None and self._last[0] == key:
+            return self._last[2]
+        absolute = x.abs().float().reshape(-1, x.shape[-1])
+        if self._phase == "prefill":
+            found = _Input(reduce_prompt(absolute, compared_as), compared_as, [])
+            self._prompt.append(found)
+        else:
+            found = _Input(absolute, compared_as, [])
+            self._step.append(found)
+        self._last = key, x, found
+        return found
+
+    def _close(self) -> None:
+        """Move the finished prefill's or step's statistics off the device."""
+        self._last = None
+        self._seen.clear()
+        if self._prompt:
+            self._close_prompt()
+        if self._step:
+            self._close_step()
+
+    def _close_prompt(self) -> None:
+        arrays = iter(fetch([tensor for entry in self._prompt for tensor in entry.kept.tensors]))
+        rows = max(entry.kept.rows for entry in self._prompt)
+        for entry in self._prompt:
+            four = [next(arrays) for _ in entry.kept.tensors]
+            # lm_head is given the last tokens only: what an input has fewer rows, it begins later in the prompt.
+            found = entry.kept.to_numpy(*four, first_token=rows - entry.kept.rows)
+            self._prompt_of.update(dict.fromkeys(entry.names, found))
+        self._prompt.clear()
+
+    def _close_step(self) -> None:
+        groups: dict[tuple, list[_Input]] = defaultdict(list)
+        for entry in self._step:
+            groups[entry.kept.device, entry.compared_as].append(entry)
+        step: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for (device, compared_as), entries in groups.items():
+            layout = Layout(device, compared_as, tuple((tuple(e.names), tuple(e.kept.shape)) for e in entries))
+            if layout not in self._totals:
+                self._totals[layout] = StepTotals(layout)
+            strong = self._totals[layout].add([entry.kept for entry in entries], self.lowest_threshold)
+            for entry, found in zip(entries, strong, strict=True):
+                step.update(dict.fromkeys(entry.names, found))
+        self._steps.append(step)
+        self._step.clear()

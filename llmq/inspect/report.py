@@ -1,0 +1,216 @@
+"""What an observation of a model's activations found: numpy arrays, and the questions that the page asks of them.
+
+Everything here works on stored statistics, so a threshold can be moved without running the model again. Imports
+neither torch nor gradio.
+
+Values are kept as float32, which holds every fp16 and bf16 value exactly. bitsandbytes decides with
+`A.to(float16).abs() >= threshold`, where torch rounds the threshold to float16 too; `cutoff` moves the threshold
+instead of the values, so the decision is the same one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmq.errors import BadChoice, unknown
+
+PHASES = ("prefill", "decode")
+THRESHOLDS = np.arange(5, 201) / 10  # 0.5, 0.6, … 20.0: the slider's stops, and where counts of values are exact
+LARGEST_THRESHOLD = 65504.0  # the largest float16
+
+
+def cutoff(threshold: float | np.ndarray, dtype: str) -> np.ndarray:
+    """The smallest float32 that passes `x.abs() >= threshold` once x is rounded to `dtype`, as torch compares.
+
+    `dtype`: 'float16', 'bfloat16' or 'float32', the dtype of the comparison; torch rounds a Python threshold to it.
+    """
+    if np.any(~((np.asarray(threshold) > 0) & (np.asarray(threshold) <= LARGEST_THRESHOLD))):
+        raise BadChoice(f"threshold {threshold!r} must lie over 0 and up to {LARGEST_THRESHOLD:g}")
+    rounded = _round_to(threshold, dtype)
+    if dtype == "float32":
+        return rounded
+    middle = ((rounded.astype(np.float64) + _next_below(rounded, dtype)) / 2).astype(np.float32)
+    return np.where(_round_to(middle, dtype) == rounded, middle, np.nextafter(middle, np.float32(np.inf)))
+
+
+def _round_to(values: float | np.ndarray, dtype: str) -> np.ndarray:
+    """Round to `dtype`, nearest and ties to even, by way of float32 as torch does; returned as float32."""
+    values = np.asarray(values, dtype=np.float32)
+    if dtype == "float32":
+        return values
+    if dtype == "float16":
+        return values.astype(np.float16).astype(np.float32)
+    if dtype == "bfloat16":
+        bits = values.view(np.uint32)
+        return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) & np.uint32(0xFFFF0000)).view(np.float32)
+    raise unknown("dtype of a comparison", dtype, ("float16", "bfloat16", "float32"))
+
+
+def _next_below(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The next smaller magnitude in `dtype`; values are float32, not negative, and lie on the grid of `dtype`."""
+    if dtype == "float16":
+        return np.nextafter(values.astype(np.float16), np.float16(0)).astype(np.float32)
+    bits = values.view(np.uint32)
+    return np.where(bits > 0, bits - np.minimum(bits, np.uint32(0x10000)), 0).astype(np.uint32).view(np.float32)
+
+
+def grid_index(threshold: float) -> int:
+    """The stop of `THRESHOLDS` nearest to `threshold`; BadChoice outside their range."""
+    low, high = THRESHOLDS[0], THRESHOLDS[-1]
+    if not low - 1e-6 <= threshold <= high + 1e-6:
+        raise BadChoice(f"threshold {threshold!r}: shares of values are known from {low:g} to {high:g}")
+    return int(np.abs(THRESHOLDS - threshold).argmin())
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """One layer's prompt as max |x| over cells of `height` tokens × `width` channels, cell (0, 0) at `first_token`.
+
+    `values` (rows, columns) float32; `channels` and `tokens`, same shape, int32, say where in its cell the maximum is.
+    """
+
+    values: np.ndarray
+    channels: np.ndarray
+    tokens: np.ndarray
+    height: int
+    width: int
+    first_token: int
+    end: int  # one past its last token
+
+
+@dataclass(frozen=True, eq=False)
+class PhaseStatistics:
+    """One linear layer's input in one phase. Arrays may be shared by layers that read the same tensor.
+
+    `absmax` (in_features,) float32: max |x| over all tokens. `counts` (196,) int64: how many of the `values` numbers
+    have |x| >= each of `THRESHOLDS`. `nan` of them are not a number, which no threshold counts. `values` is 0 where the
+    layer did not run.
+    """
+
+    absmax: np.ndarray
+    counts: np.ndarray
+    values: int = 0
+    nan: int = 0
+
+    def __add__(self, other: PhaseStatistics) -> PhaseStatistics:
+        absmax = np.maximum(self.absmax, other.absmax)
+        return PhaseStatistics(absmax, self.counts + other.counts, self.values + other.values, self.nan + other.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleOutliers:
+    """The input of one linear layer. `dtype` is the activation's; `quantized` layers compare it in float16.
+
+    `decode_steps`: for every generated token the channels (int32, ascending) with |x| >= `lowest_threshold` and their
+    |x| (float32). `layer` is None outside the layers, as for lm_head.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    in_features: int
+    quantized: bool
+    dtype: str
+    lowest_threshold: float
+    prefill: PhaseStatistics
+    decode: PhaseStatistics
+    decode_steps: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    token_map: TokenMap | None = None
+
+    @property
+    def compared_as(self) -> str:
+        return "float16" if self.quantized else self.dtype
+
+    @property
+    def absmax(self) -> float:
+        """Largest |x| over the prompt and the generated tokens; 0 where the layer did not run."""
+        return float(max(self.prefill.absmax.max(initial=0), self.decode.absmax.max(initial=0)))
+
+    def prefill_columns(self, threshold: float) -> list[int]:
+        """Channels with |x| >= threshold at any token of the prompt, ascending: what bitsandbytes keeps in 16 bit."""
+        return np.flatnonzero(self.prefill.absmax >= cutoff(threshold, self.compared_as)).tolist()
+
+    def decode_columns(self, threshold: float) -> list[list[int]]:
+        """The same for every generated token alone. BadChoice under the `lowest_threshold` of the recording."""
+        limit = cutoff(threshold, self.compared_as)
+        if limit < cutoff(self.lowest_threshold, self.compared_as):
+            raise BadChoice(f"threshold {threshold!r}: generated tokens were recorded from {self.lowest_threshold} up")
+        return [channels[values >= limit].tolist() for channels, values in self.decode_steps]
+
+    def share_of_channels(self, threshold: float, phase: str) -> float:
+        """Channels over the threshold / in_features. In decode, the mean over the generated tokens, each for itself."""
+        if check_phase(phase) == "prefill":
+            return len(self.prefill_columns(threshold)) / self.in_features
+        steps = self.decode_columns(threshold)
+        return sum(map(len, steps)) / len(steps) / self.in_features if steps else 0.0
+
+    def share_of_values(self, threshold: float, phase: str) -> float:
+        """Numbers with |x| >= threshold / all numbers, exact at the nearest of `THRESHOLDS`, to which it is moved."""
+        found = self.statistics(phase)
+        return int(found.counts[grid_index(threshold)]) / found.values if found.values else 0.0
+
+    def statistics(self, phase: str) -> PhaseStatistics:
+        return self.prefill if check_phase(phase) == "prefill" else self.decode
+
+
+def check_phase(phase: str) -> str:
+    if phase not in PHASES:
+        raise unknown("phase", phase, PHASES)
+    return phase
+
+
+@dataclass(frozen=True, eq=False)
+class OutlierReport:
+    """One prompt through one model. `token_texts` are the prompt's tokens, then the generated ones.
+
+    `threshold` is the method's own; every question takes another. `stopped`: ended early on request, so layers and
+    tokens after that point are missing.
+    """
+
+    model: str
+    method: str
+    threshold: float
+    prompt_tokens: int
+    generated_tokens: int
+    token_texts: list[str]
+    modules: tuple[ModuleOutliers, ...]
+    stopped: bool = False
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of layer that occur, in the order of the model."""
+        return list(dict.fromkeys(module.kind for module in self.modules))
+
+    def module(self, name: str) -> ModuleOutliers:
+        for module in self.modules:
+            if module.name == name:
+                return module
+        raise unknown("linear layer", name, [module.name for module in self.modules])
+
+    def to_json(self, threshold: float | None = None) -> dict:
+        """Plain values for `json.dumps`, at `threshold` (default: the report's own)."""
+        threshold = self.threshold if threshold is None else threshold
+        return {
+            "model": self.model,
+            "method": self.method,
+            "threshold": threshold,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "stopped": self.stopped,
+            "modules": [_module_json(module, threshold) for module in self.modules],
+        }
+
+
+def _module_json(module: ModuleOutliers, threshold: float) -> dict:
+    return {
+        "name": module.name,
+        "kind": module.kind,
+        "quantized": module.quantized,
+        "in_features": module.in_features,
+        "absmax": module.absmax if math.isfinite(module.absmax) else 1e308,  # JSON has no infinity
+        "prefill_columns": module.prefill_columns(threshold),
+        "decode_columns": module.decode_columns(threshold),
+    }

@@ -1,0 +1,96 @@
+"""An `OutlierReport` as the page's heatmap and table show it. numpy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from llmq.errors import unknown
+from llmq.inspect.report import OutlierReport, check_phase, cutoff
+
+
+class ChannelMap(NamedTuple):
+    """Layers × channels of one kind of module, max-pooled over cells of `width` neighbouring channels.
+
+    `values` (rows, cells) float32 max |x|, NaN where nothing ran; `channels`, same shape, int32, the channel of that
+    maximum; `layers`: one number a row (None for a layer outside the stack, as lm_head); `in_features` channels.
+    """
+
+    values: np.ndarray
+    channels: np.ndarray
+    layers: list[int | None]
+    width: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class StrongChannel:
+    """A channel of one kind of module: where |x| is largest, and every layer in which it reaches the threshold."""
+
+    kind: str
+    layer: int | None
+    channel: int
+    absmax: float
+    phase: str
+    layers: tuple[int | None, ...]
+
+
+def layer_channel_map(report: OutlierReport, kind: str, phase: str, columns: int = 512) -> ChannelMap:
+    """max |x| by layer and channel for the modules of `kind`, in at most `columns` cells a layer: a maximum survives.
+
+    Modules of one kind in one layer (q, k and v) are merged by maximum. In 'decode' over all generated tokens.
+    """
+    stack, layers, _ = _stack(report, kind, phase)
+    rows, in_features = stack.shape
+    width = -(-in_features // columns)
+    padded = np.full((rows, -(-in_features // width) * width), -1, np.float32)
+    padded[:, :in_features] = stack
+    cells = padded.reshape(rows, -1, width)
+    best = cells.argmax(axis=2)
+    values = np.take_along_axis(cells, best[..., None], axis=2)[..., 0]
+    channels = (best + np.arange(cells.shape[1]) * width).astype(np.int32)
+    return ChannelMap(np.where(values < 0, np.nan, values), channels, layers, width, in_features)
+
+
+def strongest_channels(report: OutlierReport, threshold: float, n: int = 20) -> list[StrongChannel]:
+    """The `n` strongest channels that reach `threshold` in either phase, strongest first; one row a (kind, channel)."""
+    rows = [row for kind in report.kinds for row in _strongest_of_kind(report, kind, threshold, n)]
+    return sorted(rows, key=lambda row: -row.absmax)[:n]
+
+
+def _strongest_of_kind(report: OutlierReport, kind: str, threshold: float, n: int) -> list[StrongChannel]:
+    stacks = np.stack([_stack(report, kind, phase)[0] for phase in ("prefill", "decode")])
+    _, layers, compared = _stack(report, kind, "prefill")
+    limits = np.array([cutoff(threshold, dtype) for dtype in compared])
+    pooled = stacks.max(axis=0)
+    over = pooled >= limits[:, None]
+    peaks = np.where(over, pooled, -1).max(axis=0, initial=-1)
+    rows = []
+    for channel in np.argsort(-peaks, kind="stable")[:n]:
+        if peaks[channel] < 0:
+            break
+        phase, row = np.unravel_index(stacks[:, :, channel].argmax(), stacks.shape[:2])
+        reached = tuple(layers[index] for index in np.flatnonzero(over[:, channel]))
+        strongest = float(stacks[phase, row, channel])
+        rows.append(StrongChannel(kind, layers[row], int(channel), strongest, ("prefill", "decode")[phase], reached))
+    return rows
+
+
+def _stack(report: OutlierReport, kind: str, phase: str) -> tuple[np.ndarray, list[int | None], list[str]]:
+    """(layers, widest in_features) float32 max |x|, -1 where nothing ran; the layers; what dtype each compares in."""
+    check_phase(phase)
+    modules = [module for module in report.modules if module.kind == kind]
+    if not modules:
+        raise unknown("kind of layer", kind, report.kinds)
+    layers = sorted({module.layer for module in modules}, key=lambda layer: (layer is None, layer))
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    stack = np.full((len(layers), max(module.in_features for module in modules)), -1, np.float32)
+    compared = [""] * len(layers)
+    for module in modules:
+        row, found = row_of[module.layer], module.statistics(phase)
+        compared[row] = module.compared_as
+        if found.values:
+            np.maximum(stack[row, : module.in_features], found.absmax, out=stack[row, : module.in_features])
+    return stack, layers, compared

@@ -1,0 +1,100 @@
+"""Predicted bytes, from a configuration alone: weights, KV cache, workspace; and whether they fit what is free.
+
+Weights and KV cache are exact tensor sizes (the model is built without storage and its tensors are counted). Workspace
+is an upper estimate of what one prefill needs besides: attention and MLP activations of one layer, and the last logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmq.quant import Handler, WeightBytes
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+HEADROOM = 0.95  # share of the free bytes a plan may use; the rest is the allocator's rounding and fragmentation
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes one contestant will need at `tokens` of context."""
+
+    weights: int
+    scales: int
+    kv: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.scales + self.kv + self.workspace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`schedule` as it will run, and `reason` when that differs from what was asked for."""
+
+    schedule: str
+    reason: str
+    free_bytes: int
+
+
+def meta_model(config: PretrainedConfig) -> nn.Module:
+    """The model of `config` with shapes and no storage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def predict(shape: nn.Module, handler: Handler, *, tokens: int, batch: int = 1) -> Prediction:
+    """Bytes for one contestant; `shape` comes from `meta_model`, `tokens` counts prompt and answer."""
+    weights: WeightBytes = handler.predict(shape)
+    config = shape.config.get_text_config()
+    return Prediction(
+        weights.weights,
+        weights.scales,
+        kv_bytes(config, tokens=tokens, batch=batch, itemsize=_itemsize(handler)),
+        _workspace(config, tokens=tokens, batch=batch, itemsize=_itemsize(handler)),
+    )
+
+
+def kv_bytes(config: PretrainedConfig, *, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
+    """2·batch·tokens·layers·G·d_h·itemsize: keys and values of G key/value heads of width d_h (GQA: G < heads)."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * batch * tokens * config.num_hidden_layers * groups * width * itemsize
+
+
+def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> Plan:
+    """`interleave` needs all contestants at once; where they do not fit, one after the other is chosen and said."""
+    together = sum(p.total for p in predictions)
+    if schedule == "interleave" and together > HEADROOM * free_bytes:
+        reason = (
+            f"both together need {together / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free, "
+            "so each is loaded in turn and freed before the next"
+        )
+        return Plan("in-turn", reason, free_bytes)
+    return Plan(schedule, "", free_bytes)
+
+
+def fit_together(predictions: Sequence[Prediction], free_bytes: int) -> bool:
+    return sum(p.total for p in predictions) <= HEADROOM * free_bytes
+
+
+def _itemsize(handler: Handler) -> int:
+    import torch
+
+    return getattr(torch, handler.dtype).itemsize
+
+
+def _workspace(config: PretrainedConfig, *, tokens: int, batch: int, itemsize: int) -> int:
+    hidden, ffn = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
+    # Residual, norm, q, k, v and attention output, then gate, up and their product; int32 sums double the widest.
+    rows = batch * tokens * itemsize * (6 * hidden + 3 * ffn + 2 * ffn)
+    return rows + 4 * 2 * batch * config.vocab_size

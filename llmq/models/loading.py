@@ -1,0 +1,179 @@
+"""From a name to a model on a device: presets, hub ids, local folders; `safetensors` only, never remote code."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmq.errors import ModelUnavailable, unknown
+from llmq.models.cache import cache_folder
+from llmq.models.demo import Progress, demo_folder, prepare_demo
+from llmq.models.presets import PRESETS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmq.quant import Handler
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. `kind`: 'demo', 'hub', 'folder' or 'random' (a preset's shape, no checkpoint)."""
+
+    name: str
+    kind: str
+    location: str
+
+
+def resolve(name: str, *, random_weights: bool = False) -> Source:
+    """What `name` means: a preset, a local folder, or a hub id. Raises BadChoice naming the choices."""
+    name = (name or "").strip()
+    if random_weights:
+        if name not in PRESETS:
+            raise unknown("preset", name, PRESETS)
+        return Source(name, "random", name)
+    if preset := PRESETS.get(name):
+        return Source(name, "hub", preset.hub_id) if preset.hub_id else Source(name, "demo", str(demo_folder()))
+    if name and Path(name).expanduser().is_dir():
+        return Source(name, "folder", str(Path(name).expanduser()))
+    if HUB_ID.fullmatch(name):
+        return Source(name, "hub", name)
+    raise unknown("model", name, [*PRESETS, "a hub id such as owner/name", "a local folder"])
+
+
+def prepare(source: Source) -> Iterator[Progress]:
+    """Download or convert whatever `source` still needs, yielding progress. Afterwards `folder_of(source)` exists."""
+    if source.kind in ("demo", "random"):  # random weights borrow the demo model's tokenizer
+        yield from prepare_demo()
+    elif source.kind == "hub":
+        yield from _download(source)
+
+
+def folder_of(source: Source) -> Path:
+    """The local folder of a prepared model. Raises ModelUnavailable when it holds no model llmq can open."""
+    folder = _snapshot(source, local_only=True) if source.kind == "hub" else Path(source.location)
+    if source.kind == "demo" and not (folder / "config.json").exists():
+        raise ModelUnavailable(f"the demo model is not in {folder}; run `python -m llmq models --fetch demo`")
+    if not (folder / "config.json").is_file():
+        raise ModelUnavailable(f"{folder} holds no model: it has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelUnavailable(f"{source.name} has no safetensors weights; llmq opens no other kind of checkpoint")
+    return folder
+
+
+def revision_of(source: Source) -> str:
+    """The exact checkpoint: a hub commit, the demo's pinned hash, or what else identifies it."""
+    if source.kind == "demo":
+        from llmq.models.demo import GGUF_SHA256, REQUIREMENT
+
+        return f"{REQUIREMENT}, sha256 {GGUF_SHA256[:12]}"
+    if source.kind == "hub":
+        return folder_of(source).name
+    return "random weights" if source.kind == "random" else "local folder"
+
+
+def load_config(source: Source) -> PretrainedConfig:
+    """The model's configuration. Raises ModelUnavailable for unknown architectures."""
+    from transformers import AutoConfig, LlamaConfig
+
+    if source.kind == "random":
+        shape = asdict(PRESETS[source.location].shape)
+        rope = {"rope_theta": shape.pop("rope_theta"), **(shape.pop("rope_scaling") or {"rope_type": "default"})}
+        return LlamaConfig(**shape, rope_parameters=rope, dtype="float16")
+    try:
+        return AutoConfig.from_pretrained(folder_of(source), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelUnavailable(f"cannot read the configuration of {source.name}: {error}") from error
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, chat template included. Random weights borrow the demo model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    folder = demo_folder() if source.kind == "random" else folder_of(source)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelUnavailable(f"cannot open the tokenizer of {source.name}: {error}") from error
+
+
+def ids_within(config: PretrainedConfig, ids: list[int]) -> list[int]:
+    """Token ids folded into the model's vocabulary: only a borrowed tokenizer has ids beyond it."""
+    return [i % config.vocab_size for i in ids]
+
+
+def load_model(source: Source, handler: Handler, device: str) -> PreTrainedModel:
+    """The model under one method on one device, in eval mode, without gradients.
+
+    `device`: 'cpu' or 'cuda:N'. bitsandbytes silently takes another path in training mode, so eval is not optional.
+    """
+    if source.kind == "random":
+        from llmq.models.random_weights import random_llama
+
+        return handler.convert_(random_llama(load_config(source), device), device).requires_grad_(False).eval()
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder_of(source),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            **handler.load_arguments(device),
+        )
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ModelUnavailable(f"cannot open the weights of {source.name}: {error}") from error
+    return model.requires_grad_(False).eval()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and advice off the terminal; llmq reports progress itself."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _download(source: Source) -> Iterator[Progress]:
+    """Fetch a hub repository in a thread, reporting how much of it lies on disk."""
+    started = time.monotonic()
+    with ThreadPoolExecutor(1, thread_name_prefix="hub-download") as pool:
+        download = pool.submit(_snapshot, source, local_only=False)
+        while wait([download], timeout=0.5).not_done:
+            yield Progress(0.0, f"fetching {source.location} from the hub ({time.monotonic() - started:.0f} s)")
+        download.result()
+
+
+def _snapshot(source: Source, *, local_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repo = source.location
+    try:
+        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_files_only=local_only))
+    except GatedRepoError as error:
+        raise ModelUnavailable(
+            f"{repo} is gated: accept its licence on the hub, then set the HF_TOKEN environment variable. "
+            "The model 'demo' needs neither."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelUnavailable(
+            f"the hub has no repository {repo!r}, or it is private and HF_TOKEN is not set"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        raise ModelUnavailable(
+            f"{repo} is not in the local cache and the hub cannot be reached. The model 'demo' needs no hub."
+        ) from error
+    except OSError as error:
+        raise ModelUnavailable(f"cannot store {repo} (cache: {cache_folder()} or HF_HOME): {error}") from error

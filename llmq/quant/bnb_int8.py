@@ -1,0 +1,97 @@
+"""LLM.int8() as bitsandbytes implements it, through transformers' own integration.
+
+Dettmers et al. 2022, "LLM.int8()", arXiv 2208.07339, section 3. What bitsandbytes does with it: every linear weight but
+the head is int8 with one scale per output row; a column of the input that holds any |x| >= threshold is multiplied in
+FP16 against the *dequantised* int8 weights; the rest goes through an int8 product. No calibration data is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, stored_tensors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class BnbInt8:
+    has_threshold = True
+    dtype = "float16"
+
+    def arithmetic(self, device: str) -> str:
+        on_cpu = device.startswith("cpu")
+        products = "int8 products done as FP32 matrix products" if on_cpu else "int8 tensor cores, int32 sums"
+        return f"int8 linear weights, FP16 embedding, norms and head; {products}; outlier columns in FP16"
+
+    def load_arguments(self, device: str) -> dict[str, Any]:
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=DEFAULT_THRESHOLD)
+        # bitsandbytes casts every input to FP16, so the rest of the model is FP16 too.
+        return {"dtype": torch.float16, "device_map": {"": device}, "quantization_config": config}
+
+    def convert_(self, model: nn.Module, device: str) -> nn.Module:
+        import torch
+
+        model.to(device=device, dtype=torch.float16)
+        for name, linear in list(_convertible(model)):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _quantized(linear))
+        return model.eval()
+
+    def set_threshold(self, model: nn.Module, threshold: float) -> None:
+        for linear in int8_linears(model):
+            linear.state.threshold = threshold
+
+    def scale_bytes(self, model: nn.Module) -> int:
+        """bitsandbytes keeps the row scales as attributes; before the first call on the weight, then on the state."""
+        scales = (m.state.SCB if m.state.SCB is not None else m.weight.SCB for m in int8_linears(model))
+        return sum(scale.nbytes for scale in scales)
+
+    def predict(self, meta_model: nn.Module) -> WeightBytes:
+        int8 = [linear for _, linear in _convertible(meta_model)]
+        int8_ids = {id(linear.weight) for linear in int8}
+        weights = sum(
+            tensor.numel() * (1 if id(tensor) in int8_ids else 2) if tensor.requires_grad else tensor.nbytes
+            for tensor in stored_tensors(meta_model)
+        )
+        return WeightBytes(weights, sum(4 * linear.out_features for linear in int8))
+
+
+def int8_linears(model: nn.Module) -> Iterator[nn.Module]:
+    """The bitsandbytes int8 linear layers of a loaded model."""
+    import bitsandbytes as bnb
+
+    return (module for module in model.modules() if isinstance(module, bnb.nn.Linear8bitLt))
+
+
+def _convertible(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, linear) of every linear but the output head, which transformers' integration leaves in 16 bit."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    return ((name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head)
+
+
+def _quantized(linear: nn.Module) -> nn.Module:
+    """A Linear8bitLt with the codes and scales of `linear`, made on the device `linear` is on."""
+    import bitsandbytes as bnb
+    import torch
+
+    codes, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.data.half())
+    with torch.device("meta"):
+        int8 = bnb.nn.Linear8bitLt(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=DEFAULT_THRESHOLD,
+        )
+    int8.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    int8.bias = linear.bias
+    return int8.eval()

@@ -1,0 +1,62 @@
+"""What every method's handler answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DEFAULT_THRESHOLD = 6.0  # LLM.int8() paper, section 3.2; also the default of bitsandbytes through transformers
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of a model under a method: `weights` counts parameters and buffers, `scales` what is kept beside them."""
+
+    weights: int
+    scales: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.scales
+
+
+class Handler(Protocol):
+    """One method's way with weights. `device` is a torch device string such as 'cpu' or 'cuda:0'."""
+
+    has_threshold: bool
+    dtype: str  # torch dtype name of embeddings, norms, head and activations
+
+    def arithmetic(self, device: str) -> str:
+        """One plain sentence: what is stored in which type, and in which type it is multiplied on this device."""
+
+    def load_arguments(self, device: str) -> dict[str, Any]:
+        """Keyword arguments for `AutoModelForCausalLM.from_pretrained`."""
+
+    def convert_(self, model: nn.Module, device: str) -> nn.Module:
+        """Turn a dense model already on `device` into this method's, in place (models without a checkpoint)."""
+
+    def set_threshold(self, model: nn.Module, threshold: float) -> None:
+        """Change the outlier threshold of a loaded model; 0 turns the decomposition off."""
+
+    def scale_bytes(self, model: nn.Module) -> int:
+        """Bytes of quantization scales that are neither parameters nor buffers of `model`."""
+
+    def predict(self, meta_model: nn.Module) -> WeightBytes:
+        """Bytes this method will need, from a dense model on the meta device."""
+
+
+def stored_tensors(model: nn.Module):
+    """Every parameter and buffer once; tied weights are one tensor."""
+    seen = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied weights counted once."""
+    return sum(tensor.nbytes for tensor in stored_tensors(model))

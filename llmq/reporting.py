@@ -1,0 +1,73 @@
+"""Runs and results in words and in JSON, for a terminal and for scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Run, Waiting
+from llmq.summary import Outcome, Summary
+
+
+def progress_line(event: Event) -> str:
+    match event:
+        case Waiting(seconds=seconds) if seconds:
+            return "waiting for another run to leave the device"
+        case Planned():
+            return f"{event.schedule} on {event.device}" + (f": {event.reason}" if event.reason else "")
+        case Loading():
+            return event.message.split(" (")[0] or f"loading {event.contestant}"
+        case Loaded():
+            return f"{event.contestant}: {event.weight_bytes / 1e6:,.0f} MB of weights in {event.seconds:.1f} s"
+        case Finished():
+            return f"{event.contestant}: finished ({event.reason})"
+        case Freed():
+            seen = "verified" if event.verified else "NOT verified"
+            return f"{event.contestant}: freed {event.freed_bytes / 1e6:,.0f} MB ({seen})"
+        case Failed():
+            return f"{event.contestant}: failed: {event.message}"
+    return ""
+
+
+def run_as_json(run: Run, summary: Summary) -> dict:
+    """The stable keys of `compare --json` (and of `replay --json`)."""
+    plan = summary.plan
+    return {
+        "model": run.settings.get("model"),
+        "device": plan.device if plan else run.settings.get("device"),
+        "schedule": plan.schedule if plan else run.settings.get("schedule"),
+        "schedule_reason": plan.reason if plan else "",
+        "peak_source": "torch allocator" if plan and plan.device.startswith("cuda") else "weights and KV cache",
+        "contestants": [_contestant_as_json(outcome) for outcome in summary.outcomes.values()],
+        "agreement": summary.agreement(),
+        "settings": run.settings,
+        "environment": run.environment,
+    }
+
+
+def _contestant_as_json(outcome: Outcome) -> dict:
+    return {
+        "method": outcome.contestant,
+        "text": outcome.text,
+        "token_ids": outcome.token_ids,
+        "prompt_tokens": outcome.prompt_tokens,
+        "load_seconds": outcome.load_seconds,
+        "prefill_seconds": outcome.prefill_seconds,
+        "decode_tokens_per_second": outcome.decode_tokens_per_second,
+        "weight_bytes": outcome.weight_bytes,
+        "kv_bytes": outcome.kv_bytes,
+        "peak_bytes": outcome.peak_bytes,
+        "finish_reason": outcome.reason,
+        "error": outcome.error,
+    }
+
+
+def table(result: dict) -> Iterator[str]:
+    yield f"{'method':<14}{'first token':>13}{'decode':>14}{'weights':>12}{'peak':>12}"
+    for c in result["contestants"]:
+        first = f"{c['prefill_seconds']:.3f} s" if c["prefill_seconds"] is not None else "-"
+        speed = f"{c['decode_tokens_per_second']:.2f} tok/s" if c["decode_tokens_per_second"] else "-"
+        weights = f"{c['weight_bytes'] / 1e6:,.1f} MB" if c["weight_bytes"] else "-"
+        peak = f"{c['peak_bytes'] / 1e6:,.1f} MB" if c["peak_bytes"] else "-"
+        yield f"{c['method']:<14}{first:>13}{speed:>14}{weights:>12}{peak:>12}"
+    first = result["agreement"]["first_divergence"]
+    yield "the texts agree throughout" if first is None else f"the first different token is number {first + 1}"

@@ -1,0 +1,177 @@
+"""What the machine says about memory, ten times a second: NVML, torch's allocator, the process.
+
+The only importer of pynvml (package nvidia-ml-py). No GPU, no driver and a GPU that will not answer are normal: what
+cannot be read is None. Reading is apart from looping, so tests read a fake and never sleep.
+
+Why the numbers differ on a GPU: the allocator counts live tensors; NVML's per-process figure adds the CUDA context,
+library workspaces and memory the allocator caches; NVML's device figure adds every other process.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_HZ = 10.0
+KEPT_SAMPLES = 6000  # ten minutes at 10 Hz; older ones are dropped when nobody drains
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One reading, in bytes; None where the machine does not say. `at`: seconds since the sampler started."""
+
+    at: float
+    process_bytes: int | None = None
+    device_bytes: int | None = None
+    device_process_bytes: int | None = None
+    allocated_bytes: int | None = None
+
+
+class Sampler:
+    """Reads memory in a daemon thread while the `with` block runs; `drain()` hands over what has come in.
+
+    `read` returns a dict of Sample's fields; the default reads this process and, for a 'cuda…' device, its GPU.
+    """
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        *,
+        hz: float = DEFAULT_HZ,
+        read: Callable[[], dict] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        assert hz >= 1, f"a sampler at {hz} Hz would miss a run"
+        self._period = 1 / hz
+        self._clock = clock
+        self._read = read or MemoryReader(device)
+        self._samples: deque[Sample] = deque(maxlen=KEPT_SAMPLES)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="llmq-sampler", daemon=True)
+
+    def __enter__(self) -> Sampler:
+        self._started = self._clock()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def drain(self) -> list[Sample]:
+        """All samples since the last call, oldest first."""
+        drained = []
+        while self._samples:
+            drained.append(self._samples.popleft())
+        return drained
+
+    def _loop(self) -> None:
+        due = self._clock()
+        while not self._stop.wait(max(0.0, due - self._clock())):
+            self._samples.append(Sample(at=self._clock() - self._started, **self._read()))
+            due = max(due + self._period, self._clock())  # after a long hold of the interpreter, no burst to catch up
+
+
+class MemoryReader:
+    """Reads every figure there is for one torch device; callable, so that it is a Sampler's `read`."""
+
+    def __init__(self, device: str = "cpu"):
+        import psutil
+
+        self._process = psutil.Process()
+        self._device = device if device.startswith("cuda") else None
+        self._nvml = Nvml.for_torch_device(device) if self._device else None
+
+    def __call__(self) -> dict:
+        figures = {"process_bytes": self._process.memory_info().rss}
+        if self._device:
+            import torch
+
+            figures["allocated_bytes"] = torch.cuda.memory_allocated(self._device)
+        if self._nvml:
+            figures |= {"device_bytes": self._nvml.device_bytes(), "device_process_bytes": self._nvml.process_bytes()}
+        return figures
+
+
+class Nvml:
+    """One GPU through NVML, every call guarded: a call that fails is None, and the run goes on without it.
+
+    The GPU is found by UUID, because index 0 of NVML need not be index 0 of this process.
+    """
+
+    def __init__(self, library, uuid: str):
+        self._nvml = library
+        self._handle = self._guarded(lambda: library.nvmlDeviceGetHandleByUUID(uuid))
+        self.name = self._text(lambda: library.nvmlDeviceGetName(self._handle))
+        self.driver = self._text(library.nvmlSystemGetDriverVersion)
+
+    @classmethod
+    def for_torch_device(cls, device: str) -> Nvml | None:
+        """The NVML view of a torch CUDA device; None without a driver or the library."""
+        import torch
+
+        library = _pynvml()
+        if library is None:
+            return None
+        try:
+            library.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+        except (library.NVMLError, OSError, RuntimeError, AttributeError):
+            return None
+        return cls(library, uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+
+    def device_bytes(self) -> int | None:
+        """Bytes in use on the whole device, by every process and the driver."""
+        info = self._guarded(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._handle))
+        return None if info is None else int(info.used)
+
+    def process_bytes(self) -> int | None:
+        """Bytes this process holds there; None where NVML does not see our process (containers, MIG)."""
+        running = self._guarded(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
+        ours = [p.usedGpuMemory for p in running or () if p.pid == os.getpid() and p.usedGpuMemory is not None]
+        return sum(ours) if ours else None
+
+    def _text(self, call) -> str | None:
+        value = self._guarded(call)
+        return value.decode() if isinstance(value, bytes) else value
+
+    def _guarded(self, call):
+        try:
+            return call()
+        except (self._nvml.NVMLError, OSError):
+            return None
+
+
+def _pynvml():
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    return pynvml
+
+
+def free_bytes(device: str) -> int:
+    """Bytes a new tensor could use on `device`: free VRAM plus what the allocator caches, or available memory."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    import psutil
+
+    return min(psutil.virtual_memory().available, _cgroup_room())
+
+
+def _cgroup_room() -> int:
+    """Bytes left under this container's memory limit (cgroup v2); a huge number where there is no limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # no cgroup v2, or the limit reads "max"
+        return 2**63

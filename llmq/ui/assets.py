@@ -1,0 +1,25 @@
+"""Files the browser needs: this folder's scripts, and plotly.js out of the plotly wheel (no other host is asked)."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from urllib.parse import quote
+
+import gradio as gr
+
+
+def script(*names: str) -> str:
+    """The named JavaScript files of this folder, joined in order."""
+    return "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
+
+
+def serve_plotly() -> str:
+    """Let Gradio serve plotly.js; returns its path below the app's root, e.g. 'gradio_api/file=/…/plotly.min.js'.
+
+    The path is relative on purpose: the browser resolves it against the root that Gradio reports, so it also holds
+    behind a proxy, on a mounted sub-path and on a share link.
+    """
+    path = Path(str(files("plotly") / "package_data" / "plotly.min.js")).resolve()
+    gr.set_static_paths([path])
+    return f"gradio_api/file={quote(path.as_posix())}"

@@ -1,0 +1,53 @@
+"""The one place that turns numbers into text for a reader: bytes, seconds, tokens per second, counts.
+
+Every function accepts None (not known, or not yet) and answers with `MISSING`.
+"""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "–"
+BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _three_digits(value: float) -> str:
+    """About three significant digits, never an exponent: 1.23, 12.3, 123, 1,234."""
+    magnitude = abs(value)
+    return f"{value:,.{2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0}f}"
+
+
+def format_bytes(count: float | None) -> str:
+    """Bytes in decimal units, as GPU makers and disks count them: 1 GB is 1e9 bytes."""
+    if not _known(count):
+        return MISSING
+    power = 0
+    while abs(count) >= 999.5 and power < len(BYTE_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.0f} B" if power == 0 else f"{_three_digits(count)} {BYTE_UNITS[power]}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """A duration: milliseconds below one second, minutes from one minute on."""
+    if not _known(seconds):
+        return MISSING
+    if abs(seconds) < 0.9995:
+        return f"{_three_digits(seconds * 1000)} ms"
+    if abs(seconds) < 59.5:
+        return f"{_three_digits(seconds)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def format_speed(tokens_per_second: float | None) -> str:
+    """Decode speed in tokens per second."""
+    return f"{_three_digits(tokens_per_second)} tok/s" if _known(tokens_per_second) else MISSING
+
+
+def format_count(count: int | None) -> str:
+    """A whole number with thousands separators."""
+    return f"{count:,}" if _known(count) else MISSING

@@ -1,0 +1,229 @@
+"""What the live panel shows, accumulated from the event stream. Plain Python: no gradio, no torch.
+
+Gradio sends only the difference between two values of a component. So the series here only ever grow, numbers are
+rounded, and a point that was sent is never touched again: an update costs the new points and the changed card fields.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmq.errors import unknown
+from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Step, Waiting
+from llmq.ui.format import MISSING, format_bytes, format_count, format_seconds, format_speed
+
+SPEED_WINDOW = 16  # decode steps behind one point of the speed curve
+FULL_RATE = 600  # samples kept one for one; a run of two minutes at five samples a second
+THEN_EVERY = 300  # after that the spacing doubles every so many kept samples
+STATE_TEXT = {"waiting": "Waiting", "loading": "Loading", "prefill": "Prefill", "decoding": "Decoding"}
+REASON_TEXT = {
+    "eos": "Finished: end of text",
+    "length": "Finished: token limit",
+    "context": "Finished: context full",
+    "time": "Finished: time limit",
+    "stopped": "Stopped",
+}
+# Memory field -> (series key, name in the legend). A sample that has any device figure shows no process memory.
+DEVICE_SERIES = {
+    "device_bytes": ("device", "whole device"),
+    "device_process_bytes": ("device_process", "this process"),
+    "allocated_bytes": ("allocated", "live tensors (torch)"),
+}
+PROCESS_SERIES = {"process_bytes": ("process", "whole process")}
+
+
+@dataclass
+class _Progress:
+    """One contestant so far. Seconds and bytes; `recent` holds the seconds of the last decode steps."""
+
+    state: str = "waiting"
+    state_text: str = STATE_TEXT["waiting"]
+    note: str = ""
+    weight_bytes: int | None = None
+    peak_bytes: int | None = None
+    first_token_seconds: float | None = None
+    tokens: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
+    stepped: bool = False  # a decode step arrived since the last sample
+
+    def enter(self, state: str, *, text: str | None = None, note: str = "") -> None:
+        self.state, self.state_text, self.note = state, text or STATE_TEXT[state], note
+
+    def step(self, step: Step) -> None:
+        self.tokens += 1
+        if step.index >= 1:  # token 0 is the prefill's
+            self.decode_tokens += 1
+            self.decode_seconds += step.seconds
+            self.recent.append(step.seconds)
+            self.stepped = True
+
+    def raise_peak(self, count: int) -> None:
+        self.peak_bytes = max(count, self.peak_bytes or 0)
+
+    def window_speed(self) -> float | None:
+        """Tokens per second over the last decode steps; None when not decoding and nothing came since the last call."""
+        if not (self.stepped or (self.state == "decoding" and self.recent)):
+            return None
+        self.stepped = False
+        return round(_speed(len(self.recent), sum(self.recent)) or 0.0, 2)
+
+    def card(self) -> dict[str, str]:
+        return {
+            "state": self.state,
+            "state_text": self.state_text,
+            "note": self.note,
+            "first_token": format_seconds(self.first_token_seconds),
+            "speed": format_speed(_speed(self.decode_tokens, self.decode_seconds)),
+            "weights": format_bytes(self.weight_bytes),
+            "peak": format_bytes(self.peak_bytes),
+            "tokens": format_count(self.tokens) if self.tokens else MISSING,
+        }
+
+
+class LiveState:
+    """Consumes events; `value()` is what the live panel draws.
+
+    `contestants` maps each label of the run to its arithmetic label, in the order of the panes; `run` is any string
+    that differs from the run before, and makes the panel start over.
+    """
+
+    def __init__(self, contestants: Mapping[str, str], *, run: str):
+        self._run = run
+        self._contestants = [{"label": label, "arithmetic": text} for label, text in contestants.items()]
+        self._progress = {label: _Progress() for label in contestants}
+        self._columns: list[dict] = []
+        self._series: dict[str, list[float | None]] = {"t": []}
+        self._held: dict[str, float] = {}
+        self._held_samples = 0
+
+    def add(self, event: Event) -> None:
+        """Take one event in. Raises BadChoice for a contestant that this run does not have."""
+        match event:
+            case Memory():
+                self._sample(event)
+            case Waiting() | Planned():
+                self._wait(event)
+            case _:
+                self._progress_event(event)
+
+    def value(self) -> dict:
+        """A JSON-able snapshot; the lists are copies, because Gradio compares it with the one before.
+
+        `series` is columnar and all columns have one length: `t` in seconds, memory in MB (1e6 bytes), speeds in
+        tokens per second, None where there is nothing to draw. `columns` describes them; `cards` holds finished text.
+        """
+        return {
+            "run": self._run,
+            "memory": self.memory_label,
+            "contestants": list(self._contestants),
+            "columns": list(self._columns),
+            "series": {key: list(points) for key, points in self._series.items()},
+            "cards": [progress.card() for progress in self._progress.values()],
+        }
+
+    @property
+    def memory_label(self) -> str:
+        keys = self._series.keys()
+        if any(key in keys for key, _ in DEVICE_SERIES.values()):
+            return "VRAM"
+        return "Process memory" if "process" in keys else "Memory"
+
+    def _wait(self, event: Waiting | Planned) -> None:
+        note = "another run holds the device" if isinstance(event, Waiting) else ""
+        for progress in self._progress.values():
+            progress.enter("waiting", note=note)
+
+    def _progress_event(self, event: Event) -> None:
+        if event.contestant not in self._progress:
+            raise unknown("contestant", event.contestant, self._progress)
+        progress = self._progress[event.contestant]
+        match event:
+            case Loading():
+                progress.enter("loading", note=event.message)
+            case Loaded():
+                progress.weight_bytes = event.weight_bytes
+                progress.enter("prefill")
+            case Prefilled():
+                progress.first_token_seconds = event.seconds
+                progress.enter("decoding")
+            case Step():
+                progress.step(event)
+            case Finished():
+                progress.raise_peak(event.peak_bytes)
+                progress.enter("finished", text=REASON_TEXT.get(event.reason, f"Finished: {event.reason}"))
+            case Failed():
+                progress.enter("failed", text="Failed", note=event.message)
+            case Freed() if progress.state != "failed":  # a failure's message is worth more
+                progress.note = _freed_note(event)
+
+    def _sample(self, memory: Memory) -> None:
+        """Keep this sample, or hold it until the spacing is reached: a kept sample has the peaks of those held."""
+        for label, bytes_by_kind in memory.ledger.items():
+            if label in self._progress:
+                self._progress[label].raise_peak(sum(bytes_by_kind.values()))
+        self._held = _highest(self._held, self._memory_row(memory))
+        self._held_samples += 1
+        if self._held_samples >= _spacing(len(self._series["t"])):
+            self._append(round(memory.at, 2), {**self._held, **self._speed_row()})
+            self._held, self._held_samples = {}, 0
+
+    def _memory_row(self, memory: Memory) -> dict[str, float]:
+        """The sample's memory figures by series key, in MB; a figure seen for the first time gets its column."""
+        found = {}
+        for table in (DEVICE_SERIES, PROCESS_SERIES):
+            for name, (key, text) in table.items():
+                if getattr(memory, name) is not None:
+                    self._column(key, text, "memory")
+                    found[key] = _megabytes(getattr(memory, name))
+            if found:
+                break
+        for index, label in enumerate(self._progress):
+            if label in memory.ledger:
+                self._column(f"ledger{index}", label, "memory", index)
+                found[f"ledger{index}"] = _megabytes(sum(memory.ledger[label].values()))
+        return found
+
+    def _speed_row(self) -> dict[str, float]:
+        found = {}
+        for index, (label, progress) in enumerate(self._progress.items()):
+            speed = progress.window_speed()
+            if speed is not None:
+                self._column(f"speed{index}", label, "speed", index)
+                found[f"speed{index}"] = speed
+        return found
+
+    def _column(self, key: str, name: str, axis: str, contestant: int | None = None) -> None:
+        if key not in self._series:
+            self._series[key] = [None] * len(self._series["t"])
+            self._columns.append({"key": key, "name": name, "axis": axis, "contestant": contestant})
+
+    def _append(self, at: float, row: Mapping[str, float]) -> None:
+        for key, points in self._series.items():
+            points.append(at if key == "t" else row.get(key))
+
+
+def _speed(tokens: int, seconds: float) -> float | None:
+    return tokens / seconds if seconds > 0 else None
+
+
+def _megabytes(count: int) -> float:
+    return round(count / 1e6, 1)
+
+
+def _spacing(kept: int) -> int:
+    """How many samples one more point stands for when `kept` points exist: 1, then 2, 4, 8, ..."""
+    return 1 if kept < FULL_RATE else 2 ** ((kept - FULL_RATE) // THEN_EVERY + 1)
+
+
+def _highest(held: Mapping[str, float], new: Mapping[str, float]) -> dict[str, float]:
+    return {**held, **{key: max(held.get(key, value), value) for key, value in new.items()}}
+
+
+def _freed_note(event: Freed) -> str:
+    if event.verified:
+        return f"memory freed: {format_bytes(event.freed_bytes)}"
+    return f"only {format_bytes(event.freed_bytes)} of {format_bytes(event.expected_bytes)} came back"

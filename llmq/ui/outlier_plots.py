@@ -1,0 +1,214 @@
+"""Heatmaps of activation outliers as plotly figures: numbers in, figures out. Imports neither gradio nor torch.
+
+Colour is logarithmic and breaks at the threshold: one quiet blue ramp under it, one orange ramp from it on, so what
+stays in 16 bit is seen at once, also without red-green vision and in grey (the ramps never have the same lightness
+side by side). Values travel linear, as float32, so that hovering shows |x| itself; the ramp's stops are placed
+logarithmically, and a colour bar of its own, in log10, stands for them.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+TEXT = {False: "#1f2937", True: "#e5e7eb"}
+HOVER = {False: "#ffffff", True: "#111827"}
+UNDER = {False: ("#f1f5f9", "#a9bfd6", "#5f84ab"), True: ("#131c2b", "#24466e", "#3f6fa6")}
+OVER = {False: ("#f28e2b", "#c2410c", "#5f1d05"), True: ("#f59e0b", "#fbc75a", "#fff4d6")}
+FLOOR = 0.1  # |x| up to here has the first colour
+CELLS = 12_000  # most cells of a figure that sends three numbers a cell
+NAME_CHARACTERS = 18
+
+
+def layer_channel_figure(
+    values: np.ndarray,
+    channels: np.ndarray,
+    threshold: float,
+    title: str,
+    dark: bool | None = None,
+    *,
+    layers: Sequence[int | None] | None = None,
+    width: int | None = None,
+) -> go.Figure:
+    """Layer × channel heatmap of max |x|.
+
+    `values` (layers, cells) max |x|, NaN where nothing ran; `channels`, same shape, the channel each maximum is in;
+    `layers`, one number a row (default 0, 1, …); `width` channels a cell, for the axis (default: from `channels`).
+    `dark`: colours for a dark page (default light).
+    """
+    dark = bool(dark)
+    names = [str(row) for row in range(len(values))] if layers is None else [_layer_name(layer) for layer in layers]
+    heatmap = _heatmap(values, threshold, dark)
+    heatmap.update(
+        _channel_axis(channels, width),
+        y=names,
+        customdata=_smallest(channels),
+        hovertemplate="layer %{y}<br>channel %{customdata}<br>|x| %{z:,.5~r}<extra></extra>",
+    )
+    return _figure(heatmap, values, threshold, title, "layer", dark)
+
+
+def token_channel_figure(
+    values: np.ndarray,
+    channels: np.ndarray,
+    tokens: np.ndarray,
+    texts: Sequence[str],
+    threshold: float,
+    title: str,
+    dark: bool | None = None,
+    *,
+    width: int | None = None,
+    height: int = 1,
+    first_token: int = 0,
+) -> go.Figure:
+    """Token × channel heatmap of max |x| for one layer, its rows named by their tokens.
+
+    `values`, `channels`, `tokens` (rows, cells): a cell's max |x|, and the channel and the token it is at; `texts`: the
+    prompt's tokens from token 0; a cell covers `width` channels × `height` tokens, the first row from `first_token`.
+    Cells are pooled further along the channels, by maximum, until the figure has at most `CELLS` of them.
+    """
+    dark = bool(dark)
+    factor = -(-values.size // CELLS)
+    width = (width or _cell_width(channels)) * factor
+    values, channels, tokens = _pool_columns(values, channels, tokens, factor=factor)
+    heatmap = _heatmap(values, threshold, dark)
+    heatmap.update(
+        _channel_axis(channels, width),
+        y=[_token_name(first_token + row * height, height, texts) for row in range(len(values))],
+        customdata=_smallest(channels),
+        text=_smallest(tokens),
+        hovertemplate="%{y}<br>token %{text}, channel %{customdata}<br>|x| %{z:,.5~r}<extra></extra>",
+    )
+    return _figure(heatmap, values, threshold, title, "token", dark)
+
+
+def escape(text: str) -> str:
+    """Text for a plotly label: no markup, no line breaks, no TeX; plotly turns the entities back into characters."""
+    visible = text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    printable = "".join(c if c.isprintable() else "�" for c in visible)
+    return html.escape(printable, quote=False).replace("$", "&#36;")
+
+
+def _layer_name(layer: int | None) -> str:
+    return "head" if layer is None else str(layer)
+
+
+def _token_name(first: int, height: int, texts: Sequence[str]) -> str:
+    """A row's label, led by the number of its first token: plotly merges rows of one name."""
+    last = min(first + height, len(texts)) - 1
+    joined = "".join(texts[first : last + 1])
+    short = joined if len(joined) <= NAME_CHARACTERS else joined[: NAME_CHARACTERS - 1] + "…"
+    return f"{first}–{last} {escape(short)}" if last > first else f"{first} {escape(short)}"
+
+
+def _pool_columns(values: np.ndarray, *where: np.ndarray, factor: int) -> tuple[np.ndarray, ...]:
+    """Merge every `factor` columns by maximum; `where` arrays give their entry at each maximum."""
+    if factor == 1:
+        return values, *where
+    padding = (0, 0), (0, -values.shape[1] % factor)
+    cells = np.pad(values, padding, constant_values=-1).reshape(len(values), -1, factor)
+    best = cells.argmax(axis=2)[..., None]
+    padded = [np.pad(array, padding).reshape(cells.shape) for array in where]
+    return tuple(np.take_along_axis(array, best, axis=2)[..., 0] for array in (cells, *padded))
+
+
+def _cell_width(channels: np.ndarray) -> int:
+    """The narrowest width of equal cells that puts every channel into its column."""
+    return int(np.ceil((channels.max(axis=0, initial=0) + 1) / np.arange(1, channels.shape[1] + 1)).max(initial=1))
+
+
+def _channel_axis(channels: np.ndarray, width: int | None) -> dict:
+    width = width or _cell_width(channels)
+    return {"x0": (width - 1) / 2, "dx": width}
+
+
+def _smallest(numbers: np.ndarray) -> np.ndarray:
+    """int16 where the numbers fit, else int32: half the bytes on their way to the browser."""
+    return numbers.astype(np.int16 if numbers.max(initial=0) < 2**15 else np.int32)
+
+
+def _bounds(values: np.ndarray, threshold: float) -> tuple[float, float]:
+    """Where the colours begin and end: at least a decade on both sides of the threshold."""
+    finite = values[np.isfinite(values)]
+    return min(FLOOR, threshold / 10), max(float(finite.max(initial=0)), threshold * 10)
+
+
+def _heatmap(values: np.ndarray, threshold: float, dark: bool) -> go.Heatmap:
+    low, high = _bounds(values, threshold)
+    steps = _color_steps(low, high, threshold, dark)
+    return go.Heatmap(
+        z=np.nan_to_num(values.astype(np.float32), nan=np.nan),
+        zmin=0,
+        zmax=high,
+        colorscale=[(0, steps[0][1]), *((value / high, color) for value, color in steps)],
+        showscale=False,
+        hoverongaps=False,
+    )
+
+
+def _color_steps(low: float, high: float, threshold: float, dark: bool) -> list[tuple[float, str]]:
+    """(|x|, colour) in ascending order, evenly spaced in log |x|, with a jump of hue just under the threshold."""
+    under = np.geomspace(low, threshold * (1 - 1e-6), 12)
+    over = np.geomspace(threshold, high, 12)
+    ramps = (under, UNDER[dark]), (over, OVER[dark])
+    return [(float(v), color) for ramp, ends in ramps for v, color in zip(ramp, _ramp(ends, len(ramp)), strict=True)]
+
+
+def _ramp(ends: Sequence[str], n: int) -> list[str]:
+    """`n` colours along the straight lines in sRGB between the hex colours `ends`."""
+    points = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in ends])
+    where = np.linspace(0, len(ends) - 1, n)
+    mixed = [np.interp(where, range(len(ends)), points[:, channel]) for channel in range(3)]
+    return ["#{:02x}{:02x}{:02x}".format(*(round(float(part)) for part in color)) for color in zip(*mixed, strict=True)]
+
+
+def _color_bar(low: float, high: float, threshold: float, dark: bool) -> go.Scatter:
+    """An empty trace that only carries the colour bar: log10 |x|, with the threshold among its ticks."""
+    span = math.log10(high / low)
+    scale = [(math.log10(v / low) / span, color) for v, color in _color_steps(low, high, threshold, dark)]
+    scale = [(min(max(position, 0.0), 1.0), color) for position, color in scale]
+    ticks = _ticks(low, high, threshold)
+    bar = {
+        "title": {"text": "|x|", "side": "top"},
+        "tickvals": [math.log10(value) for value in ticks],
+        "ticktext": [f"<b>{v:g} threshold</b>" if v == threshold else f"{v:,g}" for v in ticks],
+        "thickness": 14,
+        "outlinewidth": 0,
+        "ticks": "outside",
+    }
+    marker = {"color": [math.log10(low)], "cmin": math.log10(low), "cmax": math.log10(high), "colorscale": scale}
+    return go.Scatter(
+        x=[None], y=[None], mode="markers", marker={**marker, "showscale": True, "colorbar": bar}, hoverinfo="skip"
+    )
+
+
+def _ticks(low: float, high: float, threshold: float) -> list[float]:
+    """The threshold and the powers of ten, without those whose label would touch the threshold's."""
+    room = 0.05 * math.log10(high / low)
+    exponents = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high)) + 1)
+    decades = [10.0**e for e in exponents if abs(e - math.log10(threshold)) > room]
+    return sorted([threshold, *decades])
+
+
+def _figure(heatmap: go.Heatmap, values: np.ndarray, threshold: float, title: str, row: str, dark: bool) -> go.Figure:
+    figure = go.Figure([heatmap, _color_bar(*_bounds(values, threshold), threshold, dark)])
+    plain = {"showgrid": False, "zeroline": False}
+    figure.update_layout(
+        title={"text": escape(title)},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "color": TEXT[dark]},
+        hoverlabel={"bgcolor": HOVER[dark], "font": {"family": FONT, "color": TEXT[dark]}},
+        xaxis={"title": {"text": "channel"}, **plain},
+        yaxis={"title": {"text": row}, "type": "category", "autorange": "reversed", **plain},
+        showlegend=False,
+        height=int(np.clip(150 + 14 * len(values), 300, 900)),
+        margin={"l": 60, "r": 20, "t": 50, "b": 50},
+        template="none",
+    )
+    return figure

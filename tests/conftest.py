@@ -1,0 +1,92 @@
+"""Fixtures: a tiny random LLaMA with a byte tokenizer, the demo model, and a fixed seed for every test."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_report_header() -> str:
+    import bitsandbytes
+    import transformers
+
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device"
+    versions = f"transformers {transformers.__version__}, bitsandbytes {bitsandbytes.__version__}"
+    return f"torch {torch.__version__}, {versions}, {device}"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def tiny_config(**changes):
+    """A LLaMA small enough to run thousands of steps in a test."""
+    from transformers import LlamaConfig
+
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=259,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+    )
+    return LlamaConfig(**(shape | changes))
+
+
+def tiny_llama(dtype=torch.float32, **changes):
+    """A random LLaMA over the byte vocabulary, in eval mode; a fresh model each call, the same weights each time."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config(**changes)).to(dtype).eval().requires_grad_(False)
+
+
+def byte_tokenizer():
+    """One token a byte, then <s>, </s> and <pad>: every multi-byte character is split."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)} | {"<s>": 256, "</s>": 257, "<pad>": 258}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=128
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """The tiny LLaMA and its tokenizer as a local model folder."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tiny_llama(torch.float16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo model's source, fetched and converted when this machine has not seen it."""
+    from llmq.models.loading import prepare, resolve
+
+    source = resolve("demo")
+    for _ in prepare(source):
+        pass
+    return source

@@ -1,0 +1,141 @@
+"""The real thing: the demo model through the comparison, held against transformers' own generate.
+
+Runs on the GPU where there is one, else on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import pytest
+import torch
+
+from llmq.compare import compare
+from llmq.contestants import Comparison, Contestant
+from llmq.engine.residents import Key, Residents
+from llmq.engine.sampling import SamplingSettings
+from llmq.engine.text import encode_prompt
+from llmq.environment import default_device
+from llmq.events import Finished
+from llmq.models.loading import load_tokenizer
+from llmq.quant.handler import stored_tensors
+from llmq.summary import Summary
+
+pytestmark = pytest.mark.demo
+PARIS = "Plan a 3-day itinerary in Paris."
+NEW_TOKENS = 16
+KEYS = {"model", "device", "schedule", "contestants", "agreement"}
+CONTESTANT_KEYS = {
+    "method",
+    "text",
+    "token_ids",
+    "prompt_tokens",
+    "load_seconds",
+    "prefill_seconds",
+    "decode_tokens_per_second",
+    "weight_bytes",
+    "kv_bytes",
+    "peak_bytes",
+}
+
+
+@pytest.fixture(scope="module")
+def residents():
+    return Residents()
+
+
+@pytest.fixture(scope="module")
+def summary(demo, residents):
+    comparison = Comparison(
+        prompt=PARIS, sampling=SamplingSettings(max_new_tokens=NEW_TOKENS), device=default_device()
+    )
+    return Summary(compare(comparison, residents))
+
+
+def engine_of(demo, residents, method):
+    label = Contestant.parse(method).label
+    return residents.get(Key(demo, label, method, default_device()))[0]
+
+
+@pytest.mark.parametrize("method", ["fp16", "bnb-int8"])
+def test_greedy_tokens_equal_generate(demo, residents, summary, method):
+    engine, tokenizer = engine_of(demo, residents, method), load_tokenizer(demo)
+    prompt = torch.tensor([encode_prompt(tokenizer, PARIS, context=8192)], device=default_device())
+    with torch.inference_mode():
+        expected = engine.model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False
+        )[0, prompt.shape[1] :]
+    outcome = summary.outcomes[method]
+    assert outcome.token_ids == expected.tolist()
+    assert outcome.text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("method", ["fp16", "bnb-int8"])
+def test_ledger_counts_every_stored_byte(demo, residents, summary, method):
+    engine = engine_of(demo, residents, method)
+    assert engine.weight_bytes == sum(t.nbytes for t in stored_tensors(engine.model))
+    assert summary.outcomes[method].weight_bytes == engine.weight_bytes
+    assert summary.outcomes[method].kv_bytes == 2 * 30 * 3 * 64 * 2 * (41 + NEW_TOKENS - 1)
+
+
+def test_prediction_is_exact_for_weights(demo, residents, summary):
+    from llmq import memory
+    from llmq.models.loading import load_config
+    from llmq.quant import METHODS
+
+    shape = memory.meta_model(load_config(demo))
+    for method in ("fp16", "bnb-int8"):
+        engine = engine_of(demo, residents, method)
+        predicted = memory.predict(shape, METHODS[method].handler, tokens=41 + NEW_TOKENS - 1)
+        assert (predicted.weights, predicted.scales) == (engine.weight_bytes, engine.scale_bytes)
+        assert predicted.kv == summary.outcomes[method].kv_bytes
+
+
+def test_int8_runs_the_decomposition_not_the_training_path(demo, residents, summary):
+    from llmq.quant.bnb_int8 import int8_linears
+
+    found = [m.state.idx for m in int8_linears(engine_of(demo, residents, "bnb-int8").model)]
+    assert len(found) == 210
+    assert any(idx is not None and idx.numel() for idx in found)
+
+
+def test_threshold_zero_changes_the_result(demo, residents):
+    """The threshold reaches the kernels: at 0 nothing is decomposed, and the logits move."""
+    engine = engine_of(demo, residents, "bnb-int8")
+    ids = encode_prompt(load_tokenizer(demo), PARIS, context=8192)
+    logprobs = []
+    for threshold in (6.0, 0.0, 6.0):
+        engine.set_threshold(threshold)
+        logprobs.append(engine.start(ids, SamplingSettings()).prefill().logprob)
+    assert logprobs[0] == logprobs[2] != logprobs[1]
+
+
+def test_cli_prints_the_stable_keys(demo, capsys):
+    from llmq.cli import main
+
+    assert main(["compare", PARIS, "--max-new-tokens", "2", "--methods", "fp16", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result.keys() >= KEYS
+    assert all(contestant.keys() >= CONTESTANT_KEYS for contestant in result["contestants"])
+    assert result["agreement"].keys() == {"first_divergence", "matching_prefix_tokens"}
+
+
+def test_stop_and_restart_leaves_nothing_behind(demo, residents):
+    """Stop in different places, start again: one run at a time, and memory where it was."""
+    import threading
+
+    from llmq import telemetry
+
+    comparison = Comparison(prompt=PARIS, sampling=SamplingSettings(max_new_tokens=8), device=default_device())
+    levels = []
+    for cycle in range(6):
+        stop = threading.Event()
+        events = compare(comparison, residents, stop=stop)
+        for number, _ in enumerate(events):
+            if number == cycle:
+                stop.set()
+        levels.append(telemetry.MemoryReader(default_device())()["process_bytes"])
+        assert not any(thread.name == "llmq-sampler" for thread in threading.enumerate())
+    assert levels[-1] <= 1.02 * statistics.median(levels[:3])
+    assert all(isinstance(e, Finished) or True for e in compare(comparison, residents))
