@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llmq.errors import UserError
 from llmq.events import Event, Run
-from llmq.reporting import progress_line, run_as_json, table
+from llmq.reporting import outlier_lines, progress_line, run_as_json, table
 from llmq.summary import Summary
 
 EXIT_USAGE = 2
@@ -183,7 +183,27 @@ def _print_run(run: Run, summary: Summary, *, as_json: bool) -> int:
 
 
 def _outliers(options) -> int:
-    raise UserError("not built")
+    from llmq.contestants import Contestant
+    from llmq.engine.residents import Residents
+    from llmq.inspect.run import Inspection, inspect_outliers
+
+    inspection = Inspection(
+        prompt=options.prompt,
+        model=options.model,
+        contestant=Contestant.parse(options.method, options.threshold),
+        new_tokens=options.new_tokens,
+        device=_device(options),
+    )
+    *_, report = _reported(inspect_outliers(inspection, Residents()))
+    if options.html:
+        from llmq.ui.outlier_page import write_page
+
+        write_page(report, options.threshold, options.html)
+    if options.json:
+        print(json.dumps(report.to_json(options.threshold), allow_nan=False))
+    else:
+        print("\n".join(outlier_lines(report, options.threshold)))
+    return 0
 
 
 def _quality(options) -> int:

@@ -33,12 +33,10 @@ from llmq.events import (
     Planned,
     Prefilled,
     Step,
-    Waiting,
 )
-from llmq.models.loading import Source, ids_within, load_config, load_tokenizer, prepare, resolve
+from llmq.models.loading import Source, ids_within, load_config, load_tokenizer, resolve
+from llmq.preparation import await_turn, make_ready
 from llmq.quant import method_named
-
-LOCK_POLL_SECONDS = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +50,9 @@ def compare(
 ) -> Iterator[Event]:
     """Run `comparison`, yielding events. Raises UserError only before the plan (bad model, bad prompt)."""
     stop = stop or threading.Event()
-    yield Waiting(seconds=0.0)  # before any work, so that whoever listens can already stop us
-    with residents.exclusive() as take:
-        started = clock()
-        while not take(LOCK_POLL_SECONDS):
-            if stop.is_set():
-                return
-            yield Waiting(seconds=round(clock() - started, 1))
-        yield from _Race(comparison, residents, stop, clock).run()
+    with residents.turnstile.turn() as turn:
+        if (yield from await_turn(turn, stop, clock)):
+            yield from _Race(comparison, residents, stop, clock).run()
 
 
 @dataclass
@@ -116,10 +109,8 @@ class _Race:
 
     def run(self) -> Iterator[Event]:
         source = resolve(self.comparison.model, random_weights=self.comparison.random_weights)
-        for progress in prepare(source):
-            if self.stop.is_set():
-                return
-            yield Loading(contestant="", message=progress.message)
+        if not (yield from make_ready(source, self.stop)):
+            return
         plan = yield from self._plan(source)
         with telemetry.Sampler(self.comparison.device) as self.sampler:
             try:

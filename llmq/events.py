@@ -24,9 +24,10 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
-    """Another run still holds the device; yielded until it is free."""
+    """Others are in front of this run, `position` of them with the one running; yielded until it is our turn."""
 
     seconds: float
+    position: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Run, Waiting
+from llmq.inspect.report import OutlierReport
 from llmq.summary import Outcome, Summary
 
 
 def progress_line(event: Event) -> str:
     match event:
-        case Waiting(seconds=seconds) if seconds:
+        case Waiting(position=position) if position:
             return "waiting for another run to leave the device"
         case Planned():
             return f"{event.schedule} on {event.device}" + (f": {event.reason}" if event.reason else "")
         case Loading():
-            return event.message.split(" (")[0] or f"loading {event.contestant}"
+            return event.message.partition(" (")[0].partition(" · ")[0] or f"loading {event.contestant}"
         case Loaded():
             return f"{event.contestant}: {event.weight_bytes / 1e6:,.0f} MB of weights in {event.seconds:.1f} s"
         case Finished():
@@ -71,3 +72,18 @@ def table(result: dict) -> Iterator[str]:
         yield f"{c['method']:<14}{first:>13}{speed:>14}{weights:>12}{peak:>12}"
     first = result["agreement"]["first_divergence"]
     yield "the texts agree throughout" if first is None else f"the first different token is number {first + 1}"
+
+
+def outlier_lines(report: OutlierReport, threshold: float) -> Iterator[str]:
+    """The outlier report for a terminal: one line a kind of module, then the strongest channels."""
+    from llmq.inspect.views import strongest_channels
+
+    yield f"{report.model}, {report.method}, |x| >= {threshold:g}, {report.prompt_tokens} prompt tokens"
+    for kind in report.kinds:
+        modules = [module for module in report.modules if module.kind == kind]
+        with_columns = sum(bool(module.prefill_columns(threshold)) for module in modules)
+        most = max(len(module.prefill_columns(threshold)) for module in modules)
+        yield f"  {kind:<10} prefill: {with_columns} of {len(modules)} layers have outlier columns, {most} at most"
+    yield "strongest channels:"
+    for row in strongest_channels(report, threshold, 10):
+        yield f"  {row.kind:<10} channel {row.channel:<6} |x| up to {row.absmax:,.1f} (layer {row.layer}, {row.phase})"

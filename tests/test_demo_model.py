@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import statistics
+import threading
 
 import pytest
 import torch
 
+from llmq import telemetry
 from llmq.compare import compare
 from llmq.contestants import Comparison, Contestant
 from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
 from llmq.engine.text import encode_prompt
 from llmq.environment import default_device
-from llmq.events import Finished
 from llmq.models.loading import load_tokenizer
 from llmq.quant.handler import stored_tensors
 from llmq.summary import Summary
@@ -122,20 +123,16 @@ def test_cli_prints_the_stable_keys(demo, capsys):
 
 
 def test_stop_and_restart_leaves_nothing_behind(demo, residents):
-    """Stop in different places, start again: one run at a time, and memory where it was."""
-    import threading
-
-    from llmq import telemetry
-
+    """Stop in six different places, start again: no thread left, memory where it was, and the next run is whole."""
     comparison = Comparison(prompt=PARIS, sampling=SamplingSettings(max_new_tokens=8), device=default_device())
     levels = []
     for cycle in range(6):
         stop = threading.Event()
-        events = compare(comparison, residents, stop=stop)
-        for number, _ in enumerate(events):
+        for number, _ in enumerate(compare(comparison, residents, stop=stop)):
             if number == cycle:
                 stop.set()
         levels.append(telemetry.MemoryReader(default_device())()["process_bytes"])
         assert not any(thread.name == "llmq-sampler" for thread in threading.enumerate())
     assert levels[-1] <= 1.02 * statistics.median(levels[:3])
-    assert all(isinstance(e, Finished) or True for e in compare(comparison, residents))
+    outcomes = Summary(compare(comparison, residents)).outcomes
+    assert [outcome.reason for outcome in outcomes.values()] == ["length", "length"]

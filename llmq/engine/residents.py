@@ -1,19 +1,18 @@
-"""Loaded engines, kept between runs, and the lock that lets one run at a time touch the device."""
+"""Loaded engines, kept between runs, and the line in front of the device they are on."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmq import telemetry
 from llmq.engine.hf import HFEngine
+from llmq.engine.turns import Turnstile
 from llmq.models.loading import Source, load_model
 from llmq.quant import method_named
 
@@ -43,26 +42,7 @@ class Residents:
     def __init__(self, load: Callable[[Source, str, str], HFEngine] | None = None):
         self._load = load or load_engine
         self._engines: dict[Key, HFEngine] = {}
-        self._lock = threading.Lock()
-
-    @contextmanager
-    def exclusive(self) -> Iterator[Callable[[float], bool]]:
-        """Inside, call `take(timeout_seconds)` until it says True; the device is given back when the block ends.
-
-        A stopped run may still be inside a slow step when the next one begins, so a queue in front is not enough.
-        """
-        taken = False
-
-        def take(timeout: float) -> bool:
-            nonlocal taken
-            taken = taken or self._lock.acquire(timeout=timeout)
-            return taken
-
-        try:
-            yield take
-        finally:
-            if taken:
-                self._lock.release()
+        self.turnstile = Turnstile()
 
     def __contains__(self, key: Key) -> bool:
         return key in self._engines

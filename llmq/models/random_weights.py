@@ -34,7 +34,7 @@ def random_llama(config: LlamaConfig, device: str, seed: int = 0) -> LlamaForCau
                 parameter.normal_(0.0, scale, generator=generator)
         _plant_outliers(model)
     # Buffers (rotary frequencies) are computed, not drawn: to_empty left them unset.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     return model.eval()
 
 

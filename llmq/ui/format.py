@@ -51,3 +51,10 @@ def format_speed(tokens_per_second: float | None) -> str:
 def format_count(count: int | None) -> str:
     """A whole number with thousands separators."""
     return f"{count:,}" if _known(count) else MISSING
+
+
+def format_share(share: float | None) -> str:
+    """A share of 1 in per cent, small ones with the digits they need."""
+    if not _known(share):
+        return MISSING
+    return f"{share:.0%}" if share == 0 or share >= 0.1 else f"{100 * share:.2g} %".replace(" %", "%")

@@ -1,6 +1,5 @@
 // Wires the panel: draws `props.value` when it changes, when the panel's size changes and when the theme does.
-const EMPTY = { run: null, memory: "Memory", contestants: [], columns: [], series: { t: [] }, cards: [] };
-const CAPTION = "Weights and peak memory on the cards, and the coloured memory curves, are exact tensor sizes of each method.";
+const EMPTY = { run: null, memory: "Memory", contestants: [], columns: [], samples: [], cards: [] };
 const current = () => (props.value && props.value.cards ? props.value : EMPTY);
 const redrawPause = () => (matchMedia("(prefers-reduced-motion: reduce)").matches ? 1000 : 250); // milliseconds
 
@@ -11,11 +10,12 @@ let lastDraw = -Infinity;
 const drawCards = (value) => {
   if (value.run !== shownRun) {
     shownRun = value.run;
+    element.dataset.run = value.run;
+    element.dataset.points = 0;
     buildCards(value.contestants);
     part("empty").hidden = value.cards.length > 0;
-    part("caption").hidden = value.cards.length === 0;
-    setText(part("caption"), CAPTION);
   }
+  for (const shown of [host, part("caption"), part("figures")]) shown.hidden = value.samples.length === 0;
   fillCards(value);
 };
 
@@ -61,6 +61,7 @@ loadPlotly().then((library) => {
   observeTheme();
   observeSize();
 }).catch((error) => {
+  console.error("llmq: no plot", error);
+  host.remove();
   part("plot-error").hidden = false;
-  setText(part("plot-error"), `The plot could not be loaded (${error.message}). The table below holds the figures.`);
 });

@@ -18,14 +18,16 @@ TEMPLATE = """
   <p class="llmq-hidden" role="status" data-part="status"></p>
   <p class="llmq-quiet" data-part="empty">Time, speed and memory of each method appear here when a run starts.</p>
   <div class="llmq-cards" data-part="cards"></div>
-  <p class="llmq-quiet" data-part="plot-error" hidden></p>
-  <div class="llmq-plot" data-part="plot" role="img" aria-label="Memory and decode speed over time, by method.
+  <p class="llmq-quiet" data-part="plot-error" hidden>
+    The plot could not be loaded. The table below holds its figures.</p>
+  <div class="llmq-plot" data-part="plot" hidden role="group" aria-label="Memory and decode speed over time, by method.
     The table below holds the figures."></div>
-  <p class="llmq-quiet" data-part="caption" hidden></p>
-  <details class="llmq-figures" data-part="figures">
+  <p class="llmq-quiet" data-part="caption" hidden>Weights and peak memory on the cards, and the coloured memory
+    curves, are exact tensor sizes of each method.</p>
+  <details class="llmq-figures" data-part="figures" hidden>
     <summary>Show figures as a table</summary>
     <div class="llmq-scroll" role="region" tabindex="0" aria-label="Figures of the plots"><table>
-      <thead><tr><th scope="col">Series</th><th scope="col">Unit</th><th scope="col">First</th>
+      <thead><tr><th scope="col">Series</th><th scope="col">Unit</th>
         <th scope="col">Lowest</th><th scope="col">Highest</th><th scope="col">Latest</th></tr></thead>
       <tbody data-part="rows"></tbody>
     </table></div>

@@ -30,18 +30,22 @@ const line = ({ key, contestant }) => contestant === null
   ? { color: colour("ink-soft"), width: 1.5, dash: CONTEXT_DASHES[key] }
   : { color: colour(`line-${contestant}`), width: 2, dash: DASHES[contestant % DASHES.length] };
 
-const scaled = ({ axis }, points) => axis === "memory" ? points.map((mb) => mb === null ? null : mb * 1e6) : points;
+const times = ({ samples }, start) => samples.slice(start).map((row) => row[0]);
+
+// Memory travels in MB and is drawn in bytes, so that plotly writes the unit.
+const heights = (value, position, start) => value.columns[position].axis === "speed" ? figures(value, position, start)
+  : figures(value, position, start).map((megabytes) => megabytes === null ? null : megabytes * 1e6);
 
 // The speed subplot begins with the first decode step: loading may take far longer than the run.
-const firstDecode = (value) => value.series.t.findIndex((_, row) =>
-  value.columns.some(({ axis, key }) => axis === "speed" && value.series[key][row] !== null));
+const firstDecode = ({ columns, samples }) => samples.findIndex((row) =>
+  columns.some(({ axis }, position) => axis === "speed" && (row[position + 1] ?? null) !== null));
 
-const makeTrace = (value, start) => (column, position) => {
+const makeTrace = (value, decodeStart) => (column, position) => {
   const speed = column.axis === "speed";
-  const rows = (points) => points.slice(speed ? start : 0);
+  const start = speed ? Math.max(0, decodeStart) : 0;
   const named = value.columns.findIndex((other) => other.name === column.name) === position;
   return {
-    x: rows(value.series.t), y: scaled(column, rows(value.series[column.key])),
+    x: times(value, start), y: heights(value, position, start),
     name: column.name, legendgroup: column.name, showlegend: named,
     mode: "lines", line: line(column), connectgaps: false,
     xaxis: speed ? "x2" : "x", yaxis: speed ? "y2" : "y",
@@ -59,47 +63,59 @@ const heading = (text, x, y) => ({
   font: { size: 14, color: colour("ink") },
 });
 
+const speedTitle = (value) => firstDecode(value) >= 0
+  ? "Decode speed, tokens per second" : "Decode speed: begins with the second token";
+
 const makeLayout = (value) => {
   const stacked = host.clientWidth < STACK_BELOW;
-  const seconds = { title: { text: "seconds since the start", font: { size: 12, color: colour("ink-soft") }, standoff: 6 } };
+  const seconds = { title: { text: "seconds since the start", font: { size: 12, color: colour("ink-soft") }, standoff: 6 },
+    unifiedhovertitle: { text: "%{x:.1f} s" } };
   return {
     width: host.clientWidth, height: stacked ? 580 : 320, uirevision: value.run || "none",
     margin: { l: 48, r: 12, t: 36, b: 40 }, hovermode: "x unified", dragmode: stacked ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(host).fontFamily, size: 12, color: colour("ink") },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("ink-soft"), activecolor: colour("ink") },
     hoverlabel: { bgcolor: colour("surface"), bordercolor: colour("grid"), font: { color: colour("ink") } },
     legend: { orientation: "h", x: 0, y: stacked ? -0.14 : -0.24, yanchor: "top" },
     xaxis: axis({ ...seconds, domain: stacked ? [0, 1] : [0, 0.47], anchor: "y" }),
-    yaxis: axis({ domain: stacked ? [0.62, 1] : [0, 1], tickformat: "~s", ticksuffix: "B" }),
+    yaxis: axis({ domain: stacked ? [0.6, 1] : [0, 1], tickformat: "~s", ticksuffix: "B" }),
     xaxis2: axis({ ...seconds, domain: stacked ? [0, 1] : [0.55, 1], anchor: "y2", rangemode: "normal" }),
-    yaxis2: axis({ domain: stacked ? [0, 0.38] : [0, 1], anchor: "x2" }),
-    annotations: [heading(value.memory || "Memory", 0, 1),
-      heading("Decode speed, tokens per second", stacked ? 0 : 0.55, stacked ? 0.38 : 1)],
+    yaxis2: axis({ domain: stacked ? [0, 0.4] : [0, 1], anchor: "x2" }),
+    annotations: [heading(`${value.memory} over time`, 0, 1),
+      heading(speedTitle(value), stacked ? 0 : 0.55, stacked ? 0.4 : 1)],
   };
 };
 
-const PLOT_OPTIONS = { displaylogo: false, responsive: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+// Without the two 'cloud' lines, plotly.js 4 offers a button that uploads the chart to another host.
+const PLOT_OPTIONS = {
+  displaylogo: false, responsive: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  showSendToCloud: false, plotlyServerURL: "",
+};
 
 let plotly = null;
-let drawn = { run: null, columns: 0, points: 0, width: 0 };
+let drawn = { run: null, columns: 0, points: 0, decodeStart: -1, width: 0 };
 
 const redrawPlot = (value) => {
   if (!plotly || !host.clientWidth) return;
-  plotly.react(host, value.columns.map(makeTrace(value, Math.max(0, firstDecode(value)))), makeLayout(value), PLOT_OPTIONS);
-  drawn = { run: value.run, columns: value.columns.length, points: value.series.t.length, width: host.clientWidth };
+  const decodeStart = firstDecode(value);
+  plotly.react(host, value.columns.map(makeTrace(value, decodeStart)), makeLayout(value), PLOT_OPTIONS);
+  drawn = { run: value.run, columns: value.columns.length, points: value.samples.length, decodeStart, width: host.clientWidth };
   element.dataset.points = drawn.points;
 };
 
 const extendPlot = (value) => {
-  const tail = (points) => points.slice(drawn.points);
-  const y = value.columns.map((column) => scaled(column, tail(value.series[column.key])));
-  plotly.extendTraces(host, { x: y.map(() => tail(value.series.t)), y }, [...y.keys()]);
-  element.dataset.points = drawn.points = value.series.t.length;
+  const y = value.columns.map((_, position) => heights(value, position, drawn.points));
+  plotly.extendTraces(host, { x: y.map(() => times(value, drawn.points)), y }, [...y.keys()]);
+  element.dataset.points = drawn.points = value.samples.length;
 };
+
+// The same run with the same curves, only longer: then the new points suffice.
+const grewOnly = (value) => drawn.run === value.run && drawn.columns === value.columns.length
+  && drawn.points <= value.samples.length && (drawn.decodeStart >= 0 || firstDecode(value) < 0);
 
 const drawPlot = (value) => {
   if (!plotly || !host.clientWidth) return; // hidden in another tab: drawn when it is shown
-  const same = drawn.run === value.run && drawn.columns === value.columns.length && drawn.points <= value.series.t.length;
-  if (!same) redrawPlot(value);
-  else if (value.series.t.length > drawn.points) extendPlot(value);
+  if (!grewOnly(value)) redrawPlot(value);
+  else if (value.samples.length > drawn.points) extendPlot(value);
 };

@@ -1,7 +1,8 @@
 """What the live panel shows, accumulated from the event stream. Plain Python: no gradio, no torch.
 
-Gradio sends only the difference between two values of a component. So the series here only ever grow, numbers are
-rounded, and a point that was sent is never touched again: an update costs the new points and the changed card fields.
+Gradio sends only the difference between two values of a component, and every changed place costs a path. So samples
+are rows (one path a row; as columns they cost five times as much), their list only ever grows, numbers are rounded, and
+a row that was sent is never touched again: an update costs the new rows and the changed card fields.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Memory,
 from llmq.ui.format import MISSING, format_bytes, format_count, format_seconds, format_speed
 
 SPEED_WINDOW = 16  # decode steps behind one point of the speed curve
-FULL_RATE = 600  # samples kept one for one; a run of two minutes at five samples a second
+SPACING_SECONDS = 0.15  # of kept samples; the browser draws four times a second, the machine is sampled ten times
+FULL_RATE = 600  # samples kept at that spacing: the first two minutes
 THEN_EVERY = 300  # after that the spacing doubles every so many kept samples
 STATE_TEXT = {"waiting": "Waiting", "loading": "Loading", "prefill": "Prefill", "decoding": "Decoding"}
 REASON_TEXT = {
@@ -25,7 +27,7 @@ REASON_TEXT = {
     "time": "Finished: time limit",
     "stopped": "Stopped",
 }
-# Memory field -> (series key, name in the legend). A sample that has any device figure shows no process memory.
+# Memory field -> (column, name in the legend). A sample that has any device figure shows no process memory.
 DEVICE_SERIES = {
     "device_bytes": ("device", "whole device"),
     "device_process_bytes": ("device_process", "this process"),
@@ -95,10 +97,13 @@ class LiveState:
         self._run = run
         self._contestants = [{"label": label, "arithmetic": text} for label, text in contestants.items()]
         self._progress = {label: _Progress() for label in contestants}
-        self._columns: list[dict] = []
-        self._series: dict[str, list[float | None]] = {"t": []}
-        self._held: dict[str, float] = {}
-        self._held_samples = 0
+        self._columns: dict[str, dict] = {}
+        self._samples: list[list[float | None]] = []
+        self._held: dict[str, float] = {}  # the peaks of samples not kept since the last kept one
+        self._held_at: float | None = None
+        for key, axis in (("ledger", "memory"), ("speed", "speed")):
+            for index, label in enumerate(contestants):
+                self._column(f"{key}{index}", label, axis, index)
 
     def add(self, event: Event) -> None:
         """Take one event in. Raises BadChoice for a contestant that this run does not have."""
@@ -111,29 +116,30 @@ class LiveState:
                 self._progress_event(event)
 
     def value(self) -> dict:
-        """A JSON-able snapshot; the lists are copies, because Gradio compares it with the one before.
+        """A JSON-able snapshot; its lists are copies, because Gradio compares it with the one before.
 
-        `series` is columnar and all columns have one length: `t` in seconds, memory in MB (1e6 bytes), speeds in
-        tokens per second, None where there is nothing to draw. `columns` describes them; `cards` holds finished text.
+        A row of `samples` is the time in seconds, then one figure for each of `columns`: memory in MB (1e6 bytes),
+        speed in tokens per second, None where there is nothing to draw. Early rows may be shorter: a column that comes
+        later has no figure there. `cards` holds finished text.
         """
         return {
             "run": self._run,
             "memory": self.memory_label,
             "contestants": list(self._contestants),
-            "columns": list(self._columns),
-            "series": {key: list(points) for key, points in self._series.items()},
+            "columns": list(self._columns.values()),
+            "samples": list(self._samples),
             "cards": [progress.card() for progress in self._progress.values()],
         }
 
     @property
     def memory_label(self) -> str:
-        keys = self._series.keys()
-        if any(key in keys for key, _ in DEVICE_SERIES.values()):
+        """'VRAM' on a GPU, 'Process memory' elsewhere, 'Memory' until a sample says which."""
+        if any(key in self._columns for key, _ in DEVICE_SERIES.values()):
             return "VRAM"
-        return "Process memory" if "process" in keys else "Memory"
+        return "Process memory" if "process" in self._columns else "Memory"
 
     def _wait(self, event: Waiting | Planned) -> None:
-        note = "another run holds the device" if isinstance(event, Waiting) else ""
+        note = _waiting_note(event) if isinstance(event, Waiting) else ""
         for progress in self._progress.values():
             progress.enter("waiting", note=note)
 
@@ -153,6 +159,7 @@ class LiveState:
             case Step():
                 progress.step(event)
             case Finished():
+                self._keep()
                 progress.raise_peak(event.peak_bytes)
                 progress.enter("finished", text=REASON_TEXT.get(event.reason, f"Finished: {event.reason}"))
             case Failed():
@@ -165,14 +172,19 @@ class LiveState:
         for label, bytes_by_kind in memory.ledger.items():
             if label in self._progress:
                 self._progress[label].raise_peak(sum(bytes_by_kind.values()))
-        self._held = _highest(self._held, self._memory_row(memory))
-        self._held_samples += 1
-        if self._held_samples >= _spacing(len(self._series["t"])):
-            self._append(round(memory.at, 2), {**self._held, **self._speed_row()})
-            self._held, self._held_samples = {}, 0
+        self._held, self._held_at = _highest(self._held, self._memory_row(memory)), round(memory.at, 2)
+        if not self._samples or self._held_at - self._samples[-1][0] >= _spacing(len(self._samples)):
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._held_at is None:
+            return
+        row = {**self._held, **self._speed_row()}
+        self._samples.append([self._held_at, *(row.get(key) for key in self._columns)])
+        self._held, self._held_at = {}, None
 
     def _memory_row(self, memory: Memory) -> dict[str, float]:
-        """The sample's memory figures by series key, in MB; a figure seen for the first time gets its column."""
+        """The sample's memory figures by column, in MB; a machine's figure gets its column when first seen."""
         found = {}
         for table in (DEVICE_SERIES, PROCESS_SERIES):
             for name, (key, text) in table.items():
@@ -183,27 +195,15 @@ class LiveState:
                 break
         for index, label in enumerate(self._progress):
             if label in memory.ledger:
-                self._column(f"ledger{index}", label, "memory", index)
                 found[f"ledger{index}"] = _megabytes(sum(memory.ledger[label].values()))
         return found
 
-    def _speed_row(self) -> dict[str, float]:
-        found = {}
-        for index, (label, progress) in enumerate(self._progress.items()):
-            speed = progress.window_speed()
-            if speed is not None:
-                self._column(f"speed{index}", label, "speed", index)
-                found[f"speed{index}"] = speed
-        return found
+    def _speed_row(self) -> dict[str, float | None]:
+        return {f"speed{index}": progress.window_speed() for index, progress in enumerate(self._progress.values())}
 
     def _column(self, key: str, name: str, axis: str, contestant: int | None = None) -> None:
-        if key not in self._series:
-            self._series[key] = [None] * len(self._series["t"])
-            self._columns.append({"key": key, "name": name, "axis": axis, "contestant": contestant})
-
-    def _append(self, at: float, row: Mapping[str, float]) -> None:
-        for key, points in self._series.items():
-            points.append(at if key == "t" else row.get(key))
+        """Columns keep the order of their first appearance, which is the order of a row's figures."""
+        self._columns.setdefault(key, {"key": key, "name": name, "axis": axis, "contestant": contestant})
 
 
 def _speed(tokens: int, seconds: float) -> float | None:
@@ -214,13 +214,17 @@ def _megabytes(count: int) -> float:
     return round(count / 1e6, 1)
 
 
-def _spacing(kept: int) -> int:
-    """How many samples one more point stands for when `kept` points exist: 1, then 2, 4, 8, ..."""
-    return 1 if kept < FULL_RATE else 2 ** ((kept - FULL_RATE) // THEN_EVERY + 1)
+def _spacing(kept: int) -> float:
+    """Seconds from the last of `kept` samples to the next: doubled ever more rarely, so a long run stays drawable."""
+    return SPACING_SECONDS * (1 if kept < FULL_RATE else 2 ** ((kept - FULL_RATE) // THEN_EVERY + 1))
 
 
 def _highest(held: Mapping[str, float], new: Mapping[str, float]) -> dict[str, float]:
     return {**held, **{key: max(held.get(key, value), value) for key, value in new.items()}}
+
+
+def _waiting_note(event: Waiting) -> str:
+    return f"runs in front of this one: {event.position}" if event.position else "another run holds the device"
 
 
 def _freed_note(event: Freed) -> str:

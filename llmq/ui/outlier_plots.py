@@ -1,9 +1,10 @@
 """Heatmaps of activation outliers as plotly figures: numbers in, figures out. Imports neither gradio nor torch.
 
-Colour is logarithmic and breaks at the threshold: one quiet blue ramp under it, one orange ramp from it on, so what
-stays in 16 bit is seen at once, also without red-green vision and in grey (the ramps never have the same lightness
-side by side). Values travel linear, as float32, so that hovering shows |x| itself; the ramp's stops are placed
-logarithmically, and a colour bar of its own, in log10, stands for them.
+Colour is logarithmic and breaks at the threshold: a quiet blue ramp under it, an orange one from it on, so what stays
+in 16 bit is seen at once, also without red-green vision. Lightness only ever moves one way as |x| grows, and jumps at
+the threshold, so the figures read in grey too. Values travel linear, as float32, so that hovering shows |x| itself: the
+ramps' stops are placed logarithmically, and a colour bar of its own, in log10, stands for them. A figure whose arrays
+would pass `BYTES` is pooled further along the channels, by maximum.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import plotly.graph_objects as go
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 TEXT = {False: "#1f2937", True: "#e5e7eb"}
 HOVER = {False: "#ffffff", True: "#111827"}
-UNDER = {False: ("#f1f5f9", "#a9bfd6", "#5f84ab"), True: ("#131c2b", "#24466e", "#3f6fa6")}
-OVER = {False: ("#f28e2b", "#c2410c", "#5f1d05"), True: ("#f59e0b", "#fbc75a", "#fff4d6")}
+UNDER = {False: ("#f4f6f9", "#d9e3ed", "#b3c7dc"), True: ("#111a28", "#1b3351", "#2c4d77")}
+OVER = {False: ("#e07b1a", "#b03a0b", "#4f1704"), True: ("#d17f12", "#f7b944", "#fff4d6")}
 FLOOR = 0.1  # |x| up to here has the first colour
-CELLS = 12_000  # most cells of a figure that sends three numbers a cell
+BYTES = 135_000  # most bytes of a figure's arrays in base64: 32 layers of 512 cells
 NAME_CHARACTERS = 18
 
 
@@ -42,12 +43,14 @@ def layer_channel_figure(
     `dark`: colours for a dark page (default light).
     """
     dark = bool(dark)
+    values, channels, width = _fit(values, channels, width=width or _cell_width(channels))
     names = [str(row) for row in range(len(values))] if layers is None else [_layer_name(layer) for layer in layers]
     heatmap = _heatmap(values, threshold, dark)
     heatmap.update(
-        _channel_axis(channels, width),
+        x0=(width - 1) / 2,
+        dx=width,
         y=names,
-        customdata=_smallest(channels),
+        customdata=channels,
         hovertemplate="layer %{y}<br>channel %{customdata}<br>|x| %{z:,.5~r}<extra></extra>",
     )
     return _figure(heatmap, values, threshold, title, "layer", dark)
@@ -70,18 +73,16 @@ def token_channel_figure(
 
     `values`, `channels`, `tokens` (rows, cells): a cell's max |x|, and the channel and the token it is at; `texts`: the
     prompt's tokens from token 0; a cell covers `width` channels × `height` tokens, the first row from `first_token`.
-    Cells are pooled further along the channels, by maximum, until the figure has at most `CELLS` of them.
     """
     dark = bool(dark)
-    factor = -(-values.size // CELLS)
-    width = (width or _cell_width(channels)) * factor
-    values, channels, tokens = _pool_columns(values, channels, tokens, factor=factor)
+    values, channels, tokens, width = _fit(values, channels, tokens, width=width or _cell_width(channels))
     heatmap = _heatmap(values, threshold, dark)
     heatmap.update(
-        _channel_axis(channels, width),
+        x0=(width - 1) / 2,
+        dx=width,
         y=[_token_name(first_token + row * height, height, texts) for row in range(len(values))],
-        customdata=_smallest(channels),
-        text=_smallest(tokens),
+        customdata=channels,
+        text=tokens,
         hovertemplate="%{y}<br>token %{text}, channel %{customdata}<br>|x| %{z:,.5~r}<extra></extra>",
     )
     return _figure(heatmap, values, threshold, title, "token", dark)
@@ -106,6 +107,14 @@ def _token_name(first: int, height: int, texts: Sequence[str]) -> str:
     return f"{first}–{last} {escape(short)}" if last > first else f"{first} {escape(short)}"
 
 
+def _fit(values: np.ndarray, *where: np.ndarray, width: int) -> tuple:
+    """`values` and `where` small enough to send, and the channels a column then covers."""
+    where = tuple(_smallest(array) for array in where)
+    size = values.size * (4 + sum(array.itemsize for array in where)) * 4 / 3
+    factor = math.ceil(size / BYTES) or 1
+    return *_pool_columns(values, *where, factor=factor), width * factor
+
+
 def _pool_columns(values: np.ndarray, *where: np.ndarray, factor: int) -> tuple[np.ndarray, ...]:
     """Merge every `factor` columns by maximum; `where` arrays give their entry at each maximum."""
     if factor == 1:
@@ -120,11 +129,6 @@ def _pool_columns(values: np.ndarray, *where: np.ndarray, factor: int) -> tuple[
 def _cell_width(channels: np.ndarray) -> int:
     """The narrowest width of equal cells that puts every channel into its column."""
     return int(np.ceil((channels.max(axis=0, initial=0) + 1) / np.arange(1, channels.shape[1] + 1)).max(initial=1))
-
-
-def _channel_axis(channels: np.ndarray, width: int | None) -> dict:
-    width = width or _cell_width(channels)
-    return {"x0": (width - 1) / 2, "dx": width}
 
 
 def _smallest(numbers: np.ndarray) -> np.ndarray:
@@ -205,7 +209,13 @@ def _figure(heatmap: go.Heatmap, values: np.ndarray, threshold: float, title: st
         font={"family": FONT, "color": TEXT[dark]},
         hoverlabel={"bgcolor": HOVER[dark], "font": {"family": FONT, "color": TEXT[dark]}},
         xaxis={"title": {"text": "channel"}, **plain},
-        yaxis={"title": {"text": row}, "type": "category", "autorange": "reversed", **plain},
+        yaxis={
+            "title": {"text": row, "standoff": 12},
+            "type": "category",
+            "autorange": "reversed",
+            "automargin": True,
+            **plain,
+        },
         showlegend=False,
         height=int(np.clip(150 + 14 * len(values), 300, 900)),
         margin={"l": 60, "r": 20, "t": 50, "b": 50},

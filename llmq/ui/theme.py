@@ -61,9 +61,8 @@ def contestant_line(index: int, *, dark: bool = False) -> str:
 
 def build_css() -> str:
     """The page's style sheet: the palettes as custom properties, then theme.css."""
-    return "\n".join(
-        [_properties(":root", LIGHT), _properties(".dark", DARK), Path(__file__).with_name("theme.css").read_text("utf-8")]
-    )
+    rules = Path(__file__).with_name("theme.css").read_text(encoding="utf-8")
+    return "\n".join((_properties(":root", LIGHT), _properties(".dark", DARK), rules))
 
 
 def _properties(selector: str, palette: dict[str, str]) -> str:

@@ -57,8 +57,9 @@ const draw = () => {
   }
   part("summary").textContent = summary(value);
   const first = value.first_divergence;
-  part("texts").replaceChildren(textPane(value.labels[0], value.tokens_a, first, 0),
-    textPane(value.labels[1], value.tokens_b, first, 1));
+  const [left, right] = value.panes;
+  part("texts").replaceChildren(textPane(value.labels[0], value.tokens_a, first, left),
+    textPane(value.labels[1], value.tokens_b, first, right));
   if (first === null) delete element.dataset.firstDivergence;
   else element.dataset.firstDivergence = first;
 };

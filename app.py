@@ -1,0 +1,117 @@
+"""Composition root: flags, model, device, page. The entry of a Space: `python app.py` is all there is to run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from llmq.errors import UserError  # noqa: E402
+from llmq.ui.session import Jobs, Session  # noqa: E402
+
+RUNS = Path(__file__).parent / "assets" / "runs"
+JOBS = Jobs()
+GPU_SECONDS = 120  # what one job may hold a shared GPU for, where the host asks
+
+
+def run_job(job, owner: str):
+    """The one function in which everything on the GPU happens: load, run, sample memory."""
+    yield from JOBS.run(job, owner)
+
+
+def on_shared_gpu(function):
+    """Wrap `function` for hosts that lend a GPU per call (package `spaces`); elsewhere it stays as it is."""
+    try:
+        import spaces
+    except ImportError:
+        return function
+    return spaces.GPU(duration=GPU_SECONDS)(function)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="FP16 and int8 LLaMA side by side, in a browser.")
+    parser.add_argument("--model", help="a preset, a hub id or a local folder (default: chosen for this machine)")
+    parser.add_argument("--methods", default="fp16,bnb-int8", help="two or three, comma-separated")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    parser.add_argument("--host", default="0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--share", action="store_true", help="also open a public link (Colab does so by itself)")
+    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for a name and a password")
+    return parser.parse_args(arguments)
+
+
+def make_session(options: argparse.Namespace, run=run_job) -> Session:
+    """What the page works with; raises UserError for a wrong device, method or model."""
+    from llmq.contestants import Contestant
+    from llmq.environment import device_label, device_named
+    from llmq.models.choice import choose_model
+    from llmq.models.loading import quiet_libraries, resolve
+
+    quiet_libraries()
+    device = device_named(options.device)
+    choice = choose_model(options.model, device)
+    resolve(choice.model)
+    return Session(
+        run=run,
+        stop=JOBS.stop,
+        device=device,
+        device_label=device_label(device),
+        model=choice.model,
+        model_reason=choice.reason,
+        methods=tuple(Contestant.parse(name).label for name in options.methods.split(",")),
+        recorded_runs={path.stem: path for path in sorted(RUNS.glob("*.jsonl"))},
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        session = make_session(options, on_shared_gpu(run_job))
+        fetch(session.model)
+        auth = parse_auth(options.auth)
+    except UserError as error:
+        print(f"llmq: {error}", file=sys.stderr)
+        return 2
+    from llmq.ui.launch import launch
+
+    launch(session, host=options.host, port=options.port, share=options.share, auth=auth)
+    return 0
+
+
+def fetch(model: str) -> None:
+    """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries."""
+    from llmq.models.loading import prepare, resolve
+
+    last = None
+    for progress in prepare(resolve(model)):
+        filled = round(30 * progress.fraction)
+        last = f"\r[{'#' * filled}{'.' * (30 - filled)}] {progress.message:<70}"
+        print(last, end="", file=sys.stderr, flush=True)
+    if last:
+        print(file=sys.stderr)
+    threading.Thread(target=import_model_code, name="import", daemon=True).start()
+
+
+def import_model_code() -> None:
+    """Import what the first run needs (seconds) while the visitor reads the page."""
+    import bitsandbytes  # noqa: F401
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+
+def parse_auth(text: str | None) -> tuple[str, str] | None:
+    """'user:password' as a pair; None when not given."""
+    if not text:
+        return None
+    user, colon, password = text.partition(":")
+    if not (user and colon and password):
+        raise UserError("--auth must be USER:PASSWORD")
+    return user, password
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,89 @@
+"""One prompt through one method with its linear inputs watched: events while it prepares, then the report.
+
+Stands beside `compare`: the same line in front of the device, the same loaded engines.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from llmq import telemetry
+from llmq.contestants import Contestant
+from llmq.engine.residents import Key, Residents
+from llmq.engine.text import encode_prompt
+from llmq.errors import BadChoice, OutOfMemory
+from llmq.events import Event, Loaded, Loading
+from llmq.inspect.report import OutlierReport
+from llmq.models.loading import ids_within, load_config, load_tokenizer, resolve
+from llmq.preparation import await_turn, make_ready
+from llmq.quant.handler import DEFAULT_THRESHOLD
+
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What to watch. `new_tokens` are generated greedily after the prompt; 0 watches the prompt alone."""
+
+    prompt: str
+    model: str = "demo"
+    contestant: Contestant = Contestant("bnb-int8", DEFAULT_THRESHOLD)
+    new_tokens: int = 8
+    device: str = "cpu"
+
+    def __post_init__(self):
+        if not isinstance(self.new_tokens, int) or not 0 <= self.new_tokens <= MAX_NEW_TOKENS:
+            raise BadChoice(f"new tokens is {self.new_tokens!r}; choose a whole number from 0 to {MAX_NEW_TOKENS}")
+
+
+def inspect_outliers(
+    inspection: Inspection,
+    residents: Residents,
+    *,
+    stop: threading.Event | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Event | OutlierReport]:
+    """Run `inspection`, yielding events and at last an OutlierReport (none when stopped before the model ran)."""
+    stop = stop or threading.Event()
+    with residents.turnstile.turn() as turn:
+        if (yield from await_turn(turn, stop, clock)):
+            yield from _inspect(inspection, residents, stop)
+
+
+def _inspect(inspection: Inspection, residents: Residents, stop: threading.Event) -> Iterator[Event | OutlierReport]:
+    import torch
+
+    from llmq.inspect.outliers import observe
+
+    source = resolve(inspection.model)
+    if not (yield from make_ready(source, stop)):
+        return
+    config, tokenizer, contestant = load_config(source), load_tokenizer(source), inspection.contestant
+    context = int(getattr(config, "max_position_embeddings", 2**31)) - inspection.new_tokens
+    ids = ids_within(config, encode_prompt(tokenizer, inspection.prompt, context=context))
+    key = Key(source, contestant.label, contestant.method, inspection.device)
+    yield Loading(contestant=contestant.label)
+    resident = key in residents
+    try:
+        engine, seconds = residents.get(key)
+        if contestant.threshold is not None:
+            engine.set_threshold(contestant.threshold)
+        yield Loaded(contestant=contestant.label, weight_bytes=engine.weight_bytes, seconds=seconds, resident=resident)
+        yield observe(
+            engine.model,
+            torch.tensor([ids], device=inspection.device),
+            new_tokens=inspection.new_tokens,
+            stop=stop,
+            threshold=DEFAULT_THRESHOLD if contestant.threshold is None else contestant.threshold,
+            token_text=lambda token: tokenizer.decode([token]),
+            name=inspection.model,
+            method=contestant.label,
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        error.__traceback__ = None
+        residents.drop(key)
+        free = telemetry.free_bytes(inspection.device)
+        raise OutOfMemory(f"out of memory while watching {contestant.label}; {free:,} bytes are free") from None

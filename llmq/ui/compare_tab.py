@@ -1,0 +1,300 @@
+"""The Compare tab: components, handlers that return dicts keyed by component, and their wiring."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import gradio as gr
+
+from llmq.contestants import SCHEDULES, Comparison, Contestant
+from llmq.engine.sampling import MAX_NEW_TOKENS, SamplingSettings
+from llmq.environment import describe
+from llmq.errors import BadChoice, UserError
+from llmq.events import Run
+from llmq.models.loading import resolve
+from llmq.models.presets import PRESETS
+from llmq.quant import METHODS
+from llmq.ui.compare_view import PANES, CompareView, labels_of
+from llmq.ui.examples import EXAMPLES
+from llmq.ui.link import query_of, wishes_of
+from llmq.ui.live import live_panel
+from llmq.ui.session import Session
+from llmq.ui.status import status_line
+from llmq.ui.theme import CONTESTANT_CLASSES
+from llmq.ui.token_diff import token_diff_view
+
+NONE = "none"
+REPLAY_SPEED = 1.0
+LARGEST_RECORDING = 32_000_000  # bytes
+MAX_SECONDS = 900.0  # one visitor's run may hold the device this long
+LINK_SCRIPT = "(query) => query ? window.location.origin + window.location.pathname + '?' + query : ''"
+
+
+class CompareTab:
+    """Builds the tab inside an open `gr.Blocks`; `wire()` connects it once every component exists."""
+
+    def __init__(self, session: Session):
+        self.session = session
+
+    def sidebar(self) -> None:
+        """Settings that most people leave alone."""
+        gr.Markdown("### Settings")
+        self.max_new_tokens = gr.Slider(1, 512, 64, step=1, label="New tokens", elem_id="max-new-tokens")
+        self.schedule = gr.Radio(
+            [("interleave: both at once", SCHEDULES[0]), ("in turn: one after the other", SCHEDULES[1])],
+            value=SCHEDULES[0],
+            label="Schedule",
+            info="Steps never overlap either way; in turn is for figures you publish.",
+            elem_id="schedule",
+        )
+        self.temperature = gr.Slider(
+            0, 2, 0, step=0.05, label="Temperature", info="0 picks the likeliest token (greedy).", elem_id="temperature"
+        )
+        self.top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="0 is off.", elem_id="top-k")
+        self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p (nucleus)", info="1 is off.", elem_id="top-p")
+        self.seed = gr.Number(
+            0, precision=0, minimum=0, label="Seed", info="Both methods draw with the same noise.", elem_id="seed"
+        )
+
+    def build(self) -> None:
+        session = self.session
+        self.prompt = gr.Textbox(
+            EXAMPLES[0][1], label="Prompt", lines=2, max_lines=8, elem_id="prompt", placeholder="Ask something"
+        )
+        with gr.Row(elem_id="examples", elem_classes=["llmq-examples"]):
+            self.examples = [
+                gr.Button(name, size="sm", min_width=60, elem_id=f"example-{i}") for i, (name, _) in enumerate(EXAMPLES)
+            ]
+        with gr.Row(equal_height=True):
+            self.model = gr.Dropdown(
+                list(PRESETS),
+                value=session.model,
+                label="Model",
+                allow_custom_value=True,
+                info="A name, a hub id (owner/name) or a local folder.",
+                elem_id="model",
+                min_width=220,
+            )
+            self.methods = [self._method(index) for index in range(PANES)]
+            self.threshold = gr.Slider(
+                0,
+                20,
+                6.0,
+                step=0.1,
+                label="Outlier threshold",
+                info="For LLM.int8(). 0 is off.",
+                elem_id="threshold",
+                min_width=220,
+            )
+        with gr.Row():
+            self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=2, min_width=140)
+            self.stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1, min_width=90)
+        self.status = status_line("Ready.", elem_id="status")
+        with gr.Row(elem_classes=["llmq-panes"]):
+            self.panes = [self._pane(index) for index in range(PANES)]
+        self.live = live_panel()
+        self.verdict = gr.Markdown(elem_id="verdict", elem_classes=["llmq-verdict"])
+        gr.Markdown("### Where the texts part")
+        self.diff = token_diff_view()
+        self._keep_and_share()
+
+    def _keep_and_share(self) -> None:
+        gr.Markdown("### Keep, share, replay")
+        with gr.Row(equal_height=True):
+            self.download = gr.DownloadButton("Download this run", elem_id="download", interactive=False, min_width=160)
+            self.link = gr.Textbox(label="Link to these settings", buttons=["copy"], elem_id="link", min_width=240)
+        self.query = gr.Textbox(visible=False, elem_id="query")
+        with gr.Row(equal_height=True):
+            names = list(self.session.recorded_runs)
+            self.recording = gr.Dropdown(
+                names, value=names[0] if names else None, label="Recorded run", elem_id="recording", min_width=240
+            )
+            self.upload = gr.File(
+                label="… or a run you downloaded (.jsonl)",
+                file_types=[".jsonl"],
+                type="filepath",
+                height=110,
+                elem_id="upload",
+                min_width=240,
+            )
+            self.replay = gr.Button("Replay", elem_id="replay", min_width=120)
+
+    def _method(self, index: int) -> gr.Dropdown:
+        choices = [(f"{method.label}", name) for name, method in METHODS.items()]
+        values = [*self.session.methods, NONE, NONE]
+        return gr.Dropdown(
+            ([("none", NONE)] if index == 2 else []) + choices,
+            value=values[index],
+            label=("Left", "Right", "Third")[index],
+            allow_custom_value=True,
+            info=("The baseline", "Against it", "Or bnb-int8@0: a threshold of its own")[index],
+            elem_id=f"method-{index}",
+            min_width=180,
+        )
+
+    def _pane(self, index: int) -> gr.Textbox:
+        return gr.Textbox(
+            label=self._pane_label(index),
+            lines=9,
+            max_lines=24,
+            buttons=["copy"],
+            interactive=False,
+            visible=index < 2,
+            elem_id=f"pane-{index}",
+            elem_classes=["llmq-pane", CONTESTANT_CLASSES[index]],
+        )
+
+    def _pane_label(self, index: int) -> str:
+        labels = [*self.session.methods, ""]
+        return labels[index] or " "
+
+    def wire(self, page: gr.Blocks) -> None:
+        for button, (_, text) in zip(self.examples, EXAMPLES, strict=True):
+            button.click(lambda text=text: text, None, self.prompt, show_progress="hidden", api_visibility="private")
+        inputs = [
+            self.prompt, self.model, *self.methods, self.threshold, self.max_new_tokens, self.schedule,
+            self.temperature, self.top_k, self.top_p, self.seed,
+        ]  # fmt: skip
+        outputs = [self.status, *self.panes, self.live, self.verdict, self.diff, self.download, self.query]
+        gr.on(
+            [self.generate.click, self.prompt.submit],
+            self._generate,
+            inputs,
+            outputs,
+            show_progress="hidden",
+            concurrency_limit=16,
+            concurrency_id="runs",
+            api_name="compare",
+        )
+        self.replay.click(
+            self._replay,
+            [self.recording, self.upload],
+            outputs,
+            show_progress="hidden",
+            concurrency_limit=16,
+            api_visibility="private",
+        )
+        self.stop.click(self._stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
+        self.query.change(None, self.query, self.link, js=LINK_SCRIPT, api_visibility="private")
+        settings = [
+            self.prompt, self.model, *self.methods, self.max_new_tokens, self.schedule,
+            self.temperature, self.top_k, self.top_p, self.seed,
+        ]  # fmt: skip
+        page.load(self._from_link, None, settings, show_progress="hidden", api_visibility="private")
+        page.unload(self._leave)
+
+    def _generate(
+        self, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed,
+        request: gr.Request,
+    ) -> Iterator[dict]:  # fmt: skip
+        """Run one prompt through two or three methods; stream their texts, memory and speed."""
+        try:
+            comparison = self._comparison(
+                prompt, model, (left, right, third), threshold, schedule,
+                max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            )  # fmt: skip
+            source = resolve(comparison.model)
+        except UserError as error:
+            yield {self.status: f"Not started: {error}"}
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
+        run = Run(comparison.settings(), {})
+        events = run.record(self.session.run(comparison, request.session_hash or "nobody"), time.monotonic)
+        view = CompareView(
+            [contestant.label for contestant in comparison.contestants], self.session.next_run(), comparison.device
+        )
+        yield from self._show(view, events)
+        run.environment = describe(comparison.device, source)
+        path = run.save(self.session.download_path(f"llmq-{view.run}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
+        yield {
+            self.download: gr.DownloadButton(value=str(path), interactive=True),
+            self.query: query_of(run.settings),
+        }
+
+    def _comparison(self, prompt, model, methods, threshold, schedule, **sampling) -> Comparison:
+        whole = ("max_new_tokens", "top_k", "seed")
+        numbers = {name: _whole(name, value) if name in whole else value for name, value in sampling.items()}
+        return Comparison(
+            prompt=prompt,
+            model=model,
+            contestants=tuple(Contestant.parse(str(name), threshold) for name in methods if name and name != NONE),
+            sampling=SamplingSettings(max_seconds=MAX_SECONDS, **numbers),
+            schedule=schedule,
+            device=self.session.device,
+        )
+
+    def _replay(self, name: str | None, upload: str | None) -> Iterator[dict]:
+        """Show a recorded run again at its own pace, labelled as a recording."""
+        try:
+            run = Run.load(self._recording(name, upload))
+            labels = labels_of(run.settings)
+            about = f"Recording: {run.environment.get('device_name', 'unknown device')}, "
+            about += str(run.environment.get("date", "unknown date"))[:10]
+        except UserError as error:
+            yield {self.status: f"Not replayed: {error}"}
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
+        view = CompareView(labels, self.session.next_run(), str(run.settings.get("device", "cpu")), opening=about)
+        yield from self._show(view, run.replay(time.sleep, REPLAY_SPEED))
+
+    def _recording(self, name: str | None, upload: str | None) -> Path:
+        if upload:
+            path = Path(upload)
+            if path.stat().st_size > LARGEST_RECORDING:
+                raise UserError(f"{path.name} is larger than {LARGEST_RECORDING // 1_000_000} MB")
+            return path
+        if name not in self.session.recorded_runs:
+            raise UserError("choose a recorded run, or upload one")
+        return self.session.recorded_runs[name]
+
+    def _show(self, view: CompareView, events) -> Iterator[dict]:
+        """One view's updates as component updates."""
+        named = {"status": self.status, "live": self.live, "verdict": self.verdict, "diff": self.diff}
+        named |= {f"text_{index}": pane for index, pane in enumerate(self.panes)}
+        yield {
+            **{
+                pane: gr.Textbox(
+                    value="", label=view.labels[i] if i < len(view.labels) else " ", visible=i < len(view.labels)
+                )
+                for i, pane in enumerate(self.panes)
+            },
+            self.verdict: "",
+            self.diff: {},
+        }
+        for update in view.updates(events):
+            error = update.pop("error", None)
+            yield {named[name]: value for name, value in update.items()}
+            if error:
+                raise gr.Error(error, duration=None, print_exception=False)
+
+    def _stop(self, request: gr.Request) -> None:
+        if not self.session.stop(request.session_hash or "nobody"):
+            gr.Info("Nothing of yours is running.", duration=3)
+
+    def _leave(self, request: gr.Request) -> None:
+        self.session.stop(request.session_hash or "nobody")
+
+    def _from_link(self, request: gr.Request) -> dict:
+        """Fill the form from the address; what the address does not name stays."""
+        wishes = wishes_of(dict(request.query_params))
+        simple = {
+            "prompt": self.prompt, "model": self.model, "schedule": self.schedule,
+            "max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_k": self.top_k,
+            "top_p": self.top_p, "seed": self.seed,
+        }  # fmt: skip
+        updates = {component: wishes[name] for name, component in simple.items() if name in wishes}
+        if methods := wishes.get("methods"):
+            updates |= dict(zip(self.methods, [*methods, NONE, NONE], strict=False))
+        return updates or {self.seed: gr.skip()}
+
+
+def _whole(name: str, value) -> int:
+    """Gradio's sliders send 64.0 for 64; anything else that is not whole is refused by name."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise BadChoice(f"{name} is {value!r}; choose a whole number up to {MAX_NEW_TOKENS}") from None
+    if number != value:
+        raise BadChoice(f"{name} is {value!r}; choose a whole number")
+    return number

@@ -1,0 +1,42 @@
+"""Start the server: limits, theme, and what Gradio would load from elsewhere switched off."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from llmq.ui.layout import build
+from llmq.ui.session import Session
+from llmq.ui.theme import build_css, build_theme
+
+WAITING_RUNS = 32
+
+
+def launch(
+    session: Session,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = 7860,
+    share: bool = False,
+    auth: tuple[str, str] | None = None,
+    block: bool = True,
+) -> gr.Blocks:
+    """Build and serve the page; with `block=False` return at once (tests, notebooks)."""
+    page = build(session)
+    page.queue(max_size=WAITING_RUNS, default_concurrency_limit=16)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=share or None,
+        auth=auth,
+        theme=build_theme(),
+        css=build_css(),
+        footer_links=["api"],
+        show_error=True,
+        max_file_size="32mb",
+        strict_cors=True,
+        prevent_thread_lock=not block,
+        quiet=not block,
+        run_history=False,
+        inbrowser=False,
+    )
+    return page

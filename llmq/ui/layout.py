@@ -1,0 +1,38 @@
+"""The page: a header, the settings in a sidebar, one tab a module. Layout and wiring only."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from llmq.ui.compare_tab import CompareTab
+from llmq.ui.outliers_tab import OutliersTab
+from llmq.ui.session import Session
+
+TITLE = "llmq: what 8-bit quantization does to a LLaMA"
+INTRO = (
+    "The same prompt through the same model in 16 bit and in 8 bit, side by side. Every step is timed inside the "
+    "engine, one method at a time; memory is counted tensor by tensor."
+)
+
+
+def build(session: Session) -> gr.Blocks:
+    """The page for one session object; launch it with `launch_options()`."""
+    compare, outliers = CompareTab(session), OutliersTab(session)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        with gr.Sidebar(open=False, elem_id="settings", position="left"):
+            compare.sidebar()
+        gr.Markdown(f"# llmq\n{INTRO}", elem_id="header")
+        gr.Markdown(_about(session), elem_id="about", elem_classes=["llmq-about"])
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
+                compare.build()
+            with gr.Tab("Outliers", id="outliers", elem_id="tab-outliers", render_children=False):
+                outliers.build()
+        compare.wire(page)
+        outliers.wire()
+    return page
+
+
+def _about(session: Session) -> str:
+    reason = f" {session.model_reason}" if session.model_reason else ""
+    return f"**Device:** {session.device_label}. **Model:** {session.model}.{reason}"

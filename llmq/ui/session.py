@@ -1,0 +1,99 @@
+"""What the page holds between events: who is running what, and how to stop it. No gradio.
+
+A job runs through one function, `run`, given by the composition root: on a shared-GPU host that function is the one
+wrapped so that everything touching the GPU happens inside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmq.compare import compare
+from llmq.contestants import Comparison
+from llmq.engine.residents import Residents
+from llmq.events import Event
+from llmq.inspect.report import OutlierReport
+from llmq.inspect.run import Inspection, inspect_outliers
+
+Job = Comparison | Inspection
+KEPT_REPORTS = 16  # outlier reports stay on the server; the browser gets pictures of them
+
+
+class Jobs:
+    """Runs jobs and stops them by name. One object serves every visitor."""
+
+    def __init__(self, residents: Residents | None = None):
+        self.residents = residents or Residents()
+        self._stops: dict[str, set[threading.Event]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, job: Job, owner: str) -> Iterator[Event | OutlierReport]:
+        """Run `job` for `owner` (a browser session); `stop(owner)` ends it."""
+        with self._stoppable(owner) as stop:
+            runner = compare if isinstance(job, Comparison) else inspect_outliers
+            yield from runner(job, self.residents, stop=stop)
+
+    def stop(self, owner: str) -> int:
+        """Ask every job of `owner` to end; how many there were. Asking twice is harmless."""
+        with self._lock:
+            stops = list(self._stops.get(owner, ()))
+        for stop in stops:
+            stop.set()
+        return len(stops)
+
+    @contextmanager
+    def _stoppable(self, owner: str) -> Iterator[threading.Event]:
+        stop = threading.Event()
+        with self._lock:
+            self._stops.setdefault(owner, set()).add(stop)
+        try:
+            yield stop
+        finally:
+            with self._lock:
+                self._stops[owner].discard(stop)
+                if not self._stops[owner]:
+                    del self._stops[owner]
+
+
+@dataclass
+class Session:
+    """What the tabs need: how to run and stop, what to offer first, and where files for download go."""
+
+    run: Callable[[Job, str], Iterator[Event | OutlierReport]]
+    stop: Callable[[str], int]
+    device: str
+    device_label: str
+    model: str = "demo"
+    model_reason: str = ""
+    methods: tuple[str, ...] = ("fp16", "bnb-int8")
+    recorded_runs: dict[str, Path] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._numbers = itertools.count(1)
+        self._downloads = tempfile.TemporaryDirectory(prefix="llmq-downloads-")
+        self._reports: OrderedDict[str, OutlierReport] = OrderedDict()
+
+    def next_run(self) -> str:
+        """A name no other run of this server has."""
+        return f"run-{next(self._numbers)}"
+
+    def download_path(self, name: str) -> Path:
+        return Path(self._downloads.name) / name
+
+    def keep_report(self, report: OutlierReport) -> str:
+        """Keep `report` for later questions; the oldest of many are forgotten."""
+        key = self.next_run()
+        self._reports[key] = report
+        while len(self._reports) > KEPT_REPORTS:
+            self._reports.popitem(last=False)
+        return key
+
+    def report(self, key: str | None) -> OutlierReport | None:
+        return self._reports.get(key or "")

@@ -1,0 +1,82 @@
+"""What a run showed, in plain sentences built from its own figures. No gradio; no word of the model's text."""
+
+from __future__ import annotations
+
+from llmq.contestants import Contestant
+from llmq.quant import METHODS
+from llmq.summary import Outcome, Summary
+from llmq.ui.format import format_bytes, format_speed
+
+USUAL = "That is usual for LLM.int8() through bitsandbytes at batch size 1:"
+WHY_SLOWER_GPU = (
+    "it reads half the bytes, but every linear layer launches many small kernels to quantize its input, and waits for "
+    "the host to hear whether there are outliers."
+)
+WHY_SLOWER_CPU = "on a CPU without AVX-512 it turns the int8 weights of every layer into FP32 again for each token."
+
+
+def verdict(summary: Summary) -> str:
+    """Cost and saving of each later contestant against the first, and how far the texts agree. Markdown."""
+    if not summary.outcomes:
+        return ""
+    baseline, *others = summary.outcomes.values()
+    on_gpu = bool(summary.plan and summary.plan.device.startswith("cuda"))
+    lines = [line for other in others for line in _against(baseline, other, on_gpu)]
+    if others:
+        lines.append(_agreement(summary, baseline, others[0]))
+    return "\n\n".join(line for line in lines if line)
+
+
+def _against(baseline: Outcome, other: Outcome, on_gpu: bool) -> list[str]:
+    if failed := [o for o in (baseline, other) if o.error]:
+        return [f"**{_name(o)} did not finish**, so there is nothing to compare." for o in failed]
+    if not (baseline.weight_bytes and other.weight_bytes):
+        return []
+    share = other.weight_bytes / baseline.weight_bytes
+    change = f"{abs(1 - share):.0%} {'less' if share < 1 else 'more'}"
+    memory = (
+        f"**{_name(other)}** holds {format_bytes(other.weight_bytes)} of weights where {_name(baseline)} holds "
+        f"{format_bytes(baseline.weight_bytes)}: {change} memory."
+    )
+    return [f"{memory} {_speed(baseline, other, on_gpu)}".strip()]
+
+
+def _speed(baseline: Outcome, other: Outcome, on_gpu: bool) -> str:
+    ours, theirs = other.decode_tokens_per_second, baseline.decode_tokens_per_second
+    if not (ours and theirs):
+        return "There were too few tokens to state a speed."
+    ratio = theirs / ours
+    pair = f"{format_speed(ours)} against {format_speed(theirs)}"
+    if ratio > 1.05:
+        why = WHY_SLOWER_GPU if on_gpu else WHY_SLOWER_CPU
+        reason = f" {USUAL} {why}" if _is_bitsandbytes(other) else ""
+        return f"It decoded at {pair}: **{ratio:.1f} times slower** in this run.{reason}"
+    if ratio < 0.95:
+        return f"It decoded at {pair}: **{1 / ratio:.1f} times faster** in this run."
+    return f"It decoded at {pair}: about the same speed in this run."
+
+
+def _agreement(summary: Summary, baseline: Outcome, other: Outcome) -> str:
+    found = summary.agreement()
+    same, first = found["matching_prefix_tokens"], found["first_divergence"]
+    if not (baseline.token_ids and other.token_ids):
+        return ""
+    if first is None:
+        return f"The two texts agree on all {same} tokens that both produced."
+    if first == 0:
+        return "The two texts differ from the first token on; after that each continues its own text."
+    return (
+        f"The two texts agree for {same} tokens and part at token {first + 1}; from there on each continues its own "
+        "text, so later differences follow from this one."
+    )
+
+
+def _name(outcome: Outcome) -> str:
+    contestant = Contestant.parse(outcome.contestant)
+    label = METHODS[contestant.method].label
+    _, at, threshold = outcome.contestant.partition("@")
+    return f"{label}, threshold {threshold}" if at else label
+
+
+def _is_bitsandbytes(outcome: Outcome) -> bool:
+    return outcome.contestant.startswith("bnb-")

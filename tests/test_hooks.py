@@ -1,0 +1,132 @@
+"""Hooks come, see every linear layer once, and go, whatever happens inside the block."""
+
+import pytest
+import torch
+from torch import nn
+
+from llmq.inspect.hooks import LinearInputs, is_quantized, kind_and_layer, linear_modules
+
+
+class Int8Linear(nn.Module):
+    """A quantized layer that is no nn.Linear."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.ones(out_features, in_features, dtype=torch.int8))
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).T
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.norm = nn.LayerNorm(5)
+        self.blocks = nn.ModuleList([nn.Linear(5, 4), Int8Linear(4, 3)])
+
+    def forward(self, x, fail=False):
+        x = self.blocks[0](input=self.norm(self.first(x)))
+        if fail:
+            raise ZeroDivisionError
+        return self.blocks[1](x)
+
+
+def hooks_left(model):
+    return sum(
+        len(m._forward_pre_hooks)
+        + len(m._forward_hooks)
+        + len(m._forward_hooks_with_kwargs)
+        + len(m._forward_pre_hooks_with_kwargs)
+        for m in model.modules()
+    )
+
+
+def recorded(calls):
+    return lambda name, module, x: calls.append((name, module, x))
+
+
+def test_every_linear_layer_is_called_in_order_with_its_input():
+    model, calls, x = Small(), [], torch.randn(2, 3, 6)
+    with LinearInputs(model, recorded(calls)):
+        model(x)
+    assert [name for name, *_ in calls] == ["first", "blocks.0", "blocks.1"] == list(linear_modules(model))
+    assert [tuple(seen.shape) for *_, seen in calls] == [(2, 3, 6), (2, 3, 5), (2, 3, 4)]
+    assert torch.equal(calls[0][2], x) and calls[0][1] is model.first
+    assert torch.equal(calls[1][2], model.norm(model.first(x)))
+
+
+def test_no_graph_is_kept():
+    model, calls = Small(), []
+    with LinearInputs(model, recorded(calls)):
+        out = model(torch.randn(1, 2, 6))
+    assert out.requires_grad, "the model itself must stay differentiable"
+    assert not any(seen.requires_grad or seen.grad_fn is not None for *_, seen in calls)
+
+
+def test_no_hook_is_left_and_none_outlives_the_block():
+    model, calls = Small(), []
+    with LinearInputs(model, recorded(calls)):
+        assert hooks_left(model) > 0
+    model(torch.randn(1, 1, 6))
+    assert hooks_left(model) == 0 and calls == []
+
+
+@pytest.mark.parametrize("where", ["block", "model", "on_input"])
+def test_no_hook_is_left_after_an_exception(where):
+    model = Small()
+
+    def on_input(name, module, x):
+        if where == "on_input":
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), LinearInputs(model, on_input):
+        model(torch.randn(1, 1, 6), fail=where == "model")
+        raise ZeroDivisionError
+    assert hooks_left(model) == 0
+
+
+def test_nested_blocks_see_the_same_and_remove_only_their_own_hooks():
+    model, outer, inner, x = Small(), [], [], torch.randn(1, 2, 6)
+    kept = model.first.register_forward_pre_hook(lambda module, args: None)
+    with LinearInputs(model, recorded(outer)):
+        with LinearInputs(model, recorded(inner)):
+            model(x)
+        model(x)
+    assert (len(outer), len(inner)) == (6, 3)
+    assert hooks_left(model) == 1, "the caller's own hook must stay"
+    kept.remove()
+
+
+def test_one_object_serves_one_block_at_a_time():
+    model, calls = Small(), []
+    hooks = LinearInputs(model, recorded(calls))
+    for _ in range(2):
+        with hooks:
+            model(torch.randn(1, 1, 6))
+    with pytest.raises(RuntimeError, match="nest"), hooks, hooks:
+        pass
+    assert hooks_left(model) == 0 and len(calls) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.17.self_attn.q_proj", ("q/k/v", 17)),
+        ("model.layers.0.self_attn.o_proj", ("o", 0)),
+        ("model.layers.3.mlp.up_proj", ("gate/up", 3)),
+        ("transformer.h.11.mlp.down_proj", ("down", 11)),
+        ("transformer.h.2.attn.c_attn", ("c_attn", 2)),
+        ("lm_head", ("lm_head", None)),
+    ],
+)
+def test_kind_and_layer_come_from_the_name(name, expected):
+    assert kind_and_layer(name) == expected
+
+
+def test_quantized_means_eight_bits_in_the_weights():
+    masked = nn.Linear(4, 3)
+    masked.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+    assert is_quantized(Int8Linear(4, 3))
+    assert not is_quantized(masked) and not is_quantized(nn.Linear(4, 3).half())

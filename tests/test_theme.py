@@ -1,0 +1,67 @@
+"""Contrast in light and in dark, no other host, and no data in the page except as text."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from llmq.ui.assets import script
+from llmq.ui.theme import DARK, LIGHT, build_css, build_theme
+
+
+def test_scripts_put_data_into_the_page_as_text_only():
+    for name in ("live_cards.js", "live_plot.js", "live.js", "token_diff.js"):
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script(name)), name
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of '#rrggbb' (WCAG 2.2)."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+def test_texts_and_curves_stand_out_from_their_surfaces(palette):
+    for surface in ("page", "surface"):
+        for text in ("ink", "ink-soft", "link", "danger", "accent", "text-0", "text-1", "text-2"):
+            assert contrast(palette[text], palette[surface]) >= 4.5, (text, surface)
+        for line in ("line-0", "line-1", "line-2"):
+            assert contrast(palette[line], palette[surface]) >= 3, (line, surface)
+    assert contrast(palette["on-accent"], palette["accent"]) >= 4.5
+    assert contrast(palette["on-accent"], palette["accent-strong"]) >= 4.5
+
+
+@pytest.mark.parametrize("dark", ["", "_dark"], ids=["light", "dark"])
+@pytest.mark.parametrize("text, surface", [
+    ("button_primary_text_color", "button_primary_background_fill"),
+    ("button_primary_text_color_hover", "button_primary_background_fill_hover"),
+    ("button_secondary_text_color", "button_secondary_background_fill_hover"),
+    ("button_cancel_text_color", "button_cancel_background_fill"),
+    ("block_label_text_color", "block_label_background_fill"),
+    ("block_info_text_color", "block_background_fill"),
+    ("body_text_color_subdued", "body_background_fill"),
+    ("input_placeholder_color", "input_background_fill"),
+    ("link_text_color_visited", "body_background_fill"),
+    ("error_text_color", "error_background_fill"),
+    ("checkbox_label_text_color_selected", "checkbox_label_background_fill_selected"),
+])  # fmt: skip
+def test_gradios_own_parts_have_contrast_too(text, surface, dark):
+    theme = build_theme()
+    colours = [theme._get_computed_value(name + dark) for name in (text, surface)]
+    named = {"white": "#ffffff", "black": "#000000"}
+    assert contrast(*(named.get(colour, colour) for colour in colours)) >= 4.5, colours
+
+
+def test_the_page_asks_no_other_host():
+    theme = build_theme()
+    assert theme._stylesheets == [] and theme._font_css == []
+    for source in (build_css(), theme._get_theme_css(), script("live_plot.js")):
+        assert not re.search(r"(?<!xmlns=')https?://", source)
+    assert "@import" not in build_css()
