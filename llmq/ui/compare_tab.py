@@ -21,6 +21,7 @@ from llmq.ui.compare_view import PANES, CompareView, labels_of
 from llmq.ui.examples import EXAMPLES
 from llmq.ui.link import query_of, wishes_of
 from llmq.ui.live import live_panel
+from llmq.ui.notices import notice
 from llmq.ui.session import Session
 from llmq.ui.status import status_line
 from llmq.ui.theme import CONTESTANT_CLASSES
@@ -30,6 +31,7 @@ NONE = "none"
 REPLAY_SPEED = 1.0
 LARGEST_RECORDING = 32_000_000  # bytes
 MAX_SECONDS = 900.0  # one visitor's run may hold the device this long
+SIDEBAR_SCRIPT = "() => document.querySelector('.sidebar .toggle-button').click()"
 LINK_SCRIPT = "(query) => query ? window.location.origin + window.location.pathname + '?' + query : ''"
 
 
@@ -66,7 +68,7 @@ class CompareTab:
         )
         with gr.Row(elem_id="examples", elem_classes=["llmq-examples"]):
             self.examples = [
-                gr.Button(name, size="sm", min_width=60, elem_id=f"example-{i}") for i, (name, _) in enumerate(EXAMPLES)
+                gr.Button(name, size="sm", min_width=84, elem_id=f"example-{i}") for i, (name, _) in enumerate(EXAMPLES)
             ]
         with gr.Row(equal_height=True):
             self.model = gr.Dropdown(
@@ -92,9 +94,10 @@ class CompareTab:
         with gr.Row():
             self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=2, min_width=140)
             self.stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1, min_width=90)
+            self.more = gr.Button("Settings", elem_id="more-settings", scale=1, min_width=90)
         self.status = status_line("Ready.", elem_id="status")
         with gr.Row(elem_classes=["llmq-panes"]):
-            self.panes = [self._pane(index) for index in range(PANES)]
+            self.columns, self.panes = zip(*(self._pane(index) for index in range(PANES)), strict=True)
         self.live = live_panel()
         self.verdict = gr.Markdown(elem_id="verdict", elem_classes=["llmq-verdict"])
         gr.Markdown("### Where the texts part")
@@ -103,11 +106,11 @@ class CompareTab:
 
     def _keep_and_share(self) -> None:
         gr.Markdown("### Keep, share, replay")
-        with gr.Row(equal_height=True):
-            self.download = gr.DownloadButton("Download this run", elem_id="download", interactive=False, min_width=160)
+        with gr.Row(elem_classes=["llmq-keep"]):
+            self.download = gr.DownloadButton("Download this run", elem_id="download", interactive=False, min_width=200)
             self.link = gr.Textbox(label="Link to these settings", buttons=["copy"], elem_id="link", min_width=240)
         self.query = gr.Textbox(visible=False, elem_id="query")
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes=["llmq-keep"]):
             names = list(self.session.recorded_runs)
             self.recording = gr.Dropdown(
                 names, value=names[0] if names else None, label="Recorded run", elem_id="recording", min_width=240
@@ -116,7 +119,7 @@ class CompareTab:
                 label="… or a run you downloaded (.jsonl)",
                 file_types=[".jsonl"],
                 type="filepath",
-                height=110,
+                height=140,
                 elem_id="upload",
                 min_width=240,
             )
@@ -135,21 +138,21 @@ class CompareTab:
             min_width=180,
         )
 
-    def _pane(self, index: int) -> gr.Textbox:
-        return gr.Textbox(
-            label=self._pane_label(index),
-            lines=9,
-            max_lines=24,
-            buttons=["copy"],
-            interactive=False,
-            visible=index < 2,
-            elem_id=f"pane-{index}",
-            elem_classes=["llmq-pane", CONTESTANT_CLASSES[index]],
-        )
+    def _pane(self, index: int) -> tuple[gr.Column, gr.Textbox]:
+        classes = ["llmq-pane", CONTESTANT_CLASSES[index]]
+        with gr.Column(visible=index < len(self.session.methods), elem_classes=classes, min_width=0) as column:
+            text = gr.Textbox(
+                label=self._pane_label(index),
+                lines=9,
+                max_lines=24,
+                buttons=["copy"],
+                interactive=False,
+                elem_id=f"pane-{index}",
+            )
+        return column, text
 
     def _pane_label(self, index: int) -> str:
-        labels = [*self.session.methods, ""]
-        return labels[index] or " "
+        return [*self.session.methods, " ", " "][index]
 
     def wire(self, page: gr.Blocks) -> None:
         for button, (_, text) in zip(self.examples, EXAMPLES, strict=True):
@@ -158,7 +161,16 @@ class CompareTab:
             self.prompt, self.model, *self.methods, self.threshold, self.max_new_tokens, self.schedule,
             self.temperature, self.top_k, self.top_p, self.seed,
         ]  # fmt: skip
-        outputs = [self.status, *self.panes, self.live, self.verdict, self.diff, self.download, self.query]
+        outputs = [
+            self.status,
+            *self.columns,
+            *self.panes,
+            self.live,
+            self.verdict,
+            self.diff,
+            self.download,
+            self.query,
+        ]
         gr.on(
             [self.generate.click, self.prompt.submit],
             self._generate,
@@ -177,6 +189,7 @@ class CompareTab:
             concurrency_limit=16,
             api_visibility="private",
         )
+        self.more.click(None, None, None, js=SIDEBAR_SCRIPT, api_visibility="private")
         self.stop.click(self._stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
         self.query.change(None, self.query, self.link, js=LINK_SCRIPT, api_visibility="private")
         settings = [
@@ -199,7 +212,7 @@ class CompareTab:
             source = resolve(comparison.model)
         except UserError as error:
             yield {self.status: f"Not started: {error}"}
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            raise notice(error) from error
         run = Run(comparison.settings(), {})
         events = run.record(self.session.run(comparison, request.session_hash or "nobody"), time.monotonic)
         view = CompareView(
@@ -234,7 +247,7 @@ class CompareTab:
             about += str(run.environment.get("date", "unknown date"))[:10]
         except UserError as error:
             yield {self.status: f"Not replayed: {error}"}
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            raise notice(error) from error
         view = CompareView(labels, self.session.next_run(), str(run.settings.get("device", "cpu")), opening=about)
         yield from self._show(view, run.replay(time.sleep, REPLAY_SPEED))
 
@@ -252,21 +265,23 @@ class CompareTab:
         """One view's updates as component updates."""
         named = {"status": self.status, "live": self.live, "verdict": self.verdict, "diff": self.diff}
         named |= {f"text_{index}": pane for index, pane in enumerate(self.panes)}
-        yield {
-            **{
-                pane: gr.Textbox(
-                    value="", label=view.labels[i] if i < len(view.labels) else " ", visible=i < len(view.labels)
-                )
-                for i, pane in enumerate(self.panes)
-            },
-            self.verdict: "",
-            self.diff: {},
+        yield {self.verdict: "", self.diff: {}} | {
+            component: update
+            for index in range(PANES)
+            for component, update in self._emptied(index, view.labels).items()
         }
         for update in view.updates(events):
             error = update.pop("error", None)
             yield {named[name]: value for name, value in update.items()}
             if error:
-                raise gr.Error(error, duration=None, print_exception=False)
+                raise notice(error)
+
+    def _emptied(self, index: int, labels: list[str]) -> dict:
+        used = index < len(labels)
+        return {
+            self.columns[index]: gr.Column(visible=used),
+            self.panes[index]: gr.Textbox(value="", label=labels[index] if used else " "),
+        }
 
     def _stop(self, request: gr.Request) -> None:
         if not self.session.stop(request.session_hash or "nobody"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gradio as gr
 
 from llmq.ui.layout import build
@@ -29,7 +31,7 @@ def launch(
         share=share or None,
         auth=auth,
         theme=build_theme(),
-        css=build_css(),
+        css=build_css() + Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
         footer_links=["api"],
         show_error=True,
         max_file_size="32mb",

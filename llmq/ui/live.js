@@ -47,7 +47,7 @@ const observeTheme = () => {
 const observeSize = () => {
   const resize = new ResizeObserver(() => {
     if (!element.isConnected) resize.disconnect();
-    else if (host.clientWidth && host.clientWidth !== drawn.width) requestAnimationFrame(() => redrawPlot(current()));
+    else if (host.clientWidth && host.clientWidth !== drawnWidth) requestAnimationFrame(() => redrawPlot(current()));
   });
   resize.observe(host);
 };

@@ -54,7 +54,8 @@ const makeTrace = (value, decodeStart) => (column, position) => {
 };
 
 const axis = (extra) => ({
-  gridcolor: colour("grid"), linecolor: colour("grid"), zerolinecolor: colour("grid"), tickfont: { color: colour("ink-soft") },
+  gridcolor: colour("grid"), linecolor: colour("grid"), zerolinecolor: colour("grid"),
+  tickfont: { color: colour("ink-soft") },
   fixedrange: host.clientWidth < STACK_BELOW, rangemode: "tozero", automargin: true, ...extra,
 });
 
@@ -68,8 +69,10 @@ const speedTitle = (value) => firstDecode(value) >= 0
 
 const makeLayout = (value) => {
   const stacked = host.clientWidth < STACK_BELOW;
-  const seconds = { title: { text: "seconds since the start", font: { size: 12, color: colour("ink-soft") }, standoff: 6 },
-    unifiedhovertitle: { text: "%{x:.1f} s" } };
+  const seconds = {
+    title: { text: "seconds since the start", font: { size: 12, color: colour("ink-soft") }, standoff: 6 },
+    unifiedhovertitle: { text: "%{x:.1f} s" },
+  };
   return {
     width: host.clientWidth, height: stacked ? 580 : 320, uirevision: value.run || "none",
     margin: { l: 48, r: 12, t: 36, b: 40 }, hovermode: "x unified", dragmode: stacked ? false : "zoom",
@@ -94,13 +97,15 @@ const PLOT_OPTIONS = {
 };
 
 let plotly = null;
-let drawn = { run: null, columns: 0, points: 0, decodeStart: -1, width: 0 };
+let drawn = { run: null, columns: 0, points: 0, decodeStart: -1 };
+let drawnWidth = 0; // pixels
 
 const redrawPlot = (value) => {
   if (!plotly || !host.clientWidth) return;
   const decodeStart = firstDecode(value);
   plotly.react(host, value.columns.map(makeTrace(value, decodeStart)), makeLayout(value), PLOT_OPTIONS);
-  drawn = { run: value.run, columns: value.columns.length, points: value.samples.length, decodeStart, width: host.clientWidth };
+  drawn = { run: value.run, columns: value.columns.length, points: value.samples.length, decodeStart };
+  drawnWidth = host.clientWidth;
   element.dataset.points = drawn.points;
 };
 

@@ -10,6 +10,8 @@ from llmq.inspect.report import OutlierReport
 from llmq.inspect.views import layer_channel_map
 from llmq.ui.outlier_plots import layer_channel_figure
 
+# plotly.js 4 offers a button that uploads the chart; a local file has no business with another host.
+NO_CLOUD = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False}
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>body {{ font-family: system-ui, sans-serif; max-width: 75rem; margin: 2rem auto;
@@ -25,7 +27,7 @@ def write_page(report: OutlierReport, threshold: float, path: Path) -> None:
         for phase in (("prefill", "decode") if report.generated_tokens else ("prefill",))
     ]
     body = "".join(
-        figure.to_html(full_html=False, include_plotlyjs=(number == 0), default_height="420px")
+        figure.to_html(full_html=False, include_plotlyjs=(number == 0), default_height="420px", config=NO_CLOUD)
         for number, figure in enumerate(figures)
     )
     title = f"Activation outliers: {report.model}, {report.method}"

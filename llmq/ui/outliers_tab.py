@@ -15,6 +15,7 @@ from llmq.models.presets import PRESETS
 from llmq.quant import METHODS
 from llmq.ui.compare_view import status_line as line_of
 from llmq.ui.examples import EXAMPLES
+from llmq.ui.notices import notice
 from llmq.ui.outlier_page import map_figure
 from llmq.ui.outlier_tables import shares_table, strongest_table, token_figure
 from llmq.ui.session import Session
@@ -59,16 +60,16 @@ class OutliersTab:
         self.dark = gr.Checkbox(visible=False)
         with gr.Row(equal_height=True):
             self.threshold = gr.Slider(
-                2, 20, 6.0, step=0.1, label="Threshold", info="Moves without running the model again.",
+                2, 20, 6.0, step=0.1, label="Threshold", info="Judges this run's activations anew, without a new run.",
                 elem_id="outlier-threshold", min_width=220,
             )  # fmt: skip
             self.kind = gr.Radio(["q/k/v", "o", "gate/up", "down"], value="down", label="Input of", elem_id="kind")
             self.phase = gr.Radio(list(PHASES), value="prefill", label="Phase", elem_id="phase")
-        self.map = gr.Plot(label="Layer × channel", elem_id="outlier-map")
+        self.map = gr.Plot(label="Layer × channel", show_label=False, elem_id="outlier-map")
         self.shares = self._table("What reaches the threshold", SHARE_HEADERS, "outlier-shares")
         self.channels = self._table("Strongest channels", CHANNEL_HEADERS, "outlier-channels")
         self.layer = gr.Slider(0, 31, 0, step=1, label="Layer", info="Token by token, prompt only.", elem_id="layer")
-        self.tokens = gr.Plot(label="Token × channel", elem_id="token-map")
+        self.tokens = gr.Plot(label="Token × channel", show_label=False, elem_id="token-map")
 
     def _table(self, label: str, headers: list[str], elem_id: str) -> gr.Dataframe:
         return gr.Dataframe(
@@ -94,9 +95,7 @@ class OutliersTab:
             [self.threshold.input, self.kind.input, self.phase.input],
             self._draw, questions, pictures, js=DARK_SCRIPT, trigger_mode="always_last", **quiet,
         )  # fmt: skip
-        self.layer.input(
-            self._draw_tokens, questions, self.tokens, js=DARK_SCRIPT, trigger_mode="always_last", **quiet
-        )
+        self.layer.input(self._draw_tokens, questions, self.tokens, js=DARK_SCRIPT, trigger_mode="always_last", **quiet)
         self.stop.click(self._stop, None, None, queue=False, **quiet)
 
     def _watch(self, prompt, model, method, threshold, new_tokens, request: gr.Request) -> Iterator[dict]:
@@ -117,7 +116,7 @@ class OutliersTab:
                     yield {self.status: line_of(item) if not isinstance(item, Loading) else _loading(item)}
         except (UserError, ValueError, TypeError) as error:
             yield {self.status: f"Not run: {error}"}
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            raise notice(error) from error
         yield self._finished(report)
 
     def _finished(self, report: OutlierReport | None) -> dict:

@@ -1,0 +1,98 @@
+"""What the browser tests share: the real app in a process of its own, a real Chromium, and Gradio's raw stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import httpx
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
+START_SECONDS = 180
+
+
+def chromium_path() -> str | None:
+    """The Chromium to drive: CHROMIUM names one, else the system's."""
+    named = os.environ.get("CHROMIUM")
+    return named or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@contextmanager
+def running_app(*flags: str) -> Iterator[str]:
+    """`python app.py` on a free port; yields its address, and ends the process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = subprocess.Popen(
+        [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(address, app)
+        yield address
+    finally:
+        app.terminate()
+        app.wait(20)
+
+
+def wait_for(address: str, app: subprocess.Popen) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if app.poll() is not None:
+            raise AssertionError(f"app.py ended with {app.returncode}: {app.stdout.read()}")
+        try:
+            with urlopen(address, timeout=5):
+                return
+        except (URLError, OSError):
+            time.sleep(0.3)
+    raise AssertionError(f"app.py did not answer within {START_SECONDS} s")
+
+
+def raw_messages(address: str, api_name: str, data: list) -> Iterator[tuple[int, dict]]:
+    """Call an endpoint as the page does and yield (bytes, message) of every server-sent event."""
+    with httpx.Client(base_url=address, timeout=None) as client:
+        config = client.get("/config").json()
+        endpoint = next(d for d in config["dependencies"] if d["api_name"] == api_name)
+        session = uuid.uuid4().hex[:11]
+        client.post(
+            "/gradio_api/queue/join",
+            json={"data": data, "fn_index": endpoint["id"], "session_hash": session, "event_data": None},
+        ).raise_for_status()
+        with client.stream("GET", f"/gradio_api/queue/data?session_hash={session}") as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data:"):
+                    message = json.loads(line.removeprefix("data:"))
+                    yield len(line), message
+                    if message["msg"] in ("process_completed", "close_stream"):
+                        return
+
+
+def compare_inputs(
+    prompt: str, *, methods=("fp16", "bnb-int8", "none"), tokens: int = 8, temperature: float = 0
+) -> list:
+    """The inputs of the `compare` endpoint in the page's order."""
+    return [prompt, "demo", *methods, 6.0, tokens, "interleave", temperature, 0, 1, 0]

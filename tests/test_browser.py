@@ -1,0 +1,269 @@
+"""The page in a real Chromium: generate, stop, replay, move the threshold, read the heatmap; accessibility; hosts."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from browser_support import CHROMIUM_FLAGS, chromium_path, compare_inputs, raw_messages, running_app
+
+pytestmark = [pytest.mark.browser, pytest.mark.demo]
+SETTLED = re.compile(r"^(Finished|Stopped|Not |Ended|Recording.*(Finished|Stopped))")
+LARGEST_UPDATE = 2048  # bytes of one streamed update
+MINUTES = 60_000
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = chromium_path()
+    if path is None:
+        message = "NO CHROMIUM FOUND: the page was not tested. Install Debian's chromium, or set CHROMIUM."
+        if os.environ.get("LLMQ_REQUIRE_BROWSER") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def address(demo):
+    with running_app() as url:
+        yield url
+
+
+@pytest.fixture
+def page(browser, address):
+    tab = browser.new_page(viewport={"width": 1400, "height": 1000})
+    tab.set_default_timeout(2 * MINUTES)
+    tab.hosts = set()
+    tab.on("request", lambda request: tab.hosts.add(request.url.split("/")[2]))
+    yield tab
+    tab.close()
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory) -> Path:
+    """Where pictures go: LLMQ_SCREENSHOTS (the README's), else a scratch folder."""
+    named = os.environ.get("LLMQ_SCREENSHOTS")
+    folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def open_page(page, address: str, query: str = "", ready: str = "#generate") -> None:
+    page.goto(f"{address}/?{query}")
+    page.wait_for_selector(ready)
+    page.wait_for_load_state("networkidle")
+
+
+def status(page, elem: str = "status") -> str:
+    return page.locator(f"#{elem} .llmq-status").inner_text()
+
+
+def wait_until_settled(page) -> str:
+    page.wait_for_function(
+        f"new RegExp({SETTLED.pattern!r}).test(document.querySelector('#status .llmq-status').textContent)",
+        timeout=5 * MINUTES,
+    )
+    return status(page)
+
+
+def pane(page, index: int) -> str:
+    return page.locator(f"#pane-{index} textarea").input_value()
+
+
+def generate(page) -> None:
+    page.locator("#status .llmq-status").evaluate("node => node.textContent = 'asked'")
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_function("document.querySelector('#status .llmq-status').textContent !== 'asked'")
+
+
+def watch_plot(page) -> None:
+    """Count removals of the plot's node, and mark it, so that a rebuilt one is noticed."""
+    page.evaluate(
+        """() => {
+          const plot = document.querySelector('#live-panel [data-part="plot"]');
+          plot.dataset.marked = 'yes'; window.plotRemovals = 0;
+          new MutationObserver(list => list.forEach(m => m.removedNodes.forEach(n => {
+            if (n === plot || (n.contains && n.contains(plot))) window.plotRemovals += 1;
+          }))).observe(document.body, {childList: true, subtree: true});
+        }"""
+    )
+
+
+def test_generates_side_by_side_and_keeps_the_plot(page, address, screenshots):
+    open_page(page, address, "max_new_tokens=24&prompt=Plan+a+3-day+itinerary+in+Paris.")
+    watch_plot(page)
+    generate(page)
+    page.wait_for_function("document.querySelector('#pane-0 textarea').value.length > 5")
+    assert wait_until_settled(page) == "Finished."
+    assert pane(page, 0).startswith("Planning a 3-day itinerary in Paris")
+    assert len(pane(page, 1)) > 20
+    page.wait_for_function("Number(document.querySelector('#live-panel [data-points]').dataset.points) > 20")
+    assert page.evaluate("window.plotRemovals") == 0
+    assert page.evaluate("document.querySelector('#live-panel [data-part=plot]').dataset.marked") == "yes"
+    assert "less memory" in page.locator("#verdict").inner_text()
+    assert page.locator("#token-diff .llmq-diff-pane").count() == 2
+    assert page.locator("#link input, #link textarea").input_value().startswith(f"{address}/?model=demo&methods=fp16")
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    assert download.value.suggested_filename.endswith(".jsonl")
+    page.screenshot(path=screenshots / "compare-light.png", full_page=True)
+    assert page.hosts == {address.split("/")[2]}
+
+
+def test_stop_twice_keeps_the_text_and_frees_the_device(page, address):
+    open_page(page, address, "max_new_tokens=400&prompt=Tell+a+long+story.")
+    generate(page)
+    page.wait_for_function("document.querySelector('#pane-0 textarea').value.length > 5")
+    page.locator("#stop").click()
+    page.locator("#stop").click()
+    assert wait_until_settled(page) == "Stopped."
+    kept = pane(page, 0)
+    assert len(kept) > 5
+    page.wait_for_timeout(1500)
+    assert pane(page, 0) == kept
+    page.locator("#prompt textarea").fill("Say hello.")
+    page.locator("#max-new-tokens input[type=number]").fill("3")
+    page.keyboard.press("Tab")
+    generate(page)
+    assert wait_until_settled(page) == "Finished."
+
+
+def test_second_visitor_waits_in_line(page, address, browser):
+    other = browser.new_page()
+    open_page(page, address, "max_new_tokens=64&prompt=Tell+a+story.")
+    open_page(other, address, "max_new_tokens=2&prompt=Hello")
+    generate(page)
+    page.wait_for_function("document.querySelector('#pane-0 textarea').value.length > 5")
+    other.get_by_role("button", name="Generate").click()
+    other.wait_for_function("/^Waiting: 1 run is/.test(document.querySelector('#status .llmq-status').textContent)")
+    assert pane(other, 0) == ""
+    page.locator("#stop").click()
+    assert wait_until_settled(page) == "Stopped."
+    assert wait_until_settled(other) == "Finished."
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("   ", "Not started: the prompt is empty"), ("word " * 20_000, "Not started: the prompt is")],
+    ids=["blank", "100,000 characters"],
+)
+def test_bad_prompts_get_a_message(page, address, prompt, expected):
+    open_page(page, address)
+    page.locator("#prompt textarea").fill(prompt)
+    generate(page)
+    assert wait_until_settled(page).startswith(expected)
+
+
+def test_markup_is_text_everywhere(page, address):
+    open_page(page, address, "max_new_tokens=2")
+    page.locator("#prompt textarea").fill("<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>")
+    generate(page)
+    assert wait_until_settled(page) == "Finished."
+    page.locator("#model input").fill("<img src=x onerror='window.hacked=1'>")
+    page.keyboard.press("Tab")
+    generate(page)
+    assert wait_until_settled(page).startswith("Not started: unknown model '<img src=x")
+    assert page.locator("[data-testid=toast-text] img").count() == 0
+    assert page.evaluate("window.hacked") is None
+
+
+def test_replays_a_recorded_run_labelled_as_such(page, address):
+    open_page(page, address)
+    watch_plot(page)
+    page.locator("#replay").click()
+    page.wait_for_function("/^Recording/.test(document.querySelector('#status .llmq-status').textContent)")
+    page.wait_for_function("document.querySelector('#pane-0 textarea').value.length > 40")
+    assert wait_until_settled(page).startswith("Recording:")
+    assert page.evaluate("window.plotRemovals") == 0
+
+
+def test_outliers_heatmap_and_threshold(page, address, screenshots):
+    open_page(page, address)
+    page.get_by_role("tab", name="Outliers").click()
+    page.locator("#watch").click()
+    page.wait_for_function("/watched in/.test(document.querySelector('#outlier-status .llmq-status').textContent)")
+    assert "211 linear layers" in status(page, "outlier-status")
+    page.wait_for_selector("#outlier-map .js-plotly-plot .hm")
+    page.wait_for_selector("#token-map .js-plotly-plot .hm")
+    heatmap = "document.querySelector('#outlier-map .js-plotly-plot').data[0]"
+    assert page.evaluate(f"{heatmap}.customdata.shape ?? {heatmap}.customdata.length")
+    assert "3,062" in page.locator("#outlier-channels").inner_text()
+    page.screenshot(path=screenshots / "outliers-light.png", full_page=True)
+    before = page.locator("#outlier-shares").inner_text()
+    page.locator("#outlier-threshold input[type=number]").fill("12")
+    page.keyboard.press("Enter")
+    page.wait_for_function("old => document.querySelector('#outlier-shares').innerText !== old", arg=before)
+    title = "document.querySelector('#outlier-map .js-plotly-plot').layout.title.text"
+    page.get_by_role("radio", name="decode").click()
+    page.wait_for_function(f"/decode/.test({title})")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 400])
+def test_accessible_and_never_wider_than_the_window(browser, address, theme, width, screenshots):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    open_page(page, address, f"__theme={theme}&max_new_tokens=6")
+    generate(page)
+    wait_until_settled(page)
+    page.wait_for_timeout(500)
+    found = Axe().run(page).response["violations"]
+    page.screenshot(path=screenshots / f"compare-{theme}-{width}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.get_by_role("tab", name="Outliers").click()
+    page.wait_for_selector("#watch")
+    page.wait_for_timeout(500)
+    found += Axe().run(page).response["violations"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    serious = [
+        (v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found if v["impact"] in ("critical", "serious")
+    ]
+    assert not serious
+    page.close()
+
+
+def test_keyboard_alone_runs_a_comparison(page, address):
+    open_page(page, address, "max_new_tokens=2")
+    page.locator("#prompt textarea").focus()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "generate":
+            break
+    page.locator("#status .llmq-status").evaluate("node => node.textContent = 'asked'")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#status .llmq-status').textContent !== 'asked'")
+    assert wait_until_settled(page) == "Finished."
+
+
+def test_an_update_weighs_under_two_kilobytes(address):
+    sizes = [
+        size
+        for size, message in raw_messages(address, "compare", compare_inputs("Tell a story.", tokens=24))
+        if message["msg"] == "process_generating"
+    ]
+    # The first messages open the panes and hand over the run's fixed labels.
+    assert len(sizes) > 10
+    assert max(sizes[3:-2]) < LARGEST_UPDATE
+
+
+def test_nan_and_out_of_range_through_the_api(address):
+    for inputs, word in [
+        (compare_inputs("x", temperature=99), "temperature"),
+        (compare_inputs("x", tokens=-5), "max_new_tokens"),
+        (compare_inputs("x", methods=("fp16", "int9", "none")), "int9"),
+    ]:
+        *_, (_, last) = raw_messages(address, "compare", inputs)
+        assert last["msg"] == "process_completed" and last["success"] is False
+        assert word in last["output"]["error"]
+    *_, (_, last) = raw_messages(address, "compare", compare_inputs("x", tokens=2))
+    assert last["success"] is True
