@@ -7,19 +7,13 @@ standard error. A wrong value exits 2 with one line and no traceback.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from llmq import actions
 from llmq.errors import UserError
-from llmq.events import Event, Run
-from llmq.reporting import outlier_lines, progress_line, run_as_json, table
-from llmq.summary import Summary
 
 EXIT_USAGE = 2
-EXIT_FAILED = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_outliers(commands)
     _add_quality(commands)
     _add_bench(commands)
+    _add_memory(commands)
     _add_models(commands)
     return parser
 
@@ -61,7 +56,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_compare(commands) -> None:
-    parser = _command(commands, "compare", _compare, "one prompt through two or three methods")
+    parser = _command(commands, "compare", actions.run_compare, "one prompt through two or three methods")
     parser.add_argument("prompt")
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8", help="comma-separated; bnb-int8@0 sets a threshold")
@@ -76,12 +71,14 @@ def _add_compare(commands) -> None:
 
 
 def _add_replay(commands) -> None:
-    parser = _command(commands, "replay", _replay, "show a saved run again")
+    parser = _command(commands, "replay", actions.run_replay, "show a saved run again")
     parser.add_argument("run_file", type=Path, metavar="RUN.jsonl")
 
 
 def _add_outliers(commands) -> None:
-    parser = _command(commands, "outliers", _outliers, "which activation columns reach the threshold, layer by layer")
+    parser = _command(
+        commands, "outliers", actions.run_outliers, "which activation columns reach the threshold, layer by layer"
+    )
     parser.add_argument("prompt")
     _add_model(parser)
     parser.add_argument("--method", default="bnb-int8")
@@ -90,7 +87,7 @@ def _add_outliers(commands) -> None:
 
 
 def _add_quality(commands) -> None:
-    parser = _command(commands, "quality", _quality, "perplexity and agreement on a text both read")
+    parser = _command(commands, "quality", actions.run_quality, "perplexity and agreement on a text both read")
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8")
     parser.add_argument("--text", type=Path, metavar="FILE", help="default: CPython's pydoc topics")
@@ -99,7 +96,9 @@ def _add_quality(commands) -> None:
 
 
 def _add_bench(commands) -> None:
-    parser = _command(commands, "bench", _bench, "repeatable speed and memory figures, one method after the other")
+    parser = _command(
+        commands, "bench", actions.run_bench, "repeatable speed and memory figures, one method after the other"
+    )
     parser.add_argument("what", choices=["decode"])
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8")
@@ -110,192 +109,18 @@ def _add_bench(commands) -> None:
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
 
 
+def _add_memory(commands) -> None:
+    parser = _command(
+        commands, "memory", actions.run_memory, "predicted bytes before anything is loaded, and whether they fit"
+    )
+    parser.add_argument("--model", default="demo", help="a preset, a hub id or a local folder (default: demo)")
+    parser.add_argument("--methods", default="fp16,bnb-int8")
+    parser.add_argument("--threshold", type=float, default=6.0, help=argparse.SUPPRESS)
+    parser.add_argument("--context", type=int, default=2048, help="tokens, prompt and answer (default: 2048)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--device-memory", type=float, metavar="GB", help="bytes to fit into, in GB (1e9)")
+
+
 def _add_models(commands) -> None:
-    parser = _command(commands, "models", _models, "the models that have names, and the methods")
+    parser = _command(commands, "models", actions.run_models, "the models that have names, and the methods")
     parser.add_argument("--fetch", metavar="M", help="make this model ready, so that later starts need no network")
-
-
-def _compare(options) -> int:
-    from llmq.compare import compare
-    from llmq.contestants import Comparison
-    from llmq.engine.residents import Residents
-    from llmq.engine.sampling import SamplingSettings
-    from llmq.environment import describe
-    from llmq.models.loading import resolve
-
-    comparison = Comparison(
-        prompt=options.prompt,
-        model=options.model,
-        contestants=_contestants(options),
-        sampling=SamplingSettings(
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-        ),
-        schedule=options.schedule,
-        device=_device(options),
-        random_weights=options.random_weights,
-    )
-    source = resolve(comparison.model, random_weights=comparison.random_weights)
-    run = Run(comparison.settings(), {})
-    summary = _consume(run.record(compare(comparison, Residents()), time.monotonic))
-    run.environment = describe(comparison.device, source)
-    if options.save:
-        run.save(options.save)
-    return _print_run(run, summary, as_json=options.json)
-
-
-def _replay(options) -> int:
-    run = Run.load(options.run_file)
-    summary = _consume(run.replay())
-    return _print_run(run, summary, as_json=options.json)
-
-
-def _consume(events: Iterable[Event]) -> Summary:
-    summary = Summary()
-    for event in _reported(events):
-        summary.add(event)
-    return summary
-
-
-def _reported(events: Iterable[Event]) -> Iterator[Event]:
-    """Pass events through, telling the person at the terminal what is going on."""
-    last = ""
-    for event in events:
-        line = progress_line(event)
-        if line and line != last:
-            print(f"llmq: {line}", file=sys.stderr)
-            last = line
-        yield event
-
-
-def _print_run(run: Run, summary: Summary, *, as_json: bool) -> int:
-    result = run_as_json(run, summary)
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
-    else:
-        for contestant in result["contestants"]:
-            print(f"\n--- {contestant['method']}\n{contestant['text']}")
-        print("\n" + "\n".join(table(result)))
-    return EXIT_FAILED if any(c["error"] for c in result["contestants"]) else 0
-
-
-def _outliers(options) -> int:
-    from llmq.contestants import Contestant
-    from llmq.engine.residents import Residents
-    from llmq.inspect.run import Inspection, inspect_outliers
-
-    inspection = Inspection(
-        prompt=options.prompt,
-        model=options.model,
-        contestant=Contestant.parse(options.method, options.threshold),
-        new_tokens=options.new_tokens,
-        device=_device(options),
-    )
-    *_, report = _reported(inspect_outliers(inspection, Residents()))
-    if options.html:
-        from llmq.ui.outlier_page import write_page
-
-        write_page(report, options.threshold, options.html)
-    if options.json:
-        print(json.dumps(report.to_json(options.threshold), allow_nan=False))
-    else:
-        print("\n".join(outlier_lines(report, options.threshold)))
-    return 0
-
-
-def _quality(options) -> int:
-    from llmq.bench.quality import QualityBench, bench_quality
-
-    bench = QualityBench(
-        model=options.model,
-        contestants=_contestants(options),
-        device=_device(options),
-        text=_read_text(options.text) if options.text else None,
-        tokens=options.tokens,
-    )
-    result = bench_quality(bench, _report)
-    return _print_result(result, options, ("method", "perplexity", "kl_to_fp16", "top1_agreement"))
-
-
-def _bench(options) -> int:
-    from llmq.bench.decode import DecodeBench, bench_decode
-
-    bench = DecodeBench(
-        model=options.model,
-        contestants=_contestants(options),
-        device=_device(options),
-        random_weights=options.random_weights,
-        prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-        repeats=options.repeats,
-    )
-    columns = ("method", "tokens_per_second", "prefill_seconds", "bandwidth_fraction", "weight_bytes", "peak_bytes")
-    return _print_result(bench_decode(bench, _report), options, columns)
-
-
-def _contestants(options) -> tuple:
-    from llmq.contestants import Contestant
-
-    return tuple(Contestant.parse(name, options.threshold) for name in options.methods.split(","))
-
-
-def _device(options) -> str:
-    """The device the options name, with the libraries told to keep quiet before anything loads."""
-    from llmq.environment import device_named
-    from llmq.models.loading import quiet_libraries
-
-    quiet_libraries()
-    return device_named(options.device)
-
-
-def _report(line: str) -> None:
-    print(f"llmq: {line}", file=sys.stderr)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def _print_result(result: dict, options, columns: tuple[str, ...]) -> int:
-    if options.save:
-        options.save.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    if options.json:
-        print(json.dumps(result, allow_nan=False))
-        return 0
-    print("  ".join(f"{column:>20}" for column in columns))
-    for row in result["results"]:
-        cells = (row[column] for column in columns)
-        print("  ".join(f"{cell:>20,.5g}" if isinstance(cell, float) else f"{cell:>20}" for cell in cells))
-    return 0
-
-
-def _models(options) -> int:
-    from llmq.models.loading import prepare, resolve
-    from llmq.models.presets import PRESETS
-    from llmq.quant import METHODS
-
-    if options.fetch:
-        for progress in prepare(resolve(options.fetch)):
-            print(f"\r{progress.fraction:4.0%} {progress.message:<60}", end="", file=sys.stderr)
-        print(file=sys.stderr)
-    result = {
-        "models": [
-            {"name": p.name, "hub_id": p.hub_id, "about": p.about, "licence": p.licence, "gated": p.gated}
-            for p in PRESETS.values()
-        ],
-        "methods": [{"name": m.name, "label": m.label, "about": m.about} for m in METHODS.values()],
-    }
-    if options.json:
-        print(json.dumps(result))
-        return 0
-    for kind, rows in result.items():
-        print(f"{kind}:")
-        for row in rows:
-            print(f"  {row['name']:<24}{row['about']}")
-    return 0

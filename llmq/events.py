@@ -183,6 +183,7 @@ class Run:
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as out:
                     out.writelines(line + "\n" for line in self.to_lines())
+                os.chmod(partial, 0o644)  # mkstemp's 0600 would make a shared recording unreadable
                 os.replace(partial, path)
             except BaseException:
                 Path(partial).unlink(missing_ok=True)

@@ -7,10 +7,14 @@ is an upper estimate of what one prefill needs besides: attention and MLP activa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from llmq.quant import Handler, WeightBytes
+from llmq.contestants import Contestant
+from llmq.errors import BadChoice
+from llmq.models.loading import load_config, resolve
+from llmq.models.presets import PRESETS
+from llmq.quant import Handler, WeightBytes, method_named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +65,26 @@ def predict(shape: nn.Module, handler: Handler, *, tokens: int, batch: int = 1) 
         kv_bytes(config, tokens=tokens, batch=batch, itemsize=_itemsize(handler)),
         _workspace(config, tokens=tokens, batch=batch, itemsize=_itemsize(handler)),
     )
+
+
+def forecast(
+    model: str, contestants: Sequence[Contestant], *, tokens: int, batch: int = 1, device_bytes: int | None = None
+) -> dict:
+    """Predicted bytes of every method for a model that need not be here: a preset's shape is enough.
+
+    With `device_bytes`, each row says whether the method alone fits. Raises BadChoice for tokens or batch under 1.
+    """
+    if tokens < 1 or batch < 1:
+        raise BadChoice(f"context is {tokens} and batch is {batch}; both must be at least 1")
+    source = resolve(model, random_weights=model in PRESETS)
+    shape = meta_model(load_config(source))
+    rows = []
+    for contestant in contestants:
+        found = predict(shape, method_named(contestant.method).handler, tokens=tokens, batch=batch)
+        row = {"method": contestant.label, **asdict(found), "total": found.total}
+        fits = None if device_bytes is None else found.total <= HEADROOM * device_bytes
+        rows.append(row | {"fits": fits})
+    return {"model": model, "context": tokens, "batch": batch, "device_memory": device_bytes, "results": rows}
 
 
 def kv_bytes(config: PretrainedConfig, *, tokens: int, batch: int = 1, itemsize: int = 2) -> int:

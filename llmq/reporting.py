@@ -87,3 +87,13 @@ def outlier_lines(report: OutlierReport, threshold: float) -> Iterator[str]:
     yield "strongest channels:"
     for row in strongest_channels(report, threshold, 10):
         yield f"  {row.kind:<10} channel {row.channel:<6} |x| up to {row.absmax:,.1f} (layer {row.layer}, {row.phase})"
+
+
+def memory_lines(result: dict) -> Iterator[str]:
+    """The forecast as a table in GB (1e9 bytes)."""
+    yield f"{result['model']}, {result['context']:,} tokens, batch {result['batch']}; GB"
+    names = ("weights", "scales", "kv", "workspace", "total")
+    yield f"  {'method':<14}" + "".join(f"{name:>11}" for name in names)
+    for row in result["results"]:
+        fits = {None: "", True: "  fits", False: "  does not fit"}[row["fits"]]
+        yield f"  {row['method']:<14}" + "".join(f"{row[name] / 1e9:>11.3f}" for name in names) + fits

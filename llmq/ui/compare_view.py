@@ -41,7 +41,7 @@ class CompareView:
         self.live = LiveState({label: arithmetic(label, self.device) for label in self.labels}, run=self.run)
         self._texts = [""] * len(self.labels)
         self._tokens: list[list[tuple[int, str]]] = [[] for _ in self.labels]
-        self._status = self.opening or "Starting"
+        self._status = "Starting"
         self._shown: dict = {}
 
     def updates(self, events: Iterable[Event]) -> Iterator[dict]:
@@ -72,7 +72,7 @@ class CompareView:
         self._status = status_line(event) or self._status
 
     def _changes(self, *, first: bool = False) -> dict:
-        now = {"status": self._status, "live": self.live.value()}
+        now = {"status": self._prefix(self._status), "live": self.live.value()}
         now |= {f"text_{i}": text for i, text in enumerate(self._texts)}
         changed = now if first else {name: value for name, value in now.items() if self._shown.get(name) != value}
         self._shown |= now
@@ -85,7 +85,7 @@ class CompareView:
         if any(outcome.error for outcome in outcomes):
             return "Finished, with a failure: see the card."
         stopped = any(outcome.reason == "stopped" for outcome in outcomes)
-        return self._prefix("Stopped." if stopped else "Finished.")
+        return "Stopped." if stopped else "Finished."
 
     def _prefix(self, text: str) -> str:
         return f"{self.opening} · {text}" if self.opening else text

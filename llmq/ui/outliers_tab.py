@@ -65,11 +65,11 @@ class OutliersTab:
             )  # fmt: skip
             self.kind = gr.Radio(["q/k/v", "o", "gate/up", "down"], value="down", label="Input of", elem_id="kind")
             self.phase = gr.Radio(list(PHASES), value="prefill", label="Phase", elem_id="phase")
-        self.map = gr.Plot(label="Layer × channel", show_label=False, elem_id="outlier-map")
+        self.map = gr.Plot(label="Layer × channel", show_label=False, visible=False, elem_id="outlier-map")
         self.shares = self._table("What reaches the threshold", SHARE_HEADERS, "outlier-shares")
         self.channels = self._table("Strongest channels", CHANNEL_HEADERS, "outlier-channels")
         self.layer = gr.Slider(0, 31, 0, step=1, label="Layer", info="Token by token, prompt only.", elem_id="layer")
-        self.tokens = gr.Plot(label="Token × channel", show_label=False, elem_id="token-map")
+        self.tokens = gr.Plot(label="Token × channel", show_label=False, visible=False, elem_id="token-map")
 
     def _table(self, label: str, headers: list[str], elem_id: str) -> gr.Dataframe:
         return gr.Dataframe(
@@ -138,15 +138,19 @@ class OutliersTab:
         if report is None:
             return {self.map: gr.skip(), self.tokens: gr.skip(), self.shares: gr.skip(), self.channels: gr.skip()}
         return {
-            self.map: map_figure(report, kind, phase, threshold, dark=bool(dark)),
-            self.tokens: token_figure(report, kind, int(layer), threshold, dark=bool(dark)),
+            self.map: gr.Plot(map_figure(report, kind, phase, threshold, dark=bool(dark)), visible=True),
+            self.tokens: self._tokens(report, kind, layer, threshold, dark),
             self.shares: shares_table(report, threshold),
             self.channels: strongest_table(report, threshold),
         }
 
     def _draw_tokens(self, key, threshold, kind, phase, layer, dark):
         report = self.session.report(key)
-        return gr.skip() if report is None else token_figure(report, kind, int(layer), threshold, dark=bool(dark))
+        return gr.skip() if report is None else self._tokens(report, kind, layer, threshold, dark)
+
+    def _tokens(self, report: OutlierReport, kind: str, layer: float, threshold: float, dark) -> gr.Plot:
+        figure = token_figure(report, kind, int(layer), threshold, dark=bool(dark))
+        return gr.Plot(figure, visible=figure is not None)
 
     def _stop(self, request: gr.Request) -> None:
         self.session.stop(request.session_hash or "nobody")

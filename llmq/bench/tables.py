@@ -1,0 +1,96 @@
+"""README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
+or 'quality', which joins every quality result.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from llmq.ui.format import format_bytes, format_seconds
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "assets" / "results"
+DOCUMENTS = ("README.md", "REPORT.md")
+_MARKED = re.compile(r"(<!-- table:([\w-]+) -->).*?(<!-- /table -->)", re.DOTALL)
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrite the documents, or with `--check` only say which are out of date (exit 1)."""
+    stale = [name for name in DOCUMENTS if (ROOT / name).read_text() != filled((ROOT / name).read_text())]
+    if "--check" in arguments:
+        print(f"out of date: {', '.join(stale)}" if stale else "tables are up to date")
+        return bool(stale)
+    for name in stale:
+        (ROOT / name).write_text(filled((ROOT / name).read_text()))
+        print(f"wrote {name}")
+    return 0
+
+
+def filled(text: str) -> str:
+    """`text` with every marked table made anew."""
+    return _MARKED.sub(lambda m: f"{m[1]}\n{table(m[2])}\n{m[3]}", text)
+
+
+def table(name: str) -> str:
+    if name == "quality":
+        return _quality_table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-quality.json"))])
+    return _decode_table(json.loads((RESULTS / f"{name}.json").read_text()))
+
+
+def _decode_table(result: dict) -> str:
+    rows = ["| method | first token | decode, tok/s (lowest–highest) | against FP16 | weights | peak memory |"]
+    rows.append("|---|---:|---:|---:|---:|---:|")
+    baseline = next(row for row in result["results"] if row["method"] == "fp16")
+    for row in result["results"]:
+        speed = row["tokens_per_second"]
+        cells = [
+            f"`{row['method']}`",
+            format_seconds(row["prefill_seconds"]),
+            f"{speed:.1f} ({row['tokens_per_second_min']:.1f}–{row['tokens_per_second_max']:.1f})",
+            f"{speed / baseline['tokens_per_second']:.2f}×",
+            format_bytes(row["weight_bytes"] + row["scale_bytes"]),
+            format_bytes(row["peak_bytes"]),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*rows, "", _conditions(result)])
+
+
+def _conditions(result: dict) -> str:
+    c = result["conditions"]
+    weights = "random weights, so the text means nothing" if c["random_weights"] else c["model_revision"]
+    versions = ", ".join(f"{name} {c['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
+    bandwidth = result["read_bandwidth_bytes_per_second"] / 1e9
+    return (
+        f"*{c['device_name']}, {result['model']} ({weights}); batch 1, {c['prompt_tokens']} prompt tokens, "
+        f"{c['new_tokens']} new tokens, median of {c['repeats']} runs, one method after the other; reading memory at "
+        f"{bandwidth:,.0f} GB/s in the same run; {versions}; {c['date'][:10]}.*"
+    )
+
+
+def _quality_table(results: list[dict]) -> str:
+    rows = ["| device | method | perplexity (95 %) | KL to FP16, nats per token | same top token as FP16 |"]
+    rows.append("|---|---|---:|---:|---:|")
+    for result in results:
+        for row in result["results"]:
+            low, high = row["perplexity_interval"]
+            cells = [
+                result["conditions"]["device_name"],
+                f"`{row['method']}`",
+                f"{row['perplexity']:.2f} ({low:.2f}–{high:.2f})",
+                f"{row['kl_to_fp16']:.4f}",
+                f"{row['top1_agreement']:.1%}",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    tokens = ", ".join(sorted({f"{result['tokens']:,}" for result in results}))
+    windows = ", ".join(sorted({str(result["conditions"]["windows"]) for result in results}))
+    note = f"*demo model; {tokens} scored tokens of CPython's `pydoc_data.topics` in {windows} windows of 512.*"
+    return "\n".join([*rows, "", note])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

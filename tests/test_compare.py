@@ -1,0 +1,225 @@
+"""A comparison as its stream of events: what comes, in which order, and that every figure in it is exact."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import byte_tokenizer
+from tiny_runs import (
+    KV_BYTES_A_TOKEN,
+    PROMPT,
+    comparison,
+    engine_of,
+    light,
+    outline,
+    reasons,
+    source_of,
+    token_ids,
+)
+
+from llmq.compare import compare
+from llmq.contestants import Comparison, Contestant
+from llmq.engine.hf import HFEngine
+from llmq.engine.residents import Residents
+from llmq.errors import BadChoice
+from llmq.events import Finished, Loaded, Memory, Planned, Prefilled, Step, Waiting
+from llmq.models.presets import PRESETS
+from llmq.quant import METHODS
+from llmq.summary import Summary
+
+STEPS = 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def lightly():
+    with light():
+        yield
+
+
+@pytest.fixture(scope="module")
+def residents() -> Residents:
+    return Residents()
+
+
+def opening(*names: str) -> list[tuple[str, str]]:
+    return [(kind, name) for name in names for kind in ("Loading", "Loaded")]
+
+
+def prefill(name: str) -> list[tuple[str, str]]:
+    return [("Prefilled", name), ("Step", name)]
+
+
+@pytest.mark.parametrize("methods", ["fp32,bf16", "fp16,bnb-int8", "bf16,fp32,fp16"])
+def test_interleave_loads_then_prefills_then_alternates_steps(methods, tiny_folder, residents):
+    events = list(compare(comparison(tiny_folder, methods), residents))
+    names = methods.split(",")
+    expected = [("Waiting", ""), ("Planned", ""), *opening(*names)]
+    expected += [pair for name in names for pair in prefill(name)]
+    expected += [("Step", name) for _ in range(STEPS - 2) for name in names]
+    expected += [(kind, name) for name in names for kind in ("Step", "Finished")]
+    assert outline(events) == expected
+
+
+def test_in_turn_finishes_one_before_the_next_is_loaded(tiny_folder, residents):
+    events = list(compare(comparison(tiny_folder, "fp32,bf16", schedule="in-turn"), residents))
+    expected = [("Waiting", ""), ("Planned", "")]
+    for name in ("fp32", "bf16"):
+        expected += [*opening(name), *prefill(name), *[("Step", name)] * (STEPS - 1), ("Finished", name)]
+    assert outline(events) == expected
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "seed": 8, "top_p": 0.9}], ids=["greedy", "sampled"])
+def test_both_schedules_generate_the_same(sampling, tiny_folder, residents):
+    steps = []
+    for schedule in ("interleave", "in-turn"):
+        outcomes = Summary(compare(comparison(tiny_folder, schedule=schedule, **sampling), residents)).outcomes
+        steps.append({name: (o.token_ids, o.logprobs, o.text) for name, o in outcomes.items()})
+    assert steps[0] == steps[1]
+    assert [len(ids) for ids, _, _ in steps[0].values()] == [STEPS, STEPS]
+
+
+def test_every_figure_of_a_run_is_exact(tiny_folder, residents):
+    events = list(compare(comparison(tiny_folder, "fp32,bnb-int8"), residents))
+    for method in ("fp32", "bnb-int8"):
+        engine = engine_of(residents, tiny_folder, method)
+        mine = [event for event in events if getattr(event, "contestant", "") == method]
+        kv = KV_BYTES_A_TOKEN[method] * (len(PROMPT) + STEPS - 1)
+        peak = engine.weight_bytes + engine.scale_bytes + kv
+        assert mine[-1] == Finished(
+            contestant=method, reason="length", kv_bytes=kv, peak_bytes=peak, text=mine[-1].text
+        )
+        assert [e.weight_bytes for e in mine if isinstance(e, Loaded)] == [engine.weight_bytes]
+        assert [e.prompt_tokens for e in mine if isinstance(e, Prefilled)] == [len(PROMPT)]
+        steps = [e for e in mine if isinstance(e, Step)]
+        assert [e.index for e in steps] == list(range(STEPS))
+        assert steps[0].seconds == 0 < min(e.seconds for e in steps[1:])
+        text = "".join(e.text for e in steps) + mine[-1].text
+        assert text == byte_tokenizer().decode([e.token_id for e in steps], skip_special_tokens=True)
+
+
+def test_memory_samples_carry_the_ledger_of_the_moment(tiny_folder, residents):
+    events = list(compare(comparison(tiny_folder, "fp32,bnb-int8", max_new_tokens=60), residents))
+    samples = [event for event in events if isinstance(event, Memory)]
+    assert samples and all(sample.process_bytes > 0 for sample in samples)
+    weights = {name: engine_of(residents, tiny_folder, name).weight_bytes for name in ("fp32", "bnb-int8")}
+    for sample in samples:
+        assert sample.ledger.keys() == weights.keys()
+        for name, ledger in sample.ledger.items():
+            assert ledger["weights"] in (0, weights[name])
+            assert ledger["kv"] % KV_BYTES_A_TOKEN[name] == 0
+    assert [sample.at for sample in samples] == sorted(sample.at for sample in samples)
+
+
+def test_a_second_run_finds_the_models_loaded(tiny_folder):
+    residents, loads = Residents(), []
+    for _ in range(2):
+        events = list(compare(comparison(tiny_folder, "bf16", max_new_tokens=1), residents))
+        loads.append([(e.resident, e.seconds > 0) for e in events if isinstance(e, Loaded)])
+    assert loads == [[(False, True)], [(True, False)]]
+
+
+def test_two_thresholds_of_one_method_keep_their_own(tiny_folder, residents):
+    events = list(compare(comparison(tiny_folder, "bnb-int8,bnb-int8@0.5"), residents))
+    assert reasons(events) == {"bnb-int8": "length", "bnb-int8@0.5": "length"}
+    thresholds = [
+        {m.state.threshold for m in engine_of(residents, tiny_folder, name).model.modules() if hasattr(m, "state")}
+        for name in ("bnb-int8", "bnb-int8@0.5")
+    ]
+    assert thresholds == [{6.0}, {0.5}]
+
+
+@pytest.mark.parametrize("schedule", ["interleave", "in-turn"])
+def test_a_full_context_ends_the_answer(schedule, tiny_folder, residents):
+    prompt = "x" * 120  # of 128
+    events = list(compare(comparison(tiny_folder, prompt=prompt, schedule=schedule, max_new_tokens=99), residents))
+    assert reasons(events) == {"fp32": "context", "bf16": "context"}
+    assert [len(token_ids(events, name)) for name in ("fp32", "bf16")] == [8, 8]
+
+
+@pytest.mark.parametrize("schedule", ["interleave", "in-turn"])
+def test_the_time_limit_counts_from_each_contestants_prefill(schedule, tiny_folder, residents):
+    """The clock moves one second with every step that is shown, whoever made it."""
+    now, events = [50.0], []
+    asked = comparison(tiny_folder, schedule=schedule, max_new_tokens=50, max_seconds=4)
+    for event in compare(asked, residents, clock=lambda: now[0]):
+        events.append(event)
+        now[0] += isinstance(event, Step)
+    assert reasons(events) == {"fp32": "time", "bf16": "time"}
+    expected = {"interleave": [3, 3], "in-turn": [4, 4]}[schedule]
+    assert [len(token_ids(events, name)) for name in ("fp32", "bf16")] == expected
+
+
+def test_an_end_of_text_token_ends_only_its_contestant(tiny_folder, residents, monkeypatch):
+    ordinary = list(compare(comparison(tiny_folder), residents))
+    end = token_ids(ordinary, "fp32")[0]
+    monkeypatch.setattr(
+        HFEngine, "eos_ids", property(lambda self: {end} if self.handler.dtype == "float32" else frozenset())
+    )
+    events = list(compare(comparison(tiny_folder), residents))
+    assert reasons(events) == {"fp32": "eos", "bf16": "length"}
+    assert token_ids(events, "fp32") == [end]
+    assert token_ids(events, "bf16") == token_ids(ordinary, "bf16")
+
+
+def test_html_in_a_prompt_is_text_like_any_other(tiny_folder, residents):
+    prompt = '<script>alert("1")</script> &amp; <b>'
+    asked = comparison(tiny_folder, "fp32", prompt=prompt)
+    planned = next(event for event in compare(asked, residents) if isinstance(event, Planned))
+    assert planned.prompt_tokens == len(prompt.encode())
+    assert asked.settings()["prompt"] == prompt
+
+
+def test_the_first_event_comes_before_anything_is_opened(tmp_path, residents):
+    events = compare(comparison(tmp_path / "nowhere"), residents)
+    assert next(events) == Waiting(seconds=0.0, position=0)
+    with pytest.raises(BadChoice, match="unknown model .*nowhere"):
+        next(events)
+
+
+def test_an_unknown_model_names_the_choices(residents):
+    with pytest.raises(BadChoice) as caught:
+        list(compare(Comparison(prompt="Hi", model="nope"), residents))
+    assert "'nope'" in str(caught.value)
+    assert all(choice in str(caught.value) for choice in [*PRESETS, "hub id", "local folder"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"schedule": "sideways"}, ["'sideways'", "interleave", "in-turn"]),
+        ({"contestants": ()}, ["0 methods", *METHODS]),
+        ({"contestants": tuple(map(Contestant, ("fp32", "bf16", "fp16", "fp32")))}, ["4 methods", *METHODS]),
+        ({"contestants": (Contestant("fp16"), Contestant("fp16"))}, ["fp16, fp16", "repeat"]),
+        ({"contestants": (Contestant("bnb-int8", 3), Contestant("bnb-int8", 3.0))}, ["bnb-int8@3, bnb-int8@3"]),
+    ],
+)
+def test_what_cannot_be_compared_names_value_and_choices(changes, words):
+    with pytest.raises(BadChoice) as caught:
+        Comparison(prompt="Hi", **changes)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("text", ["int3", "", "FP16", "bnb-int8 @3", "fp16;rm"])
+def test_an_unknown_method_names_the_choices(text):
+    with pytest.raises(BadChoice) as caught:
+        Contestant.parse(text)
+    assert all(choice in str(caught.value) for choice in METHODS)
+
+
+@pytest.mark.parametrize("text", ["bnb-int8@", "bnb-int8@x", "bnb-int8@-1", "bnb-int8@nan", "bnb-int8@65505", "fp16@6"])
+def test_an_impossible_threshold_is_named(text):
+    value = text.partition("@")[2]
+    with pytest.raises(BadChoice, match=f"(threshold is .*{value}|no outlier threshold to set to {value})"):
+        Contestant.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [("bnb-int8@6", "bnb-int8"), (" fp16 ", "fp16"), ("bnb-int8@0", "bnb-int8@0"), ("bnb-int8@3.50", "bnb-int8@3.5")],
+)
+def test_labels_name_the_method_and_an_unusual_threshold(text, label):
+    assert Contestant.parse(text).label == label
+    assert Contestant.parse(label) == Contestant.parse(text)
+
+
+def test_the_folder_is_the_source(tiny_folder):
+    assert source_of(tiny_folder).kind == "folder"

@@ -1,0 +1,142 @@
+"""Predicted bytes against models that are really there, and the edge at which a plan changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_config, tiny_llama
+from tiny_runs import engine_of, light, source_of
+from transformers import DynamicCache
+
+from llmq import memory
+from llmq.engine.hf import HFEngine
+from llmq.engine.residents import Residents
+from llmq.memory import Prediction
+from llmq.models.loading import load_config, load_model, resolve
+from llmq.models.presets import PRESETS, Preset, Shape
+from llmq.quant import METHODS
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def lightly():
+    with light():
+        yield
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 16}, {"num_hidden_layers": 3}])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 33), (3, 7)])
+def test_kv_formula_equals_a_real_cache(kv_heads, changes, batch, tokens):
+    model = tiny_llama(torch.float16, num_key_value_heads=kv_heads, **changes)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(torch.ones(batch, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert memory.kv_bytes(model.config, tokens=tokens, batch=batch, itemsize=2) == real
+
+
+def test_grouped_queries_divide_the_cache():
+    """LLaMA-3.1-8B keeps 8 of 32 heads: 131,072 bytes a token in 16 bit, a quarter of what LLaMA-2-7B's 32 need."""
+    sizes = {}
+    for name in ("llama-3.1-8b-instruct", "llama-2-7b-chat"):
+        shape = PRESETS[name].shape
+        config = tiny_config(
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.num_hidden_layers,
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.num_key_value_heads,
+        )
+        sizes[name] = memory.kv_bytes(config, tokens=1)
+    assert sizes == {"llama-3.1-8b-instruct": 131_072, "llama-2-7b-chat": 524_288}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tiny models of other shapes, saved: tied head, biases, odd widths."""
+    shapes = {
+        "tied": {"tie_word_embeddings": True},
+        "biased": {"attention_bias": True, "mlp_bias": True},
+        "odd": {"intermediate_size": 77, "vocab_size": 261, "num_key_value_heads": 1, "num_hidden_layers": 3},
+    }
+    made = {}
+    for name, changes in shapes.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        tiny_llama(torch.float16, **changes).save_pretrained(made[name])
+        byte_tokenizer().save_pretrained(made[name])
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", ["plain", "tied", "biased", "odd"])
+def test_predicted_weights_are_those_of_the_loaded_model(shape, method, folders, tiny_folder):
+    folder = (folders | {"plain": tiny_folder})[shape]
+    predicted = memory.predict(memory.meta_model(load_config(source_of(folder))), METHODS[method].handler, tokens=10)
+    engine = engine_of(Residents(), folder, method)
+    assert (predicted.weights, predicted.scales) == (engine.weight_bytes, engine.scale_bytes)
+    assert (predicted.scales > 0) == (method == "bnb-int8")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_predicted_weights_are_those_of_a_model_with_random_weights(method, monkeypatch):
+    """Without a checkpoint the model is converted in place: the same bytes, and the same types, as a loaded one."""
+    shape = Shape(32, 64, 2, 4, 2, 259, 128)
+    monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", "nobody/tiny", "", "", shape))
+    source, handler = resolve("tiny", random_weights=True), METHODS[method].handler
+    predicted = memory.predict(memory.meta_model(load_config(source)), handler, tokens=10)
+    engine = HFEngine(load_model(source, handler, "cpu"), handler, "cpu")
+    assert (predicted.weights, predicted.scales) == (engine.weight_bytes, engine.scale_bytes)
+    assert {buffer.dtype for buffer in engine.model.buffers()} == {torch.float32}  # rotary frequencies stay exact
+
+
+def test_a_shape_takes_no_memory():
+    """Seventy billion parameters, in an instant."""
+    shape = memory.meta_model(tiny_config(hidden_size=8192, intermediate_size=28672, num_hidden_layers=8))
+    assert all(parameter.is_meta for parameter in shape.parameters())
+    assert memory.predict(shape, METHODS["fp16"].handler, tokens=1).weights > 10 * GB
+
+
+def test_a_prediction_grows_with_tokens_and_batch():
+    shape, handler = memory.meta_model(tiny_config()), METHODS["fp16"].handler
+    small, long, wide = (
+        memory.predict(shape, handler, tokens=tokens, batch=batch) for tokens, batch in [(10, 1), (20, 1), (10, 2)]
+    )
+    assert small.weights == long.weights == wide.weights
+    assert (long.kv, wide.kv) == (2 * small.kv, 2 * small.kv)
+    assert min(long.workspace, wide.workspace) > small.workspace > 0
+    assert small.total == small.weights + small.scales + small.kv + small.workspace
+
+
+def need(*totals: int) -> list[Prediction]:
+    return [Prediction(weights=total - 3, scales=1, kv=1, workspace=1) for total in totals]
+
+
+@pytest.mark.parametrize(
+    ("asked", "totals", "free", "chosen"),
+    [
+        ("interleave", (950, 950), 2000, "interleave"),  # 1900 is 95 % of 2000
+        ("interleave", (950, 951), 2000, "in-turn"),
+        ("interleave", (950,), 1000, "interleave"),
+        ("interleave", (951,), 1000, "in-turn"),
+        ("interleave", (600, 600, 700), 2000, "interleave"),
+        ("interleave", (600, 600, 701), 2000, "in-turn"),
+        ("in-turn", (950, 950), 2000, "in-turn"),
+        ("in-turn", (9999,), 10, "in-turn"),
+    ],
+)
+def test_a_plan_changes_where_memory_ends(asked, totals, free, chosen):
+    plan = memory.plan(asked, need(*totals), free)
+    assert (plan.schedule, plan.free_bytes) == (chosen, free)
+    assert bool(plan.reason) == (asked != chosen)
+    assert memory.fit_together(need(*totals), free) == (sum(totals) <= 0.95 * free)
+
+
+def test_a_changed_plan_says_why_in_bytes():
+    reason = memory.plan("interleave", need(13 * GB, 7 * GB), 16 * GB).reason
+    assert "20.00 GB" in reason and "16.00 GB are free" in reason and "in turn" in reason
+
+
+@pytest.mark.parametrize("totals", [(99,), (50, 50, 50)], ids=["one", "three"])
+def test_the_reason_speaks_of_both_only_where_there_are_two(totals):
+    assert "both" not in memory.plan("interleave", need(*totals), 100).reason
