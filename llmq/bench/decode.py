@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from llmq import memory
 from llmq.contestants import Contestant
 from llmq.engine.hf import HFEngine
 from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe
 from llmq.errors import BadChoice
-from llmq.models.loading import ids_within, load_config, load_tokenizer, prepare, resolve
+from llmq.models.loading import Source, ids_within, load_config, load_tokenizer, prepare, resolve
 
 BANDWIDTH_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 BANDWIDTH_REPEATS = 9
@@ -105,7 +106,7 @@ def _measure(bench: DecodeBench, key: Key, contestant: Contestant, prompt_ids: l
         "load_seconds": load_seconds,
         "ready_seconds": ready_seconds,
     }
-    result |= _allocated(bench.device)
+    result |= _allocation(engine, key.source, prompt_ids)
     del engine
     freed = residents.drop(key)
     return result | {"memory_freed": freed.verified}
@@ -147,13 +148,25 @@ def _weights_read_per_token(engine: HFEngine) -> int:
     return engine.weight_bytes + engine.scale_bytes - (0 if tied else embedding.weight.nbytes)
 
 
-def _allocated(device: str) -> dict:
-    """torch's own count after the runs, KV cache freed: what the ledger must agree with."""
-    if not device.startswith("cuda"):
-        return {"allocated_bytes": None}
+def _allocation(engine: HFEngine, source: Source, prompt_ids: list[int]) -> dict:
+    """With the prompt in the cache: the bytes predicted from the configuration, and torch's own count.
+
+    `library_workspace_bytes` is scratch that cuBLAS keeps inside torch's allocator (about 32 MB a process, whatever
+    the model), told apart by asking torch to drop it.
+    """
+    predicted = memory.predict(memory.meta_model(load_config(source)), engine.handler, tokens=len(prompt_ids))
+    found = {"predicted_bytes": predicted.weights + predicted.scales + predicted.kv}
+    if not engine.device.startswith("cuda"):
+        return found | {"allocated_bytes": None, "library_workspace_bytes": None}
     import torch
 
-    return {"allocated_bytes": torch.cuda.memory_allocated(device)}
+    generation = engine.start(prompt_ids, SamplingSettings())
+    generation.prefill()
+    before = torch.cuda.memory_allocated(engine.device)
+    torch._C._cuda_clearCublasWorkspaces()
+    after = torch.cuda.memory_allocated(engine.device)
+    generation.close()
+    return found | {"allocated_bytes": after, "library_workspace_bytes": before - after}
 
 
 def fixed_prompt(tokenizer, tokens: int) -> list[int]:

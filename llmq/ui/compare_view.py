@@ -45,14 +45,14 @@ class CompareView:
         self._shown: dict = {}
 
     def updates(self, events: Iterable[Event]) -> Iterator[dict]:
-        """What the page should show, at most every UPDATE_SECONDS; the last one is complete."""
+        """What the page should show, at most every UPDATE_SECONDS and never empty; the last one is complete."""
         yield self._changes(first=True)
         last = self.clock()
         try:
             for event in events:
                 self._take(event)
-                if self.clock() - last >= UPDATE_SECONDS:
-                    yield self._changes()
+                if self.clock() - last >= UPDATE_SECONDS and (changes := self._changes()):
+                    yield changes
                     last = self.clock()
         except UserError as error:
             self._status = f"Not started: {error}" if not any(self._texts) else f"Ended early: {error}"

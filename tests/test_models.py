@@ -1,0 +1,258 @@
+"""From a name to a model: what each name means, what a damaged folder is told, and what random weights are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch import nn
+
+from llmq import memory, telemetry
+from llmq.errors import BadChoice, ModelUnavailable, UserError
+from llmq.models import choice
+from llmq.models.choice import choose_model
+from llmq.models.demo import demo_folder
+from llmq.models.loading import (
+    Source,
+    folder_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prepare,
+    resolve,
+    revision_of,
+)
+from llmq.models.presets import PRESETS
+from llmq.models.random_weights import random_llama
+from llmq.quant import METHODS
+
+HUB_PRESETS = [preset for preset in PRESETS.values() if preset.hub_id]
+
+
+@pytest.mark.parametrize("preset", HUB_PRESETS, ids=lambda preset: preset.name)
+def test_a_preset_is_its_hub_repository(preset):
+    assert resolve(preset.name) == Source(preset.name, "hub", preset.hub_id)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_a_preset_with_random_weights_is_its_shape(preset):
+    source = resolve(preset.name, random_weights=True)
+    assert source == Source(preset.name, "random", preset.name)
+    config, shape = load_config(source), preset.shape
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "tie_word_embeddings"):
+        assert getattr(config, name) == getattr(shape, name)
+    assert config.rope_parameters["rope_theta"] == shape.rope_theta
+
+
+def test_every_kind_of_name_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert resolve(" demo ") == Source("demo", "demo", str(demo_folder()))
+    assert demo_folder().parent == tmp_path / "cache"
+    assert resolve(str(tmp_path / "model")) == Source(str(tmp_path / "model"), "folder", str(tmp_path / "model"))
+    assert resolve("~/model") == Source("~/model", "folder", str(tmp_path / "model"))
+    assert resolve("owner/some.name-1") == Source("owner/some.name-1", "hub", "owner/some.name-1")
+
+
+@pytest.mark.parametrize("name", ["", "  ", None, "nope", "a/b/c", "../up", "\0", "~no-such-user-here", "x" * 300])
+def test_a_name_that_means_nothing_gets_the_choices(name):
+    with pytest.raises(BadChoice) as caught:
+        resolve(name)
+    assert all(choice in str(caught.value) for choice in [*PRESETS, "owner/name", "a local folder"])
+
+
+@pytest.mark.parametrize("name", ["", "nope", "owner/name"])
+def test_random_weights_need_a_preset(name):
+    with pytest.raises(BadChoice) as caught:
+        resolve(name, random_weights=True)
+    assert repr(name) in str(caught.value) and all(preset in str(caught.value) for preset in PRESETS)
+
+
+@pytest.mark.parametrize("name", ["a/b--c", "a/..", "a/b.git", "owner/é", "x" * 97 + "/y"])
+def test_a_name_no_hub_accepts_is_told_so(name):
+    """It looks like a hub id, and the hub's own rules refuse it before asking anyone."""
+    with pytest.raises(UserError, match="hub|model"):
+        list(prepare(resolve(name)))
+
+
+def changed_config(**changes):
+    def change(folder: Path):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return change
+
+
+def content(name: str, data: bytes):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def half_the_weights(folder: Path):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def without_head(folder: Path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_tokenizer(folder: Path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+@pytest.fixture
+def damaged(tiny_folder, tmp_path):
+    """A copy of the tiny model's folder after `damage(folder)`, as a source."""
+
+    def make(damage) -> Source:
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_folder, folder)
+        damage(folder)
+        return Source("my-model", "folder", str(folder))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "holds no model: it has no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "my-model has no safetensors weights"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "no safetensors weights"),
+    ],
+    ids=["no configuration", "no weights", "pickled weights"],
+)
+def test_a_folder_without_a_model_is_told_what_is_missing(damage, words, damaged):
+    with pytest.raises(ModelUnavailable, match=words):
+        folder_of(damaged(damage))
+
+
+def test_the_demo_that_was_never_fetched_says_how_to_fetch_it(tmp_path):
+    with pytest.raises(ModelUnavailable, match="python -m llmq models --fetch demo"):
+        folder_of(Source("demo", "demo", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        content("config.json", b"{"),
+        content("config.json", b"[]"),
+        content("config.json", b"\xff\xfe\0"),
+        changed_config(model_type="nonesuch"),
+        changed_config(model_type="nonesuch", auto_map={"AutoConfig": "their.Code"}),
+        changed_config(num_attention_heads=5),
+        changed_config(hidden_size="big"),
+    ],
+    ids=[
+        "cut off",
+        "a list",
+        "binary",
+        "unknown architecture",
+        "remote code",
+        "impossible heads",
+        "a text for a number",
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_the_models_fault(damage, damaged):
+    with pytest.raises(ModelUnavailable, match="my-model"):
+        load_config(damaged(damage))
+
+
+def test_a_model_that_writes_no_text_is_refused(damaged):
+    """A known architecture, but no causal language model: found out when its shape is built."""
+    with pytest.raises(ModelUnavailable, match="t5"):
+        memory.meta_model(load_config(damaged(changed_config(model_type="t5"))))
+
+
+@pytest.mark.parametrize("method", ["fp32", "bnb-int8"])
+@pytest.mark.parametrize(
+    "damage",
+    [content("model.safetensors", bytes(50)), half_the_weights, without_head, changed_config(intermediate_size=48)],
+    ids=["zeros", "cut off", "a tensor missing", "another shape"],
+)
+def test_weights_that_are_not_whole_are_refused(damage, method, damaged):
+    """Never a model with some of its tensors made up: every figure and every word would be a lie."""
+    with pytest.raises(ModelUnavailable, match="my-model"):
+        load_model(damaged(damage), METHODS[method].handler, "cpu")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without_tokenizer,
+        content("tokenizer.json", b"{"),
+        content("tokenizer.json", b"[]"),
+        content("tokenizer_config.json", b"[]"),
+    ],
+    ids=["missing", "cut off", "a list", "a list of settings"],
+)
+def test_a_tokenizer_that_cannot_be_opened_is_the_models_fault(damage, damaged):
+    with pytest.raises(ModelUnavailable, match="my-model"):
+        load_tokenizer(damaged(damage))
+
+
+def test_a_loaded_model_only_answers(tiny_folder):
+    model = load_model(resolve(str(tiny_folder)), METHODS["fp16"].handler, "cpu")
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert revision_of(resolve(str(tiny_folder))) == "local folder"
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "free", "hub", "model", "words"),
+    [
+        ("anything", "cpu", 0, False, "anything", ""),
+        (None, "cpu", 10**12, True, "demo", "no GPU"),
+        (None, "cuda:0", 14.9e9, True, "demo", "15 GB of VRAM are free and 7 B needs 15"),
+        (None, "cuda:0", 6e9, True, "demo", "6 GB of VRAM are free"),
+        (None, "cuda:0", 15e9, False, "demo", "hub cannot be reached"),
+        (None, "cuda:0", 15e9, True, "llama-2-7b-chat", "GPU holds it"),
+    ],
+)
+def test_the_first_model_is_chosen_for_a_reason(asked, device, free, hub, model, words, monkeypatch):
+    monkeypatch.setattr(telemetry, "free_bytes", lambda device: free)
+    monkeypatch.setattr(choice, "hub_has", lambda repository: hub)
+    chosen = choose_model(asked, device)
+    assert chosen.model == model and words in chosen.reason
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_random_weights_have_the_shape_of_their_configuration(tied):
+    config = tiny_config(tie_word_embeddings=tied, num_key_value_heads=1, intermediate_size=48)
+    model = random_llama(config, "cpu")
+    shapes = {name: tuple(tensor.shape) for name, tensor in memory.meta_model(config).named_parameters()}
+    assert {name: tuple(tensor.shape) for name, tensor in model.named_parameters()} == shapes
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert not any(parameter.isnan().any() for parameter in model.parameters())
+
+
+def test_random_weights_repeat_with_their_seed():
+    heads = [random_llama(tiny_config(), "cpu", seed).lm_head.weight for seed in (1, 1, 2)]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize("shape", [{"hidden_size": 256, "intermediate_size": 512}, {"num_hidden_layers": 5}])
+def test_planted_outliers_reach_the_threshold_in_every_linear_layer(shape):
+    """And in few columns only, as in a trained model; the head is no layer the method decomposes."""
+    model, columns = random_llama(tiny_config(**shape), "cpu").float(), {}
+
+    def note(name):
+        return lambda module, args: columns.update({name: (args[0].abs() >= 6).flatten(0, -2).any(0).float().mean()})
+
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(note(name))
+    with torch.inference_mode():
+        model(torch.arange(24)[None])
+    assert len(columns) == 7 * model.config.num_hidden_layers
+    assert [name for name, share in columns.items() if not 0 < share < 0.5] == []
