@@ -20,6 +20,7 @@ from llmq.errors import UserError
 
 FORMAT = "llmq-run"
 VERSION = 1
+LONGEST_PAUSE = 1.5  # seconds a replay waits between two events
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,13 +166,19 @@ class Run:
             self.events.append(TimedEvent(round(clock() - start, 4), event))
             yield event
 
-    def replay(self, sleep=None, speed: float = 1.0) -> Iterator[Event]:
-        """Yield the recorded events; with `sleep`, at their recorded pace divided by `speed`."""
+    def replay(self, sleep=None, clock=None) -> Iterator[Event]:
+        """Yield the recorded events; with `sleep(seconds)` and `clock()`, at their recorded pace.
+
+        A listener that is slower than the recording makes the pace up again. Pauses over LONGEST_PAUSE seconds, in
+        which a model was loading, are cut to it.
+        """
+        due = clock() if clock else 0.0
         previous = 0.0
         for timed in self.events:
-            if sleep is not None and timed.at > previous:
-                sleep((timed.at - previous) / speed)
+            due += min(max(timed.at - previous, 0.0), LONGEST_PAUSE)
             previous = timed.at
+            if sleep and clock and (ahead := due - clock()) > 0:
+                sleep(ahead)
             yield timed.event
 
     def save(self, path: str | Path) -> Path:
@@ -196,8 +203,7 @@ class Run:
         header = {"format": FORMAT, "version": VERSION, "settings": self.settings, "environment": self.environment}
         yield json.dumps(header, ensure_ascii=False, allow_nan=False)
         for timed in self.events:
-            record = {"at": timed.at, "event": type(timed.event).__name__, **_finite(asdict(timed.event))}
-            # 'Memory' has an 'at' of its own, measured by the sampler; it wins over the time of the yield.
+            record = {"time": timed.at, "event": type(timed.event).__name__, **_finite(asdict(timed.event))}
             yield json.dumps(record, ensure_ascii=False, allow_nan=False)
 
     @classmethod
@@ -239,9 +245,9 @@ def _event(row: dict, name: str, number: int) -> TimedEvent:
     if cls is None:
         raise UserError(f"{name}, line {number}: unknown event {row.get('event')!r}")
     known = {f.name for f in fields(cls)}
-    at = row.get("at")
+    at = row.get("time")
     if not isinstance(at, int | float) or not math.isfinite(at):
-        raise UserError(f"{name}, line {number}: 'at' must be a number of seconds, not {at!r}")
+        raise UserError(f"{name}, line {number}: 'time' must be a number of seconds, not {at!r}")
     try:
         return TimedEvent(float(at), cls(**{k: v for k, v in row.items() if k in known}))
     except TypeError as error:

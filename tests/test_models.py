@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_config
-from torch import nn
 
 from llmq import memory, telemetry
 from llmq.errors import BadChoice, ModelUnavailable, UserError
@@ -27,7 +25,6 @@ from llmq.models.loading import (
     revision_of,
 )
 from llmq.models.presets import PRESETS
-from llmq.models.random_weights import random_llama
 from llmq.quant import METHODS
 
 HUB_PRESETS = [preset for preset in PRESETS.values() if preset.hub_id]
@@ -224,35 +221,3 @@ def test_the_first_model_is_chosen_for_a_reason(asked, device, free, hub, model,
     monkeypatch.setattr(choice, "hub_has", lambda repository: hub)
     chosen = choose_model(asked, device)
     assert chosen.model == model and words in chosen.reason
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_random_weights_have_the_shape_of_their_configuration(tied):
-    config = tiny_config(tie_word_embeddings=tied, num_key_value_heads=1, intermediate_size=48)
-    model = random_llama(config, "cpu")
-    shapes = {name: tuple(tensor.shape) for name, tensor in memory.meta_model(config).named_parameters()}
-    assert {name: tuple(tensor.shape) for name, tensor in model.named_parameters()} == shapes
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert not any(parameter.isnan().any() for parameter in model.parameters())
-
-
-def test_random_weights_repeat_with_their_seed():
-    heads = [random_llama(tiny_config(), "cpu", seed).lm_head.weight for seed in (1, 1, 2)]
-    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-
-
-@pytest.mark.parametrize("shape", [{"hidden_size": 256, "intermediate_size": 512}, {"num_hidden_layers": 5}])
-def test_planted_outliers_reach_the_threshold_in_every_linear_layer(shape):
-    """And in few columns only, as in a trained model; the head is no layer the method decomposes."""
-    model, columns = random_llama(tiny_config(**shape), "cpu").float(), {}
-
-    def note(name):
-        return lambda module, args: columns.update({name: (args[0].abs() >= 6).flatten(0, -2).any(0).float().mean()})
-
-    for name, module in model.model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(note(name))
-    with torch.inference_mode():
-        model(torch.arange(24)[None])
-    assert len(columns) == 7 * model.config.num_hidden_layers
-    assert [name for name, share in columns.items() if not 0 < share < 0.5] == []

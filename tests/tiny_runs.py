@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from llmq.cli import main
 from llmq.compare import compare
 from llmq.contestants import Comparison, Contestant
 from llmq.engine.hf import HFEngine
@@ -92,3 +93,19 @@ def stopped_when(comparison: Comparison, residents: Residents, condition) -> lis
 
 def sampler_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "llmq-sampler"]
+
+
+def compare_options(folder, *more) -> list:
+    """A short comparison on the command line."""
+    return ["compare", PROMPT, "--model", folder, "--device", "cpu", "--max-new-tokens", 4, *more]
+
+
+def run_cli(capsys, *arguments) -> tuple[int, list[str], list[str]]:
+    """Run one command; its exit status, lines of standard output, lines of standard error."""
+    capsys.readouterr()
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    printed = capsys.readouterr()
+    return status, printed.out.splitlines(), printed.err.splitlines()

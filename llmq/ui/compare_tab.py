@@ -28,7 +28,6 @@ from llmq.ui.theme import CONTESTANT_CLASSES
 from llmq.ui.token_diff import token_diff_view
 
 NONE = "none"
-REPLAY_SPEED = 1.0
 LARGEST_RECORDING = 32_000_000  # bytes
 MAX_SECONDS = 900.0  # one visitor's run may hold the device this long
 SIDEBAR_SCRIPT = "() => document.querySelector('.sidebar .toggle-button').click()"
@@ -249,7 +248,7 @@ class CompareTab:
             yield {self.status: f"Not replayed: {error}"}
             raise notice(error) from error
         view = CompareView(labels, self.session.next_run(), str(run.settings.get("device", "cpu")), opening=about)
-        yield from self._show(view, run.replay(time.sleep, REPLAY_SPEED))
+        yield from self._show(view, run.replay(time.sleep, time.monotonic))
 
     def _recording(self, name: str | None, upload: str | None) -> Path:
         if upload:

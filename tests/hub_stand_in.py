@@ -1,0 +1,91 @@
+"""A model hub on 127.0.0.1: as much of its protocol as a download needs, and its ways of saying no."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """Serves `repositories` (id -> folder). `refusals`: id -> (status, X-Error-Code), for the question after the
+    repository; `file_refusals` the same for its files only, as a gated repository does. `broken`: ids whose answer
+    breaks off. `requests` lists (method, path)."""
+
+    def __init__(self, repositories=None, refusals=None, file_refusals=None, broken=()):
+        self.repositories, self.refusals = repositories or {}, refusals or {}
+        self.file_refusals, self.broken = file_refusals or {}, broken
+        self.requests: list[tuple[str, str]] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                hub.answer(self)
+
+            def do_GET(self):
+                hub.answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+
+    def __enter__(self) -> Hub:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def answer(self, request) -> None:
+        path = request.path.partition("?")[0]
+        self.requests.append((request.command, path))
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        repository, rest = "/".join(parts[:2]), parts[2:]
+        asks_for_a_file = not path.startswith("/api/")
+        refusal = self.file_refusals.get(repository) if asks_for_a_file else self.refusals.get(repository)
+        if repository in self.broken:
+            request.connection.close()
+        elif refusal or repository not in self.repositories:
+            status, code = refusal or (404, "RepoNotFound")
+            _send(request, b"", status, {"X-Error-Code": code} if code else {})
+        elif asks_for_a_file:
+            self._send_file(request, Path(self.repositories[repository]) / rest[-1])
+        elif rest[:1] == ["tree"]:
+            _send(request, json.dumps([_entry(file) for file in self._files(repository)]).encode())
+        else:
+            siblings = [{"rfilename": file.name} for file in self._files(repository)]
+            _send(request, json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
+
+    def _files(self, repository: str) -> list[Path]:
+        return sorted(Path(self.repositories[repository]).iterdir())
+
+    def _send_file(self, request, file: Path) -> None:
+        if not file.is_file():
+            return _send(request, b"", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        data = file.read_bytes()
+        _send(request, data, 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+
+
+def _entry(file: Path) -> dict:
+    data = file.read_bytes()
+    return {"type": "file", "path": file.name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+
+def _send(request, data: bytes, status: int = 200, headers: dict | None = None) -> None:
+    request.send_response(status)
+    for name, value in (
+        {"Content-Length": str(len(data)), "Content-Type": "application/json"} | (headers or {})
+    ).items():
+        request.send_header(name, value)
+    request.end_headers()
+    if request.command != "HEAD":
+        request.wfile.write(data)

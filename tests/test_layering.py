@@ -1,0 +1,207 @@
+"""The arrows of DESIGN.md, read from the code itself: who may import whom, and what an import may start."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in [*sorted((ROOT / "llmq").rglob("*.py")), ROOT / "app.py"]
+}
+CORE = [name for name in SOURCES if name.startswith("llmq") and not name.startswith(("llmq.ui", "llmq.__main__"))]
+# Modules of the page whose first paragraph promises that they need no gradio.
+PLAIN_UI = ["llmq.ui." + name for name in ("session", "link", "verdict", "compare_view", "live_state", "format")]
+
+
+def imports_of(tree: ast.AST, module: str, *, is_package: bool) -> set[str]:
+    """Every module that `tree` imports anywhere, also inside functions, by its full name.
+
+    `from llmq import telemetry` counts as both 'llmq' and 'llmq.telemetry'. What only a type checker reads does not
+    count.
+    """
+    package = module if is_package else module.rpartition(".")[0]
+    typing_only = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse(SOURCES[name].read_text(encoding="utf-8"))
+
+
+IMPORTS = {name: imports_of(parse(name), name, is_package=SOURCES[name].name == "__init__.py") for name in SOURCES}
+
+
+def within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def importers(*packages: str) -> set[str]:
+    return {name for name, imported in IMPORTS.items() if any(within(module, packages) for module in imported)}
+
+
+def test_the_reader_of_imports_sees_all_of_them():
+    """A checker that overlooks an import would let everything pass."""
+    source = (
+        "import a.b, c\nfrom d import e\nif TYPE_CHECKING:\n    import unseen\n"
+        "def f():\n    from . import g\n    from ..h import i\n"
+        "    try:\n        import j as k\n    except ImportError: pass"
+    )
+    expected = {"a.b", "c", "d", "d.e", "p.q", "p.q.g", "p.h", "p.h.i", "j"}
+    assert imports_of(ast.parse(source), "p.q.m", is_package=False) == expected
+    assert "p.q.m.g" in imports_of(ast.parse("from . import g"), "p.q.m", is_package=True)
+
+
+def test_every_source_is_read():
+    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.quant", "llmq.ui.layout", "app"} <= SOURCES.keys()
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("gradio", ("llmq.ui", "app")),
+        ("plotly", ("llmq.ui",)),
+        ("triton", ("llmq.kernels",)),
+        ("pynvml", ("llmq.telemetry",)),
+        ("bitsandbytes", ("llmq.quant.bnb_int8", "app")),
+        ("spaces", ("app",)),
+        ("huggingface_hub", ("llmq.models",)),
+        ("gguf", ("llmq.models.gguf_convert",)),
+    ],
+)
+def test_a_library_stays_behind_its_module(library, allowed):
+    assert {name for name in importers(library) if not within(name, allowed)} == set()
+
+
+@pytest.mark.parametrize(
+    ("package", "never"),
+    [
+        ("llmq.errors", ("llmq",)),
+        (
+            "llmq.events",
+            ("llmq.engine", "llmq.models", "llmq.quant", "llmq.compare", "llmq.ui", "torch", "transformers"),
+        ),
+        (
+            "llmq.engine",
+            ("llmq.compare", "llmq.contestants", "llmq.ui", "llmq.inspect", "llmq.bench", "llmq.cli", "app"),
+        ),
+        ("llmq.quant", ("llmq.engine", "llmq.models", "llmq.compare", "llmq.contestants", "llmq.ui", "llmq.inspect")),
+        ("llmq.models", ("llmq.engine", "llmq.compare", "llmq.contestants", "llmq.ui", "llmq.inspect", "llmq.bench")),
+        ("llmq.inspect", ("llmq.compare", "llmq.ui", "llmq.bench", "llmq.cli")),
+        ("llmq.bench", ("llmq.ui", "llmq.cli")),
+        ("llmq.compare", ("llmq.ui", "llmq.inspect", "llmq.bench", "llmq.cli", "app")),
+        ("llmq.ui", ("llmq.cli", "app")),
+    ],
+)
+def test_arrows_point_down(package, never):
+    found = {name: sorted(m for m in IMPORTS[name] if within(m, never)) for name in SOURCES if within(name, (package,))}
+    assert {name: modules for name, modules in found.items() if modules} == {}
+
+
+def test_the_page_can_be_deleted():
+    """Nothing but the page, the app and the command that writes a page of heatmaps knows `llmq.ui`."""
+    outside = {name for name in importers("llmq.ui") if not within(name, ("llmq.ui", "app"))}
+    assert outside == {"llmq.actions"}
+    assert {m for m in IMPORTS["llmq.actions"] if within(m, ("llmq.ui",))} == {
+        "llmq.ui.outlier_page",
+        "llmq.ui.outlier_page.write_page",
+    }
+
+
+def handlers(name: str):
+    return [node for node in ast.walk(parse(name)) if isinstance(node, ast.ExceptHandler)]
+
+
+def catches_everything(handler: ast.ExceptHandler) -> bool:
+    names = (
+        {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)} if handler.type else {"Exception"}
+    )
+    return bool(names & {"Exception", "BaseException"})
+
+
+def does_nothing(handler: ast.ExceptHandler) -> bool:
+    return all(
+        isinstance(s, ast.Pass | ast.Continue) or ast.unparse(s) in ("...", "return", "return None")
+        for s in handler.body
+    )
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_failure_is_swallowed(name):
+    assert [h.lineno for h in handlers(name) if h.type is None] == [], "bare except"
+    assert [h.lineno for h in handlers(name) if catches_everything(h) and does_nothing(h)] == [], (
+        "except Exception: pass"
+    )
+    calls = [ast.unparse(node) for node in ast.walk(parse(name)) if isinstance(node, ast.Call)]
+    assert [
+        call for call in calls if call.startswith(("suppress(", "contextlib.suppress(")) and "Exception)" in call
+    ] == []
+
+
+def test_the_reader_of_handlers_sees_the_bad_ones():
+    bad = "try: f()\nexcept: pass\ntry: f()\nexcept (ValueError, Exception): continue\n"
+    bad += "try: f()\nexcept BaseException: return"
+    good = "try: f()\nexcept ValueError: pass\ntry: f()\nexcept Exception as e: log(e)"
+    verdicts = [
+        [
+            catches_everything(h) and does_nothing(h)
+            for h in ast.walk(ast.parse(code))
+            if isinstance(h, ast.ExceptHandler)
+        ]
+        for code in (bad, good)
+    ]
+    assert verdicts == [[True, True, True], [False, False]]
+
+
+def loaded_after(code: str) -> set[str]:
+    """The top-level modules in memory after `code` ran in a fresh interpreter, and what it says about CUDA."""
+    report = (
+        "\nimport sys, threading\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})\n"
+        "torch = sys.modules.get('torch')\n"
+        "print('CUDA' if torch and torch.cuda.is_initialized() else 'none', threading.active_count())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + report], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    modules, state = done.stdout.splitlines()
+    assert (state, done.stderr) == ("none 1", ""), "an import starts no CUDA, no thread, and says nothing"
+    return set(modules.split())
+
+
+def test_the_command_line_starts_without_torch():
+    heavy = {"torch", "transformers", "bitsandbytes", "gradio", "plotly", "huggingface_hub"}
+    assert loaded_after("import llmq, llmq.cli, llmq.__init__\nllmq.cli.build_parser()") & heavy == set()
+
+
+def test_no_core_module_loads_gradio_or_starts_cuda():
+    code = "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in CORE)
+    loaded = loaded_after(code)
+    assert loaded & {"gradio", "plotly", "bitsandbytes"} == set()
+    assert {"llmq", "torch"} <= loaded  # inspect's hooks need it; so the check above had something to see
+
+
+def test_the_pages_plain_modules_need_no_gradio():
+    code = "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in PLAIN_UI)
+    assert "gradio" not in loaded_after(code)

@@ -1,0 +1,192 @@
+"""The page's plain helpers: a link carries a run's settings and breaks no page; jobs stop by their owner's name."""
+
+from __future__ import annotations
+
+import threading
+from urllib.parse import parse_qsl
+
+import pytest
+
+from llmq.contestants import Comparison, Contestant
+from llmq.engine.residents import Residents
+from llmq.engine.sampling import SamplingSettings
+from llmq.inspect.run import Inspection
+from llmq.ui import session
+from llmq.ui.link import LONGEST_PROMPT, query_of, wishes_of
+from llmq.ui.session import KEPT_REPORTS, Jobs, Session
+
+PROMPT = "Où est l'été ? <b>&amp;</b> 日本 👩‍👧 a=b&c+d%20\n\tend"
+
+
+def comparison(**changes) -> Comparison:
+    settings = {
+        "prompt": PROMPT,
+        "model": "tinyllama-1.1b-chat",
+        "contestants": (Contestant("bf16"), Contestant("bnb-int8", 3.5), Contestant("bnb-int8", 0)),
+        "sampling": SamplingSettings(max_new_tokens=77, temperature=0.65, top_k=40, top_p=0.92, seed=2**40),
+        "schedule": "in-turn",
+    }
+    return Comparison(**(settings | changes))
+
+
+def wishes(query: str) -> dict:
+    return wishes_of(dict(parse_qsl(query, keep_blank_values=True)))
+
+
+def test_a_link_carries_every_setting():
+    assert wishes(query_of(comparison().settings())) == {
+        "prompt": PROMPT,
+        "model": "tinyllama-1.1b-chat",
+        "methods": ["bf16", "bnb-int8@3.5", "bnb-int8@0"],
+        "schedule": "in-turn",
+        "max_new_tokens": 77,
+        "temperature": 0.65,
+        "top_k": 40,
+        "top_p": 0.92,
+        "seed": 2**40,
+    }
+
+
+@pytest.mark.parametrize(("length", "carried"), [(LONGEST_PROMPT, True), (LONGEST_PROMPT + 1, False)])
+def test_a_prompt_too_long_for_a_link_is_left_out_whole(length, carried):
+    found = wishes(query_of(comparison(prompt="x" * length).settings()))
+    assert ("prompt" in found) == carried
+    assert found["methods"] == ["bf16", "bnb-int8@3.5", "bnb-int8@0"]
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT, "?&=#%", "</script>"])
+def test_a_query_is_plain_ascii(prompt):
+    query = query_of(comparison(prompt=prompt).settings())
+    assert query.isascii() and not set(query) & set("<>\"' \n#?")
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ({}, {}),
+        ({"prompt": "", "model": "", "methods": "", "schedule": ""}, {}),
+        ({"unknown": "x", "__class__": "y"}, {}),
+        ({"schedule": "sideways"}, {}),
+        ({"methods": "int3,fp16"}, {"methods": ["fp16"]}),
+        ({"methods": "fp16,bf16,fp32,bnb-int8"}, {"methods": ["fp16", "bf16", "fp32"]}),
+        ({"methods": "bnb-int8@nan,bnb-int8@6,bnb-int8@1e9"}, {"methods": ["bnb-int8"]}),
+        ({"methods": "<script>,../../etc,@"}, {"methods": []}),
+        ({"methods": "fp16,fp16"}, {"methods": ["fp16"]}),
+        ({"temperature": "nan", "top_p": "inf", "top_k": "-1"}, {}),
+        ({"temperature": "0.5"}, {"temperature": 0.5}),
+        ({"max_new_tokens": "1e3", "seed": "0x10", "top_k": "4.0"}, {}),
+        ({"max_new_tokens": "99999", "seed": "9" * 400, "top_k": "9" * 5000}, {}),
+        ({"max_new_tokens": "12; drop", "temperature": "", "seed": " 7 "}, {"seed": 7}),
+        ({"top_p": "0", "temperature": "-0.0"}, {"temperature": 0.0}),
+        ({"prompt": "<img src=x onerror=alert(1)>"}, {"prompt": "<img src=x onerror=alert(1)>"}),
+    ],
+)
+def test_a_hostile_link_is_only_a_wish(query, expected):
+    assert wishes_of(query) == expected
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """Jobs whose runs count until they are told to stop."""
+
+    def counting(job, residents, *, stop):
+        number = 0
+        while not stop.is_set():
+            yield number
+            number += 1
+
+    monkeypatch.setattr(session, "compare", counting)
+    monkeypatch.setattr(session, "inspect_outliers", counting)
+    return Jobs(Residents())
+
+
+@pytest.mark.parametrize("job", [comparison(), Inspection(prompt="Hi")], ids=["compare", "outliers"])
+def test_a_stop_ends_the_owners_job_and_a_second_is_harmless(job, jobs):
+    run = jobs.run(job, "ann")
+    assert [next(run), next(run)] == [0, 1]
+    assert [jobs.stop("ann"), jobs.stop("ann")] == [1, 1]
+    assert list(run) == []
+    assert jobs.stop("ann") == 0
+
+
+def test_a_stop_before_anything_ran_is_harmless(jobs):
+    assert jobs.stop("nobody") == 0
+
+
+def test_owners_stop_only_their_own(jobs):
+    ann, bob = jobs.run(comparison(), "ann"), jobs.run(comparison(), "bob")
+    assert (next(ann), next(bob)) == (0, 0)
+    assert jobs.stop("ann") == 1
+    assert list(ann) == []
+    assert next(bob) == 1
+    assert jobs.stop("bob") == 1 and list(bob) == []
+
+
+def test_an_owner_with_two_tabs_stops_both(jobs):
+    first, second = jobs.run(comparison(), "ann"), jobs.run(Inspection(prompt="Hi"), "ann")
+    assert (next(first), next(second)) == (0, 0)
+    assert jobs.stop("ann") == 2
+    assert (list(first), list(second)) == ([], [])
+
+
+def test_a_stop_does_not_reach_the_next_run(jobs):
+    run = jobs.run(comparison(), "ann")
+    next(run)
+    jobs.stop("ann")
+    assert list(run) == []
+    following = jobs.run(comparison(), "ann")
+    assert [next(following), next(following)] == [0, 1]
+    following.close()
+
+
+@pytest.mark.parametrize("end", ["close", "throw"])
+def test_a_job_that_ends_early_is_forgotten(end, jobs):
+    run = jobs.run(comparison(), "ann")
+    next(run)
+    if end == "close":
+        run.close()
+    else:
+        with pytest.raises(RuntimeError, match="lost"):
+            run.throw(RuntimeError("lost"))
+    assert jobs.stop("ann") == 0
+
+
+def test_jobs_of_many_threads_are_all_stopped(jobs):
+    started = threading.Barrier(9)
+
+    def work(number: int):
+        run = jobs.run(comparison(), f"owner {number % 2}")
+        next(run)
+        started.wait(10)
+        for _ in run:
+            pass
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    started.wait(10)
+    assert (jobs.stop("owner 0"), jobs.stop("owner 1")) == (4, 4)
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert (jobs.stop("owner 0"), jobs.stop("owner 1")) == (0, 0)
+
+
+@pytest.fixture
+def plain_session() -> Session:
+    return Session(run=lambda job, owner: iter(()), stop=lambda owner: 0, device="cpu", device_label="a CPU")
+
+
+def test_run_names_never_repeat(plain_session):
+    assert len({plain_session.next_run() for _ in range(50)}) == 50
+
+
+def test_downloads_go_to_a_folder_of_their_own(plain_session):
+    path = plain_session.download_path("run.jsonl")
+    assert path.parent.is_dir() and path.name == "run.jsonl" and path.parent.name.startswith("llmq-downloads-")
+
+
+def test_only_the_latest_reports_are_kept(plain_session):
+    keys = [plain_session.keep_report(number) for number in range(KEPT_REPORTS + 3)]
+    assert [plain_session.report(key) for key in keys] == [None] * 3 + list(range(3, KEPT_REPORTS + 3))
+    assert plain_session.report(None) is None

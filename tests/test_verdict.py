@@ -1,0 +1,150 @@
+"""What a run showed, in sentences whose every figure can be checked by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Step
+from llmq.summary import Summary
+from llmq.ui.verdict import USUAL, WHY_SLOWER_CPU, WHY_SLOWER_GPU, verdict
+
+MB = 10**6
+SAME = [5, 6, 7, 8]
+
+
+def planned(*names: str, device: str = "cpu") -> Planned:
+    sizes = dict.fromkeys(names, 1)
+    return Planned(schedule="in-turn", reason="", prompt_tokens=3, predicted_bytes=sizes, free_bytes=9, device=device)
+
+
+def lane(name: str, *, speed: float = 10.0, megabytes: int = 200, ids=SAME, failed: str = "") -> list[Event]:
+    events: list[Event] = [
+        Loaded(contestant=name, weight_bytes=megabytes * MB, seconds=1.0),
+        Prefilled(contestant=name, prompt_tokens=3, seconds=0.5),
+    ]
+    for index, token_id in enumerate(ids):
+        seconds = 1 / speed if index else 0.0
+        events.append(Step(contestant=name, index=index, token_id=token_id, text="x", seconds=seconds, logprob=-1.0))
+    end = Failed(contestant=name, message=failed) if failed else Finished(contestant=name, reason="length")
+    return [*events, end]
+
+
+def said(*lanes: list[Event], device: str = "cpu") -> str:
+    names = [events[0].contestant for events in lanes]
+    return verdict(Summary([planned(*names, device=device), *sum(lanes, [])]))
+
+
+AGREED = "The two texts agree on all 4 tokens that both produced."
+
+
+def test_a_slower_method_says_by_how_much_and_why():
+    assert said(lane("fp16"), lane("bnb-int8", speed=4.0, megabytes=100)) == (
+        "**LLM.int8() · bitsandbytes** holds 100 MB of weights where FP16 holds 200 MB: 50% less memory. "
+        f"It decoded at 4.00 tok/s against 10.0 tok/s: **2.5 times slower** in this run. {USUAL} {WHY_SLOWER_CPU}"
+        f"\n\n{AGREED}"
+    )
+
+
+def test_a_faster_method_says_by_how_much():
+    assert said(lane("fp32", megabytes=400), lane("fp16", speed=15.0)) == (
+        "**FP16** holds 200 MB of weights where FP32 holds 400 MB: 50% less memory. "
+        f"It decoded at 15.0 tok/s against 10.0 tok/s: **1.5 times faster** in this run.\n\n{AGREED}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("speed", "words"),
+    [
+        (9.53, "about the same speed"),
+        (9.51, "**1.1 times slower**"),
+        (10.5, "about the same speed"),
+        (10.6, "**1.1 times faster**"),
+        (10.0, "about the same speed"),
+    ],
+)
+def test_within_five_percent_the_speed_is_the_same(speed, words):
+    assert f"against 10.0 tok/s: {words} in this run." in said(lane("fp32"), lane("fp16", speed=speed))
+
+
+@pytest.mark.parametrize(("device", "why"), [("cuda:0", WHY_SLOWER_GPU), ("cpu", WHY_SLOWER_CPU)])
+def test_the_reason_is_that_of_the_device(device, why):
+    text = said(lane("fp16"), lane("bnb-int8", speed=2.0), device=device)
+    assert why in text and text.count(USUAL) == 1
+
+
+def test_only_bitsandbytes_gets_its_reason():
+    assert USUAL not in said(lane("fp16"), lane("fp32", speed=2.0))
+
+
+@pytest.mark.parametrize(("megabytes", "words"), [(210, "5% more memory"), (190, "5% less memory"), (50, "75% less")])
+def test_memory_is_compared_with_the_first(megabytes, words):
+    assert words in said(lane("fp16"), lane("bf16", megabytes=megabytes))
+
+
+def test_equal_memory_is_not_called_more():
+    """FP16 and BF16 weigh the same."""
+    text = said(lane("fp16"), lane("bf16"))
+    assert "0%" not in text and "more memory" not in text and "less memory" not in text
+
+
+def test_a_threshold_is_part_of_the_name():
+    assert "**LLM.int8() · bitsandbytes, threshold 3.5** holds" in said(lane("fp16"), lane("bnb-int8@3.5"))
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        (SAME, "The two texts agree on all 4 tokens that both produced."),
+        (SAME[:2], "The two texts agree on all 2 tokens that both produced."),
+        ([9, 6, 7, 8], "The two texts differ from the first token on; after that each continues its own text."),
+        ([5, 9, 7, 8], "The two texts agree for 1 token and part at token 2;"),
+        ([5, 6, 7, 9], "The two texts agree for 3 tokens and part at token 4;"),
+    ],
+)
+def test_agreement_is_counted_from_the_first_token(ids, sentence):
+    assert said(lane("fp16"), lane("bf16", ids=ids)).split("\n\n")[-1].startswith(sentence)
+
+
+def test_one_token_is_one_token():
+    last = said(lane("fp16", ids=[5]), lane("bf16", ids=[5])).split("\n\n")[-1]
+    assert "1 tokens" not in last
+
+
+def test_one_token_is_no_speed():
+    assert "too few tokens to state a speed" in said(lane("fp16"), lane("bf16", ids=[5]))
+
+
+def test_a_method_that_fails_is_not_compared():
+    text = said(lane("fp16"), lane("bnb-int8", failed="out of memory"))
+    first, agreement = text.split("\n\n")
+    assert first == "**LLM.int8() · bitsandbytes did not finish**, so there is nothing to compare."
+    assert agreement == AGREED
+
+
+def test_a_failed_baseline_is_said_once():
+    text = said(lane("fp32", failed="boom"), lane("fp16"), lane("bf16"))
+    assert text.count("**FP32 did not finish**") == 1
+
+
+def test_three_methods_are_each_held_against_the_first():
+    text = said(lane("fp32", megabytes=400), lane("fp16"), lane("bf16", ids=[9]))
+    assert [line.split(" holds")[0] for line in text.split("\n\n")] == ["**FP16**", "**BF16**", AGREED]
+    assert text.count("where FP32 holds 400 MB") == 2
+
+
+@pytest.mark.parametrize(
+    "events", [[], [planned("fp16", "bf16")], [planned("fp16"), *lane("fp16")], lane("fp16")[:1]], ids=range(4)
+)
+def test_nothing_to_compare_is_nothing_said(events):
+    assert verdict(Summary(events)) == ""
+
+
+def test_no_word_of_the_models_text_is_repeated():
+    events = lane("fp16") + lane("bf16")
+    marked = [Step(**(vars(e) | {"text": "<img src=x>"})) if isinstance(e, Step) else e for e in events]
+    assert "<img" not in verdict(Summary([planned("fp16", "bf16"), *marked]))
+
+
+def test_a_method_of_another_version_is_called_by_its_own_name():
+    """A recording may hold methods that this version does not have."""
+    assert "mystery-int4" in said(lane("fp16"), lane("mystery-int4", megabytes=50))
