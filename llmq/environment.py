@@ -57,7 +57,7 @@ def describe(device: str, source: Source | None = None) -> dict:
         "device": device,
         "device_name": device_label(device),
         "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": {"llmq": __version__} | _versions(),
         "torch_threads": torch.get_num_threads(),
         "commit": _commit(),
@@ -93,7 +93,9 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this checkout, marked when files differ from it; None outside a checkout."""
+    """The commit of this checkout, marked when files differ from it; LLMQ_COMMIT names it elsewhere."""
+    if named := os.environ.get("LLMQ_COMMIT"):
+        return named
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 from llmq.errors import UserError
 
@@ -241,17 +243,35 @@ def _parse(line: str, name: str, number: int) -> dict:
 
 
 def _event(row: dict, name: str, number: int) -> TimedEvent:
-    cls = EVENT_TYPES.get(row.get("event"))
+    """One line of a file as an event. The file may come from anybody, so every value is held against its type."""
+    kind = row.get("event")
+    cls = EVENT_TYPES.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise UserError(f"{name}, line {number}: unknown event {row.get('event')!r}")
-    known = {f.name for f in fields(cls)}
-    at = row.get("time")
-    if not isinstance(at, int | float) or not math.isfinite(at):
-        raise UserError(f"{name}, line {number}: 'time' must be a number of seconds, not {at!r}")
+        raise UserError(f"{name}, line {number}: unknown event {kind!r}")
+    if not _is(row.get("time"), float):
+        raise UserError(f"{name}, line {number}: 'time' must be a number of seconds, not {row.get('time')!r}")
+    types = get_type_hints(cls)
+    values = {field: value for field, value in row.items() if field in types}
+    for field, value in values.items():
+        if not _is(value, types[field]):
+            raise UserError(f"{name}, line {number}: {kind}'s {field!r} cannot be {value!r:.80}")
     try:
-        return TimedEvent(float(at), cls(**{k: v for k, v in row.items() if k in known}))
+        return TimedEvent(float(row["time"]), cls(**values))
     except TypeError as error:
         raise UserError(f"{name}, line {number}: {error}") from error
+
+
+def _is(value, expected) -> bool:
+    """Whether a JSON value is of an annotated type: str, bool, int, float (finite), unions, and dicts of those."""
+    if get_origin(expected) is dict:
+        _, inner = get_args(expected)
+        return isinstance(value, dict) and all(isinstance(k, str) and _is(v, inner) for k, v in value.items())
+    if get_args(expected):
+        return any(_is(value, choice) for choice in get_args(expected))
+    if expected is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max
+    return type(value) is expected
 
 
 def _finite(record: dict) -> dict:

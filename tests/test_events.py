@@ -11,6 +11,7 @@ import pytest
 from llmq.errors import UserError
 from llmq.events import (
     EVENT_TYPES,
+    LONGEST_PAUSE,
     Failed,
     Finished,
     Freed,
@@ -124,18 +125,44 @@ def test_record_keeps_every_event_with_its_time():
     ]
 
 
-@pytest.mark.parametrize(("speed", "pauses"), [(1.0, [0.5, 1.75]), (4.0, [0.125, 0.4375])])
-def test_replay_keeps_the_recorded_pace(speed, pauses):
-    slept = []
-    assert list(recorded([0.0, 0.5, 0.5, 2.25]).replay(slept.append, speed)) == list(EXAMPLES[:4])
-    assert slept == pauses
+class FakeTime:
+    """A clock that only sleeping, and a slow listener, move."""
+
+    def __init__(self):
+        self.now, self.slept = 50.0, []
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_replay_keeps_the_recorded_pace():
+    time = FakeTime()
+    assert list(recorded([0.0, 0.5, 0.5, 1.75]).replay(time.sleep, time.clock)) == list(EXAMPLES[:4])
+    assert time.slept == [0.5, 1.25]
 
 
 def test_replay_sleeps_before_each_event_not_after():
-    slept, seen = [], []
-    for _ in recorded([1.0, 3.0]).replay(slept.append):
-        seen.append(sum(slept))
-    assert seen == [1.0, 3.0]
+    time, seen = FakeTime(), []
+    for _ in recorded([1.0, 2.0]).replay(time.sleep, time.clock):
+        seen.append(time.now - 50.0)
+    assert seen == [1.0, 2.0]
+
+
+def test_replay_cuts_long_pauses():
+    time = FakeTime()
+    assert list(recorded([0.0, 600.0, 600.5]).replay(time.sleep, time.clock)) == list(EXAMPLES[:3])
+    assert time.slept == [LONGEST_PAUSE, 0.5]
+
+
+def test_a_slow_listener_makes_the_pace_up_again():
+    time = FakeTime()
+    for _ in recorded([0.0, 1.0, 2.0, 3.0]).replay(time.sleep, time.clock):
+        time.now += 0.75
+    assert time.slept == [0.25, 0.25, 0.25]
 
 
 def test_replay_without_a_sleep_never_pauses():
@@ -147,10 +174,10 @@ def test_a_saved_run_with_memory_samples_replays_in_its_own_time(tmp_path):
     times = [10.0, 10.1, 10.2, 10.3, 10.4]
     events = [EXAMPLES[5], Memory(at=0.1), EXAMPLES[5], Memory(at=0.3), EXAMPLES[5]]
     run = Run({}, {}, [TimedEvent(at, event) for at, event in zip(times, events, strict=True)])
-    slept = []
-    for _ in Run.load(run.save(tmp_path / "run.jsonl")).replay(slept.append):
+    time = FakeTime()
+    for _ in Run.load(run.save(tmp_path / "run.jsonl")).replay(time.sleep, time.clock):
         pass
-    assert sum(slept) == pytest.approx(10.4)
+    assert sum(time.slept) == pytest.approx(LONGEST_PAUSE + 0.4)
 
 
 def test_blank_lines_and_fields_of_later_versions_are_passed_over():
@@ -186,12 +213,12 @@ BAD_EVENTS = {
     "no event": changed(STEP, event="REMOVED"),
     "event a list": changed(STEP, event=["Step"]),
     "a field missing": changed(STEP, token_id="REMOVED"),
-    "at missing": changed(STEP, at="REMOVED"),
-    "at a text": changed(STEP, at="1.0"),
-    "at true": changed(STEP, at=True),
-    "at not a number": STEP.replace('"at": 1.0', '"at": NaN'),
-    "at infinite": STEP.replace('"at": 1.0', '"at": Infinity'),
-    "at beyond floats": changed(STEP, at=10**400),
+    "time missing": changed(STEP, time="REMOVED"),
+    "time a text": changed(STEP, time="1.0"),
+    "time true": changed(STEP, time=True),
+    "time not a number": STEP.replace('"time": 1.0', '"time": NaN'),
+    "time infinite": STEP.replace('"time": 1.0', '"time": Infinity'),
+    "time beyond floats": changed(STEP, time=10**400),
     "text a dict": changed(STEP, text={"html": "<script>"}),
     "text null": changed(STEP, text=None),
     "contestant a number": changed(STEP, contestant=5),

@@ -39,7 +39,8 @@ def filled(text: str) -> str:
 def table(name: str) -> str:
     if name == "quality":
         return _quality_table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-quality.json"))])
-    return _decode_table(json.loads((RESULTS / f"{name}.json").read_text()))
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    return _judged_table(result) if result["kind"] == "paris" else _decode_table(result)
 
 
 def _decode_table(result: dict) -> str:
@@ -90,6 +91,16 @@ def _quality_table(results: list[dict]) -> str:
     windows = ", ".join(sorted({str(result["conditions"]["windows"]) for result in results}))
     note = f"*demo model; {tokens} scored tokens of CPython's `pydoc_data.topics` in {windows} windows of 512.*"
     return "\n".join([*rows, "", note])
+
+
+def _judged_table(result: dict) -> str:
+    rows = ["| method | keeps the request | factual slips | what else |", "|---|---|---|---|"]
+    for row in result["results"]:
+        slips = row["factual_slips"]
+        said = f"{len(slips)}: {'; '.join(slips)}" if slips else "none"
+        rows.append(f"| `{row['method']}` | {row['keeps_the_request']} | {said} | {row['other']} |")
+    where = f"'{result['prompt']}', {result['model']} on {result['device_name']}"
+    return "\n".join([*rows, "", f"*{where}: {result['conditions']}; {result['date']}.*"])
 
 
 if __name__ == "__main__":
