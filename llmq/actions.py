@@ -163,9 +163,16 @@ def _read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _print_result(result: dict, options, columns: tuple[str, ...]) -> int:
     if options.save:
-        options.save.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        _write_text(options.save, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if options.json:
         print(json.dumps(result, allow_nan=False))
         return 0
@@ -184,7 +191,7 @@ def run_memory(options) -> int:
         _contestants(options),
         tokens=options.context,
         batch=options.batch,
-        device_bytes=None if options.device_memory is None else int(options.device_memory * 1e9),
+        device_bytes=None if options.device_memory is None else options.device_memory * 1e9,
     )
     if options.json:
         print(json.dumps(result))

@@ -21,7 +21,7 @@ from llmq.contestants import Comparison, Contestant
 from llmq.engine.hf import Generation, HFEngine, Interrupted
 from llmq.engine.residents import Key, Residents, reclaim
 from llmq.engine.text import TextStream, encode_prompt
-from llmq.errors import OutOfMemory, UserError
+from llmq.errors import OutOfMemory, UserError, is_allocation_failure
 from llmq.events import (
     Event,
     Failed,
@@ -245,7 +245,7 @@ class _Race:
         except UserError as error:
             yield self._fail(lane, str(error))
         except Exception as error:  # the boundary: whatever breaks one contestant must not take the others along
-            if _is_allocation_failure(error):
+            if is_allocation_failure(error):
                 yield self._out_of_memory(lane, error)
             else:
                 log.exception("%s failed", lane.name)
@@ -281,13 +281,6 @@ class _Race:
             self._peak = max([self._peak, sample.allocated_bytes or 0, *seen])
             peak = self._peak if sample.allocated_bytes is not None else None
             yield Memory(**asdict(sample), peak_allocated_bytes=peak, ledger=ledger)
-
-
-def _is_allocation_failure(error: Exception) -> bool:
-    """torch's CPU allocator raises a plain RuntimeError; its wording is the only sign."""
-    return isinstance(error, RuntimeError) and any(
-        sign in str(error) for sign in ("can't allocate memory", "not enough memory", "out of memory")
-    )
 
 
 def _both(predicted: int, free: int) -> str:

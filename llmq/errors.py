@@ -21,6 +21,13 @@ class DeviceBusy(UserError):
     """Another run holds the device and did not give it back in time."""
 
 
+def is_allocation_failure(error: Exception) -> bool:
+    """Whether memory ran out: torch's CPU allocator raises a plain RuntimeError, and its wording is the only sign."""
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error) for sign in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+
+
 def unknown(kind: str, value: object, choices) -> BadChoice:
     """The one wording for a name that is not in a table."""
     return BadChoice(f"unknown {kind} {value!r}; choose from {', '.join(map(str, choices))}")

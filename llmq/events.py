@@ -213,7 +213,8 @@ class Run:
         """Read a saved run. Raises UserError naming the file and the line that is wrong."""
         path = Path(path)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): a text may hold U+2028 or U+0085, which are no line ends here.
+            lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the run {path}: {error}") from error
         return cls.from_lines(lines, name=str(path))
@@ -251,10 +252,12 @@ def _event(row: dict, name: str, number: int) -> TimedEvent:
     if not _is(row.get("time"), float):
         raise UserError(f"{name}, line {number}: 'time' must be a number of seconds, not {row.get('time')!r}")
     types = get_type_hints(cls)
-    values = {field: value for field, value in row.items() if field in types}
-    for field, value in values.items():
-        if not _is(value, types[field]):
-            raise UserError(f"{name}, line {number}: {kind}'s {field!r} cannot be {value!r:.80}")
+    values = {key: value for key, value in row.items() if key in types}
+    if "logprob" in values and values["logprob"] is None:
+        values["logprob"] = -math.inf
+    for key, value in values.items():
+        if not _is(value, types[key]) and value != -math.inf:
+            raise UserError(f"{name}, line {number}: {kind}'s {key!r} cannot be {value!r:.80}")
     try:
         return TimedEvent(float(row["time"]), cls(**values))
     except TypeError as error:
@@ -275,6 +278,5 @@ def _is(value, expected) -> bool:
 
 
 def _finite(record: dict) -> dict:
-    """JSON has no infinity: a log-probability of -inf is stored as the most negative float."""
-    clamp = {math.inf: 1e308, -math.inf: -1e308}
-    return {k: clamp.get(v, v) if isinstance(v, float) and not math.isnan(v) else v for k, v in record.items()}
+    """JSON has no infinity: the log-probability of an impossible token, -inf, is stored as null."""
+    return {key: None if value == -math.inf else value for key, value in record.items()}

@@ -68,7 +68,7 @@ def predict(shape: nn.Module, handler: Handler, *, tokens: int, batch: int = 1) 
 
 
 def forecast(
-    model: str, contestants: Sequence[Contestant], *, tokens: int, batch: int = 1, device_bytes: int | None = None
+    model: str, contestants: Sequence[Contestant], *, tokens: int, batch: int = 1, device_bytes: float | None = None
 ) -> dict:
     """Predicted bytes of every method for a model that need not be here: a preset's shape is enough.
 
@@ -76,6 +76,8 @@ def forecast(
     """
     if tokens < 1 or batch < 1:
         raise BadChoice(f"context is {tokens} and batch is {batch}; both must be at least 1")
+    if device_bytes is not None and not 0 < device_bytes <= 1e18:
+        raise BadChoice(f"device memory is {device_bytes / 1e9!r} GB; choose a number over 0")
     source = resolve(model, random_weights=model in PRESETS)
     shape = meta_model(load_config(source))
     rows = []
@@ -100,7 +102,7 @@ def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> P
     together = sum(p.total for p in predictions)
     if schedule == "interleave" and together > HEADROOM * free_bytes:
         reason = (
-            f"both together need {together / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free, "
+            f"loaded together they need {together / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free, "
             "so each is loaded in turn and freed before the next"
         )
         return Plan("in-turn", reason, free_bytes)

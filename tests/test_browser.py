@@ -172,7 +172,7 @@ def test_markup_is_text_everywhere(page, address):
     page.locator("#model input").fill("<img src=x onerror='window.hacked=1'>")
     page.keyboard.press("Tab")
     generate(page)
-    assert wait_until_settled(page).startswith("Not started: unknown model \"<img src=x")
+    assert wait_until_settled(page).startswith('Not started: unknown model "<img src=x')
     assert page.locator("[data-testid=toast-text] img").count() == 0
     assert page.evaluate("window.hacked") is None
 

@@ -11,7 +11,6 @@ from tiny_runs import PROMPT, comparison, engine_of, key_of, light, outline, rea
 
 from llmq import telemetry
 from llmq.compare import compare
-from llmq.engine import residents as residents_module
 from llmq.engine.hf import Generation
 from llmq.engine.residents import Residents, load_engine
 from llmq.errors import ModelUnavailable
@@ -134,7 +133,7 @@ def room(tiny_folder, monkeypatch):
     size = int(1.2 * max(totals.values()))
     alive: weakref.WeakSet = weakref.WeakSet()
 
-    def used(device: str = "cpu") -> int:
+    def used() -> int:
         return sum(stored_bytes(model) for model in alive)
 
     def load(source, method, device):
@@ -143,7 +142,7 @@ def room(tiny_folder, monkeypatch):
         return engine
 
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: size - used())
-    monkeypatch.setattr(residents_module, "_used_bytes", used)
+    monkeypatch.setattr(telemetry, "used_bytes", lambda device: (used(),))
     return size, Residents(load), alive
 
 

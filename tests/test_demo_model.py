@@ -48,9 +48,7 @@ def residents():
 
 @pytest.fixture(scope="module")
 def summary(demo, residents):
-    comparison = Comparison(
-        prompt=PARIS, sampling=SamplingSettings(max_new_tokens=NEW_TOKENS), device=default_device()
-    )
+    comparison = Comparison(prompt=PARIS, sampling=SamplingSettings(max_new_tokens=NEW_TOKENS), device=default_device())
     return Summary(compare(comparison, residents))
 
 

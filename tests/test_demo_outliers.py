@@ -23,9 +23,7 @@ def residents():
 
 
 def test_columns_equal_bitsandbytes_at_every_layer(demo, residents):
-    inspection = Inspection(
-        prompt="Plan a 3-day itinerary in Paris.", new_tokens=NEW_TOKENS, device=default_device()
-    )
+    inspection = Inspection(prompt="Plan a 3-day itinerary in Paris.", new_tokens=NEW_TOKENS, device=default_device())
     contestant = inspection.contestant
     engine, _ = residents.get(Key(demo, contestant.label, contestant.method, default_device()))
     names = {id(module): name for name, module in engine.model.named_modules()}

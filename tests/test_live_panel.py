@@ -10,7 +10,7 @@ from gradio.utils import diff as gradio_diff
 
 from llmq.errors import BadChoice
 from llmq.events import Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Step, Waiting
-from llmq.ui.format import MISSING, format_bytes, format_count, format_seconds, format_speed
+from llmq.formatting import MISSING, format_bytes, format_count, format_seconds, format_speed
 from llmq.ui.live_state import FULL_RATE, SPACING_SECONDS, SPEED_WINDOW, LiveState
 
 THREE = {"fp16": "fp16 × fp16", "bnb-int8": "int8 × int8 + fp16 outliers", "llm-int8@3.5": "int8 × int8"}

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from llmq.ui.format import format_bytes, format_seconds
+from llmq.formatting import format_bytes, format_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "assets" / "results"

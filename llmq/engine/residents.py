@@ -71,10 +71,11 @@ class Residents:
             return FreedMemory(0, 0, True)
         expected = engine.weight_bytes + engine.scale_bytes
         model = weakref.ref(engine.model)
-        before = _used_bytes(key.device)
+        before = telemetry.used_bytes(key.device)
         del engine
         reclaim(key.device)
-        freed = before - _used_bytes(key.device)
+        after = telemetry.used_bytes(key.device)
+        freed = max(b - a for b, a in zip(before, after, strict=True))
         return FreedMemory(expected, freed, model() is None and freed >= VERIFIED_SHARE * expected)
 
 
@@ -92,13 +93,5 @@ def reclaim(device: str) -> None:
 
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
-        # glibc keeps freed blocks; without this a process's resident size does not fall with its tensors.
+        # glibc keeps freed blocks; with this most of them go back to the system.
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _used_bytes(device: str) -> int:
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.memory_allocated(device)
-    return telemetry.MemoryReader()()["process_bytes"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,10 +39,10 @@ class SamplingSettings:
 
 
 def _require(name: str, value, low: float, high: float, *, whole: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not low <= value <= high or (whole and value != int(value)):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (whole and value != int(value)):  # NaN fails the range
         kind = "whole number" if whole else "number"
-        raise BadChoice(f"{name} is {value!r}; choose a {kind} from {low:g} to {high:g}")
+        raise BadChoice(f"{name} is {value!r:.80}; choose a {kind} from {low:g} to {high:g}")
 
 
 class Sampler:
@@ -81,10 +80,11 @@ class Sampler:
 
 
 def filtered_probabilities(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
-    """(vocabulary,) float32 logits -> (vocabulary,) probabilities after temperature, top-k and top-p."""
+    """(vocabulary,) float32 logits -> (vocabulary,) float32 probabilities after temperature, top-k and top-p."""
     import torch
 
-    logits = logits / settings.temperature
+    # The largest logit is moved to 0 first, in float64: hardly any temperature then divides to -inf, never to NaN.
+    logits = (logits.double() - logits.max()) / settings.temperature
     if 0 < settings.top_k < logits.shape[-1]:
         kept = logits.topk(int(settings.top_k)).values[-1]
         logits = logits.masked_fill(logits < kept, -torch.inf)
@@ -94,4 +94,4 @@ def filtered_probabilities(logits: torch.Tensor, settings: SamplingSettings) -> 
         # Nucleus: the smallest set whose mass reaches top_p; a token goes if the mass before it already does.
         outside = probabilities.cumsum(-1) - probabilities >= settings.top_p
         logits = logits.scatter(-1, order, ordered.masked_fill(outside, -torch.inf))
-    return logits.softmax(-1)
+    return logits.softmax(-1).float()

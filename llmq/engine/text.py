@@ -19,10 +19,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, context: i
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadChoice("the prompt is empty; type something, or pick an example")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadChoice("the prompt holds half a character (a lone surrogate); type it again") from None
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(_in_template(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
     if len(ids) >= context:
@@ -31,6 +33,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, context: i
             "shorten the prompt or choose a model with a longer context"
         )
     return ids
+
+
+def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    from jinja2 import TemplateError
+
+    turns = [{"role": "user", "content": prompt}]
+    try:
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise BadChoice(f"the model's chat template refuses this prompt: {error}") from error
 
 
 class TextStream:

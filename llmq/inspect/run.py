@@ -22,6 +22,7 @@ from llmq.preparation import await_turn, make_ready
 from llmq.quant.handler import DEFAULT_THRESHOLD
 
 MAX_NEW_TOKENS = 64
+LOWEST_THRESHOLD = 2.0  # how far down a threshold can be moved afterwards; lower ones keep more numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,14 @@ class Inspection:
     new_tokens: int = 8
     device: str = "cpu"
 
+    @property
+    def threshold(self) -> float:
+        """The method's own; the usual one for a method that has none."""
+        return DEFAULT_THRESHOLD if self.contestant.threshold is None else self.contestant.threshold
+
     def __post_init__(self):
+        if self.threshold <= 0:
+            raise BadChoice(f"threshold is {self.threshold:g}: with the decomposition off there are no outlier columns")
         if not isinstance(self.new_tokens, int) or not 0 <= self.new_tokens <= MAX_NEW_TOKENS:
             raise BadChoice(f"new tokens is {self.new_tokens!r}; choose a whole number from 0 to {MAX_NEW_TOKENS}")
 
@@ -77,7 +85,8 @@ def _inspect(inspection: Inspection, residents: Residents, stop: threading.Event
             torch.tensor([ids], device=inspection.device),
             new_tokens=inspection.new_tokens,
             stop=stop,
-            threshold=DEFAULT_THRESHOLD if contestant.threshold is None else contestant.threshold,
+            threshold=inspection.threshold,
+            lowest_threshold=min(LOWEST_THRESHOLD, inspection.threshold),
             token_text=lambda token: tokenizer.decode([token]),
             name=inspection.model,
             method=contestant.label,

@@ -69,20 +69,20 @@ def prepare_demo() -> Iterator[Progress]:
     require_space(folder.parent, SPACE_BYTES, "the demo model")
     from filelock import FileLock
 
-    with FileLock(str(folder.parent / ".demo.lock")):  # a second process waits here, then finds the work done
-        if is_ready(folder):
-            return
-        if folder.exists():
-            yield Progress(0.0, f"the demo model in {folder} is damaged; making it again")
-        workplace = Path(tempfile.mkdtemp(prefix=".demo-", dir=folder.parent))
-        try:
-            yield from _build(workplace, folder)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise UserError(f"the disk of {folder.parent} is full; the demo model needs 600 MB there") from error
-            raise UserError(f"cannot build the demo model in {folder.parent}: {error}") from error
-        finally:
-            shutil.rmtree(workplace, ignore_errors=True)
+    try:
+        with FileLock(str(folder.parent / ".demo.lock")):  # a second process waits here, then finds the work done
+            if is_ready(folder):
+                return
+            if folder.exists():
+                yield Progress(0.0, f"the demo model in {folder} is damaged; making it again")
+            with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as workplace:
+                yield from _build(Path(workplace), folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"the disk of {folder.parent} is full; the demo model needs 600 MB there") from error
+        raise UserError(
+            f"cannot build the demo model in {folder.parent}: {error}. Set LLMQ_CACHE to a folder you can write to."
+        ) from error
 
 
 def _build(workplace: Path, folder: Path) -> Iterator[Progress]:

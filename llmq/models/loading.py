@@ -6,12 +6,12 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.errors import ModelUnavailable, unknown
-from llmq.models.cache import cache_folder
+from llmq.errors import ModelUnavailable, UserError, is_allocation_failure, unknown
 from llmq.models.demo import Progress, demo_folder, prepare_demo
 from llmq.models.presets import PRESETS
 
@@ -42,11 +42,19 @@ def resolve(name: str, *, random_weights: bool = False) -> Source:
         return Source(name, "random", name)
     if preset := PRESETS.get(name):
         return Source(name, "hub", preset.hub_id) if preset.hub_id else Source(name, "demo", str(demo_folder()))
-    if name and Path(name).expanduser().is_dir():
-        return Source(name, "folder", str(Path(name).expanduser()))
+    if folder := _local_folder(name):
+        return Source(name, "folder", str(folder))
     if HUB_ID.fullmatch(name):
         return Source(name, "hub", name)
     raise unknown("model", name, [*PRESETS, "a hub id such as owner/name", "a local folder"])
+
+
+def _local_folder(name: str) -> Path | None:
+    try:
+        folder = Path(name).expanduser()
+        return folder if name and folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # no such home, a name too long, a zero byte: no folder
+        return None
 
 
 def prepare(source: Source) -> Iterator[Progress]:
@@ -82,16 +90,18 @@ def revision_of(source: Source) -> str:
 
 def load_config(source: Source) -> PretrainedConfig:
     """The model's configuration. Raises ModelUnavailable for unknown architectures."""
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig
 
     if source.kind == "random":
         shape = asdict(PRESETS[source.location].shape)
         rope = {"rope_theta": shape.pop("rope_theta"), **(shape.pop("rope_scaling") or {"rope_type": "default"})}
         return LlamaConfig(**shape, rope_parameters=rope, dtype="float16")
-    try:
-        return AutoConfig.from_pretrained(folder_of(source), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelUnavailable(f"cannot read the configuration of {source.name}: {error}") from error
+    folder = folder_of(source)
+    with _blamed_on(source, "read the configuration"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelUnavailable(f"{source.name} is a {config.model_type!r} model, which does not write text by itself")
+    return config
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -99,10 +109,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = demo_folder() if source.kind == "random" else folder_of(source)
-    try:
+    with _blamed_on(source, "open the tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelUnavailable(f"cannot open the tokenizer of {source.name}: {error}") from error
 
 
 def ids_within(config: PretrainedConfig, ids: list[int]) -> list[int]:
@@ -119,19 +127,20 @@ def load_model(source: Source, handler: Handler, device: str) -> PreTrainedModel
         from llmq.models.random_weights import random_llama
 
         return handler.convert_(random_llama(load_config(source), device), device).requires_grad_(False).eval()
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder_of(source),
+    folder = folder_of(source)
+    with _blamed_on(source, "open the weights"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
             **handler.load_arguments(device),
         )
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ModelUnavailable(f"cannot open the weights of {source.name}: {error}") from error
+    if wrong := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
+        raise ModelUnavailable(f"the weights of {source.name} are not whole: {wrong[0]} and {len(wrong) - 1} more")
     return model.requires_grad_(False).eval()
 
 
@@ -148,16 +157,19 @@ def quiet_libraries() -> None:
 def _download(source: Source) -> Iterator[Progress]:
     """Fetch a hub repository in a thread, reporting how much of it lies on disk."""
     started = time.monotonic()
-    with ThreadPoolExecutor(1, thread_name_prefix="hub-download") as pool:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="hub-download")
+    try:
         download = pool.submit(_snapshot, source, local_only=False)
         while wait([download], timeout=0.5).not_done:
             yield Progress(0.0, f"fetching {source.location} from the hub ({time.monotonic() - started:.0f} s)")
         download.result()
+    finally:
+        pool.shutdown(wait=False)  # who stops need not wait for gigabytes; what has arrived serves the next try
 
 
 def _snapshot(source: Source, *, local_only: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     repo = source.location
     try:
@@ -171,9 +183,38 @@ def _snapshot(source: Source, *, local_only: bool) -> Path:
         raise ModelUnavailable(
             f"the hub has no repository {repo!r}, or it is private and HF_TOKEN is not set"
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        raise ModelUnavailable(
-            f"{repo} is not in the local cache and the hub cannot be reached. The model 'demo' needs no hub."
-        ) from error
+    except HFValidationError as error:
+        raise ModelUnavailable(f"{repo!r} is no name a hub knows: {error}") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 401:
+            raise ModelUnavailable(f"the hub refused {repo}: the token in HF_TOKEN is wrong or has expired") from error
+        raise _unreachable(repo) from error
     except OSError as error:
-        raise ModelUnavailable(f"cannot store {repo} (cache: {cache_folder()} or HF_HOME): {error}") from error
+        on_disk = (error.errno or 0) > 0 and not isinstance(error, ConnectionError | TimeoutError)
+        if on_disk:
+            raise ModelUnavailable(f"cannot store {repo} in the hub's cache (HF_HOME moves it): {error}") from error
+        raise _unreachable(repo) from error
+    except Exception as error:  # the hub's client raises its transport's own errors, and changes transports
+        raise _unreachable(repo) from error
+
+
+def _unreachable(repo: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"{repo} is not in the local cache and the hub cannot be reached. The model 'demo' needs no hub."
+    )
+
+
+@contextmanager
+def _blamed_on(source: Source, attempt: str) -> Iterator[None]:
+    """Whatever a library raises while it reads files from elsewhere is those files' fault, and said in one line."""
+    import torch
+
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if is_allocation_failure(error):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelUnavailable(f"cannot {attempt} of {source.name}: {reason}") from error

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
 OUTLIER_CHANNELS = 6
-OUTLIER_GAIN = 30.0  # RMSNorm output is about N(0, 1) per channel, so the planted channels are about N(0, 30)
+NORM_GAIN = 30.0  # a norm's output is about N(0, 1) a channel; a planted one about N(0, 30)
+VALUE_GAIN = 400.0  # attention averages values over the context, which shrinks a planted one again
+GATED_GAIN = 300.0  # SiLU(gate)·up of two N(0, 0.5) is about 0.1
+OUTPUT_SPREAD = 0.5  # standard deviation of every linear layer's output, so that few unplanted inputs reach 6
 
 
 def random_llama(config: LlamaConfig, device: str, seed: int = 0) -> LlamaForCausalLM:
@@ -30,20 +33,26 @@ def random_llama(config: LlamaConfig, device: str, seed: int = 0) -> LlamaForCau
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                scale = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
+                scale = 1.0 if "embed" in name else _spread(parameter.shape[1])
                 parameter.normal_(0.0, scale, generator=generator)
         _plant_outliers(model)
     # Buffers (rotary frequencies) are computed, not drawn: to_empty left them unset.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    rotary = model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    rotary.original_inv_freq = rotary.original_inv_freq.clone()  # a tensor of its own, as in a loaded model
     return model.eval()
+
+
+def _spread(inputs: int) -> float:
+    """Of the weights, so that a layer fed N(0, 1) and the planted channels puts out N(0, OUTPUT_SPREAD)."""
+    return OUTPUT_SPREAD * (inputs + OUTLIER_CHANNELS * NORM_GAIN**2) ** -0.5
 
 
 def _plant_outliers(model) -> None:
     for index, layer in enumerate(model.model.layers):
         hidden = layer.input_layernorm.weight.shape[0]
         chosen = [(index * 31 + 97 * k) % hidden for k in range(OUTLIER_CHANNELS)]
-        layer.input_layernorm.weight[chosen] *= OUTLIER_GAIN
-        layer.post_attention_layernorm.weight[chosen] *= OUTLIER_GAIN
-        for producer in (layer.self_attn.v_proj, layer.mlp.up_proj):
+        layer.input_layernorm.weight[chosen] *= NORM_GAIN
+        layer.post_attention_layernorm.weight[chosen] *= NORM_GAIN
+        for producer, gain in ((layer.self_attn.v_proj, VALUE_GAIN), (layer.mlp.up_proj, GATED_GAIN)):
             rows = [row % producer.out_features for row in chosen]
-            producer.weight[rows] *= OUTLIER_GAIN
+            producer.weight[rows] *= gain

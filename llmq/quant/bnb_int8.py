@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, stored_tensors
+from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, cast_parameters_, stored_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +38,7 @@ class BnbInt8:
     def convert_(self, model: nn.Module, device: str) -> nn.Module:
         import torch
 
-        model.to(device=device, dtype=torch.float16)
+        cast_parameters_(model.to(device), torch.float16)
         for name, linear in list(_convertible(model)):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _quantized(linear))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import BadChoice
-from llmq.quant.handler import WeightBytes, stored_tensors
+from llmq.quant.handler import WeightBytes, cast_parameters_, stored_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +37,7 @@ class Dense:
     def convert_(self, model: nn.Module, device: str) -> nn.Module:
         import torch
 
-        return model.to(device=device, dtype=getattr(torch, self.dtype))
+        return cast_parameters_(model.to(device), getattr(torch, self.dtype))
 
     def set_threshold(self, model: nn.Module, threshold: float) -> None:
         raise BadChoice(f"{_SHORT[self.dtype]} has no outlier threshold to set to {threshold}")

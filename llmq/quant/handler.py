@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 DEFAULT_THRESHOLD = 6.0  # LLM.int8() paper, section 3.2; also the default of bitsandbytes through transformers
@@ -60,3 +61,10 @@ def stored_tensors(model: nn.Module):
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, tied weights counted once."""
     return sum(tensor.nbytes for tensor in stored_tensors(model))
+
+
+def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast the parameters and leave the buffers: rotary frequencies stay in FP32, as in a loaded checkpoint."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

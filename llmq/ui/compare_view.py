@@ -16,7 +16,7 @@ from llmq.events import Event, Failed, Finished, Freed, Loading, Planned, Step, 
 from llmq.quant import method_named
 from llmq.summary import Summary
 from llmq.ui.live_state import LiveState
-from llmq.ui.token_diff import diff_value
+from llmq.ui.token_alignment import diff_value
 from llmq.ui.verdict import verdict
 
 UPDATE_SECONDS = 0.2
@@ -131,6 +131,11 @@ def status_line(event: Event) -> str:
 def labels_of(settings: Mapping) -> list[str]:
     """The contestants' labels of a recorded run."""
     labels = settings.get("contestants")
-    if not (isinstance(labels, list) and 1 <= len(labels) <= PANES and all(isinstance(x, str) for x in labels)):
-        raise UserError("this recording does not name one to three contestants")
+    if not (
+        isinstance(labels, list)
+        and 1 <= len(labels) <= PANES
+        and all(isinstance(x, str) for x in labels)
+        and len(set(labels)) == len(labels)
+    ):
+        raise UserError("this recording does not name one to three contestants, or repeats one")
     return labels

@@ -30,7 +30,7 @@ def wishes_of(query: Mapping[str, str]) -> dict:
     if query.get("schedule") in SCHEDULES:
         wishes["schedule"] = query["schedule"]
     if methods := query.get("methods"):
-        wishes["methods"] = [label for label in map(_label, methods.split(",")[:3]) if label]
+        wishes["methods"] = list(dict.fromkeys(label for label in map(_label, methods.split(",")[:3]) if label))
     for name, kind in NUMBERS.items():
         try:
             wishes[name] = getattr(SamplingSettings(**{name: kind(query[name])}), name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from llmq.errors import unknown
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Step, Waiting
-from llmq.ui.format import MISSING, format_bytes, format_count, format_seconds, format_speed
+from llmq.formatting import MISSING, format_bytes, format_count, format_seconds, format_speed
 
 SPEED_WINDOW = 16  # decode steps behind one point of the speed curve
 SPACING_SECONDS = 0.15  # of kept samples; the browser draws four times a second, the machine is sampled ten times

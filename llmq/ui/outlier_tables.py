@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from llmq.formatting import format_share
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.views import strongest_channels
-from llmq.ui.format import format_share
 from llmq.ui.outlier_plots import token_channel_figure
 
 STRONGEST = 15

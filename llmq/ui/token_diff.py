@@ -1,67 +1,17 @@
-"""Two texts token by token: where they part, and what still agrees after that.
-
-`diff_tokens` is plain Python on token ids; `token_diff_view` is the component that shows its result.
-"""
+"""The component that shows two texts token by token; its value is `token_alignment.diff_value(...)` or `{}`."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from difflib import SequenceMatcher
 
 import gradio as gr
 
 from llmq.ui.assets import script
 
-ALIGN_AT_MOST = 2048  # tokens; repetitive texts of this length take 0.6 s to align, of 4096 tokens 4 s
-PREFIX, SAME, DIFFERENT = "prefix", "same", "diff"
 TEMPLATE = """
 <div class="llmq-diff">
   <p class="llmq-diff-summary" data-part="summary">The comparison of the texts appears here when a run has finished.</p>
   <div class="llmq-panes" data-part="texts"></div>
 </div>
 """
-
-Token = tuple[int, str]
-
-
-def common_prefix(ids_a: Sequence[int], ids_b: Sequence[int]) -> int:
-    """How many leading token ids agree."""
-    for index, (a, b) in enumerate(zip(ids_a, ids_b, strict=False)):
-        if a != b:
-            return index
-    return min(len(ids_a), len(ids_b))
-
-
-def diff_tokens(tokens_a: Sequence[Token], tokens_b: Sequence[Token]) -> dict:
-    """Compare two lists of (token id, text) by token id.
-
-    Returns `first_divergence` (index from 0 of the first position where they differ, None when they are equal),
-    `aligned` (False when a list was too long to align what follows that position) and `tokens_a`, `tokens_b`: lists of
-    [text, kind] with kind 'prefix' (equal up to the first difference), 'same' (equal again later) or 'diff'.
-    """
-    ids_a, ids_b = [token[0] for token in tokens_a], [token[0] for token in tokens_b]
-    start = common_prefix(ids_a, ids_b)
-    aligned = max(len(ids_a), len(ids_b)) <= ALIGN_AT_MOST
-    kinds_a = [PREFIX] * start + [DIFFERENT] * (len(ids_a) - start)
-    kinds_b = [PREFIX] * start + [DIFFERENT] * (len(ids_b) - start)
-    if aligned:
-        matcher = SequenceMatcher(None, ids_a[start:], ids_b[start:], autojunk=False)
-        for at_a, at_b, size in matcher.get_matching_blocks():
-            kinds_a[start + at_a : start + at_a + size] = [SAME] * size
-            kinds_b[start + at_b : start + at_b + size] = [SAME] * size
-    return {
-        "first_divergence": None if start == len(ids_a) == len(ids_b) else start,
-        "aligned": aligned,
-        "tokens_a": [[text, kind] for (_, text), kind in zip(tokens_a, kinds_a, strict=True)],
-        "tokens_b": [[text, kind] for (_, text), kind in zip(tokens_b, kinds_b, strict=True)],
-    }
-
-
-def diff_value(
-    labels: tuple[str, str], tokens_a: Sequence[Token], tokens_b: Sequence[Token], *, panes: tuple[int, int] = (0, 1)
-) -> dict:
-    """The component's value: `diff_tokens`, the two labels, and which panes (and so colours) they belong to."""
-    return {"labels": list(labels), "panes": list(panes), **diff_tokens(tokens_a, tokens_b)}
 
 
 def token_diff_view(*, elem_id: str = "token-diff", **options) -> gr.HTML:

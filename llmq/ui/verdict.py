@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from llmq.contestants import Contestant
+from llmq.formatting import format_bytes, format_speed
 from llmq.quant import METHODS
 from llmq.summary import Outcome, Summary
-from llmq.ui.format import format_bytes, format_speed
 
 USUAL = "That is usual for LLM.int8() through bitsandbytes at batch size 1:"
 WHY_SLOWER_GPU = (
@@ -21,10 +20,9 @@ def verdict(summary: Summary) -> str:
         return ""
     baseline, *others = summary.outcomes.values()
     on_gpu = bool(summary.plan and summary.plan.device.startswith("cuda"))
-    lines = [line for other in others for line in _against(baseline, other, on_gpu)]
-    if others:
-        lines.append(_agreement(summary, baseline, others[0]))
-    return "\n\n".join(line for line in lines if line)
+    lines = dict.fromkeys(line for other in others for line in _against(baseline, other, on_gpu))
+    agreement = _agreement(summary, baseline, others[0]) if others else ""
+    return "\n\n".join(line for line in (*lines, agreement) if line)
 
 
 def _against(baseline: Outcome, other: Outcome, on_gpu: bool) -> list[str]:
@@ -32,13 +30,16 @@ def _against(baseline: Outcome, other: Outcome, on_gpu: bool) -> list[str]:
         return [f"**{_name(o)} did not finish**, so there is nothing to compare." for o in failed]
     if not (baseline.weight_bytes and other.weight_bytes):
         return []
-    share = other.weight_bytes / baseline.weight_bytes
-    change = f"{abs(1 - share):.0%} {'less' if share < 1 else 'more'}"
     memory = (
         f"**{_name(other)}** holds {format_bytes(other.weight_bytes)} of weights where {_name(baseline)} holds "
-        f"{format_bytes(baseline.weight_bytes)}: {change} memory."
+        f"{format_bytes(baseline.weight_bytes)}: {_change(other.weight_bytes / baseline.weight_bytes)}."
     )
     return [f"{memory} {_speed(baseline, other, on_gpu)}".strip()]
+
+
+def _change(share: float) -> str:
+    percent = f"{abs(1 - share):.0%}"
+    return "as much memory" if percent == "0%" else f"{percent} {'less' if share < 1 else 'more'} memory"
 
 
 def _speed(baseline: Outcome, other: Outcome, on_gpu: bool) -> str:
@@ -62,20 +63,23 @@ def _agreement(summary: Summary, baseline: Outcome, other: Outcome) -> str:
     if not (baseline.token_ids and other.token_ids):
         return ""
     if first is None:
-        return f"The two texts agree on all {same} tokens that both produced."
+        return f"The two texts agree on all {_tokens(same)} that both produced."
     if first == 0:
         return "The two texts differ from the first token on; after that each continues its own text."
     return (
-        f"The two texts agree for {same} tokens and part at token {first + 1}; from there on each continues its own "
+        f"The two texts agree for {_tokens(same)} and part at token {first + 1}; from there on each continues its own "
         "text, so later differences follow from this one."
     )
 
 
 def _name(outcome: Outcome) -> str:
-    contestant = Contestant.parse(outcome.contestant)
-    label = METHODS[contestant.method].label
-    _, at, threshold = outcome.contestant.partition("@")
+    method, at, threshold = outcome.contestant.partition("@")
+    label = METHODS[method].label if method in METHODS else method  # a recording may name methods unknown here
     return f"{label}, threshold {threshold}" if at else label
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" if count == 1 else f"{count} tokens"
 
 
 def _is_bitsandbytes(outcome: Outcome) -> bool:
