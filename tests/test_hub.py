@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hub_stand_in import COMMIT, Hub
@@ -163,6 +166,22 @@ def test_a_stop_does_not_wait_for_the_download(monkeypatch):
     elapsed = time.monotonic() - started
     gate.set()
     assert elapsed < 1.5
+
+
+def test_a_stopped_download_does_not_hold_up_the_end_of_the_program():
+    """Ctrl-C at a terminal: the interpreter must not wait at its exit for a thread that is still fetching."""
+    code = (
+        "import time\nfrom llmq.models import loading\n"
+        "loading._snapshot = lambda source, *, local_only: time.sleep(30)\n"
+        "progress = loading.prepare(loading.resolve('owner/tiny'))\nnext(progress)\nprogress.close()\nprint('closed')"
+    )
+    root = Path(__file__).parents[1]
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stdout.readline() == "closed\n"
+            assert program.wait(timeout=3) == 0
+        finally:
+            program.kill()
 
 
 @pytest.mark.parametrize(

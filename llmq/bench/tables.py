@@ -74,13 +74,13 @@ def _conditions(result: dict) -> str:
 
 
 def _quality_table(results: list[dict]) -> str:
-    rows = ["| device | method | perplexity (95 %) | KL to FP16, nats per token | same top token as FP16 |"]
+    rows = ["| device, text | method | perplexity (95 %) | KL to FP16, nats per token | same top token as FP16 |"]
     rows.append("|---|---|---:|---:|---:|")
     for result in results:
         for row in result["results"]:
             low, high = row["perplexity_interval"]
             cells = [
-                result["conditions"]["device_name"],
+                f"{result['conditions']['device_name']}, Python {result['conditions']['python']}",
                 f"`{row['method']}`",
                 f"{row['perplexity']:.2f} ({low:.2f}–{high:.2f})",
                 f"{row['kl_to_fp16']:.4f}",
@@ -89,7 +89,10 @@ def _quality_table(results: list[dict]) -> str:
             rows.append(f"| {' | '.join(cells)} |")
     tokens = ", ".join(sorted({f"{result['tokens']:,}" for result in results}))
     windows = ", ".join(sorted({str(result["conditions"]["windows"]) for result in results}))
-    note = f"*demo model; {tokens} scored tokens of CPython's `pydoc_data.topics` in {windows} windows of 512.*"
+    note = (
+        f"*demo model; {tokens} scored tokens of CPython's `pydoc_data.topics` in {windows} windows of 512. The topics "
+        "differ between versions of Python, so compare methods within one device, not perplexities across.*"
+    )
     return "\n".join([*rows, "", note])
 
 
