@@ -256,7 +256,7 @@ def _event(row: dict, name: str, number: int) -> TimedEvent:
     if "logprob" in values and values["logprob"] is None:
         values["logprob"] = -math.inf
     for key, value in values.items():
-        if not _is(value, types[key]) and value != -math.inf:
+        if not _is(value, types[key]) and not (key == "logprob" and value == -math.inf):
             raise UserError(f"{name}, line {number}: {kind}'s {key!r} cannot be {value!r:.80}")
     try:
         return TimedEvent(float(row["time"]), cls(**values))

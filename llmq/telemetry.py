@@ -204,10 +204,14 @@ def _live_heap_bytes() -> int:
 
 
 def _cgroup_room() -> int:
-    """Bytes left under this container's memory limit (cgroup v2); a huge number where there is no limit."""
+    """Bytes left under this container's memory limit (cgroup v2); a huge number where there is no limit.
+
+    Cached file pages count as used there, and give way when memory is needed.
+    """
     folder = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return int(limit) - int(used)
+        limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit - used + next((int(value) for name, value in pairs if name == "inactive_file"), 0)
     except (OSError, ValueError):  # no cgroup v2, or the limit reads "max"
         return 2**63

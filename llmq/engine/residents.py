@@ -7,7 +7,8 @@ import gc
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llmq import telemetry
@@ -16,6 +17,7 @@ from llmq.engine.turns import Turnstile
 from llmq.models.loading import Source, load_model
 from llmq.quant import method_named
 
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 VERIFIED_SHARE = 0.9  # of the expected bytes that must be seen to come back before memory counts as freed
 
 
@@ -82,7 +84,28 @@ class Residents:
 def load_engine(source: Source, method: str, device: str) -> HFEngine:
     """Load one model under one method on one device."""
     handler = method_named(method).handler
-    return HFEngine(load_model(source, handler, device), handler, device)
+    with _mapped_blocks():
+        model = load_model(source, handler, device)
+    return HFEngine(model, handler, device)
+
+
+@contextmanager
+def _mapped_blocks() -> Iterator[None]:
+    """While inside, glibc maps every block of 64 KiB or more by itself, so that a freed weight goes back at once.
+
+    By default it raises that limit as large blocks are freed and never trims the tops of its threads' heaps: up to two
+    thirds of a freed model stayed resident (measured). Afterwards the limit is glibc's highest, 32 MiB, so that the
+    short-lived blocks of a forward pass are reused and not mapped anew.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
+    mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 32 * 1024 * 1024)
 
 
 def reclaim(device: str) -> None:

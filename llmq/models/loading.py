@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,14 +158,19 @@ def quiet_libraries() -> None:
 def _download(source: Source) -> Iterator[Progress]:
     """Fetch a hub repository in a thread, reporting how much of it lies on disk."""
     started = time.monotonic()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="hub-download")
-    try:
-        download = pool.submit(_snapshot, source, local_only=False)
-        while wait([download], timeout=0.5).not_done:
-            yield Progress(0.0, f"fetching {source.location} from the hub ({time.monotonic() - started:.0f} s)")
-        download.result()
-    finally:
-        pool.shutdown(wait=False)  # who stops need not wait for gigabytes; what has arrived serves the next try
+    download: Future = Future()
+
+    def fetch() -> None:
+        try:
+            download.set_result(_snapshot(source, local_only=False))
+        except BaseException as error:  # handed to whoever waits
+            download.set_exception(error)
+
+    # A daemon: neither a stop nor the end of the program waits for gigabytes; what has arrived serves the next try.
+    threading.Thread(target=fetch, name="hub-download", daemon=True).start()
+    while wait([download], timeout=0.5).not_done:
+        yield Progress(0.0, f"fetching {source.location} from the hub ({time.monotonic() - started:.0f} s)")
+    download.result()
 
 
 def _snapshot(source: Source, *, local_only: bool) -> Path:

@@ -16,7 +16,7 @@ INTRO = (
 
 
 def build(session: Session) -> gr.Blocks:
-    """The page for one session object; launch it with `launch_options()`."""
+    """The page for one session object; `launch.launch` serves it."""
     compare, outliers = CompareTab(session), OutliersTab(session)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         with gr.Sidebar(open=False, elem_id="settings", position="left"):

@@ -1,0 +1,77 @@
+"""The composition root: flags, the wrapper for shared GPUs, and one-line refusals."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+import app
+from llmq.errors import UserError
+from llmq.models import choice
+from llmq.models.choice import choose_model
+
+
+def test_without_the_package_the_function_stays_as_it_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spaces", None)
+    assert app.on_shared_gpu(app.run_job) is app.run_job
+
+
+def test_with_the_package_everything_on_the_gpu_is_inside_the_decorated_function(monkeypatch):
+    calls = []
+
+    def gpu(duration):
+        def wrap(function):
+            def inside(*arguments):
+                calls.append((duration, arguments))
+                yield from function(*arguments)
+
+            return inside
+
+        return wrap
+
+    monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=gpu))
+    monkeypatch.setattr(app.JOBS, "run", lambda job, owner: iter([job, owner]))
+    assert list(app.on_shared_gpu(app.run_job)("job", "me")) == ["job", "me"]
+    assert calls == [(app.GPU_SECONDS, ("job", "me"))]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "nope"], ["nope", "demo", "llama-2-7b-chat"]),
+        (["--methods", "fp16,int3"], ["int3", "bnb-int8"]),
+        (["--device", "cuda:7"], ["cuda:7", "cpu"]),
+        (["--auth", "nobody"], ["--auth", "USER:PASSWORD"]),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_status_2(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(app, "fetch", lambda model: None)
+    assert app.main(["--device", "cpu", *flags] if "--device" not in flags else flags) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words)
+
+
+def test_auth_is_a_name_and_a_password():
+    assert app.parse_auth("class:secret:with:colons") == ("class", "secret:with:colons")
+    assert app.parse_auth(None) is None
+    with pytest.raises(UserError):
+        app.parse_auth(":secret")
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "hub", "model", "word"),
+    [
+        ("cpu", 0, True, "demo", "no GPU"),
+        ("cuda:0", 8e9, True, "demo", "8 GB"),
+        ("cuda:0", 80e9, False, "demo", "hub cannot be reached"),
+        ("cuda:0", 80e9, True, "llama-2-7b-chat", "this GPU holds it"),
+    ],
+)
+def test_the_first_model_and_why(monkeypatch, device, free, hub, model, word):
+    monkeypatch.setattr(choice.telemetry, "free_bytes", lambda device: free)
+    monkeypatch.setattr(choice, "hub_has", lambda repository: hub)
+    chosen = choose_model(None, device)
+    assert (chosen.model, word in chosen.reason) == (model, True)
+    assert choose_model("demo", device).reason == ""
