@@ -211,7 +211,13 @@ def _cgroup_room() -> int:
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-        pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return limit - used + next((int(value) for name, value in pairs if name == "inactive_file"), 0)
+        return limit - used + _reclaimable(folder / "memory.stat")
     except (OSError, ValueError):  # no cgroup v2, or the limit reads "max"
         return 2**63
+
+
+def _reclaimable(statistics: Path) -> int:
+    if not statistics.exists():
+        return 0
+    pairs = (line.split() for line in statistics.read_text().splitlines())
+    return next((int(value) for name, value in pairs if name == "inactive_file"), 0)

@@ -228,10 +228,11 @@ def test_free_bytes_of_this_machine():
     ("files", "expected"),
     [
         ({"memory.max": "5000\n", "memory.current": "3000\n"}, 2000),
+        ({"memory.max": "5000\n", "memory.current": "3000\n", "memory.stat": "anon 9\ninactive_file 700\n"}, 2700),
         ({"memory.max": "max\n", "memory.current": "3000\n"}, 10**6),
         ({}, 10**6),
     ],
-    ids=["limited", "unlimited", "no cgroup"],
+    ids=["limited", "limited with cached files", "unlimited", "no cgroup"],
 )
 def test_free_bytes_stay_under_the_containers_limit(files, expected, tmp_path, monkeypatch):
     for name, text in files.items():
