@@ -24,7 +24,7 @@ class BnbInt8:
 
     def arithmetic(self, device: str) -> str:
         on_cpu = device.startswith("cpu")
-        products = "int8 products done as FP32 matrix products" if on_cpu else "int8 tensor cores, int32 sums"
+        products = "int8 products done as FP32 matrix products" if on_cpu else "int8 products summed in int32"
         return f"int8 linear weights, FP16 embedding, norms and head; {products}; outlier columns in FP16"
 
     def load_arguments(self, device: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Dense:
             return "FP32 weights and arithmetic"
         if device.startswith("cpu"):
             return f"{short} weights and activations; products summed in FP32, results rounded to {short}"
-        return f"{short} weights and activations; tensor cores, sums in FP32"
+        return f"{short} weights and activations, multiplied by cuBLAS"
 
     def load_arguments(self, device: str) -> dict[str, Any]:
         import torch
