@@ -160,33 +160,24 @@ class CompareTab:
             self.prompt, self.model, *self.methods, self.threshold, self.max_new_tokens, self.schedule,
             self.temperature, self.top_k, self.top_p, self.seed,
         ]  # fmt: skip
-        outputs = [
-            self.status,
-            *self.columns,
-            *self.panes,
-            self.live,
-            self.verdict,
-            self.diff,
-            self.download,
-            self.query,
-        ]
-        gr.on(
-            [self.generate.click, self.prompt.submit],
-            self._generate,
-            inputs,
-            outputs,
-            show_progress="hidden",
-            concurrency_limit=16,
-            concurrency_id="runs",
-            api_name="compare",
+        # Three events, because Gradio builds every output of a streaming event anew at each update, changed or not
+        # (about 1 ms each, under the GIL that the engine's steps need): the stream has the changing ones only.
+        frame, streamed = [self.status, *self.columns, *self.panes, self.verdict, self.diff], [self.status, *self.panes]
+        results = [self.verdict, self.diff, self.download, self.query]
+        quiet = {"show_progress": "hidden", "concurrency_limit": 16}
+        opened = gr.on(
+            [self.generate.click, self.prompt.submit], self._open, inputs, frame, api_visibility="private", **quiet
         )
+        ran = opened.success(
+            self._generate, inputs, [*streamed, self.live], concurrency_id="runs", api_name="compare", **quiet
+        )
+        ran.then(self._close, None, results, api_visibility="private", **quiet)
         self.replay.click(
             self._replay,
             [self.recording, self.upload],
-            outputs,
-            show_progress="hidden",
-            concurrency_limit=16,
+            [*frame, self.live, self.download, self.query],
             api_visibility="private",
+            **quiet,
         )
         self.more.click(None, None, None, js=SIDEBAR_SCRIPT, api_visibility="private")
         self.stop.click(self._stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
@@ -198,41 +189,63 @@ class CompareTab:
         page.load(self._from_link, None, settings, show_progress="hidden", api_visibility="private")
         page.unload(self._leave)
 
+    def _open(self, *settings) -> Iterator[dict]:
+        """Check the settings and clear the page for a new run."""
+        try:
+            labels = _labels(self._comparison(*settings))
+        except UserError as error:
+            yield {self.status: f"Not started: {error}"}
+            raise notice(error) from error
+        yield self._frame(labels)
+
     def _generate(
         self, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed,
         request: gr.Request,
     ) -> Iterator[dict]:  # fmt: skip
         """Run one prompt through two or three methods; stream their texts, memory and speed."""
+        owner = request.session_hash or "nobody"
+        self.session.take_outcome(owner)
         try:
             comparison = self._comparison(
-                prompt, model, (left, right, third), threshold, schedule,
-                max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-            )  # fmt: skip
+                prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed
+            )
             source = resolve(comparison.model)
         except UserError as error:
             yield {self.status: f"Not started: {error}"}
             raise notice(error) from error
         run = Run(comparison.settings(), {})
-        events = run.record(self.session.run(comparison, request.session_hash or "nobody"), time.monotonic)
-        view = CompareView(
-            [contestant.label for contestant in comparison.contestants], self.session.next_run(), comparison.device
-        )
-        yield from self._show(view, events)
+        events = run.record(self.session.run(comparison, owner), time.monotonic)
+        view = CompareView(_labels(comparison), self.session.next_run(), comparison.device)
+        results: dict = {}
+        for update in self._show(view, events):
+            results |= {part: update.pop(part) for part in (self.verdict, self.diff) if part in update}
+            yield update
         run.environment = describe(comparison.device, source)
         path = run.save(self.session.download_path(f"llmq-{view.run}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
-        yield {
-            self.download: gr.DownloadButton(value=str(path), interactive=True),
-            self.query: query_of(run.settings),
-        }
+        results[self.download] = gr.DownloadButton(value=str(path), interactive=True)
+        self.session.keep_outcome(owner, results | {self.query: query_of(run.settings)})
 
-    def _comparison(self, prompt, model, methods, threshold, schedule, **sampling) -> Comparison:
-        whole = ("max_new_tokens", "top_k", "seed")
-        numbers = {name: _whole(name, value) if name in whole else value for name, value in sampling.items()}
+    def _close(self, request: gr.Request) -> dict:
+        """What is known once a run is over: the verdict, the token diff, the recording, the link."""
+        return self.session.take_outcome(request.session_hash or "nobody") or {self.query: gr.skip()}
+
+    def _comparison(
+        self, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed
+    ) -> Comparison:
+        """The form's values, in the order of `wire`'s inputs. Raises UserError naming the value that is wrong."""
+        methods = [str(name) for name in (left, right, third) if name and name != NONE]
         return Comparison(
             prompt=prompt,
             model=model,
-            contestants=tuple(Contestant.parse(str(name), threshold) for name in methods if name and name != NONE),
-            sampling=SamplingSettings(max_seconds=MAX_SECONDS, **numbers),
+            contestants=tuple(Contestant.parse(name, threshold) for name in methods),
+            sampling=SamplingSettings(
+                max_seconds=MAX_SECONDS,
+                max_new_tokens=_whole("max_new_tokens", max_new_tokens),
+                temperature=temperature,
+                top_k=_whole("top_k", top_k),
+                top_p=top_p,
+                seed=_whole("seed", seed),
+            ),
             schedule=schedule,
             device=self.session.device,
         )
@@ -248,6 +261,7 @@ class CompareTab:
             yield {self.status: f"Not replayed: {error}"}
             raise notice(error) from error
         view = CompareView(labels, self.session.next_run(), str(run.settings.get("device", "cpu")), opening=about)
+        yield self._frame(labels)
         yield from self._show(view, run.replay(time.sleep, time.monotonic))
 
     def _recording(self, name: str | None, upload: str | None) -> Path:
@@ -264,16 +278,16 @@ class CompareTab:
         """One view's updates as component updates."""
         named = {"status": self.status, "live": self.live, "verdict": self.verdict, "diff": self.diff}
         named |= {f"text_{index}": pane for index, pane in enumerate(self.panes)}
-        yield {self.verdict: "", self.diff: {}} | {
-            component: update
-            for index in range(PANES)
-            for component, update in self._emptied(index, view.labels).items()
-        }
         for update in view.updates(events):
             error = update.pop("error", None)
             yield {named[name]: value for name, value in update.items()}
             if error:
                 raise notice(error)
+
+    def _frame(self, labels: list[str]) -> dict:
+        """An empty page for these contestants."""
+        panes = [self._emptied(index, labels) for index in range(PANES)]
+        return {self.verdict: "", self.diff: {}} | {part: update for pane in panes for part, update in pane.items()}
 
     def _emptied(self, index: int, labels: list[str]) -> dict:
         used = index < len(labels)
@@ -301,6 +315,10 @@ class CompareTab:
         if methods := wishes.get("methods"):
             updates |= dict(zip(self.methods, [*methods, NONE, NONE], strict=False))
         return updates or {self.seed: gr.skip()}
+
+
+def _labels(comparison: Comparison) -> list[str]:
+    return [contestant.label for contestant in comparison.contestants]
 
 
 def _whole(name: str, value) -> int:

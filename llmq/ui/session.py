@@ -24,6 +24,7 @@ from llmq.inspect.run import Inspection, inspect_outliers
 
 Job = Comparison | Inspection
 KEPT_REPORTS = 16  # outlier reports stay on the server; the browser gets pictures of them
+KEPT_OUTCOMES = 64  # of runs whose page has yet to ask for them
 
 
 class Jobs:
@@ -79,6 +80,7 @@ class Session:
         self._numbers = itertools.count(1)
         self._downloads = tempfile.TemporaryDirectory(prefix="llmq-downloads-")
         self._reports: OrderedDict[str, OutlierReport] = OrderedDict()
+        self._outcomes: OrderedDict[str, dict] = OrderedDict()
 
     def next_run(self) -> str:
         """A name no other run of this server has."""
@@ -97,3 +99,12 @@ class Session:
 
     def report(self, key: str | None) -> OutlierReport | None:
         return self._reports.get(key or "")
+
+    def keep_outcome(self, owner: str, outcome: dict) -> None:
+        """Keep what `owner`'s last run came to, until the page takes it."""
+        self._outcomes[owner] = outcome
+        while len(self._outcomes) > KEPT_OUTCOMES:
+            self._outcomes.popitem(last=False)
+
+    def take_outcome(self, owner: str) -> dict | None:
+        return self._outcomes.pop(owner, None)
