@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 
 from llmq import memory, telemetry
 from llmq.contestants import Comparison, Contestant
-from llmq.engine.hf import Generation, HFEngine, Interrupted
+from llmq.engine.choice import choose_engines
+from llmq.engine.interface import Engine, Generation, Interrupted, capacity_for
 from llmq.engine.residents import Key, Residents, reclaim
 from llmq.engine.text import TextStream, encode_prompt
 from llmq.errors import OutOfMemory, UserError, is_allocation_failure
@@ -52,7 +53,7 @@ def compare(
     stop = stop or threading.Event()
     with residents.turnstile.turn() as turn:
         if (yield from await_turn(turn, stop, clock)):
-            yield from _Race(comparison, residents, stop, clock).run()
+            yield from residents.thread.run(_Race(comparison, residents, stop, clock).run())
 
 
 @dataclass
@@ -62,7 +63,7 @@ class _Lane:
     contestant: Contestant
     key: Key
     prediction: memory.Prediction
-    engine: HFEngine | None = None
+    engine: Engine | None = None
     generation: Generation | None = None
     text: TextStream | None = None
     tokens: int = 0
@@ -129,9 +130,12 @@ class _Race:
         self.prompt_ids = ids_within(config, encode_prompt(self.tokenizer, comparison.prompt, context=context))
         tokens = min(context, len(self.prompt_ids) + comparison.sampling.max_new_tokens)
         shape = memory.meta_model(config)
-        for contestant in comparison.contestants:
-            key = Key(source, contestant.label, contestant.method, comparison.device)
-            prediction = memory.predict(shape, method_named(contestant.method).handler, tokens=tokens)
+        methods = [contestant.method for contestant in comparison.contestants]
+        engines = choose_engines(comparison.engine, methods, config.to_dict(), comparison.device)
+        for contestant, engine in zip(comparison.contestants, engines, strict=True):
+            key = Key(source, contestant.label, contestant.method, comparison.device, engine)
+            room = capacity_for(tokens, context) if engine == "lean" else tokens
+            prediction = memory.predict(shape, method_named(contestant.method).handler, tokens=room)
             self.lanes.append(_Lane(contestant, key, prediction))
         plan = self._make_room()
         yield Planned(
@@ -191,7 +195,13 @@ class _Race:
         lane.engine, seconds = self.residents.get(lane.key)
         if lane.contestant.threshold is not None:
             lane.engine.set_threshold(lane.contestant.threshold)
-        yield Loaded(contestant=lane.name, weight_bytes=lane.engine.weight_bytes, seconds=seconds, resident=resident)
+        yield Loaded(
+            contestant=lane.name,
+            weight_bytes=lane.engine.weight_bytes,
+            seconds=seconds,
+            resident=resident,
+            engine=lane.engine.name,
+        )
         lane.engine.warm_up(self.prompt_ids)
 
     def _prefill(self, lane: _Lane) -> Iterator[Event]:

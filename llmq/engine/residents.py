@@ -1,9 +1,10 @@
-"""Loaded engines, kept between runs, and the line in front of the device they are on."""
+"""Loaded engines, kept between runs, the line in front of the device they are on, and the thread they run in."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import sys
 import time
 import weakref
@@ -13,9 +14,13 @@ from dataclasses import dataclass
 
 from llmq import telemetry
 from llmq.engine.hf import HFEngine
+from llmq.engine.interface import Engine
+from llmq.engine.thread import ComputeThread
 from llmq.engine.turns import Turnstile
-from llmq.models.loading import Source, load_model
-from llmq.quant import method_named
+from llmq.models.loading import Source, eos_ids_of, load_config, load_model, open_tensors
+from llmq.quant import Handler, method_named
+
+log = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 VERIFIED_SHARE = 0.9  # of the expected bytes that must be seen to come back before memory counts as freed
@@ -29,6 +34,7 @@ class Key:
     label: str
     method: str
     device: str
+    engine: str = "hf"
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,12 @@ class FreedMemory:
 
 
 class Residents:
-    """The engines in memory. `load(source, method, device)` makes one; tests pass their own."""
+    """The engines in memory. `load(key)` makes one; tests pass their own."""
 
-    def __init__(self, load: Callable[[Source, str, str], HFEngine] | None = None):
+    def __init__(self, load: Callable[[Key], Engine] | None = None):
         self._load = load or load_engine
-        self._engines: dict[Key, HFEngine] = {}
-        self.turnstile = Turnstile()
+        self._engines: dict[Key, Engine] = {}
+        self.turnstile, self.thread = Turnstile(), ComputeThread()
 
     def __contains__(self, key: Key) -> bool:
         return key in self._engines
@@ -52,12 +58,12 @@ class Residents:
     def bytes_on(self, device: str) -> int:
         return sum(e.weight_bytes + e.scale_bytes for key, e in self._engines.items() if key.device == device)
 
-    def get(self, key: Key) -> tuple[HFEngine, float]:
+    def get(self, key: Key) -> tuple[Engine, float]:
         """The engine for `key`, loaded if need be, and the seconds that took (0 when it was resident)."""
         if engine := self._engines.get(key):
             return engine, 0.0
         started = time.perf_counter()
-        engine = self._engines[key] = self._load(key.source, key.method, key.device)
+        engine = self._engines[key] = self._load(key)
         return engine, time.perf_counter() - started
 
     def drop_others(self, wanted: set[Key]) -> None:
@@ -81,12 +87,37 @@ class Residents:
         return FreedMemory(expected, freed, model() is None and freed >= VERIFIED_SHARE * expected)
 
 
-def load_engine(source: Source, method: str, device: str) -> HFEngine:
-    """Load one model under one method on one device."""
-    handler = method_named(method).handler
+def load_engine(key: Key) -> Engine:
+    """Load one model under one method on one device, for one loop."""
+    handler = method_named(key.method).handler
     with _mapped_blocks():
-        model = load_model(source, handler, device)
-    return HFEngine(model, handler, device)
+        if key.engine == "lean":
+            return _load_lean(key, handler)
+        return HFEngine(load_model(key.source, handler, key.device), handler, key.device)
+
+
+def _load_lean(key: Key, handler: Handler) -> Engine:
+    import torch
+
+    from llmq.engine.architecture import architecture_of
+    from llmq.engine.llama import LeanEngine
+    from llmq.engine.llama_weights import load_weights
+    from llmq.kernels.backend import kernels_for
+
+    config = load_config(key.source)
+    architecture, (kernels, slower) = architecture_of(config.to_dict()), kernels_for(key.device)
+    if slower:
+        log.warning("%s", slower)
+    weights = load_weights(
+        open_tensors(key.source),
+        architecture,
+        dtype=getattr(torch, handler.dtype),
+        int8=handler.lean_weights == "int8",
+        device=key.device,
+        kernels=kernels,
+    )
+    eos_ids = eos_ids_of(key.source, config)
+    return LeanEngine(weights, architecture, handler, key.device, kernels=kernels, eos_ids=eos_ids)
 
 
 @contextmanager

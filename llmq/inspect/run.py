@@ -58,7 +58,7 @@ def inspect_outliers(
     stop = stop or threading.Event()
     with residents.turnstile.turn() as turn:
         if (yield from await_turn(turn, stop, clock)):
-            yield from _inspect(inspection, residents, stop)
+            yield from residents.thread.run(_inspect(inspection, residents, stop))
 
 
 def _inspect(inspection: Inspection, residents: Residents, stop: threading.Event) -> Iterator[Event | OutlierReport]:
