@@ -38,6 +38,7 @@ def run_compare(options) -> int:
         schedule=options.schedule,
         device=_device(options),
         random_weights=options.random_weights,
+        engine=options.engine,
     )
     source = resolve(comparison.model, random_weights=comparison.random_weights)
     run = Run(comparison.settings(), {})
@@ -116,6 +117,7 @@ def run_quality(options) -> int:
         device=_device(options),
         text=_read_text(options.text) if options.text else None,
         tokens=options.tokens,
+        engine=options.engine,
     )
     result = bench_quality(bench, _report)
     return _print_result(result, options, ("method", "perplexity", "kl_to_fp16", "top1_agreement"))
@@ -132,8 +134,17 @@ def run_bench(options) -> int:
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         repeats=options.repeats,
+        engine=options.engine,
     )
-    columns = ("method", "tokens_per_second", "prefill_seconds", "bandwidth_fraction", "weight_bytes", "peak_bytes")
+    columns = (
+        "method",
+        "engine",
+        "tokens_per_second",
+        "prefill_seconds",
+        "bandwidth_fraction",
+        "weight_bytes",
+        "peak_bytes",
+    )
     return _print_result(bench_decode(bench, _report), options, columns)
 
 

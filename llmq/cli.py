@@ -63,6 +63,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, default=6.0, help="outlier threshold; 0 is off (default: 6.0)")
 
 
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", default="auto", help="auto, hf (transformers) or lean (our own loop)")
+
+
 def _add_compare(commands) -> None:
     parser = _command(commands, "compare", actions.run_compare, "one prompt through two or three methods")
     parser.add_argument("prompt")
@@ -74,6 +78,7 @@ def _add_compare(commands) -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--schedule", default="interleave", help="interleave or in-turn")
+    _add_engine(parser)
     parser.add_argument("--random-weights", action="store_true", help="a preset's shape with random weights")
     parser.add_argument("--save", type=Path, metavar="RUN.jsonl", help="keep the run for `replay`")
 
@@ -98,6 +103,7 @@ def _add_quality(commands) -> None:
     parser = _command(commands, "quality", actions.run_quality, "perplexity and agreement on a text both read")
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8")
+    _add_engine(parser)
     parser.add_argument("--text", type=Path, metavar="FILE", help="default: CPython's pydoc topics")
     parser.add_argument("--tokens", type=int, default=4096, help="how much of the text (default: 4096)")
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
@@ -110,6 +116,7 @@ def _add_bench(commands) -> None:
     parser.add_argument("what", choices=["decode"])
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8")
+    _add_engine(parser)
     parser.add_argument("--random-weights", action="store_true", help="a preset's shape with random weights")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)

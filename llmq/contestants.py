@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from llmq.engine.choice import ENGINES
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, unknown
 from llmq.quant import METHODS, method_named
@@ -54,8 +55,11 @@ class Comparison:
     schedule: str = "interleave"
     device: str = "cpu"
     random_weights: bool = False
+    engine: str = "auto"
 
     def __post_init__(self):
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if not 1 <= len(self.contestants) <= MAX_CONTESTANTS:

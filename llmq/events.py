@@ -53,12 +53,16 @@ class Loading:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """`seconds` is 0 when the weights were already resident from an earlier run (`resident`)."""
+    """`seconds` is 0 when the weights were already resident from an earlier run (`resident`).
+
+    `engine` is the loop the contestant runs through; speeds compare within one.
+    """
 
     contestant: str
     weight_bytes: int
     seconds: float
     resident: bool = False
+    engine: str = "hf"
 
 
 @dataclass(frozen=True, kw_only=True)

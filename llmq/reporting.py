@@ -48,6 +48,7 @@ def run_as_json(run: Run, summary: Summary) -> dict:
 def _contestant_as_json(outcome: Outcome) -> dict:
     return {
         "method": outcome.contestant,
+        "engine": outcome.engine,
         "text": outcome.text,
         "token_ids": outcome.token_ids,
         "prompt_tokens": outcome.prompt_tokens,

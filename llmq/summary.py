@@ -15,6 +15,7 @@ class Outcome:
     contestant: str
     weight_bytes: int | None = None
     load_seconds: float | None = None
+    engine: str | None = None
     prompt_tokens: int | None = None
     prefill_seconds: float | None = None
     token_ids: list[int] = field(default_factory=list)
@@ -58,6 +59,7 @@ class Summary:
         match event:
             case Loaded():
                 outcome.weight_bytes, outcome.load_seconds = event.weight_bytes, event.seconds
+                outcome.engine = event.engine
             case Prefilled():
                 outcome.prompt_tokens, outcome.prefill_seconds = event.prompt_tokens, event.seconds
             case Step():

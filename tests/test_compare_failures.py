@@ -91,10 +91,10 @@ def test_memory_that_runs_out_is_said_in_bytes(method, tokens, error, tiny_folde
 
 
 def test_memory_that_runs_out_while_loading_is_said_too(tiny_folder):
-    def load(source, method, device):
-        if method == "bf16":
+    def load(key):
+        if key.method == "bf16":
             raise torch.OutOfMemoryError("no room")
-        return load_engine(source, method, device)
+        return load_engine(key)
 
     events = list(compare(comparison(tiny_folder), Residents(load)))
     assert "bytes predicted" in failures(events)["bf16"]
@@ -102,10 +102,10 @@ def test_memory_that_runs_out_while_loading_is_said_too(tiny_folder):
 
 
 def test_a_model_that_cannot_be_opened_is_said_in_its_own_words(tiny_folder):
-    def load(source, method, device):
-        if method == "fp32":
+    def load(key):
+        if key.method == "fp32":
             raise ModelUnavailable("cannot open the weights of tiny")
-        return load_engine(source, method, device)
+        return load_engine(key)
 
     events = list(compare(comparison(tiny_folder), Residents(load)))
     assert failures(events) == {"fp32": "cannot open the weights of tiny"}
@@ -136,8 +136,8 @@ def room(tiny_folder, monkeypatch):
     def used() -> int:
         return sum(stored_bytes(model) for model in alive)
 
-    def load(source, method, device):
-        engine = load_engine(source, method, device)
+    def load(key):
+        engine = load_engine(key)
         alive.add(engine.model)
         return engine
 

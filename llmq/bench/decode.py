@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from llmq import memory
 from llmq.contestants import Contestant
-from llmq.engine.hf import HFEngine
+from llmq.engine.choice import choose_engines
+from llmq.engine.interface import Engine, capacity_for
 from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe
@@ -36,6 +37,7 @@ class DecodeBench:
     prompt_tokens: int = 64
     new_tokens: int = 64
     repeats: int = 5
+    engine: str = "auto"
 
     def __post_init__(self):
         for name in ("prompt_tokens", "new_tokens", "repeats"):
@@ -49,15 +51,16 @@ def bench_decode(bench: DecodeBench, report: Callable[[str], None] = lambda line
     source = resolve(bench.model, random_weights=bench.random_weights)
     for progress in prepare(source):
         report(progress.message)
-    prompt_ids = ids_within(load_config(source), fixed_prompt(load_tokenizer(source), bench.prompt_tokens))
+    config = load_config(source)
+    prompt_ids = ids_within(config, fixed_prompt(load_tokenizer(source), bench.prompt_tokens))
     bandwidth = read_bandwidth(bench.device)
     results = []
-    for contestant in bench.contestants:
-        results.append(
-            _measure(
-                bench, Key(source, contestant.label, contestant.method, bench.device), contestant, prompt_ids, bandwidth
-            )
-        )
+    methods = [contestant.method for contestant in bench.contestants]
+    # One after the other and each labelled with its loop: each takes the best it has, also where there are two.
+    loops = [choose_engines(bench.engine, [method], config.to_dict(), bench.device)[0] for method in methods]
+    for contestant, loop in zip(bench.contestants, loops, strict=True):
+        key = Key(source, contestant.label, contestant.method, bench.device, loop)
+        results.append(_measure(bench, key, contestant, prompt_ids, bandwidth))
         report(f"{contestant.label}: {results[-1]['tokens_per_second']:.2f} tok/s")
     return {
         "kind": "decode",
@@ -87,7 +90,7 @@ def _measure(bench: DecodeBench, key: Key, contestant: Contestant, prompt_ids: l
     ready_seconds = time.perf_counter() - started
     runs = [_Repeat.of(engine, prompt_ids, bench.new_tokens) for _ in range(bench.repeats)]
     speeds = [run.tokens_per_second for run in runs]
-    bytes_per_token = _weights_read_per_token(engine) + runs[0].mean_kv_bytes
+    bytes_per_token = engine.read_bytes_per_token + _mean_kv_bytes(bench, key.source, engine)
     result = {
         "method": contestant.label,
         "engine": engine.name,
@@ -95,6 +98,7 @@ def _measure(bench: DecodeBench, key: Key, contestant: Contestant, prompt_ids: l
         "tokens_per_second": statistics.median(speeds),
         "tokens_per_second_min": min(speeds),
         "tokens_per_second_max": max(speeds),
+        "wall_tokens_per_second": statistics.median(run.wall_tokens_per_second for run in runs),
         "prefill_seconds": statistics.median(run.prefill_seconds for run in runs),
         "bytes_per_token": bytes_per_token,
         "bandwidth_fraction": bytes_per_token * statistics.median(speeds) / bandwidth,
@@ -116,23 +120,23 @@ def _measure(bench: DecodeBench, key: Key, contestant: Contestant, prompt_ids: l
 class _Repeat:
     prefill_seconds: float
     tokens_per_second: float
+    wall_tokens_per_second: float  # by the host's clock over all steps: whatever lies between steps counts too
     kv_bytes: int
-    mean_kv_bytes: int
     workspace_bytes: int
     peak_bytes: int
 
     @classmethod
-    def of(cls, engine: HFEngine, prompt_ids: list[int], new_tokens: int) -> _Repeat:
+    def of(cls, engine: Engine, prompt_ids: list[int], new_tokens: int) -> _Repeat:
         generation = engine.start(prompt_ids, SamplingSettings(max_new_tokens=new_tokens))
         prefill = generation.prefill()
-        first_kv = generation.kv_bytes
+        started = time.perf_counter()
         seconds = [generation.step().seconds for _ in range(new_tokens - 1)]
-        last_kv = generation.kv_bytes
+        wall = time.perf_counter() - started
         repeat = cls(
             prefill.seconds,
             len(seconds) / sum(seconds),
-            last_kv,
-            (first_kv + last_kv) // 2,
+            len(seconds) / wall,
+            generation.kv_bytes,
             generation.workspace_bytes,
             generation.peak_bytes,
         )
@@ -140,27 +144,26 @@ class _Repeat:
         return repeat
 
 
-def _weights_read_per_token(engine: HFEngine) -> int:
-    """Bytes of weights and scales one decode step must read: all but the input embedding, of which one row is used."""
-    model = engine.model
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    return engine.weight_bytes + engine.scale_bytes - (0 if tied else embedding.weight.nbytes)
+def _mean_kv_bytes(bench: DecodeBench, source: Source, engine: Engine) -> int:
+    """Bytes of keys and values read per token: those of the positions in use, halfway through the new tokens."""
+    itemsize = 4 if engine.handler.dtype == "float32" else 2
+    return memory.kv_bytes(load_config(source), tokens=bench.prompt_tokens + bench.new_tokens // 2, itemsize=itemsize)
 
 
-def _allocation(engine: HFEngine, source: Source, prompt_ids: list[int]) -> dict:
+def _allocation(engine: Engine, source: Source, prompt_ids: list[int]) -> dict:
     """With the prompt in the cache: the bytes predicted from the configuration, and torch's own count.
 
     `library_workspace_bytes` is scratch that cuBLAS keeps inside torch's allocator (about 32 MB a process, whatever
     the model), told apart by asking torch to drop it.
     """
-    predicted = memory.predict(memory.meta_model(load_config(source)), engine.handler, tokens=len(prompt_ids))
+    tokens = capacity_for(len(prompt_ids) + 1, engine.context) if engine.name == "lean" else len(prompt_ids)
+    predicted = memory.predict(memory.meta_model(load_config(source)), engine.handler, tokens=tokens)
     found = {"predicted_bytes": predicted.weights + predicted.scales + predicted.kv}
     if not engine.device.startswith("cuda"):
         return found | {"allocated_bytes": None, "library_workspace_bytes": None}
     import torch
 
-    generation = engine.start(prompt_ids, SamplingSettings())
+    generation = engine.start(prompt_ids, SamplingSettings(max_new_tokens=1))
     generation.prefill()
     before = torch.cuda.memory_allocated(engine.device)
     torch._C._cuda_clearCublasWorkspaces()

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmq.contestants import Contestant
+from llmq.engine.choice import choose_engines
 from llmq.engine.residents import Key, Residents
 from llmq.environment import describe
 from llmq.errors import BadChoice
-from llmq.models.loading import load_tokenizer, prepare, resolve
+from llmq.models.loading import load_config, load_tokenizer, prepare, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ class QualityBench:
     device: str = "cpu"
     text: str | None = None
     tokens: int = 4096
+    engine: str = "auto"
 
     def __post_init__(self):
         if not isinstance(self.tokens, int) or self.tokens < 2 * WINDOW:
@@ -58,8 +60,10 @@ def bench_quality(bench: QualityBench, report: Callable[[str], None] = lambda li
         raise BadChoice(f"the text has {len(ids)} tokens; at least {2 * WINDOW} are needed")
     residents = Residents()
     engines = {}
-    for contestant in dict.fromkeys((BASELINE, *bench.contestants)):
-        engine, _ = residents.get(Key(source, contestant.label, contestant.method, bench.device))
+    needed = list(dict.fromkeys((BASELINE, *bench.contestants)))
+    loops = choose_engines(bench.engine, [c.method for c in needed], load_config(source).to_dict(), bench.device)
+    for contestant, loop in zip(needed, loops, strict=True):
+        engine, _ = residents.get(Key(source, contestant.label, contestant.method, bench.device, loop))
         if contestant.threshold is not None:
             engine.set_threshold(contestant.threshold)
         engines[contestant] = engine
@@ -77,7 +81,7 @@ def bench_quality(bench: QualityBench, report: Callable[[str], None] = lambda li
         "device": bench.device,
         "model": bench.model,
         "conditions": {"window": WINDOW, "windows": len(windows), **describe(bench.device, source)},
-        "results": [{"method": c.label, **_summarise(rows)} for c, rows in scores.items()],
+        "results": [{"method": c.label, "engine": engines[c].name, **_summarise(rows)} for c, rows in scores.items()],
     }
 
 
@@ -86,8 +90,7 @@ def _log_probabilities(engine, window: list[int]) -> torch.Tensor:
     import torch
 
     with torch.inference_mode():
-        logits = engine.model(torch.tensor([window], device=engine.device), use_cache=False).logits[0, :-1]
-        return logits.float().log_softmax(-1)
+        return engine.logits(window)[:-1].float().log_softmax(-1)
 
 
 def _score(own: torch.Tensor, baseline: torch.Tensor, window: list[int]) -> tuple[float, float, float]:

@@ -14,10 +14,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmq.engine.interface import Interrupted, Token
 from llmq.engine.sampling import Sampler, SamplingSettings
+from llmq.engine.timing import timer_for
 from llmq.errors import UserError
 from llmq.quant.handler import Handler, stored_bytes
 
@@ -27,19 +28,6 @@ if TYPE_CHECKING:
 
 WARM_UP_TOKENS = 16
 WARM_UP_STEPS = 2
-
-
-class Interrupted(Exception):
-    """Raised out of a forward pass when the run was stopped."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """One sampled token, the natural log of its probability, and the seconds its forward pass and sampling took."""
-
-    token_id: int
-    logprob: float
-    seconds: float
 
 
 class HFEngine:
@@ -55,12 +43,19 @@ class HFEngine:
     ):
         self.model, self.handler, self.device = model, handler, device
         self.weight_bytes = stored_bytes(model)
-        self._timer = _CudaTimer(device) if device.startswith("cuda") else _HostTimer(clock)
+        self._timer = timer_for(device, clock)
         self._warm_length = 0
 
     @property
     def scale_bytes(self) -> int:
         return self.handler.scale_bytes(self.model)
+
+    @property
+    def read_bytes_per_token(self) -> int:
+        """Bytes of weights and scales one decode step must read: of an input embedding apart only one row is used."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        tied = head is not None and head.weight is embedding.weight
+        return self.weight_bytes + self.scale_bytes - (0 if tied else embedding.weight.nbytes)
 
     @property
     def context(self) -> int:
@@ -78,6 +73,13 @@ class HFEngine:
     def start(self, prompt_ids: list[int], settings: SamplingSettings) -> Generation:
         """Begin a generation: nothing runs until its `prefill()`."""
         return Generation(self, prompt_ids, settings)
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """(tokens, vocabulary) next-token logits after each of `ids`, in one call."""
+        import torch
+
+        with torch.inference_mode():
+            return self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0]
 
     def warm_up(self, prompt_ids: list[int]) -> None:
         """Run what a generation of this prompt will run, uncounted: kernels load, clocks and caches settle.
@@ -154,47 +156,6 @@ class Generation:
     def close(self) -> None:
         """Free the KV cache; the object is of no more use."""
         self._cache = None
-
-
-class _HostTimer:
-    """Seconds between entering and leaving; `growth_bytes` stays 0: a CPU has no allocator to ask."""
-
-    growth_bytes = peak_bytes = 0
-
-    def __init__(self, clock: Callable[[], float]):
-        self._clock = clock
-
-    def __enter__(self):
-        self._start = self._clock()
-
-    def __exit__(self, *_):
-        self.seconds = self._clock() - self._start
-
-
-class _CudaTimer:
-    """Seconds between two CUDA events; `growth_bytes` is the allocator's peak over the level it started from."""
-
-    def __init__(self, device: str):
-        import torch
-
-        self._torch, self._device = torch, device
-        with torch.cuda.device(device):
-            self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def __enter__(self):
-        cuda = self._torch.cuda
-        cuda.synchronize(self._device)
-        cuda.reset_peak_memory_stats(self._device)
-        self._level = cuda.memory_allocated(self._device)
-        self._begin.record(cuda.current_stream(self._device))
-
-    def __exit__(self, *_):
-        cuda = self._torch.cuda
-        self._end.record(cuda.current_stream(self._device))
-        self._end.synchronize()
-        self.seconds = self._begin.elapsed_time(self._end) / 1e3
-        self.peak_bytes = cuda.max_memory_allocated(self._device)
-        self.growth_bytes = self.peak_bytes - self._level
 
 
 @contextmanager

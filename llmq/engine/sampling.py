@@ -56,7 +56,7 @@ class Sampler:
         import torch
 
         self.settings = settings
-        self._generator = torch.Generator(device=device).manual_seed(int(settings.seed))
+        self.generator = torch.Generator(device=device).manual_seed(int(settings.seed))
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """(vocabulary,) float logits -> float64 tensor [token id, its log-probability before any filter].
@@ -67,14 +67,14 @@ class Sampler:
 
         logits = logits.float()
         token = logits.argmax() if self.settings.temperature == 0 else self._draw(logits)
-        logprob = logits[token] - logits.logsumexp(-1)
+        logprob = logits.gather(0, token.view(1))[0] - logits.logsumexp(-1)  # indexing would wait for a GPU
         return torch.stack([token.double(), logprob.double()])
 
     def _draw(self, logits: torch.Tensor) -> torch.Tensor:
         import torch
 
         weights = filtered_probabilities(logits, self.settings)
-        noise = torch.empty_like(weights).exponential_(generator=self._generator)
+        noise = torch.empty_like(weights).exponential_(generator=self.generator)
         # argmax(p / E), E ~ Exp(1), is a draw from p: the exponential form of the Gumbel-max trick.
         return (weights / noise).argmax()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -19,6 +20,8 @@ from llmq.models.presets import PRESETS
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmq.models.checkpoint import CheckpointTensors
+    from llmq.models.random_weights import RandomTensors
     from llmq.quant import Handler
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -142,7 +145,31 @@ def load_model(source: Source, handler: Handler, device: str) -> PreTrainedModel
         )
     if wrong := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
         raise ModelUnavailable(f"the weights of {source.name} are not whole: {wrong[0]} and {len(wrong) - 1} more")
+    model = handler.convert_(model, device) if handler.converts else model
     return model.requires_grad_(False).eval()
+
+
+def open_tensors(source: Source) -> CheckpointTensors | RandomTensors:
+    """The model's tensors, one at a time, by their names in the checkpoint."""
+    if source.kind == "random":
+        from llmq.models.random_weights import RandomTensors
+
+        return RandomTensors(load_config(source))
+    from llmq.models.checkpoint import CheckpointTensors
+
+    with _blamed_on(source, "open the weights"):
+        return CheckpointTensors(folder_of(source))
+
+
+def eos_ids_of(source: Source, config: PretrainedConfig) -> frozenset[int]:
+    """The tokens that end a text: the generation settings' where the model has them, else the configuration's."""
+    eos = config.eos_token_id
+    if source.kind != "random":
+        path = folder_of(source) / "generation_config.json"
+        if path.is_file():
+            with _blamed_on(source, "read the generation settings"):
+                eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", eos)
+    return frozenset([eos] if isinstance(eos, int) else eos or ())
 
 
 def quiet_libraries() -> None:

@@ -6,9 +6,13 @@ and of the inputs of the o and down projections are amplified, so that every lin
 
 from __future__ import annotations
 
+import re
+import zlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
 OUTLIER_CHANNELS = 6
@@ -18,8 +22,61 @@ GATED_GAIN = 300.0  # SiLU(gate)·up of two N(0, 0.5) is about 0.1
 OUTPUT_SPREAD = 0.5  # standard deviation of every linear layer's output, so that few unplanted inputs reach 6
 
 
+@dataclass(frozen=True)
+class RandomTensors:
+    """The FP16 weights of a LLaMA of `config`'s shape, by their names in a checkpoint; each drawn from its own seed."""
+
+    config: LlamaConfig
+    seed: int = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name != "lm_head.weight" or not self.config.tie_word_embeddings
+
+    def get(self, name: str, device: str) -> torch.Tensor:
+        """The tensor called `name`, drawn on `device`: the same again for the same name, seed and kind of device."""
+        import torch
+
+        shape = self._shape(name)
+        if len(shape) == 1:
+            tensor = torch.ones(shape, dtype=torch.float16, device=device)
+        else:
+            generator = torch.Generator(device).manual_seed(self.seed + zlib.crc32(name.encode()))
+            scale = 1.0 if "embed" in name else _spread(shape[1])
+            tensor = torch.empty(shape, dtype=torch.float16, device=device).normal_(0.0, scale, generator=generator)
+        self._plant(name, tensor)
+        return tensor
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        c = self.config
+        width = c.head_dim or c.hidden_size // c.num_attention_heads
+        queries, groups = c.num_attention_heads * width, c.num_key_value_heads * width
+        projections = {
+            "q_proj": (queries, c.hidden_size),
+            "k_proj": (groups, c.hidden_size),
+            "v_proj": (groups, c.hidden_size),
+            "o_proj": (c.hidden_size, queries),
+            "gate_proj": (c.intermediate_size, c.hidden_size),
+            "up_proj": (c.intermediate_size, c.hidden_size),
+            "down_proj": (c.hidden_size, c.intermediate_size),
+            "embed_tokens": (c.vocab_size, c.hidden_size),
+            "lm_head": (c.vocab_size, c.hidden_size),
+        }
+        return projections.get(name.split(".")[-2], (c.hidden_size,))
+
+    def _plant(self, name: str, tensor: torch.Tensor) -> None:
+        """Amplify six rows (channels of what comes out) of the tensors that feed a linear layer."""
+        layer = re.search(r"layers\.(\d+)\.", name)
+        gain = next((gain for part, gain in _PLANTED.items() if part in name), None)
+        if layer and gain:
+            first = int(layer[1]) * 31
+            tensor[[(first + 97 * k) % self.config.hidden_size % len(tensor) for k in range(OUTLIER_CHANNELS)]] *= gain
+
+
+_PLANTED = {"layernorm": NORM_GAIN, "v_proj": VALUE_GAIN, "up_proj": GATED_GAIN}
+
+
 def random_llama(config: LlamaConfig, device: str, seed: int = 0) -> LlamaForCausalLM:
-    """An fp16 LLaMA of `config`'s shape on `device`, drawn on the device from `seed`, with planted outliers."""
+    """An fp16 LLaMA of `config`'s shape on `device` with the weights of `RandomTensors`."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -27,15 +84,10 @@ def random_llama(config: LlamaConfig, device: str, seed: int = 0) -> LlamaForCau
         model = LlamaForCausalLM(config).half()
     model.to_empty(device=device)
     model.tie_weights()
-    generator = torch.Generator(device=device).manual_seed(seed)
+    tensors = RandomTensors(config, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                scale = 1.0 if "embed" in name else _spread(parameter.shape[1])
-                parameter.normal_(0.0, scale, generator=generator)
-        _plant_outliers(model)
+            parameter.copy_(tensors.get(name, device))
     # Buffers (rotary frequencies) are computed, not drawn: to_empty left them unset.
     rotary = model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
     rotary.original_inv_freq = rotary.original_inv_freq.clone()  # a tensor of its own, as in a loaded model
@@ -45,14 +97,3 @@ def random_llama(config: LlamaConfig, device: str, seed: int = 0) -> LlamaForCau
 def _spread(inputs: int) -> float:
     """Of the weights, so that a layer fed N(0, 1) and the planted channels puts out N(0, OUTPUT_SPREAD)."""
     return OUTPUT_SPREAD * (inputs + OUTLIER_CHANNELS * NORM_GAIN**2) ** -0.5
-
-
-def _plant_outliers(model) -> None:
-    for index, layer in enumerate(model.model.layers):
-        hidden = layer.input_layernorm.weight.shape[0]
-        chosen = [(index * 31 + 97 * k) % hidden for k in range(OUTLIER_CHANNELS)]
-        layer.input_layernorm.weight[chosen] *= NORM_GAIN
-        layer.post_attention_layernorm.weight[chosen] *= NORM_GAIN
-        for producer, gain in ((layer.self_attn.v_proj, VALUE_GAIN), (layer.mlp.up_proj, GATED_GAIN)):
-            rows = [row % producer.out_features for row in chosen]
-            producer.weight[rows] *= gain

@@ -11,6 +11,7 @@ from llmq.errors import unknown
 from llmq.quant.bnb_int8 import BnbInt8
 from llmq.quant.dense import Dense
 from llmq.quant.handler import Handler, WeightBytes
+from llmq.quant.llm_int8 import LlmInt8
 
 __all__ = ["METHODS", "Handler", "Method", "WeightBytes", "method_named"]
 
@@ -37,6 +38,19 @@ METHODS: dict[str, Method] = {
             "Int8 weights with one scale per row, int8 activations with one scale per token; activation columns that "
             "reach the threshold are multiplied in FP16.",
             BnbInt8(),
+        ),
+        Method(
+            "llm-int8",
+            "LLM.int8() · ours",
+            "The same codes, scales and outliers as bitsandbytes, in kernels that never wait for the host: an outlier "
+            "keeps its 16 bits and meets the same int8 weight.",
+            LlmInt8(has_threshold=True),
+        ),
+        Method(
+            "int8-weight-only",
+            "Int8 weights only",
+            "Int8 weights with one scale per row; activations stay in FP16, so there is nothing to decompose.",
+            LlmInt8(has_threshold=False),
         ),
     )
 }

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, cast_parameters_, stored_tensors
+from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, cast_parameters_, int8_bytes, non_head_linears
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BnbInt8:
     has_threshold = True
+    default_threshold = DEFAULT_THRESHOLD
     dtype = "float16"
+    lean_weights = None
+    converts = False
+
+    def check_threshold(self, threshold: float) -> None:
+        """Every number is fine."""
 
     def arithmetic(self, device: str) -> str:
         on_cpu = device.startswith("cpu")
@@ -39,7 +45,7 @@ class BnbInt8:
         import torch
 
         cast_parameters_(model.to(device), torch.float16)
-        for name, linear in list(_convertible(model)):
+        for name, linear in list(non_head_linears(model)):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _quantized(linear))
         return model.eval()
@@ -54,13 +60,7 @@ class BnbInt8:
         return sum(scale.nbytes for scale in scales)
 
     def predict(self, meta_model: nn.Module) -> WeightBytes:
-        int8 = [linear for _, linear in _convertible(meta_model)]
-        int8_ids = {id(linear.weight) for linear in int8}
-        weights = sum(
-            tensor.numel() * (1 if id(tensor) in int8_ids else 2) if tensor.requires_grad else tensor.nbytes
-            for tensor in stored_tensors(meta_model)
-        )
-        return WeightBytes(weights, sum(4 * linear.out_features for linear in int8))
+        return int8_bytes(meta_model)
 
 
 def int8_linears(model: nn.Module) -> Iterator[nn.Module]:
@@ -68,14 +68,6 @@ def int8_linears(model: nn.Module) -> Iterator[nn.Module]:
     import bitsandbytes as bnb
 
     return (module for module in model.modules() if isinstance(module, bnb.nn.Linear8bitLt))
-
-
-def _convertible(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, linear) of every linear but the output head, which transformers' integration leaves in 16 bit."""
-    from torch import nn
-
-    head = model.get_output_embeddings()
-    return ((name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head)
 
 
 def _quantized(linear: nn.Module) -> nn.Module:

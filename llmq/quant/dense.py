@@ -18,6 +18,15 @@ _SHORT = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 class Dense:
     dtype: str
     has_threshold = False
+    default_threshold = None
+    converts = False
+
+    @property
+    def lean_weights(self) -> str | None:
+        return "dense" if self.dtype in ("float16", "bfloat16") else None
+
+    def check_threshold(self, threshold: float) -> None:
+        raise BadChoice(f"{_SHORT[self.dtype]} has no outlier threshold to set to {threshold}")
 
     def arithmetic(self, device: str) -> str:
         """On a CPU without 16-bit units torch multiplies and adds in FP32 and rounds each result (measured: a 16-bit
@@ -27,7 +36,7 @@ class Dense:
             return "FP32 weights and arithmetic"
         if device.startswith("cpu"):
             return f"{short} weights and activations; products summed in FP32, results rounded to {short}"
-        return f"{short} weights and activations, multiplied by cuBLAS"
+        return f"{short} weights and activations, products summed in FP32"
 
     def load_arguments(self, device: str) -> dict[str, Any]:
         import torch
@@ -40,7 +49,7 @@ class Dense:
         return cast_parameters_(model.to(device), getattr(torch, self.dtype))
 
     def set_threshold(self, model: nn.Module, threshold: float) -> None:
-        raise BadChoice(f"{_SHORT[self.dtype]} has no outlier threshold to set to {threshold}")
+        self.check_threshold(threshold)
 
     def scale_bytes(self, model: nn.Module) -> int:
         return 0

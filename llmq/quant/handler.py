@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,9 +30,15 @@ class Handler(Protocol):
 
     has_threshold: bool
     dtype: str  # torch dtype name of embeddings, norms, head and activations
+    default_threshold: float | None
+    lean_weights: str | None  # 'dense' or 'int8': what the lean loop stores for this method; None: it cannot run it
+    converts: bool  # whether a model loaded with `load_arguments` still has to go through `convert_`
 
     def arithmetic(self, device: str) -> str:
         """One plain sentence: what is stored in which type, and in which type it is multiplied on this device."""
+
+    def check_threshold(self, threshold: float) -> None:
+        """Raises BadChoice where there is no threshold to set."""
 
     def load_arguments(self, device: str) -> dict[str, Any]:
         """Keyword arguments for `AutoModelForCausalLM.from_pretrained`."""
@@ -68,3 +75,22 @@ def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def non_head_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, linear) of every linear but the output head, which LLM.int8() as transformers integrates it leaves out."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    return ((name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head)
+
+
+def int8_bytes(meta_model: nn.Module) -> WeightBytes:
+    """One byte a weight of `non_head_linears` and an FP32 scale a row, two bytes for every other parameter."""
+    int8 = [linear for _, linear in non_head_linears(meta_model)]
+    int8_ids = {id(linear.weight) for linear in int8}
+    weights = sum(
+        tensor.numel() * (1 if id(tensor) in int8_ids else 2) if tensor.requires_grad else tensor.nbytes
+        for tensor in stored_tensors(meta_model)
+    )
+    return WeightBytes(weights, sum(4 * linear.out_features for linear in int8))

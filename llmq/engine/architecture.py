@@ -1,0 +1,123 @@
+"""The shape of a LLaMA-family model, read from its configuration: what the lean loop needs to know, and what it cannot.
+
+LLaMA, Mistral without a sliding window, and Qwen2 (which adds a bias to q, k and v) are one architecture here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+
+
+class Unsupported(Exception):
+    """The lean loop cannot run this model; the message says why in a few words."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding (Su et al. 2021): `theta`, and how Llama 3.1 slows the low frequencies."""
+
+    theta: float
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    original_context: int = 0
+
+    def frequencies(self, width: int) -> list[float]:
+        """Radians per position for each of the width/2 pairs."""
+        return [self._stretched(self.theta ** (-2 * i / width)) for i in range(width // 2)]
+
+    def _stretched(self, frequency: float) -> float:
+        """Llama 3.1: wavelengths over original_context/low are slowed by `factor`, those under /high are kept."""
+        if not self.original_context:
+            return frequency / self.factor
+        turns = self.original_context * frequency / (2 * math.pi)
+        if turns < self.low:
+            return frequency / self.factor
+        if turns > self.high:
+            return frequency
+        smooth = (turns - self.low) / (self.high - self.low)
+        return (1 - smooth) * frequency / self.factor + smooth * frequency
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Numbers of a LLaMA-family decoder. `groups`: key/value heads; `width`: of one head; `inner`: of the MLP."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    groups: int
+    width: int
+    vocabulary: int
+    context: int
+    eps: float
+    rope: Rope
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool
+
+    @property
+    def qkv_rows(self) -> int:
+        return (self.heads + 2 * self.groups) * self.width
+
+
+def architecture_of(config: Mapping) -> Architecture:
+    """From a `config.json`, old or new style. Raises Unsupported for anything the lean loop does not compute."""
+    kind = config.get("model_type")
+    _need(kind in MODEL_TYPES, f"{kind!r} is not of the LLaMA family")
+    _need(config.get("hidden_act", "silu") == "silu", f"activation {config.get('hidden_act')!r}")
+    _need(not config.get("mlp_bias"), "a bias in the MLP")
+    context = int(config.get("max_position_embeddings") or 2048)
+    window = config.get("sliding_window")
+    windowed = kind == "mistral" or config.get("use_sliding_window")
+    _need(not (windowed and window and window < context), "a sliding attention window")
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    width = int(config.get("head_dim") or hidden // heads)
+    groups = int(config.get("num_key_value_heads") or heads)
+    inner = int(config["intermediate_size"])
+    _need(heads % groups == 0 and width % 2 == 0, f"{heads} heads of width {width} over {groups} groups")
+    _need(not (hidden % 16 or inner % 16 or heads * width % 16), f"sizes {hidden}, {inner} are not multiples of 16")
+    biased = bool(config.get("attention_bias"))
+    return Architecture(
+        hidden=hidden,
+        inner=inner,
+        layers=int(config["num_hidden_layers"]),
+        heads=heads,
+        groups=groups,
+        width=width,
+        vocabulary=int(config["vocab_size"]),
+        context=context,
+        eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope=_rope(config),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=biased or kind == "qwen2",
+        output_bias=biased and kind == "llama",
+    )
+
+
+def _rope(config: Mapping) -> Rope:
+    settings = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
+    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind == "default":
+        return Rope(theta)
+    if kind == "linear":
+        return Rope(theta, factor=float(settings["factor"]))
+    _need(kind == "llama3", f"rotary embedding {kind!r}")
+    return Rope(
+        theta,
+        float(settings["factor"]),
+        float(settings["low_freq_factor"]),
+        float(settings["high_freq_factor"]),
+        int(settings["original_max_position_embeddings"]),
+    )
+
+
+def _need(met: bool, reason: str) -> None:
+    if not met:
+        raise Unsupported(reason)

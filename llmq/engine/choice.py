@@ -1,0 +1,44 @@
+"""Which loop a contestant runs through: the lean one where it can and where that is fair, transformers elsewhere.
+
+Speeds compare within one loop. So in a comparison of two where one can only run through transformers (bitsandbytes),
+the other runs there too; with three, each takes the best loop it has, and whoever states a ratio says that it crosses
+loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from llmq.engine.architecture import Unsupported, architecture_of
+from llmq.errors import BadChoice, unknown
+from llmq.quant import method_named
+
+ENGINES = ("auto", "hf", "lean")
+
+
+def choose_engines(wanted: str, methods: Sequence[str], config: Mapping, device: str) -> list[str]:
+    """'hf' or 'lean' for each of `methods`. `config` is the model's configuration as a mapping.
+
+    Raises BadChoice for an unknown engine, and for 'lean' where it cannot run one of the methods or the model.
+    """
+    if wanted not in ENGINES:
+        raise unknown("engine", wanted, ENGINES)
+    reasons = [why_not_lean(method, config) for method in methods]
+    if wanted == "lean" and any(reasons):
+        raise BadChoice(f"engine 'lean': {next(filter(None, reasons))}; choose auto or hf")
+    if wanted != "auto":
+        return [wanted] * len(methods)
+    possible = [not reason and device.startswith("cuda") for reason in reasons]
+    fair = all(possible) or len(methods) != 2
+    return ["lean" if fair and lean else "hf" for lean in possible]
+
+
+def why_not_lean(method: str, config: Mapping) -> str:
+    """Why the lean loop cannot run `method` on this model; '' where it can."""
+    if method_named(method).handler.lean_weights is None:
+        return f"{method} runs through transformers only"
+    try:
+        architecture_of(config)
+    except Unsupported as reason:
+        return f"the lean loop does not compute {reason}"
+    return ""

@@ -1,0 +1,105 @@
+"""One token through a LLaMA: a fixed sequence of kernels over fixed buffers, so that a GPU can replay it as a graph.
+
+Nothing in a step depends on the host: the token, the position and the length are read on the device, and the chosen
+token is where the next step looks for it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmq.engine.architecture import Architecture
+from llmq.engine.llama_weights import LlamaWeights
+from llmq.kernels.buffers import Cache, Partials, SplitVector
+
+
+def rope_table(architecture: Architecture, positions: int, device: str) -> torch.Tensor:
+    """float32 (positions, width): cosines, then sines, of each position's angles."""
+    frequencies = torch.tensor(architecture.rope.frequencies(architecture.width), dtype=torch.float64)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), 1).float().to(device)
+
+
+class Decoder:
+    """The buffers of a generation of up to `capacity` positions, and the step that fills them.
+
+    `threshold`: float for LLM.int8(), None where activations keep their 16 bits.
+    """
+
+    def __init__(
+        self,
+        weights: LlamaWeights,
+        architecture: Architecture,
+        kernels,
+        *,
+        capacity: int,
+        threshold: float | None,
+        device: str,
+    ):
+        self.weights, self.architecture, self.kernels = weights, architecture, kernels
+        self.capacity, self.threshold, self.device = capacity, threshold, device
+        a, dtype = architecture, weights.embedding.dtype
+
+        def room(size: int, kind: torch.dtype = dtype) -> torch.Tensor:
+            return torch.zeros(size, dtype=kind, device=device)
+
+        shape = (a.groups, capacity, a.width)
+        self.caches = [
+            Cache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(a.layers)
+        ]
+        self.rope = rope_table(a, capacity, device)
+        self.token, self.position = room(1, torch.int64), room(1, torch.int64)
+        self.chosen = room(2, torch.float64)
+        self.logits = room(a.vocabulary, torch.float32)
+        self._hidden, self._normed = room(a.hidden), room(a.hidden)
+        self._qkv, self._attended, self._inner = room(a.qkv_rows), room(a.heads * a.width), room(a.inner)
+        self._scratch = Partials.empty(a.heads, a.width, capacity, device)
+        widths = () if threshold is None else (a.hidden, a.heads * a.width, a.inner)
+        self._splits = [SplitVector.empty(width, device) for width in widths]
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    @property
+    def workspace_bytes(self) -> int:
+        rooms = (self.rope, self.logits, self._hidden, self._normed, self._qkv, self._attended, self._inner)
+        return sum(t.nbytes for t in rooms) + self._scratch.nbytes + sum(s.nbytes for s in self._splits)
+
+    def step(self) -> None:
+        """Feed `token` at `position`; afterwards `logits` are the next token's and `position` is one more."""
+        a, kernels, weights = self.architecture, self.kernels, self.weights
+        hidden = self._hidden
+        torch.index_select(weights.embedding, 0, self.token, out=hidden.view(1, -1))
+        for layer, cache in zip(weights.layers, self.caches, strict=True):
+            x = self._norm(hidden, layer.attention_norm, next=1)
+            kernels.product(x, layer.qkv, self._qkv, bias=layer.qkv_bias)
+            kernels.attend(self._qkv, cache, self.rope, self.position, self._attended, self._scratch)
+            x = self._input(self._attended, 1)
+            kernels.product(x, layer.output, hidden, bias=layer.output_bias, residual=hidden)
+            x = self._norm(hidden, layer.mlp_norm, next=2)
+            kernels.product(x, layer.gate_up, self._inner, gated=True)
+            x = self._input(self._inner, 2)
+            kernels.product(x, layer.down, hidden, residual=hidden)
+        kernels.norm(hidden, weights.norm, a.eps, self._normed)
+        kernels.product(self._normed, weights.head, self.logits)
+        self.position.add_(1)
+
+    def choose_likeliest(self) -> None:
+        """Greedy choice from `logits` into `token` and `chosen`."""
+        self.kernels.likeliest(self.logits, self.token, self.chosen)
+
+    def _norm(self, x: torch.Tensor, gain: torch.Tensor, *, next: int) -> torch.Tensor | SplitVector:
+        """RMSNorm, in the form the weights are multiplied with; `next` is the place of the `_input` that follows."""
+        if self.threshold is None:
+            self.kernels.norm(x, gain, self.architecture.eps, self._normed)
+            return self._normed
+        self.kernels.norm_split(x, gain, self.architecture.eps, self.threshold, self._splits[0], self._splits[next])
+        return self._splits[0]
+
+    def _input(self, x: torch.Tensor, place: int) -> torch.Tensor | SplitVector:
+        if self.threshold is None:
+            return x
+        self.kernels.split(x, self.threshold, self._splits[place])
+        return self._splits[place]

@@ -1,0 +1,299 @@
+"""The lean loop: a LLaMA without a framework's overhead, the same for FP16 and int8, so that their speeds compare.
+
+On a GPU a decode step is one CUDA graph, sampling included, and nothing in it waits for the host. The host runs one
+step ahead: while a token is read back the next step is already running, so an end-of-text is noticed one step late and
+that step's result is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from llmq.engine.architecture import Architecture
+from llmq.engine.decoder import Decoder, rope_table
+from llmq.engine.interface import Token, capacity_for
+from llmq.engine.llama_weights import LlamaWeights
+from llmq.engine.prefill import read_prompt
+from llmq.engine.sampling import Sampler, SamplingSettings
+from llmq.engine.timing import timer_for
+from llmq.errors import UserError
+from llmq.kernels.buffers import Cache
+
+WARM_UP_STEPS = 3
+log = logging.getLogger(__name__)
+STEPS_UNDER_WAY = 2  # the one awaited and the next
+NOT_A_NUMBER = "the model's output is not a number (an overflow in 16 bit?); try bf16 or fp32"
+
+
+class LeanEngine:
+    """One LLaMA under one method on one device, for one generation at a time. `kernels`: reference or triton."""
+
+    name = "lean"
+
+    def __init__(
+        self,
+        weights: LlamaWeights,
+        architecture: Architecture,
+        handler,
+        device: str,
+        *,
+        kernels,
+        eos_ids: frozenset[int] = frozenset(),
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.model, self.architecture, self.handler, self.device = weights, architecture, handler, device
+        self.kernels, self.eos_ids, self.context = kernels, eos_ids, architecture.context
+        self.threshold = handler.default_threshold
+        self.weight_bytes, self.scale_bytes = weights.weight_bytes, weights.scale_bytes
+        self.timer = timer_for(device, clock)
+        self.here = torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
+        self._runner: _Runner | None = None
+        self._warm: tuple | None = None
+
+    @property
+    def read_bytes_per_token(self) -> int:
+        """Bytes of weights and scales one decode step must read: of an input embedding apart only one row is used."""
+        apart = 0 if self.model.head is self.model.embedding else self.model.embedding.nbytes
+        return self.weight_bytes + self.scale_bytes - apart
+
+    def set_threshold(self, threshold: float) -> None:
+        self.handler.check_threshold(threshold)
+        if threshold != self.threshold:
+            self.threshold, self._runner = threshold, None
+
+    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> LeanGeneration:
+        """Begin a generation: nothing runs until its `prefill()`."""
+        return LeanGeneration(self, prompt_ids, settings)
+
+    def runner(self, tokens: int, settings: SamplingSettings) -> _Runner:
+        """The buffers, and on a GPU the graph, for generations of up to `tokens` positions sampled so."""
+        capacity, draw = capacity_for(tokens, self.context), _draw_of(settings)
+        if self._runner is None or (self._runner.decoder.capacity, self._runner.draw) != (capacity, draw):
+            self._runner = None  # free the one before first
+            self._runner = _Runner(self, capacity, settings)
+        return self._runner
+
+    def warm_up(self, prompt_ids: list[int]) -> None:
+        """Run what a generation of this prompt will run, uncounted: kernels compile and load, clocks settle."""
+        if self._warm == (len(prompt_ids), self.threshold):
+            return
+        generation = self.start(prompt_ids, SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
+        generation.prefill()
+        for _ in range(WARM_UP_STEPS):
+            generation.step()
+        generation.close()
+        self._warm = (len(prompt_ids), self.threshold)
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """(tokens, vocabulary) next-token logits after each of `ids`, in one call."""
+        with self.here:
+            return self._logits(ids)
+
+    def _logits(self, ids: list[int]) -> torch.Tensor:
+        a, dtype = self.architecture, self.model.embedding.dtype
+        shape = (2, a.groups, len(ids), a.width)
+        caches = [Cache(*torch.empty(shape, dtype=dtype, device=self.device)) for _ in range(a.layers)]
+        tokens = torch.tensor(ids, device=self.device)
+        rope = rope_table(a, len(ids), self.device)
+        hidden = read_prompt(self.model, a, self.kernels, tokens, caches, rope, threshold=self.threshold)
+        self.kernels.norm(hidden, self.model.norm, a.eps, hidden)
+        return self.kernels.linear_rows(hidden, self.model.head)
+
+
+def _draw_of(settings: SamplingSettings) -> tuple:
+    """What of the settings is part of a captured step; greedy ignores all but the temperature."""
+    return (settings.temperature, settings.top_k, settings.top_p) if settings.temperature else (0.0,)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step under way on a GPU: where on the host its token will be, and when that is."""
+
+    chosen: torch.Tensor
+    begun: torch.cuda.Event
+    ended: torch.cuda.Event
+
+    @classmethod
+    def make(cls) -> _Flight:
+        events = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        return cls(torch.empty(2, dtype=torch.float64, pin_memory=True), *events)
+
+
+class _Runner:
+    """A decoder and the way to run its step: captured on a GPU, called elsewhere."""
+
+    def __init__(self, engine: LeanEngine, capacity: int, settings: SamplingSettings):
+        self.decoder = Decoder(
+            engine.model,
+            engine.architecture,
+            engine.kernels,
+            capacity=capacity,
+            threshold=engine.threshold,
+            device=engine.device,
+        )
+        self.draw, self.sampler = _draw_of(settings), Sampler(settings, engine.device)
+        on_gpu = engine.device.startswith("cuda")
+        self.slots = [_Flight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
+        self.graph = self._captured() if on_gpu else None
+
+    def step(self) -> None:
+        """One token: forward pass and choice."""
+        if self.graph:
+            self.graph.replay()
+        else:
+            self._step()
+
+    def _step(self) -> None:
+        self.decoder.step()
+        self.choose()
+
+    def choose(self) -> None:
+        """From the decoder's `logits` to its `token` and `chosen`."""
+        decoder = self.decoder
+        if self.sampler.settings.temperature == 0:
+            decoder.choose_likeliest()
+        else:
+            decoder.chosen.copy_(self.sampler.choose(decoder.logits))
+            decoder.token.copy_(decoder.chosen[:1])
+
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
+        """The step as a graph; None, and a line in the log, where it cannot be captured."""
+        try:
+            return self._capture()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("no CUDA graph, so each kernel is launched by itself, which is slower: %s", error)
+            return None
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Record a step; it runs on a position that the prompt overwrites. Kernels compile in the run before."""
+        side = torch.cuda.Stream(self.decoder.device)
+        side.wait_stream(torch.cuda.current_stream(self.decoder.device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(side):
+            self._step()
+            self.decoder.position.zero_()
+        side.synchronize()
+        if self.sampler.settings.temperature:
+            graph.register_generator_state(self.sampler.generator)
+        with torch.cuda.graph(graph, stream=side):
+            self._step()
+        return graph
+
+
+class LeanGeneration:
+    """One answer in the making; see `interface.Generation`."""
+
+    def __init__(self, engine: LeanEngine, prompt_ids: list[int], settings: SamplingSettings):
+        assert prompt_ids, "a generation needs at least one prompt token"
+        self._engine, self._prompt_ids, self._settings = engine, prompt_ids, settings
+        self._tokens = min(engine.context, len(prompt_ids) + settings.max_new_tokens)
+        self._runner: _Runner | None = None
+        self._flights: deque[_Flight] = deque()
+        self._begun = 0  # decode steps
+        self.workspace_bytes = self.peak_bytes = self.allocator_peak_bytes = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the room for keys and values, exact tensor sizes."""
+        return self._runner.decoder.kv_bytes if self._runner else 0
+
+    def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
+        """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
+        with self._engine.here:
+            return self._prefill(stopped)
+
+    def _prefill(self, stopped: Callable[[], bool] | None) -> Token:
+        engine = self._engine
+        self._runner = engine.runner(self._tokens, self._settings)
+        decoder, sampler = self._runner.decoder, self._runner.sampler
+        sampler.generator.manual_seed(int(self._settings.seed))
+        timer = engine.timer
+        with timer:
+            self._read(stopped)
+            self._runner.choose()
+            token_id, logprob = decoder.chosen.tolist()
+        self._account(timer.growth_bytes, timer.peak_bytes)
+        return _token(token_id, logprob, timer.seconds)
+
+    def _read(self, stopped: Callable[[], bool] | None) -> None:
+        engine, decoder = self._engine, self._runner.decoder
+        ids = torch.tensor(self._prompt_ids, device=engine.device)
+        hidden = read_prompt(
+            engine.model,
+            engine.architecture,
+            engine.kernels,
+            ids,
+            decoder.caches,
+            decoder.rope,
+            threshold=engine.threshold,
+            stopped=stopped,
+        )
+        last = torch.empty_like(hidden[-1])
+        engine.kernels.norm(hidden[-1], engine.model.norm, engine.architecture.eps, last)
+        engine.kernels.product(last, engine.model.head, decoder.logits)
+        decoder.position.fill_(len(ids))
+
+    def step(self) -> Token:
+        """Sample the next token."""
+        assert self._runner is not None, "prefill before the first step"
+        if not self._engine.device.startswith("cuda"):
+            return self._timed_step()
+        with self._engine.here:
+            return self._next()
+
+    def _next(self) -> Token:
+        """Keep the device busy, and wait for the oldest step under way."""
+        while len(self._flights) < len(self._runner.slots) and self._begun < self._limit:
+            self._begin()
+        flight = self._flights.popleft()
+        flight.ended.synchronize()
+        self.allocator_peak_bytes = torch.cuda.max_memory_allocated(self._engine.device)
+        return _token(*flight.chosen.tolist(), flight.begun.elapsed_time(flight.ended) / 1e3)
+
+    def _timed_step(self) -> Token:
+        timer = self._engine.timer
+        with timer:
+            self._runner.step()
+            token_id, logprob = self._runner.decoder.chosen.tolist()
+        return _token(token_id, logprob, timer.seconds)
+
+    def _begin(self) -> None:
+        """Put one more step under way."""
+        flight = self._runner.slots[self._begun % len(self._runner.slots)]
+        flight.begun.record()
+        self._runner.step()
+        flight.chosen.copy_(self._runner.decoder.chosen, non_blocking=True)
+        flight.ended.record()
+        self._flights.append(flight)
+        self._begun += 1
+
+    @property
+    def _limit(self) -> int:
+        """Decode steps that the room allows."""
+        return self._runner.decoder.capacity - len(self._prompt_ids)
+
+    def _account(self, growth: int, allocator_peak: int) -> None:
+        self.workspace_bytes = max(growth, self._runner.decoder.workspace_bytes)
+        self.peak_bytes = self.kv_bytes + self.workspace_bytes
+        self.allocator_peak_bytes = max(self.allocator_peak_bytes, allocator_peak)
+
+    def close(self) -> None:
+        """Let go of the cache; the object is of no more use. The engine keeps the room for the next generation."""
+        self._flights.clear()
+        self._runner = None
+
+
+def _token(token_id: float, logprob: float, seconds: float) -> Token:
+    if math.isnan(logprob):
+        raise UserError(NOT_A_NUMBER)
+    return Token(int(token_id), logprob, seconds)

@@ -1,0 +1,128 @@
+"""A LLaMA's weights as the lean loop wants them: q, k, v in one matrix, gate and up in one, int8 where the method says.
+
+Tensors come one at a time from a source and go straight to their final place, so that the device never holds more than
+the finished model and the tensor in hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from llmq.engine.architecture import Architecture
+from llmq.kernels.primitives import Int8Weight
+
+Weight = torch.Tensor | Int8Weight
+
+
+class Tensors(Protocol):
+    """Where weights come from, by their names in the checkpoint."""
+
+    def __contains__(self, name: str) -> bool: ...
+    def get(self, name: str, device: str) -> torch.Tensor:
+        """The tensor on `device`, contiguous; not kept by the source."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. `qkv`: (qkv_rows, hidden); `gate_up`: (2·inner, hidden), gate first."""
+
+    attention_norm: torch.Tensor
+    qkv: Weight
+    qkv_bias: torch.Tensor | None
+    output: Weight
+    output_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True)
+class LlamaWeights:
+    embedding: torch.Tensor
+    layers: tuple[Layer, ...]
+    norm: torch.Tensor
+    head: Weight
+
+    def parts(self) -> Iterator[torch.Tensor | Int8Weight]:
+        """Every weight once; a tied head is the embedding."""
+        yield self.embedding
+        for layer in self.layers:
+            yield from (part for part in vars(layer).values() if part is not None)
+        yield self.norm
+        if self.head is not self.embedding:
+            yield self.head
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(part.codes.nbytes if isinstance(part, Int8Weight) else part.nbytes for part in self.parts())
+
+    @property
+    def scale_bytes(self) -> int:
+        return sum(part.absmax.nbytes for part in self.parts() if isinstance(part, Int8Weight))
+
+
+def load_weights(
+    source: Tensors, architecture: Architecture, *, dtype: torch.dtype, int8: bool, device: str, kernels
+) -> LlamaWeights:
+    """Build the weights from `source`, tensor by tensor. `kernels` offers `quantize_rows`."""
+    made = _Maker(source, dtype, int8, device, kernels)
+    embedding = made.dense("model.embed_tokens.weight")
+    layers = tuple(_layer(made, f"model.layers.{i}.", architecture) for i in range(architecture.layers))
+    norm = made.dense("model.norm.weight")
+    tied = architecture.tied or "lm_head.weight" not in source
+    return LlamaWeights(embedding, layers, norm, embedding if tied else made.dense("lm_head.weight"))
+
+
+def _layer(made: _Maker, prefix: str, architecture: Architecture) -> Layer:
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    qkv = [f"{attention}{part}_proj" for part in "qkv"]
+    return Layer(
+        attention_norm=made.dense(prefix + "input_layernorm.weight"),
+        qkv=made.linear(qkv, architecture.qkv_rows, architecture.hidden),
+        qkv_bias=torch.cat([made.dense(f"{name}.bias") for name in qkv]) if architecture.qkv_bias else None,
+        output=made.linear([attention + "o_proj"], architecture.hidden, architecture.heads * architecture.width),
+        output_bias=made.dense(attention + "o_proj.bias") if architecture.output_bias else None,
+        mlp_norm=made.dense(prefix + "post_attention_layernorm.weight"),
+        gate_up=made.linear([mlp + "gate_proj", mlp + "up_proj"], 2 * architecture.inner, architecture.hidden),
+        down=made.linear([mlp + "down_proj"], architecture.hidden, architecture.inner),
+    )
+
+
+@dataclass(frozen=True)
+class _Maker:
+    source: Tensors
+    dtype: torch.dtype
+    int8: bool
+    device: str
+    kernels: object
+
+    def dense(self, name: str) -> torch.Tensor:
+        return self.source.get(name, self.device).to(self.dtype)
+
+    def linear(self, names: list[str], rows: int, width: int) -> Weight:
+        """The named matrices below one another."""
+        if not self.int8:
+            made = torch.empty(rows, width, dtype=self.dtype, device=self.device)
+            for place, part in self._placed(names, rows, width):
+                made[place] = part
+            return made
+        codes = torch.empty(rows, width, dtype=torch.int8, device=self.device)
+        absmax = torch.empty(rows, dtype=torch.float32, device=self.device)
+        for place, part in self._placed(names, rows, width):
+            self.kernels.quantize_rows(part, Int8Weight(codes[place], absmax[place]))
+        return Int8Weight(codes, absmax)
+
+    def _placed(self, names: list[str], rows: int, width: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        at = 0
+        for name in names:
+            part = self.source.get(f"{name}.weight", self.device)
+            if part.shape[1] != width or at + part.shape[0] > rows:
+                raise ValueError(f"{name}.weight is {tuple(part.shape)}; the configuration says (…, {width})")
+            yield slice(at, at + part.shape[0]), part
+            at += part.shape[0]
+        if at != rows:
+            raise ValueError(f"{', '.join(names)} have {at} rows together; the configuration says {rows}")

@@ -1,0 +1,55 @@
+"""The whole prompt through a LLaMA in one call: products of many rows, for the library's matrix products.
+
+One call, not chunks: LLM.int8() pools outlier columns over the rows of a call, so chunks would change results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+
+from llmq.engine.architecture import Architecture
+from llmq.engine.interface import Interrupted
+from llmq.engine.llama_weights import LlamaWeights
+from llmq.kernels.buffers import Cache
+
+
+def read_prompt(
+    weights: LlamaWeights,
+    architecture: Architecture,
+    kernels,
+    ids: torch.Tensor,
+    caches: Sequence[Cache],
+    rope: torch.Tensor,
+    *,
+    threshold: float | None,
+    stopped: Callable[[], bool] | None = None,
+) -> torch.Tensor:
+    """Fill empty `caches` from `ids` (tokens,); returns what the final norm gets, (tokens, hidden).
+
+    `stopped` is asked before every layer, so a long prompt can be given up at once (raises Interrupted).
+    """
+    a = architecture
+    hidden = weights.embedding[ids]
+    normed = torch.empty_like(hidden)
+    for layer, cache in zip(weights.layers, caches, strict=True):
+        if stopped and stopped():
+            raise Interrupted
+        kernels.norm(hidden, layer.attention_norm, a.eps, normed)
+        qkv = kernels.linear_rows(normed, layer.qkv, bias=layer.qkv_bias, threshold=threshold)
+        attended = _attend(*kernels.append_rows(qkv, cache, rope, 0))
+        hidden += kernels.linear_rows(attended, layer.output, bias=layer.output_bias, threshold=threshold)
+        kernels.norm(hidden, layer.mlp_norm, a.eps, normed)
+        inner = kernels.gate_rows(kernels.linear_rows(normed, layer.gate_up, threshold=threshold))
+        hidden += kernels.linear_rows(inner, layer.down, threshold=threshold)
+    return hidden
+
+
+def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the prompt: (heads, rows, width), twice (groups, rows, width) -> (rows, heads·width)."""
+    y = functional.scaled_dot_product_attention(
+        queries[None], keys[None], values[None], is_causal=True, enable_gqa=keys.shape[0] != queries.shape[0]
+    )
+    return y[0].transpose(0, 1).reshape(queries.shape[1], -1)

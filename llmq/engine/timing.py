@@ -1,0 +1,51 @@
+"""How long a step took, by the clock of the device it ran on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+class HostTimer:
+    """Seconds between entering and leaving; `growth_bytes` stays 0: a CPU has no allocator to ask."""
+
+    growth_bytes = peak_bytes = 0
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+
+    def __enter__(self):
+        self._start = self._clock()
+
+    def __exit__(self, *_):
+        self.seconds = self._clock() - self._start
+
+
+class CudaTimer:
+    """Seconds between two CUDA events; `growth_bytes` is the allocator's peak over the level it started from."""
+
+    def __init__(self, device: str):
+        import torch
+
+        self._torch, self._device = torch, device
+        with torch.cuda.device(device):
+            self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __enter__(self):
+        cuda = self._torch.cuda
+        cuda.synchronize(self._device)
+        cuda.reset_peak_memory_stats(self._device)
+        self._level = cuda.memory_allocated(self._device)
+        self._begin.record(cuda.current_stream(self._device))
+
+    def __exit__(self, *_):
+        cuda = self._torch.cuda
+        self._end.record(cuda.current_stream(self._device))
+        self._end.synchronize()
+        self.seconds = self._begin.elapsed_time(self._end) / 1e3
+        self.peak_bytes = cuda.max_memory_allocated(self._device)
+        self.growth_bytes = self.peak_bytes - self._level
+
+
+def timer_for(device: str, clock: Callable[[], float]) -> HostTimer | CudaTimer:
+    """`clock` returns seconds and is used on a CPU only."""
+    return CudaTimer(device) if device.startswith("cuda") else HostTimer(clock)

@@ -1,0 +1,32 @@
+"""Which implementation of the operations a device gets: found once, in one place, and replaceable in tests."""
+
+from __future__ import annotations
+
+from types import ModuleType, SimpleNamespace
+
+from llmq.kernels import reference
+
+LOWEST_CAPABILITY = (7, 5)  # of a GPU; what the kernels are compile-checked for
+
+
+def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:
+    """The operations for `device`, and why they are slower than they could be ('' where they are not)."""
+    if not device.startswith("cuda"):
+        return reference, ""
+    if reason := _why_not_triton(device):
+        return reference, f"{reason}, so the lean loop runs on torch's own operations, which is slower"
+    from llmq.kernels import triton
+
+    return SimpleNamespace(**{**vars(reference), **{name: getattr(triton, name) for name in triton.__all__}}), ""
+
+
+def _why_not_triton(device: str) -> str:
+    import torch
+
+    if torch.cuda.get_device_capability(device) < LOWEST_CAPABILITY:
+        return f"this GPU is older than compute capability {'.'.join(map(str, LOWEST_CAPABILITY))}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed"
+    return ""

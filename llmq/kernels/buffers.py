@@ -1,0 +1,89 @@
+"""What kernels read and write: preallocated, so that a captured graph finds everything where it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+PADDING = 32  # entries of a list of outliers that may be read without knowing how many there are
+
+
+@dataclass(frozen=True)
+class SplitVector:
+    """One token's activations for an int8 product: codes, and beside them the values that keep their 16 bits.
+
+    `codes`: int8 (in,), 0 at an outlier. `absmax`: float32 (1,) over the values below the threshold, infinite where a
+    value is not finite. `count`: int32 (1,) outliers, whose positions and values are the first entries, in any order,
+    of `index` int32 and `value` float32 (in, rounded up to PADDING), which are 0 up to PADDING.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    count: torch.Tensor
+    index: torch.Tensor
+    value: torch.Tensor
+
+    @classmethod
+    def empty(cls, width: int, device: str) -> SplitVector:
+        def make(size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        return cls(
+            make(width, torch.int8),
+            make(1, torch.float32),
+            make(1, torch.int32),
+            make(max(width, PADDING), torch.int32),
+            make(max(width, PADDING), torch.float32),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.codes, self.absmax, self.count, self.index, self.value))
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer. `keys`, `values`: (groups, capacity, width), groups being key/value heads."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True)
+class Partials:
+    """Attention over parts of the context, to be combined: float32 `sums` (heads, parts, width), `peaks` and `weights`
+    (heads, parts), the largest score and the sum of exponentials of each part."""
+
+    sums: torch.Tensor
+    peaks: torch.Tensor
+    weights: torch.Tensor
+    part: int  # positions in one part
+
+    @classmethod
+    def empty(cls, heads: int, width: int, capacity: int, device: str) -> Partials:
+        part = capacity if capacity <= UNDIVIDED else max(SHORTEST_PART, capacity // MOST_PARTS)
+        parts = -(-capacity // part)
+        return cls(
+            torch.empty(heads, parts, width, device=device),
+            torch.empty(heads, parts, device=device),
+            torch.empty(heads, parts, device=device),
+            part,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.sums.nbytes + self.peaks.nbytes + self.weights.nbytes
+
+
+UNDIVIDED = 512  # positions one program per head reads sooner than several do and combine
+SHORTEST_PART = 128
+MOST_PARTS = 16  # 16 parts of 32 heads fill 132 multiprocessors four times

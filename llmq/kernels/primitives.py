@@ -1,0 +1,84 @@
+"""LLM.int8()'s arithmetic on tensors: pure functions, any device, the same codes and scales as bitsandbytes'.
+
+Dettmers et al. 2022, "LLM.int8()", arXiv 2208.07339, section 2.1 (absmax) and 3 (vector-wise, decomposition). Codes lie
+in [-127, 127]; a scale is the row's absmax, so a value is code * absmax / 127.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A linear layer's weight. `codes`: int8 (out, in), `absmax`: float32 (out,), as bitsandbytes' CB and SCB.
+
+    Row n of the matrix it stands for is `codes[n] * absmax[n] / 127`.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return (self.codes.float() * (self.absmax / 127)[:, None]).to(dtype)
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """Activations of one call, decomposed. `codes`: int8 (rows, in), `absmax`: float32 (rows,) over the values below
+    the threshold, `columns`: int64 (outliers,) sorted; the codes of those columns are 0 and they are multiplied as
+    they are."""
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    columns: torch.Tensor
+
+
+def quantize_rows(weight: torch.Tensor) -> Int8Weight:
+    """(out, in) floating point -> int8 codes with one absmax per row. Rows of zeros get codes of 0."""
+    weight = weight.half()  # bitsandbytes casts to FP16 first
+    absmax = weight.abs().amax(1).float()
+    return Int8Weight(_codes(weight, absmax), absmax)
+
+
+def split_rows(x: torch.Tensor, threshold: float) -> SplitRows:
+    """(rows, in) floating point -> the decomposition for one call: a column with any |x| >= threshold is an outlier.
+
+    With a threshold of 0 there are none. A row's absmax is over its own values below the threshold, also those in
+    outlier columns, as in bitsandbytes.
+    """
+    x = x.half()
+    if threshold <= 0:
+        absmax = x.abs().amax(1).float()
+        return SplitRows(_codes(x, absmax), absmax, torch.empty(0, dtype=torch.int64, device=x.device))
+    outliers = x.abs() >= threshold
+    below = x.masked_fill(outliers, 0)
+    absmax = below.abs().amax(1).float()
+    columns = outliers.any(0).nonzero().view(-1)
+    codes = _codes(below, absmax)
+    codes[:, columns] = 0
+    return SplitRows(codes, absmax, columns)
+
+
+def int8_linear(x: torch.Tensor, weight: Int8Weight, threshold: float) -> torch.Tensor:
+    """LLM.int8() of (rows, in) activations: float32 (rows, out), the sum of the int8 product and the outliers' product.
+
+    Computed in float64 from exact integers: the definition that every kernel is compared with. The outlier columns use
+    the dequantised int8 weights, as bitsandbytes does.
+    """
+    split = split_rows(x, threshold)
+    products = split.codes.double() @ weight.codes.double().T
+    scaled = products * split.absmax.double()[:, None] * weight.absmax.double() / 127**2
+    outliers = x[:, split.columns].double() @ weight.codes[:, split.columns].double().T
+    return (scaled + outliers * weight.absmax.double() / 127).float()
+
+
+def _codes(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+    scale = torch.where(absmax > 0, 127.0 / absmax, 0.0)
+    return torch.round(x * scale[:, None]).to(torch.int8)

@@ -1,0 +1,177 @@
+"""What each operation computes, in torch: the definition, the fallback on any device, and the oracle of the tests.
+
+Every function writes into `out`; vectors are one token's. Products and sums are in float32 and rounded once, at the
+end, to the type of `out`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from llmq.kernels import primitives
+from llmq.kernels.buffers import PADDING, Cache, Partials, SplitVector
+from llmq.kernels.primitives import Int8Weight, split_rows
+
+Weight = torch.Tensor | Int8Weight
+
+FEWEST_ROWS = 17  # of cuBLAS' int8 product, as torch calls it
+
+
+def quantize_rows(weight: torch.Tensor, out: Int8Weight) -> None:
+    """(out, in) floating point -> int8 codes and row scales, in place."""
+    made = primitives.quantize_rows(weight)
+    out.codes.copy_(made.codes)
+    out.absmax.copy_(made.absmax)
+
+
+def norm(x: torch.Tensor, gain: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x²) + eps) · gain. `x`: (..., width)."""
+    x32 = x.float()
+    scaled = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)  # rounded here, as in LLaMA
+    out.copy_(scaled * gain)
+
+
+def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
+    """Decompose one token's activations (width,) for `product`: |x| >= threshold keeps its 16 bits; 0 turns that off.
+
+    The list of `out` must have been emptied by a `norm_split` before.
+    """
+    rows = split_rows(x[None], threshold)
+    count = len(rows.columns)
+    out.codes.copy_(rows.codes[0])
+    out.absmax.copy_(rows.absmax)
+    out.count.fill_(count)
+    out.index[:PADDING], out.value[:PADDING] = 0, 0.0
+    out.index[:count] = rows.columns.int()
+    out.value[:count] = x[rows.columns].float()
+
+
+def norm_split(
+    x: torch.Tensor, gain: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
+) -> None:
+    """`norm`, then `split`, in one; also empties the list of `empty`, which the next `split` fills."""
+    empty.count.zero_()
+    normed = torch.empty_like(x)
+    norm(x, gain, eps, normed)
+    split(normed, threshold, out)
+
+
+def product(
+    x: torch.Tensor | SplitVector,
+    weight: Weight,
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+) -> None:
+    """out = weight · x [+ bias] [+ residual]; with `gated`, SiLU(first half of the rows · x) · (second half · x).
+
+    `x`: (in,), or a SplitVector with an int8 weight (LLM.int8()); an int8 weight with a plain `x` is weight-only.
+    """
+    y = _split_product(x, weight) if isinstance(x, SplitVector) else _plain_product(x, weight)
+    if bias is not None:
+        y = y + bias
+    if gated:
+        gate, up = y.chunk(2)
+        y = functional.silu(gate) * up
+    out.copy_(y if residual is None else y + residual)
+
+
+def _plain_product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    if isinstance(weight, Int8Weight):
+        return (weight.codes.float() @ x.float()) * weight.absmax / 127
+    return weight.float() @ x.float()
+
+
+def _split_product(x: SplitVector, weight: Int8Weight) -> torch.Tensor:
+    count = int(x.count)
+    index, value = x.index[:count].long(), x.value[:count].double()
+    integers = weight.codes.double() @ x.codes.double()  # exact: below 2^53
+    outliers = weight.codes[:, index].double() @ value
+    absmax = weight.absmax.double()
+    return (integers * x.absmax.double() * absmax / 127**2 + outliers * absmax / 127).float()
+
+
+def attend(
+    qkv: torch.Tensor, cache: Cache, rope: torch.Tensor, position: torch.Tensor, out: torch.Tensor, scratch: Partials
+) -> None:
+    """One token's attention over the cache, its own key and value appended first.
+
+    `qkv`: (heads·width + 2·groups·width,), queries first. `rope`: float32 (positions, width), cosines then sines.
+    `position`: int64 (1,), how many positions are in the cache already. `out`: (heads·width,). `scratch` gives the
+    other implementations room.
+    """
+    groups, _, width = cache.keys.shape
+    heads = out.shape[0] // width
+    at = int(position)
+    queries, keys, values = qkv.split((heads * width, groups * width, groups * width))
+    cache.keys[:, at] = _rotated(keys.view(groups, width), rope[at]).to(cache.keys.dtype)
+    cache.values[:, at] = values.view(groups, width)
+    queries = _rotated(queries.view(heads, width), rope[at]).view(groups, heads // groups, width)
+    scores = queries @ cache.keys[:, : at + 1].float().transpose(1, 2) * width**-0.5
+    out.copy_((scores.softmax(-1) @ cache.values[:, : at + 1].float()).view(-1))
+
+
+def _rotated(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding, halves paired as in LLaMA checkpoints. `x`: (..., width), `rope`: (width,)."""
+    first, second = x.float().chunk(2, -1)
+    cosine, sine = rope.chunk(2, -1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+
+
+def likeliest(logits: torch.Tensor, token: torch.Tensor, chosen: torch.Tensor) -> None:
+    """Greedy choice. `logits`: float32 (vocabulary,); `token`: int64 (1,), the next step's input; `chosen`: float64
+    (2,), the token and its log-probability, NaN where a logit is."""
+    best = logits.argmax()
+    token.copy_(best)
+    chosen.copy_(torch.stack((best.double(), (logits[best] - logits.logsumexp(-1)).double())))
+
+
+def append_rows(
+    qkv: torch.Tensor, cache: Cache, rope: torch.Tensor, start: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rotate queries and keys of several tokens and append keys and values to the cache at `start`.
+
+    `qkv`: (rows, heads·width + 2·groups·width). Returns queries (heads, rows, width) and views of the cache's keys and
+    values (groups, start + rows, width).
+    """
+    rows = qkv.shape[0]
+    groups, _, width = cache.keys.shape
+    stop = start + rows
+    parts = qkv.view(rows, -1, width).transpose(0, 1)
+    rotated = _rotated(parts[:-groups], rope[start:stop]).to(qkv.dtype)
+    cache.keys[:, start:stop] = rotated[-groups:]
+    cache.values[:, start:stop] = parts[-groups:]
+    return rotated[:-groups], cache.keys[:, :stop], cache.values[:, :stop]
+
+
+def linear_rows(
+    x: torch.Tensor, weight: Weight, *, bias: torch.Tensor | None = None, threshold: float | None = None
+) -> torch.Tensor:
+    """(rows, in) -> (rows, out) in the type of `x`. A threshold makes an int8 weight LLM.int8(), None weight-only."""
+    if not isinstance(weight, Int8Weight):
+        return functional.linear(x, weight, bias)
+    if threshold is None:
+        return functional.linear(x, weight.dequantized(x.dtype), bias)
+    split = split_rows(x, threshold)
+    y = _integer_product(split.codes, weight.codes).mul_(split.absmax[:, None]).mul_(weight.absmax / 127**2)
+    if len(split.columns):
+        outliers = weight.codes[:, split.columns].float() * (weight.absmax / 127)[:, None]
+        y.addmm_(x[:, split.columns].float(), outliers.T)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def gate_rows(gate_up: torch.Tensor) -> torch.Tensor:
+    """(rows, 2·inner) -> (rows, inner): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, -1)
+    return functional.silu(gate) * up
+
+
+def _integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """int8 (rows, in) times int8 (out, in) transposed, as float32 (rows, out)."""
+    if x.is_cuda and not (x.shape[1] % 8 or weight.shape[0] % 8):
+        padded = functional.pad(x, (0, 0, 0, max(0, FEWEST_ROWS - x.shape[0])))
+        return torch._int_mm(padded, weight.T)[: x.shape[0]].float()
+    return x.float() @ weight.float().T

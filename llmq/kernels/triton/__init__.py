@@ -1,0 +1,22 @@
+"""The operations of `kernels.reference` in Triton. No `tl.dot` in any decode kernel, so a T4 (sm_75) runs them too."""
+
+from llmq.kernels.triton.attention import attend
+from llmq.kernels.triton.choice import likeliest
+from llmq.kernels.triton.matrix import linear_rows
+from llmq.kernels.triton.norm import norm, norm_split, split
+from llmq.kernels.triton.product import product
+from llmq.kernels.triton.quantize import quantize_rows
+from llmq.kernels.triton.rows import append_rows, gate_rows
+
+__all__ = [
+    "append_rows",
+    "attend",
+    "gate_rows",
+    "likeliest",
+    "linear_rows",
+    "norm",
+    "norm_split",
+    "product",
+    "quantize_rows",
+    "split",
+]

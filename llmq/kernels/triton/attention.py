@@ -1,0 +1,140 @@
+"""Attention of one token over the cache, split over the context (flash-decoding); the length is read on the device.
+
+A program takes one head and one part of the positions. It rotates the query itself; whoever has the last part also
+rotates and appends the new key and value, and the cache is read only up to there, so that nobody reads what somebody
+else is writing. Parts beyond the length end at once: a captured graph serves every length up to its capacity.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from llmq.kernels.buffers import Cache, Partials
+from llmq.kernels.triton.launch import let_next_start, options, wait_for_previous
+
+BLOCK = 64  # positions at a time
+
+
+@triton.jit
+def _rotated(x_ptr, cosine, sine, half, HALF: tl.constexpr):
+    at = tl.arange(0, HALF)
+    first = tl.load(x_ptr + at, mask=at < half, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + half + at, mask=at < half, other=0.0).to(tl.float32)
+    return first * cosine - second * sine, second * cosine + first * sine
+
+
+@triton.jit
+def _block(keys_ptr, values_ptr, first, stop, at, whole, half, width, BLOCK: tl.constexpr):
+    """Keys, in their two halves, and values of BLOCK positions; 0 from `stop` on."""
+    rows = first + tl.arange(0, BLOCK)
+    inside = (rows < stop)[:, None]
+    k = keys_ptr + rows[:, None] * width + at[None, :]
+    k1 = tl.load(k, mask=inside & (at < half)[None, :], other=0.0)
+    k2 = tl.load(k + half, mask=inside & (at < half)[None, :], other=0.0)
+    v = tl.load(values_ptr + rows[:, None] * width + whole[None, :], mask=inside & (whole < width)[None, :], other=0.0)
+    return k1, k2, v
+
+
+@triton.jit
+def _part(
+    qkv_ptr, keys_ptr, values_ptr, rope_ptr, position_ptr, sums_ptr, peaks_ptr, weights_ptr, out_ptr,
+    heads, groups, width, capacity, parts, part, scale,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_next_start(OVERLAP)
+    head, mine = tl.program_id(0), tl.program_id(1)
+    shared = heads // groups
+    group = head // shared
+    half = width // 2
+    at, whole = tl.arange(0, HALF), tl.arange(0, WIDTH)
+    wait_for_previous(OVERLAP)
+    position = tl.load(position_ptr).to(tl.int32)
+    start = mine * part
+    if start <= position:
+        stop = tl.minimum(start + part, position)
+        keys_ptr += group.to(tl.int64) * capacity * width
+        values_ptr += group.to(tl.int64) * capacity * width
+        # The first block is asked for before the query, which is two loads away.
+        k1, k2, v = _block(keys_ptr, values_ptr, start, stop, at, whole, half, width, BLOCK)
+        cosine = tl.load(rope_ptr + position * width + at, mask=at < half, other=0.0)
+        sine = tl.load(rope_ptr + position * width + half + at, mask=at < half, other=0.0)
+        q1, q2 = _rotated(qkv_ptr + head * width, cosine, sine, half, HALF)
+        q1, q2 = q1 * scale, q2 * scale
+        peak = -float("inf")
+        weight = 0.0
+        total = tl.zeros((WIDTH,), tl.float32)
+        for row in range(start, stop, BLOCK):
+            score = tl.sum(k1.to(tl.float32) * q1[None, :] + k2.to(tl.float32) * q2[None, :], 1)
+            score = tl.where(row + tl.arange(0, BLOCK) < stop, score, -float("inf"))
+            higher = tl.maximum(peak, tl.max(score, 0))
+            share = tl.exp(score - higher)
+            shrink = tl.exp(peak - higher)
+            weight = weight * shrink + tl.sum(share, 0)
+            total = total * shrink + tl.sum(v.to(tl.float32) * share[:, None], 0)
+            peak = higher
+            k1, k2, v = _block(keys_ptr, values_ptr, row + BLOCK, stop, at, whole, half, width, BLOCK)
+        if position < start + part:  # the new token belongs to this part
+            first, second = _rotated(qkv_ptr + (heads + group) * width, cosine, sine, half, HALF)
+            first, second = first.to(keys_ptr.dtype.element_ty), second.to(keys_ptr.dtype.element_ty)
+            new = tl.load(qkv_ptr + (heads + groups + group) * width + whole, mask=whole < width, other=0.0)
+            if head % shared == 0:
+                tl.store(keys_ptr + position * width + at, first, mask=at < half)
+                tl.store(keys_ptr + position * width + half + at, second, mask=at < half)
+                tl.store(values_ptr + position * width + whole, new, mask=whole < width)
+            score = tl.sum(first.to(tl.float32) * q1 + second.to(tl.float32) * q2, 0)
+            higher = tl.maximum(peak, score)
+            share = tl.exp(score - higher)
+            shrink = tl.exp(peak - higher)
+            weight = weight * shrink + share
+            total = total * shrink + new.to(tl.float32) * share
+            peak = higher
+        if ALONE:
+            y = (total / weight).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + head * width + whole, y, mask=whole < width)
+        else:
+            slot = head * parts + mine
+            tl.store(sums_ptr + slot * width + whole, total, mask=whole < width)
+            tl.store(peaks_ptr + slot, peak)
+            tl.store(weights_ptr + slot, weight)
+
+
+@triton.jit
+def _combine(
+    sums_ptr, peaks_ptr, weights_ptr, position_ptr, out_ptr, width, parts, part,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_next_start(OVERLAP)
+    head = tl.program_id(0)
+    wait_for_previous(OVERLAP)
+    used = tl.load(position_ptr).to(tl.int32) // part + 1
+    slot, whole = tl.arange(0, PARTS), tl.arange(0, WIDTH)
+    peaks = tl.load(peaks_ptr + head * parts + slot, mask=slot < used, other=-float("inf"))
+    weights = tl.load(weights_ptr + head * parts + slot, mask=slot < used, other=0.0)
+    share = tl.exp(peaks - tl.max(peaks, 0))
+    inside = (slot < used)[:, None] & (whole < width)[None, :]
+    sums = tl.load(sums_ptr + (head * parts + slot)[:, None] * width + whole[None, :], mask=inside, other=0.0)
+    y = tl.sum(sums * share[:, None], 0) / tl.sum(weights * share, 0)
+    tl.store(out_ptr + head * width + whole, y.to(out_ptr.dtype.element_ty), mask=whole < width)
+
+
+def attend(
+    qkv: torch.Tensor, cache: Cache, rope: torch.Tensor, position: torch.Tensor, out: torch.Tensor, scratch: Partials
+) -> None:
+    """See `reference.attend`."""
+    groups, capacity, width = cache.keys.shape
+    heads, parts, _ = scratch.sums.shape
+    sizes = {"WIDTH": triton.next_power_of_2(width), **options(out.device)}
+    _part[(heads, parts)](
+        qkv, cache.keys, cache.values, rope, position, scratch.sums, scratch.peaks, scratch.weights, out,
+        heads, groups, width, capacity, parts, scratch.part, width**-0.5,
+        HALF=triton.next_power_of_2(width // 2), BLOCK=BLOCK, ALONE=parts == 1, num_warps=8 if parts == 1 else 4,
+        **sizes,
+    )  # fmt: skip
+    if parts == 1:
+        return
+    _combine[(heads,)](
+        scratch.sums, scratch.peaks, scratch.weights, position, out, width, parts, scratch.part,
+        PARTS=triton.next_power_of_2(parts), num_warps=4, **sizes,
+    )  # fmt: skip

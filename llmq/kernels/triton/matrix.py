@@ -1,0 +1,99 @@
+"""LLM.int8() of many rows in one kernel: int8 tensor cores, then the outlier columns in FP16, then the scales.
+
+In cuBLAS' int8 product the int32 sums go to memory and come back to be scaled, 6 bytes for every output; here they stay
+in registers. The outlier columns are few: they come side by side from two small copies.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from llmq.kernels import reference
+from llmq.kernels.primitives import Int8Weight
+from llmq.kernels.triton.launch import INTERPRETED
+from llmq.kernels.triton.rows import GATHERED, SplitMatrix, gather, split_matrix
+
+NEIGHBOURS = 8  # tiles of rows taken together, so that they share columns of weights in the L2 cache
+OUTLIERS = 32  # outlier columns at a time
+
+
+@triton.jit
+def _int8_linear(
+    x_ptr, codes_ptr, x_absmax_ptr, w_ptr, absmax_ptr, bias_ptr, columns_ptr, count_ptr, xo_ptr, wo_ptr, out_ptr,
+    rows, n_out, width,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, OUTLIERS: tl.constexpr, GATHERED: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(n_out, OUTPUTS)
+    band = program // (NEIGHBOURS * across)
+    height = tl.minimum(down - band * NEIGHBOURS, NEIGHBOURS)
+    m = (band * NEIGHBOURS + (program % (NEIGHBOURS * across)) % height) * ROWS + tl.arange(0, ROWS)
+    n = ((program % (NEIGHBOURS * across)) // height) * OUTPUTS + tl.arange(0, OUTPUTS)
+    k = tl.arange(0, INPUTS)
+    # Rows beyond the end repeat earlier ones: what they give is not stored.
+    mm, nn = (m % rows).to(tl.int64), (n % n_out).to(tl.int64)
+    a_ptr = codes_ptr + mm[:, None] * width + k[None, :]
+    b_ptr = w_ptr + nn[None, :] * width + k[:, None]
+    acc = tl.zeros((ROWS, OUTPUTS), tl.int32)
+    for start in range(0, width, INPUTS):
+        a = tl.load(a_ptr, mask=k[None, :] < width - start, other=0)
+        b = tl.load(b_ptr, mask=k[:, None] < width - start, other=0)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        a_ptr += INPUTS
+        b_ptr += INPUTS
+    count = tl.load(count_ptr)
+    x_scale = tl.load(x_absmax_ptr + mm) / 127
+    y = acc.to(tl.float32) * x_scale[:, None]
+    o = tl.arange(0, OUTLIERS)
+    for start in range(0, tl.minimum(count, GATHERED), OUTLIERS):
+        xo = tl.load(xo_ptr + mm[:, None] * GATHERED + (start + o)[None, :])
+        wo = tl.load(wo_ptr + nn[None, :] * GATHERED + (start + o)[:, None])
+        y = tl.dot(xo, wo, y)
+    for start in range(GATHERED, count, OUTLIERS):
+        listed = start + o < count
+        column = tl.load(columns_ptr + start + o, mask=listed, other=0)
+        xo = tl.load(x_ptr + mm[:, None] * width + column[None, :], mask=listed[None, :], other=0.0).to(tl.float16)
+        wo = tl.load(w_ptr + nn[None, :] * width + column[:, None], mask=listed[:, None], other=0).to(tl.float16)
+        y = tl.dot(xo, wo, y)
+    y = y * (tl.load(absmax_ptr + nn) / 127)[None, :]
+    if BIAS:
+        y += tl.load(bias_ptr + nn).to(tl.float32)[None, :]
+    out = out_ptr + m.to(tl.int64)[:, None] * n_out + n[None, :]
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(m < rows)[:, None] & (n < n_out)[None, :])
+
+
+def linear_rows(
+    x: torch.Tensor, weight, *, bias: torch.Tensor | None = None, threshold: float | None = None
+) -> torch.Tensor:
+    """See `reference.linear_rows`."""
+    if threshold is None or not isinstance(weight, Int8Weight):
+        return reference.linear_rows(x, weight, bias=bias)
+    return multiply(x, split_matrix(x, threshold), weight, bias)
+
+
+def multiply(
+    x: torch.Tensor, split: SplitMatrix, weight: Int8Weight, bias: torch.Tensor | None, tile: tuple | None = None
+) -> torch.Tensor:
+    """The product of decomposed rows. `tile`: rows, outputs, inputs, warps, stages, for measurements."""
+    rows, width = x.shape
+    n_out = weight.shape[0]
+    out = torch.empty(rows, n_out, dtype=x.dtype, device=x.device)
+    m, n, k, warps, stages = tile or _tile(rows)
+    _int8_linear[(triton.cdiv(rows, m) * triton.cdiv(n_out, n),)](
+        x, split.codes, split.absmax, weight.codes, weight.absmax, bias, split.columns, split.count, split.gathered,
+        gather(weight.codes, split.columns, split.count), out, rows, n_out, width,
+        ROWS=m, OUTPUTS=n, INPUTS=k, OUTLIERS=OUTLIERS, GATHERED=GATHERED, NEIGHBOURS=NEIGHBOURS,
+        BIAS=bias is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def _tile(rows: int) -> tuple[int, int, int, int, int]:
+    if INTERPRETED:
+        return (16, 16, 32, 4, 1)
+    if rows <= 64:
+        return (64, 64, 128, 4, 4)
+    return (128, 256, 128, 8, 3) if rows >= 512 else (128, 128, 128, 8, 3)

@@ -1,0 +1,234 @@
+"""Matrix-vector products: the weights stream once, everything else is small.
+
+For LLM.int8() four codes are multiplied and summed by one instruction (DP4A): with one conversion and one
+multiply-add per weight instead, the arithmetic and not the memory is the limit (measured on one H100, 4096x4096: 6.0 us
+against 7.7 us). The outliers are a list; their weights are gathered from rows that are being read anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from llmq.kernels.buffers import PADDING, SplitVector
+from llmq.kernels.primitives import Int8Weight
+from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
+
+ALIGNMENT = 16  # inputs per row are a multiple of this, so that rows can be read 16 bytes at a time
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`rows` outputs a program, `columns` inputs at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+@triton.jit
+def _epilogue(y, other, rows, bias_ptr, residual_ptr, out_ptr, n_out, GATED: tl.constexpr, BIAS: tl.constexpr,
+              RESIDUAL: tl.constexpr):  # fmt: skip
+    inside = rows < n_out
+    if BIAS:
+        y += tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            other += tl.load(bias_ptr + n_out + rows, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        y = y / (1.0 + tl.exp(-y)) * other
+    if RESIDUAL:
+        y += tl.load(residual_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tile(w_ptr, rows, cols, start, width, row_stride, n_rows):
+    inside = (rows < n_rows)[:, None] & (cols[None, :] < width - start)
+    at = rows[:, None].to(tl.int64) * row_stride + (start + cols)[None, :]
+    return tl.load(w_ptr + at, mask=inside, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _plain(
+    x_ptr, w_ptr, absmax_ptr, bias_ptr, residual_ptr, out_ptr, n_out, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT8: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Floating-point or int8 weights against 16-bit activations, summed in float32."""
+    let_next_start(OVERLAP)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLUMNS)
+    w = _tile(w_ptr, rows, cols, 0, width, width, n_out)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if GATED:
+        w2 = _tile(w_ptr, n_out + rows, cols, 0, width, width, 2 * n_out)
+        acc2 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    wait_for_previous(OVERLAP)
+    for start in range(0, width, COLUMNS):
+        x = tl.load(x_ptr + start + cols, mask=cols < width - start, other=0.0).to(tl.float32)[None, :]
+        acc += w.to(tl.float32) * x
+        w = _tile(w_ptr, rows, cols, start + COLUMNS, width, width, n_out)
+        if GATED:
+            acc2 += w2.to(tl.float32) * x
+            w2 = _tile(w_ptr, n_out + rows, cols, start + COLUMNS, width, width, 2 * n_out)
+    y = tl.sum(acc, 1)
+    other = y
+    if GATED:
+        other = tl.sum(acc2, 1)
+    if INT8:
+        y *= tl.load(absmax_ptr + rows, mask=rows < n_out, other=0.0) / 127
+        if GATED:
+            other *= tl.load(absmax_ptr + n_out + rows, mask=rows < n_out, other=0.0) / 127
+    _epilogue(y, other, rows, bias_ptr, residual_ptr, out_ptr, n_out, GATED, BIAS, RESIDUAL)
+
+
+@triton.jit
+def _dot4(w, x, acc):
+    """acc + the dot product of four signed bytes with four signed bytes, each packed in an int32."""
+    return tl.inline_asm_elementwise(
+        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, x, acc], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _accumulate(acc, w, x, DP4A: tl.constexpr):
+    if DP4A:
+        return _dot4(w, tl.broadcast_to(x[None, :], w.shape), acc)
+    return acc + w.to(tl.int32) * x.to(tl.int32)[None, :]
+
+
+@triton.jit
+def _outliers(index_ptr, value_ptr, start, OUTLIERS: tl.constexpr):
+    """Some of the outliers: columns, and values as whole multiples of 2^-14, of which every FP16 value of 1/16 or more
+    is one. Sums of such products are exact in int64, so the order of the list does not matter."""
+    at = start + tl.arange(0, OUTLIERS)
+    return tl.load(index_ptr + at), (tl.load(value_ptr + at) * 16384.0).to(tl.int64)
+
+
+@triton.jit
+def _gathered(w_ptr, rows, n_rows, width, column, value):
+    """The weights' codes in the outlier columns. A value of 0 is padding and reads nothing."""
+    inside = (rows < n_rows)[:, None] & (value != 0)[None, :]
+    return tl.load(w_ptr + rows[:, None].to(tl.int64) * width + column[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def _weighed(codes, value):
+    return tl.sum(codes.to(tl.int64) * value[None, :], 1)
+
+
+@triton.jit
+def _further(total, w_ptr, rows, n_rows, width, index_ptr, value_ptr, count, OUTLIERS: tl.constexpr):
+    """`total` and the outliers beyond the first OUTLIERS."""
+    for start in range(OUTLIERS, count, OUTLIERS):
+        at = start + tl.arange(0, OUTLIERS)
+        column = tl.load(index_ptr + at, mask=at < count, other=0)
+        value = (tl.load(value_ptr + at, mask=at < count, other=0.0) * 16384.0).to(tl.int64)
+        total += _weighed(_gathered(w_ptr, rows, n_rows, width, column, value), value)
+    return total
+
+
+@triton.jit
+def _scaled(products, outliers, x_absmax, w_absmax):
+    """Both sums in the units of the output."""
+    return (products.to(tl.float32) * (x_absmax / 127) + outliers.to(tl.float32) / 16384.0) * (w_absmax / 127)
+
+
+@triton.jit
+def _split(
+    codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr, bias_ptr, residual_ptr,
+    out_ptr, n_out, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTLIERS: tl.constexpr, DP4A: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """LLM.int8(): int8 codes times int8 codes summed exactly in int32, plus the outliers in float32.
+
+    With DP4A `packed_ptr` and `codes_ptr` are the same memory seen as int32, and COLUMNS counts those.
+    """
+    let_next_start(OVERLAP)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLUMNS)
+    packed_width = width // 4 if DP4A else width
+    w = _tile(packed_ptr, rows, cols, 0, packed_width, packed_width, n_out)
+    acc = tl.zeros((ROWS, COLUMNS), tl.int32)
+    w_absmax = tl.load(absmax_ptr + rows, mask=rows < n_out, other=0.0)
+    if GATED:
+        w2 = _tile(packed_ptr, n_out + rows, cols, 0, packed_width, packed_width, 2 * n_out)
+        acc2 = tl.zeros((ROWS, COLUMNS), tl.int32)
+        w2_absmax = tl.load(absmax_ptr + n_out + rows, mask=rows < n_out, other=0.0)
+    wait_for_previous(OVERLAP)
+    # Asked for before the long loop, so that these three loads in a row do not wait for its end.
+    column, value = _outliers(index_ptr, value_ptr, 0, OUTLIERS)
+    count, x_absmax = tl.load(count_ptr), tl.load(x_absmax_ptr)
+    gathered = _gathered(w_ptr, rows, n_out, width, column, value)
+    if GATED:
+        gathered2 = _gathered(w_ptr, n_out + rows, 2 * n_out, width, column, value)
+    for start in range(0, packed_width, COLUMNS):
+        x = tl.load(codes_ptr + start + cols, mask=cols < packed_width - start, other=0)
+        acc = _accumulate(acc, w, x, DP4A)
+        w = _tile(packed_ptr, rows, cols, start + COLUMNS, packed_width, packed_width, n_out)
+        if GATED:
+            acc2 = _accumulate(acc2, w2, x, DP4A)
+            w2 = _tile(packed_ptr, n_out + rows, cols, start + COLUMNS, packed_width, packed_width, 2 * n_out)
+    outliers = _further(_weighed(gathered, value), w_ptr, rows, n_out, width, index_ptr, value_ptr, count, OUTLIERS)
+    y = _scaled(tl.sum(acc, 1), outliers, x_absmax, w_absmax)
+    other = y
+    if GATED:
+        outliers = _further(
+            _weighed(gathered2, value), w_ptr, n_out + rows, 2 * n_out, width, index_ptr, value_ptr, count, OUTLIERS
+        )
+        other = _scaled(tl.sum(acc2, 1), outliers, x_absmax, w2_absmax)
+    _epilogue(y, other, rows, bias_ptr, residual_ptr, out_ptr, n_out, GATED, BIAS, RESIDUAL)
+
+
+def product(
+    x: torch.Tensor | SplitVector,
+    weight: torch.Tensor | Int8Weight,
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+    tile: Tile | None = None,
+) -> None:
+    """See `reference.product`. `tile` overrides the choice for measurements."""
+    rows, width = weight.shape
+    n_out = rows // 2 if gated else rows
+    flags = {"GATED": gated, "BIAS": bias is not None, "RESIDUAL": residual is not None}
+    if isinstance(x, SplitVector):
+        tile = tile or split_tile(n_out, width, gated)
+        dp4a = not INTERPRETED and width % 4 == 0
+        codes, packed = (x.codes.view(torch.int32), weight.codes.view(torch.int32)) if dp4a else (x.codes, weight.codes)
+        _split[(triton.cdiv(n_out, tile.rows),)](
+            codes, x.absmax, x.count, x.index, x.value, weight.codes, packed, weight.absmax, bias, residual, out, n_out,
+            width, ROWS=tile.rows, COLUMNS=tile.columns // 4 if dp4a else tile.columns, OUTLIERS=PADDING, DP4A=dp4a,
+            num_warps=tile.warps, **flags, **options(out.device),
+        )  # fmt: skip
+        return
+    int8 = isinstance(weight, Int8Weight)
+    codes, absmax = (weight.codes, weight.absmax) if int8 else (weight, None)
+    tile = tile or plain_tile(n_out, width, codes.itemsize, gated)
+    _plain[(triton.cdiv(n_out, tile.rows),)](
+        x, codes, absmax, bias, residual, out, n_out, width, ROWS=tile.rows, COLUMNS=tile.columns, INT8=int8,
+        num_warps=tile.warps, **flags, **options(out.device),
+    )  # fmt: skip
+
+
+def split_tile(n_out: int, width: int, gated: bool) -> Tile:
+    """Of those tried on one H100 at LLaMA-2-7B's shapes. One warp a program leaves room for most programs at once, so
+    that most of the first rows are on their way before the activations are there."""
+    if width < 2048:
+        return Tile(1 if gated else 2, max(512, triton.next_power_of_2(width)), 1)
+    return Tile(1 if gated else 2, 2048, 4 if gated else 1)
+
+
+def plain_tile(n_out: int, width: int, itemsize: int, gated: bool) -> Tile:
+    """As `split_tile`: 2.86 to 3.13 TB/s with FP16 weights, where cuBLAS reaches 2.04 to 2.78."""
+    if itemsize == 1:
+        return Tile(1 if gated else 2, 1024, 2)
+    if width < 2048:
+        return Tile(1 if gated else 2, 512, 2)
+    return Tile(1, 2048, 4) if gated or width > 8192 else Tile(2, 2048, 8)

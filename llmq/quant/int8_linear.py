@@ -1,0 +1,39 @@
+"""A linear layer over int8 codes, for models that run through transformers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llmq.kernels.backend import kernels_for
+from llmq.kernels.primitives import Int8Weight
+
+
+class Int8Linear(nn.Linear):
+    """`weight`: int8 (out, in); `absmax`: float32 (out,), no buffer, so that bytes of weights and of scales stay apart.
+    `threshold` None keeps the activations in 16 bit.
+
+    A subclass of `nn.Linear`, so that hooks find it among the linear layers.
+    """
+
+    def __init__(self, weight: Int8Weight, bias: nn.Parameter | None, threshold: float | None):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.codes, requires_grad=False)
+        self.bias, self.absmax, self.threshold = bias, weight.absmax, threshold
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, threshold: float | None) -> Int8Linear:
+        """The codes of `linear`, made on its device."""
+        w = linear.weight.data
+        made = Int8Weight(torch.empty_like(w, dtype=torch.int8), torch.empty(w.shape[0], device=w.device))
+        kernels_for(str(w.device))[0].quantize_rows(w, made)
+        return cls(made, linear.bias, threshold)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out); the rows of one call pool their outlier columns, as in bitsandbytes."""
+        kernels, _ = kernels_for(str(x.device))
+        rows = x.reshape(-1, self.in_features).contiguous()
+        weight = Int8Weight(self.weight.data, self.absmax)
+        y = kernels.linear_rows(rows, weight, bias=self.bias, threshold=self.threshold)
+        return y.view(*x.shape[:-1], self.out_features)

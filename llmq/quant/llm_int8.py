@@ -1,0 +1,75 @@
+"""LLM.int8() and int8 weight-only, our own: bitsandbytes' codes and scales, multiplied by `llmq.kernels`.
+
+Dettmers et al. 2022, "LLM.int8()", arXiv 2208.07339, section 3. With int8 weights the decomposition needs no second
+matrix: an outlier activation keeps its 16 bits and meets the same int8 weight as everybody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmq.errors import BadChoice
+from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, cast_parameters_, int8_bytes, non_head_linears
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class LlmInt8:
+    """`has_threshold`: LLM.int8(), int8 activations with outliers apart; without: activations stay in FP16."""
+
+    has_threshold: bool
+    dtype = "float16"  # bitsandbytes casts to FP16 before it quantizes, and the codes must be the same
+    lean_weights = "int8"
+    converts = True
+
+    @property
+    def default_threshold(self) -> float | None:
+        return DEFAULT_THRESHOLD if self.has_threshold else None
+
+    def check_threshold(self, threshold: float) -> None:
+        if not self.has_threshold:
+            raise BadChoice(f"int8-weight-only has no outlier threshold to set to {threshold}")
+
+    def arithmetic(self, device: str) -> str:
+        stored = "int8 linear weights, FP16 embedding, norms and head"
+        if not self.has_threshold:
+            return f"{stored}; FP16 activations, products summed in FP32"
+        return f"{stored}; int8 products summed exactly in integers; outliers keep FP16, summed with them"
+
+    def load_arguments(self, device: str) -> dict[str, Any]:
+        import torch
+
+        return {"dtype": torch.float16, "device_map": {"": device}}
+
+    def convert_(self, model: nn.Module, device: str) -> nn.Module:
+        """Replace every linear layer but the head by one over int8 codes."""
+        import torch
+
+        from llmq.quant.int8_linear import Int8Linear
+
+        cast_parameters_(model.to(device), torch.float16)
+        for name, linear in list(non_head_linears(model)):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Int8Linear.from_float(linear, self.default_threshold))
+        return model.eval()
+
+    def set_threshold(self, model: nn.Module, threshold: float) -> None:
+        self.check_threshold(threshold)
+        for linear in _int8_linears(model):
+            linear.threshold = threshold
+
+    def scale_bytes(self, model: nn.Module) -> int:
+        return sum(linear.absmax.nbytes for linear in _int8_linears(model))
+
+    def predict(self, meta_model: nn.Module) -> WeightBytes:
+        return int8_bytes(meta_model)
+
+
+def _int8_linears(model: nn.Module) -> Iterator[nn.Module]:
+    from llmq.quant.int8_linear import Int8Linear
+
+    return (module for module in model.modules() if isinstance(module, Int8Linear))

@@ -1,0 +1,100 @@
+"""Compile every kernel for GPUs that are not here. A program of its own: a process that interprets cannot compile.
+
+Prints one line a kernel and capability; ends with an error when one does not compile.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from llmq.kernels.triton import attention, choice, matrix, norm, product, quantize, rows  # noqa: E402,F401
+
+MODULES = {name: sys.modules[f"llmq.kernels.triton.{name}"] for name in (
+    "attention", "choice", "matrix", "norm", "product", "quantize", "rows")}  # fmt: skip
+DECODE, TENSOR_CORES = (75, 80, 90), (80, 90)  # int8 `tl.dot` does not compile for sm_75
+ALIGNED = {"width", "n_out"}  # multiples of 16 in every model the lean loop takes
+F16, F32, F64, I8, I32, I64 = "*fp16", "*fp32", "*fp64", "*i8", "*i32", "*i64"
+SPLIT = {"codes_ptr": I8, "absmax_ptr": F32, "count_ptr": I32, "index_ptr": I32, "value_ptr": F32}
+NEXT = {"next_count_ptr": I32, "next_index_ptr": I32, "next_value_ptr": F32}
+PRODUCT = {"w_ptr": F16, "out_ptr": F16, "n_out": "i32", "width": "i32"}
+PRODUCT8 = {"x_absmax_ptr": F32, "packed_ptr": I32, "residual_ptr": F16} | SPLIT | PRODUCT | {"w_ptr": I8}
+PART = dict.fromkeys(("heads", "groups", "width", "capacity", "parts", "part"), "i32") | {"scale": "fp32"}
+PART |= {"qkv_ptr": F16, "keys_ptr": F16, "values_ptr": F16, "rope_ptr": F32, "position_ptr": I64, "out_ptr": F16}
+PART |= {"sums_ptr": F32, "peaks_ptr": F32, "weights_ptr": F32}
+COMBINE = {"sums_ptr": F32, "peaks_ptr": F32, "weights_ptr": F32, "position_ptr": I64, "out_ptr": F16}
+COMBINE |= dict.fromkeys(("width", "parts", "part"), "i32")
+NORM = {"x_ptr": F16, "gain_ptr": F16, "out_ptr": F16, "width": "i32", "eps": "fp32", "threshold": "fp32"}
+ROWS8 = {"x_ptr": F16, "codes_ptr": I8, "x_absmax_ptr": F32, "w_ptr": I8, "absmax_ptr": F32, "columns_ptr": I32}
+ROWS8 |= {"count_ptr": I32, "xo_ptr": F16, "wo_ptr": F16, "out_ptr": F16, "rows": "i32", "n_out": "i32"}
+FLAGS = {"x_ptr": F16, "flags_ptr": I8, "absmax_ptr": F32, "width": "i32"}
+PLAIN = {"ROWS": 2, "COLUMNS": 2048, "BIAS": False, "RESIDUAL": False}
+DOT4 = {"ROWS": 2, "COLUMNS": 512, "OUTLIERS": 32, "DP4A": True, "BIAS": False, "RESIDUAL": True}
+
+# (module, kernel, argument types, constants, warps, compute capabilities); arguments in neither are None
+KERNELS = [
+    ("norm", "_norm_split", NORM, {"BLOCK": 4096, "SPLIT": False, "NEXT": False}, 16, DECODE),
+    ("norm", "_norm_split", NORM | SPLIT | NEXT, {"BLOCK": 4096, "SPLIT": True, "NEXT": True}, 32, DECODE),
+    ("norm", "_split", {"x_ptr": F16, "width": "i32", "threshold": "fp32"} | SPLIT, {"BLOCK": 16384, "SLICE": 1024}, 8,
+     DECODE),
+    ("product", "_plain", PRODUCT | {"x_ptr": F16}, PLAIN | {"INT8": False, "GATED": False}, 8, DECODE),
+    ("product", "_plain", PRODUCT | {"x_ptr": F16, "w_ptr": I8, "absmax_ptr": F32},
+     PLAIN | {"INT8": True, "GATED": True}, 4, DECODE),
+    ("product", "_split", PRODUCT8 | {"codes_ptr": I32}, DOT4 | {"GATED": False}, 1, DECODE),
+    ("product", "_split", PRODUCT8 | {"codes_ptr": I32}, DOT4 | {"GATED": True}, 4, DECODE),
+    ("attention", "_part", PART, {"HALF": 64, "WIDTH": 128, "BLOCK": 64, "ALONE": True}, 8, DECODE),
+    ("attention", "_part", PART, {"HALF": 64, "WIDTH": 128, "BLOCK": 64, "ALONE": False}, 4, DECODE),
+    ("attention", "_combine", COMBINE, {"PARTS": 16, "WIDTH": 128}, 4, DECODE),
+    ("choice", "_part", {"logits_ptr": F32, "peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "vocabulary": "i32"},
+     {"BLOCK": 1024}, 4, DECODE),
+    ("choice", "_settle", {"peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "token_ptr": I64, "chosen_ptr": F64,
+     "parts": "i32"}, {"PARTS": 32}, 4, DECODE),
+    ("quantize", "_quantize", {"w_ptr": F16, "codes_ptr": I8, "absmax_ptr": F32, "width": "i32"}, {"BLOCK": 2048}, 8,
+     DECODE),
+    ("rows", "_append", {"qkv_ptr": F16, "rope_ptr": F32, "queries_ptr": F16, "keys_ptr": F16, "values_ptr": F16}
+     | dict.fromkeys(("rows", "heads", "groups", "width", "capacity", "start"), "i32"), {"HALF": 64}, 1, DECODE),
+    ("rows", "_gate", {"x_ptr": F16, "out_ptr": F16, "inner": "i32"}, {"BLOCK": 1024}, 4, DECODE),
+    ("rows", "_survey", FLAGS | {"threshold": "fp32"}, {"BLOCK": 1024}, 4, DECODE),
+    ("rows", "_code", FLAGS | {"codes_ptr": I8, "columns_ptr": I32, "count_ptr": I32, "rows": "i32"},
+     {"BLOCK": 1024, "WHOLE": 16384}, 4, DECODE),
+    ("rows", "_gather", {"x_ptr": I8, "columns_ptr": I32, "count_ptr": I32, "out_ptr": F16, "width": "i32"},
+     {"GATHERED": 128}, 1, DECODE),
+    ("matrix", "_int8_linear", ROWS8 | {"width": "i32"}, {"ROWS": 128, "OUTPUTS": 256, "INPUTS": 128, "OUTLIERS": 32,
+     "GATHERED": 128, "NEIGHBOURS": 8, "BIAS": False}, 8, TENSOR_CORES),
+]  # fmt: skip
+
+
+def compiled(kernel, types: dict, constants: dict, warps: int, capability: int) -> str:
+    """The kernel's PTX."""
+    constants = {"PTX": True, "PADDING": 32, "OVERLAP": capability >= 90} | constants
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(i,): constants.get(name) for i, name in enumerate(names) if name not in types},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if types.get(name, "").startswith("*") or (name in ALIGNED and name in types)
+        },
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return made.asm["ptx"]
+
+
+def main() -> None:
+    for module, name, types, constants, warps, capabilities in KERNELS:
+        for capability in capabilities:
+            ptx = compiled(getattr(MODULES[module], name), types, constants, warps, capability)
+            marks = [mark for mark in ("dp4a", "griddepcontrol.wait", "wgmma.mma", "mma.sync") if mark in ptx]
+            print(f"{module}.{name} sm_{capability} {' '.join(marks)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Every Triton kernel, run by Triton's interpreter, against the reference: ugly shapes included.
+
+DP4A, the fast division and programmatic launch exist on a GPU only; `test_gpu_lean` runs those.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmq.kernels import reference
+from llmq.kernels.buffers import Cache, Partials, SplitVector
+from llmq.kernels.primitives import Int8Weight, int8_linear, quantize_rows
+
+fast = pytest.importorskip("llmq.kernels.triton", reason="triton is not installed", exc_type=ImportError)
+if not fast.norm.__globals__["INTERPRETED"]:
+    pytest.skip("Triton was imported to compile, not to interpret", allow_module_level=True)
+
+WIDTHS = [16, 96, 577, 1600]
+
+
+def vector(width: int, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(width, generator=torch.Generator().manual_seed(seed)).half()
+    x[width // 3], x[width - 1] = 50.0, -8.0
+    return x
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)).item()
+
+
+def contents(split: SplitVector) -> tuple:
+    """A split as plain values: its list of outliers is in no particular order."""
+    count = int(split.count)
+    outliers = sorted(zip(split.index[:count].tolist(), split.value[:count].tolist(), strict=True))
+    return split.codes.tolist(), split.absmax.item(), outliers
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm(width):
+    x, gain = vector(width), vector(width, seed=1).abs()
+    made, expected = torch.empty_like(x), torch.empty_like(x)
+    fast.norm(x, gain, 1e-5, made)
+    reference.norm(x, gain, 1e-5, expected)
+    assert difference(made, expected) < 1e-3
+    rows = torch.stack((x, 3 * x))
+    fast.norm(rows, gain, 1e-5, rows)
+    assert difference(rows[1], expected) < 1e-3
+
+
+@pytest.mark.parametrize("threshold", [6.0, 1.0, 0.0])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm_split_and_split(width, threshold):
+    x, gain = vector(width), torch.ones(width).half()
+    made, expected, after = (SplitVector.empty(width, "cpu") for _ in range(3))
+    after.count.fill_(3)
+    after.value.fill_(1)
+    fast.norm_split(x, gain, 1e-5, threshold, made, after)
+    reference.norm_split(x, gain, 1e-5, threshold, expected, SplitVector.empty(width, "cpu"))
+    assert contents(made) == contents(expected)
+    assert after.count.item() == 0 and not after.value[:32].any()
+    fast.split(x, threshold, after)
+    reference.split(x, threshold, expected)
+    assert contents(after) == contents(expected)
+
+
+def test_a_value_that_is_no_number_shows_in_the_product():
+    for bad in (float("nan"), float("inf")):
+        x, weight = vector(64), quantize_rows(torch.ones(8, 64))
+        x[5] = bad
+        split, out = SplitVector.empty(64, "cpu"), torch.zeros(8)
+        fast.split(x, 6.0, split)
+        fast.product(split, weight, out)
+        assert not out.isfinite().any()
+
+
+@pytest.mark.parametrize("extra", ["", "bias", "residual", "gated"])
+@pytest.mark.parametrize("kind", ["dense", "weight-only", "split"])
+@pytest.mark.parametrize(("rows", "width"), [(6, 16), (38, 577), (64, 1600)])
+def test_product(rows, width, kind, extra):
+    x = vector(width)
+    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(3)).half()
+    weight = weight if kind == "dense" else quantize_rows(weight)
+    if kind == "split":
+        split = SplitVector.empty(width, "cpu")
+        reference.split(x, 0.5 if width == 577 else 6.0, split)  # at 0.5 more outliers than one gather takes
+        assert (int(split.count) > 32) == (width == 577)
+        x = split
+    size = rows // 2 if extra == "gated" else rows
+    options = {"gated": True} if extra == "gated" else {extra: torch.randn(size)} if extra else {}
+    made, expected = torch.empty(size), torch.empty(size)
+    fast.product(x, weight, made, **options)
+    reference.product(x, weight, expected, **options)
+    assert difference(made, expected) < 1e-5
+
+
+@pytest.mark.parametrize("capacity", [200, 600])
+@pytest.mark.parametrize("position", [0, 1, 63, 64, 127, 128, 199])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 16), (3, 3, 24), (4, 1, 6)])
+def test_attend(heads, groups, width, position, capacity):
+    generator = torch.Generator().manual_seed(position)
+    caches = [Cache(*torch.randn(2, groups, capacity, width, generator=generator).half())]
+    caches.append(Cache(caches[0].keys.clone(), caches[0].values.clone()))
+    rope = torch.randn(capacity, width, generator=generator)
+    qkv = torch.randn((heads + 2 * groups) * width, generator=generator).half()
+    outs = [torch.empty(heads * width).half() for _ in range(2)]
+    for kernels, cache, out in zip((fast, reference), caches, outs, strict=True):
+        scratch = Partials.empty(heads, width, capacity, "cpu")
+        kernels.attend(qkv, cache, rope, torch.tensor([position]), out, scratch)
+    assert difference(*outs) < 1e-3
+    assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+
+
+def test_likeliest():
+    logits = 3 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    results = []
+    for kernels in (fast, reference):
+        token, chosen = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.float64)
+        kernels.likeliest(logits, token, chosen)
+        assert token.item() == chosen[0].item() == logits.argmax()
+        results.append(chosen[1].item())
+    assert results[0] == pytest.approx(results[1], abs=1e-6)
+    fast.likeliest(torch.where(torch.arange(5000) == 9, torch.nan, logits), token, chosen)
+    assert chosen[1].isnan()
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.3, 0.0])
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 64, 32), (7, 96, 50), (33, 160, 40)])
+def test_linear_rows(rows, width, outputs, threshold):
+    x = torch.stack([vector(width, seed) for seed in range(rows)])
+    weight, bias = quantize_rows(torch.randn(outputs, width).half()), torch.randn(outputs).half()
+    assert difference(fast.linear_rows(x, weight, threshold=threshold), int8_linear(x, weight, threshold)) < 1e-3
+    made, expected = (k.linear_rows(x, weight, bias=bias, threshold=threshold) for k in (fast, reference))
+    assert difference(made, expected) < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (50, 96), (7, 2049)])
+def test_quantize_rows(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).half()
+    weight[0] = 0
+    out = Int8Weight(torch.empty(shape, dtype=torch.int8), torch.empty(shape[0]))
+    fast.quantize_rows(weight, out)
+    expected = quantize_rows(weight)
+    assert torch.equal(out.codes, expected.codes) and torch.equal(out.absmax, expected.absmax)
+
+
+def test_rows_rotate_into_the_cache_and_gate():
+    heads, groups, width, rope = 4, 2, 6, torch.randn(50, 6)
+    qkv = torch.randn(7, (heads + 2 * groups) * width).half()
+    caches = [Cache(*torch.zeros(2, groups, 50, width).half()) for _ in range(2)]
+    results = [k.append_rows(qkv, cache, rope, 3) for k, cache in zip((fast, reference), caches, strict=True)]
+    for made, expected in zip(*results, strict=True):
+        assert made.shape == expected.shape and difference(made, expected) < 1e-3
+    assert difference(fast.gate_rows(qkv), reference.gate_rows(qkv)) < 1e-3

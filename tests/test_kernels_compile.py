@@ -1,0 +1,44 @@
+"""The kernels compile for GPUs that are not here, and hold the instructions they are written for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+PROGRAM = Path(__file__).with_name("compile_kernels.py")
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(PROGRAM)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def marks(lines: list[str], kernel: str, capability: int) -> list[set[str]]:
+    return [set(line.split()[2:]) for line in lines if line.startswith(f"{kernel} sm_{capability} ")]
+
+
+def test_every_decode_kernel_compiles_from_turing_to_hopper(lines):
+    kernels = {line.split()[0] for line in lines}
+    for capability in (75, 80, 90):
+        assert {k for k in kernels if marks(lines, k, capability)} >= kernels - {"matrix._int8_linear"}
+    assert not any("mma" in mark for line in lines if " sm_75 " in line for mark in line.split()[2:])
+
+
+def test_int8_products_are_integer_instructions(lines):
+    assert all("dp4a" in found for c in (75, 80, 90) for found in marks(lines, "product._split", c))
+    assert marks(lines, "matrix._int8_linear", 80) == [{"mma.sync"}]
+    assert marks(lines, "matrix._int8_linear", 90) == [{"wgmma.mma"}]
+
+
+def test_kernels_wait_for_each_other_where_they_may_overlap(lines):
+    for kernel in ("norm._norm_split", "norm._split", "product._plain", "product._split", "attention._part"):
+        assert all("griddepcontrol.wait" in found for found in marks(lines, kernel, 90))
+        assert not any("griddepcontrol.wait" in found for c in (75, 80) for found in marks(lines, kernel, c))

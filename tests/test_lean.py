@@ -1,0 +1,205 @@
+"""The lean loop against transformers: tiny LLaMAs of every supported kind, on a CPU, with the reference operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_llama
+
+from llmq.engine.architecture import Unsupported, architecture_of
+from llmq.engine.choice import choose_engines
+from llmq.engine.hf import HFEngine
+from llmq.engine.interface import Interrupted, capacity_for
+from llmq.engine.llama import LeanEngine
+from llmq.engine.llama_weights import load_weights
+from llmq.engine.sampling import SamplingSettings
+from llmq.errors import BadChoice, UserError
+from llmq.kernels import reference
+from llmq.quant import METHODS
+
+PROMPT = list(b"Hello LLaMA, how are you?")
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+KINDS = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "grouped": {"num_key_value_heads": 1},
+    "biased": {"attention_bias": True},
+    "llama3": {"rope_parameters": LLAMA3},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+}
+
+
+class ModelTensors:
+    """A transformers model as a source of tensors."""
+
+    def __init__(self, model):
+        self.tensors = dict(model.named_parameters())
+
+    def __contains__(self, name):
+        return name in self.tensors
+
+    def get(self, name, device):
+        return self.tensors[name].detach()
+
+
+def pair(method: str = "fp32", **changes) -> tuple[HFEngine, LeanEngine]:
+    """The same weights in both loops; FP32 for the dense methods, so that differences are bugs and not rounding."""
+    model = tiny_llama(torch.float32, intermediate_size=64, **changes)
+    handler, int8 = METHODS[method].handler, "int8" in method
+    architecture = architecture_of(model.config.to_dict())
+    dtype = torch.float16 if int8 else torch.float32
+    weights = load_weights(ModelTensors(model), architecture, dtype=dtype, int8=int8, device="cpu", kernels=reference)
+    lean = LeanEngine(weights, architecture, handler, "cpu", kernels=reference)
+    return HFEngine(handler.convert_(model, "cpu").requires_grad_(False).eval(), handler, "cpu"), lean
+
+
+def generate(engine, tokens: int = 12, **sampling) -> list[int]:
+    generation = engine.start(PROMPT, SamplingSettings(max_new_tokens=tokens, **sampling))
+    found = [generation.prefill().token_id, *(generation.step().token_id for _ in range(tokens - 1))]
+    generation.close()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_llama_computes_what_transformers_computes(kind):
+    hf, lean = pair(**KINDS[kind])
+    torch.testing.assert_close(lean.logits(PROMPT), hf.logits(PROMPT), rtol=1e-4, atol=1e-4)
+    assert generate(lean) == generate(hf)
+
+
+@pytest.mark.parametrize("method", ["llm-int8", "int8-weight-only"])
+def test_int8_in_the_lean_loop_is_int8_in_transformers(method):
+    hf, lean = pair(method)
+    rotary_buffers = 2 * 4 * 4
+    assert (lean.weight_bytes, lean.scale_bytes) == (hf.weight_bytes - rotary_buffers, hf.scale_bytes)
+    torch.testing.assert_close(lean.logits(PROMPT).float(), hf.logits(PROMPT).float(), rtol=0.02, atol=0.02)
+    assert generate(lean, 6) == generate(hf, 6)
+
+
+def test_sampling_draws_the_same_tokens_in_both_loops():
+    hf, lean = pair()
+    settings = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 5}
+    assert generate(lean, **settings) == generate(hf, **settings) != generate(lean, temperature=0.9, seed=6)
+
+
+def test_a_decoded_token_is_a_prefilled_token():
+    """The cache after a prompt and steps is the cache after the longer prompt."""
+    _, lean = pair("llm-int8")
+    tokens = generate(lean, 4)
+    longer = lean.start(PROMPT + tokens[:3], SamplingSettings(max_new_tokens=1))
+    assert longer.prefill().token_id == tokens[3]
+
+
+def test_the_threshold_moves_on_the_loaded_model():
+    _, lean = pair("llm-int8")
+    before = lean.logits(PROMPT)
+    lean.set_threshold(0.01)
+    assert not torch.equal(lean.logits(PROMPT), before)
+    lean.set_threshold(6.0)
+    assert torch.equal(lean.logits(PROMPT), before)
+    for method in ("fp16", "int8-weight-only"):
+        with pytest.raises(BadChoice, match="no outlier threshold"):
+            METHODS[method].handler.check_threshold(3.0)
+
+
+def test_a_long_prompt_can_be_given_up():
+    _, lean = pair()
+    asked = []
+    generation = lean.start(PROMPT, SamplingSettings())
+    with pytest.raises(Interrupted):
+        generation.prefill(lambda: asked.append(1) or len(asked) > 1)
+    assert len(asked) == 2
+
+
+def test_output_that_is_not_a_number_is_an_error_with_advice():
+    _, lean = pair()
+    lean.model.norm.fill_(float("nan"))
+    with pytest.raises(UserError, match="not a number.*bf16"):
+        lean.start(PROMPT, SamplingSettings()).prefill()
+
+
+def test_bytes_are_those_of_the_tensors():
+    _, lean = pair()
+    generation = lean.start(PROMPT, SamplingSettings(max_new_tokens=300))
+    assert generation.kv_bytes == 0
+    generation.prefill()
+    a = lean.architecture
+    assert generation.kv_bytes == 2 * a.layers * a.groups * a.width * capacity_for(len(PROMPT) + 300, a.context) * 4
+    generation.close()
+    assert generation.kv_bytes == 0
+    assert lean.read_bytes_per_token == lean.weight_bytes - lean.model.embedding.nbytes
+
+
+@pytest.mark.parametrize(("tokens", "room"), [(1, 256), (256, 256), (257, 512), (1000, 1000), (9000, 1000)])
+def test_room_doubles_up_to_the_context(tokens, room):
+    assert capacity_for(tokens, 1000) == room
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2'"),
+        ({"hidden_act": "gelu"}, "'gelu'"),
+        ({"mlp_bias": True}, "bias in the MLP"),
+        ({"model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 128}, "sliding"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"intermediate_size": 77}, "multiples of 16"),
+    ],
+)
+def test_what_the_lean_loop_cannot_compute_it_says(changes, reason):
+    config = tiny_llama(torch.float32).config.to_dict() | changes
+    with pytest.raises(Unsupported, match=reason):
+        architecture_of(config)
+    assert choose_engines("auto", ["fp16"], config, "cuda:0") == ["hf"]
+    with pytest.raises(BadChoice, match=reason):
+        choose_engines("lean", ["fp16"], config, "cuda:0")
+
+
+def test_old_configurations_are_read_too():
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+        "vocab_size": 99,
+    }
+    old = shape | {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
+    found = architecture_of(old)
+    assert (found.rope.theta, found.rope.factor, found.groups, found.width) == (5e5, 8.0, 4, 16)
+    assert architecture_of(shape | {"model_type": "qwen2"}).qkv_bias
+
+
+LEAN_CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+LEAN_CONFIG |= {"num_hidden_layers": 1, "vocab_size": 9}
+
+
+@pytest.mark.parametrize(
+    ("methods", "device", "expected"),
+    [
+        ("fp16,llm-int8", "cuda:0", "lean,lean"),
+        ("fp16,bnb-int8", "cuda:0", "hf,hf"),  # the same loop for both, so that their ratio means something
+        ("fp16,bnb-int8,llm-int8", "cuda:0", "lean,hf,lean"),
+        ("bf16,int8-weight-only,fp32", "cuda:0", "lean,lean,hf"),
+        ("fp16,llm-int8", "cpu", "hf,hf"),
+        ("llm-int8", "cuda:1", "lean"),
+    ],
+)
+def test_each_takes_the_best_loop_that_is_fair(methods, device, expected):
+    assert choose_engines("auto", methods.split(","), LEAN_CONFIG, device) == expected.split(",")
+
+
+def test_an_engine_by_hand():
+    assert choose_engines("hf", ["fp16", "llm-int8"], LEAN_CONFIG, "cuda:0") == ["hf", "hf"]
+    assert choose_engines("lean", ["fp16", "llm-int8"], LEAN_CONFIG, "cpu") == ["lean", "lean"]
+    with pytest.raises(BadChoice, match="bnb-int8 runs through transformers"):
+        choose_engines("lean", ["fp16", "bnb-int8"], LEAN_CONFIG, "cpu")
+    with pytest.raises(BadChoice, match="'fast'.*auto"):
+        choose_engines("fast", ["fp16"], LEAN_CONFIG, "cpu")
