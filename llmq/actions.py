@@ -124,18 +124,28 @@ def run_quality(options) -> int:
 
 
 def run_bench(options) -> int:
+    shared = {
+        "model": options.model,
+        "contestants": _contestants(options),
+        "device": _device(options),
+        "random_weights": options.random_weights,
+        "prompt_tokens": options.prompt_tokens,
+        "repeats": options.repeats,
+        "engine": options.engine,
+    }
+    if options.what == "prefill":
+        from llmq.bench.prefill import Bench, bench_prefill
+
+        columns = ("method", "engine", "seconds", "tokens_per_second", "workspace_bytes")
+        return _print_result(bench_prefill(Bench(**shared), _report), options, columns)
+    if options.what == "load":
+        from llmq.bench.load import Bench, bench_load
+
+        columns = ("method", "engine", "load_seconds", "ready_seconds", "weight_bytes", "peak_load_bytes")
+        return _print_result(bench_load(Bench(**shared), _report), options, columns)
     from llmq.bench.decode import DecodeBench, bench_decode
 
-    bench = DecodeBench(
-        model=options.model,
-        contestants=_contestants(options),
-        device=_device(options),
-        random_weights=options.random_weights,
-        prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-        repeats=options.repeats,
-        engine=options.engine,
-    )
+    bench = DecodeBench(**shared, new_tokens=options.new_tokens)
     columns = (
         "method",
         "engine",
@@ -189,7 +199,7 @@ def _print_result(result: dict, options, columns: tuple[str, ...]) -> int:
         return 0
     print("  ".join(f"{column:>20}" for column in columns))
     for row in result["results"]:
-        cells = (row[column] for column in columns)
+        cells = ("-" if row[column] is None else row[column] for column in columns)
         print("  ".join(f"{cell:>20,.5g}" if isinstance(cell, float) else f"{cell:>20}" for cell in cells))
     return 0
 

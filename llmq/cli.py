@@ -113,7 +113,7 @@ def _add_bench(commands) -> None:
     parser = _command(
         commands, "bench", actions.run_bench, "repeatable speed and memory figures, one method after the other"
     )
-    parser.add_argument("what", choices=["decode"])
+    parser.add_argument("what", choices=["decode", "prefill", "load"])
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8")
     _add_engine(parser)

@@ -33,7 +33,7 @@ COMBINE |= dict.fromkeys(("width", "parts", "part"), "i32")
 NORM = {"x_ptr": F16, "gain_ptr": F16, "out_ptr": F16, "width": "i32", "eps": "fp32", "threshold": "fp32"}
 ROWS8 = {"x_ptr": F16, "codes_ptr": I8, "x_absmax_ptr": F32, "w_ptr": I8, "absmax_ptr": F32, "columns_ptr": I32}
 ROWS8 |= {"count_ptr": I32, "xo_ptr": F16, "wo_ptr": F16, "out_ptr": F16, "rows": "i32", "n_out": "i32"}
-FLAGS = {"x_ptr": F16, "flags_ptr": I8, "absmax_ptr": F32, "width": "i32"}
+NOTED = {"x_ptr": F16, "marks_ptr": I8, "absmax_ptr": F32, "width": "i32"}
 PLAIN = {"ROWS": 2, "COLUMNS": 2048, "BIAS": False, "RESIDUAL": False}
 DOT4 = {"ROWS": 2, "COLUMNS": 512, "OUTLIERS": 32, "DP4A": True, "BIAS": False, "RESIDUAL": True}
 
@@ -58,15 +58,18 @@ KERNELS = [
     ("quantize", "_quantize", {"w_ptr": F16, "codes_ptr": I8, "absmax_ptr": F32, "width": "i32"}, {"BLOCK": 2048}, 8,
      DECODE),
     ("rows", "_append", {"qkv_ptr": F16, "rope_ptr": F32, "queries_ptr": F16, "keys_ptr": F16, "values_ptr": F16}
-     | dict.fromkeys(("rows", "heads", "groups", "width", "capacity", "start"), "i32"), {"HALF": 64}, 1, DECODE),
-    ("rows", "_gate", {"x_ptr": F16, "out_ptr": F16, "inner": "i32"}, {"BLOCK": 1024}, 4, DECODE),
-    ("rows", "_survey", FLAGS | {"threshold": "fp32"}, {"BLOCK": 1024}, 4, DECODE),
-    ("rows", "_code", FLAGS | {"codes_ptr": I8, "columns_ptr": I32, "count_ptr": I32, "rows": "i32"},
-     {"BLOCK": 1024, "WHOLE": 16384}, 4, DECODE),
-    ("rows", "_gather", {"x_ptr": I8, "columns_ptr": I32, "count_ptr": I32, "out_ptr": F16, "width": "i32"},
-     {"GATHERED": 128}, 1, DECODE),
+     | dict.fromkeys(("rows", "heads", "groups", "width", "capacity", "start"), "i32"), {"HEADS": 16, "HALF": 64}, 4,
+     DECODE),
+    ("rows", "_gate", {"x_ptr": F16, "out_ptr": F16, "marks_ptr": I8, "absmax_ptr": F32, "inner": "i32",
+     "threshold": "fp32"}, {"BLOCK": 2048, "NOTE": True}, 8, DECODE),
+    ("rows", "_norm", NORM | {"marks_ptr": I8, "absmax_ptr": F32}, {"BLOCK": 4096, "NOTE": True}, 8, DECODE),
+    ("rows", "_survey", NOTED | {"threshold": "fp32"}, {"BLOCK": 4096}, 4, DECODE),
+    ("rows", "_code", NOTED | {"codes_ptr": I8, "columns_ptr": I32, "count_ptr": I32, "rows": "i32"},
+     {"BLOCK": 4096, "WHOLE": 16384}, 8, DECODE),
+    ("rows", "_gather", {"x_ptr": F16, "w_ptr": I8, "columns_ptr": I32, "count_ptr": I32, "xo_ptr": F16,
+     "wo_ptr": F16, "rows": "i32", "width": "i32"}, {"GATHERED": 128}, 1, DECODE),
     ("matrix", "_int8_linear", ROWS8 | {"width": "i32"}, {"ROWS": 128, "OUTPUTS": 256, "INPUTS": 128, "OUTLIERS": 32,
-     "GATHERED": 128, "NEIGHBOURS": 8, "BIAS": False}, 8, TENSOR_CORES),
+     "GATHERED": 128, "NEIGHBOURS": 8, "BIAS": False, "RESIDUAL": True}, 8, TENSOR_CORES),
 ]  # fmt: skip
 
 

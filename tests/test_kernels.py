@@ -10,7 +10,7 @@ import torch
 
 from llmq.kernels import reference
 from llmq.kernels.buffers import Cache, Partials, SplitVector
-from llmq.kernels.primitives import Int8Weight, int8_linear, quantize_rows
+from llmq.kernels.primitives import Int8Weight, int8_linear, quantize_rows, split_rows
 
 fast = pytest.importorskip("llmq.kernels.triton", reason="triton is not installed", exc_type=ImportError)
 if not fast.norm.__globals__["INTERPRETED"]:
@@ -43,9 +43,8 @@ def test_norm(width):
     fast.norm(x, gain, 1e-5, made)
     reference.norm(x, gain, 1e-5, expected)
     assert difference(made, expected) < 1e-3
-    rows = torch.stack((x, 3 * x))
-    fast.norm(rows, gain, 1e-5, rows)
-    assert difference(rows[1], expected) < 1e-3
+    rows = torch.stack((3 * x, x))
+    assert difference(fast.norm_rows(rows, gain, 1e-5, None, None).x[1], expected) < 1e-3
 
 
 @pytest.mark.parametrize("threshold", [6.0, 1.0, 0.0])
@@ -129,9 +128,35 @@ def test_likeliest():
 def test_linear_rows(rows, width, outputs, threshold):
     x = torch.stack([vector(width, seed) for seed in range(rows)])
     weight, bias = quantize_rows(torch.randn(outputs, width).half()), torch.randn(outputs).half()
-    assert difference(fast.linear_rows(x, weight, threshold=threshold), int8_linear(x, weight, threshold)) < 1e-3
-    made, expected = (k.linear_rows(x, weight, bias=bias, threshold=threshold) for k in (fast, reference))
-    assert difference(made, expected) < 1e-3
+    exact = int8_linear(x, weight, threshold)
+    sum_before = torch.randn(rows, outputs).half()
+    for kernels in (fast, reference):
+        noted = kernels.plain_rows(x, threshold, torch.zeros(width + 3, dtype=torch.int8))
+        assert difference(kernels.linear_rows(noted, weight), exact) < 1e-3
+        assert difference(kernels.linear_rows(noted, weight, bias=bias), exact + bias) < 1e-3
+        total = sum_before.clone()
+        assert kernels.linear_rows(noted, weight, residual=total) is total
+        assert difference(total, exact + sum_before) < 1e-3
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.3, 0.0])
+def test_rows_note_their_outliers_while_they_are_written(threshold):
+    x = torch.stack([vector(576, seed) for seed in range(5)])
+    gain, gate_up = vector(576).abs(), torch.cat((x, 4 * x), 1)
+    weight = quantize_rows(torch.randn(32, 576).half())
+    for made, expected in (
+        (fast.norm_rows(x, gain, 1e-5, threshold, marks()), reference.norm_rows(x, gain, 1e-5, threshold, None)),
+        (fast.gate_rows(gate_up, threshold, marks()), reference.gate_rows(gate_up, threshold, None)),
+    ):
+        assert difference(made.x, expected.x) < 1e-3
+        split = split_rows(made.x, threshold)
+        assert made.marks.nonzero().view(-1).tolist() == split.columns.tolist()
+        assert torch.equal(made.absmax, split.absmax)
+        assert difference(fast.linear_rows(made, weight), int8_linear(made.x, weight, threshold)) < 1e-3
+
+
+def marks() -> torch.Tensor:
+    return torch.zeros(600, dtype=torch.int8)
 
 
 @pytest.mark.parametrize("shape", [(3, 16), (50, 96), (7, 2049)])
@@ -151,4 +176,5 @@ def test_rows_rotate_into_the_cache_and_gate():
     results = [k.append_rows(qkv, cache, rope, 3) for k, cache in zip((fast, reference), caches, strict=True)]
     for made, expected in zip(*results, strict=True):
         assert made.shape == expected.shape and difference(made, expected) < 1e-3
-    assert difference(fast.gate_rows(qkv), reference.gate_rows(qkv)) < 1e-3
+    gated, expected = (k.gate_rows(qkv, None, None).x for k in (fast, reference))
+    assert difference(gated, expected) < 1e-3

@@ -9,75 +9,39 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmq import memory
+from llmq.bench.setup import Bench, read_bandwidth, require_whole
 from llmq.contestants import Contestant
-from llmq.engine.choice import choose_engines
 from llmq.engine.interface import Engine, capacity_for
 from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
-from llmq.environment import describe
-from llmq.errors import BadChoice
-from llmq.models.loading import Source, ids_within, load_config, load_tokenizer, prepare, resolve
-
-BANDWIDTH_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
-BANDWIDTH_REPEATS = 9
+from llmq.models.loading import Source, load_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeBench:
-    """What to measure. The prompt is `prompt_tokens` tokens of a fixed text, fed as they are."""
+class DecodeBench(Bench):
+    """The prompt is `prompt_tokens` tokens of a fixed text, fed as they are; `new_tokens` follow."""
 
-    model: str = "demo"
-    contestants: tuple[Contestant, ...]
-    device: str = "cpu"
-    random_weights: bool = False
-    prompt_tokens: int = 64
     new_tokens: int = 64
-    repeats: int = 5
-    engine: str = "auto"
 
     def __post_init__(self):
-        for name in ("prompt_tokens", "new_tokens", "repeats"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < (2 if name == "new_tokens" else 1):
-                raise BadChoice(f"{name} is {value!r}; choose a whole number of at least 1 (2 for new_tokens)")
+        super().__post_init__()
+        require_whole("new_tokens", self.new_tokens, 2)
 
 
 def bench_decode(bench: DecodeBench, report: Callable[[str], None] = lambda line: None) -> dict:
     """Run `bench`; the result has the stable keys of `bench --json`. `report` gets a line per finished method."""
-    source = resolve(bench.model, random_weights=bench.random_weights)
-    for progress in prepare(source):
-        report(progress.message)
-    config = load_config(source)
-    prompt_ids = ids_within(config, fixed_prompt(load_tokenizer(source), bench.prompt_tokens))
+    setup = bench.prepare(report)
     bandwidth = read_bandwidth(bench.device)
     results = []
-    methods = [contestant.method for contestant in bench.contestants]
-    # One after the other and each labelled with its loop: each takes the best it has, also where there are two.
-    loops = [choose_engines(bench.engine, [method], config.to_dict(), bench.device)[0] for method in methods]
-    for contestant, loop in zip(bench.contestants, loops, strict=True):
-        key = Key(source, contestant.label, contestant.method, bench.device, loop)
-        results.append(_measure(bench, key, contestant, prompt_ids, bandwidth))
+    for contestant, key in setup.entries:
+        results.append(_measure(bench, key, contestant, setup.prompt_ids, bandwidth))
         report(f"{contestant.label}: {results[-1]['tokens_per_second']:.2f} tok/s")
-    return {
-        "kind": "decode",
-        "device": bench.device,
-        "model": bench.model,
-        "conditions": {
-            "random_weights": bench.random_weights,
-            "prompt_tokens": bench.prompt_tokens,
-            "new_tokens": bench.new_tokens,
-            "repeats": bench.repeats,
-            "batch": 1,
-            "schedule": "in-turn",
-            **describe(bench.device, source),
-        },
-        "read_bandwidth_bytes_per_second": bandwidth,
-        "results": results,
-    }
+    conditions = {"new_tokens": bench.new_tokens, "schedule": "in-turn"}
+    return bench.result("decode", setup, results, **conditions) | {"read_bandwidth_bytes_per_second": bandwidth}
 
 
 def _measure(bench: DecodeBench, key: Key, contestant: Contestant, prompt_ids: list[int], bandwidth: float) -> dict:
@@ -170,33 +134,3 @@ def _allocation(engine: Engine, source: Source, prompt_ids: list[int]) -> dict:
     after = torch.cuda.memory_allocated(engine.device)
     generation.close()
     return found | {"allocated_bytes": after, "library_workspace_bytes": before - after}
-
-
-def fixed_prompt(tokenizer, tokens: int) -> list[int]:
-    """The first `tokens` token ids of the reference text."""
-    from llmq.bench.quality import reference_text
-
-    ids = tokenizer(reference_text()[: 20 * tokens + 200], add_special_tokens=False)["input_ids"]
-    if len(ids) < tokens:
-        raise BadChoice(f"prompt_tokens is {tokens}; the reference text gives {len(ids)}")
-    return ids[:tokens]
-
-
-def read_bandwidth(device: str) -> float:
-    """Bytes per second this device reads from memory: the median time to sum a tensor much larger than its caches."""
-    import torch
-
-    cuda = device.startswith("cuda")
-    data = torch.ones(BANDWIDTH_BYTES["cuda" if cuda else "cpu"] // 4, dtype=torch.float32, device=device)
-    return data.nbytes / statistics.median(list(_sum_seconds(data, cuda))[2:])
-
-
-def _sum_seconds(data, cuda: bool) -> Iterator[float]:
-    import torch
-
-    for _ in range(BANDWIDTH_REPEATS + 2):  # the first two warm up
-        if cuda:
-            torch.cuda.synchronize(data.device)
-        started = time.perf_counter()
-        data.sum().item()
-        yield time.perf_counter() - started

@@ -104,8 +104,8 @@ class LeanEngine:
         tokens = torch.tensor(ids, device=self.device)
         rope = rope_table(a, len(ids), self.device)
         hidden = read_prompt(self.model, a, self.kernels, tokens, caches, rope, threshold=self.threshold)
-        self.kernels.norm(hidden, self.model.norm, a.eps, hidden)
-        return self.kernels.linear_rows(hidden, self.model.head)
+        rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, None, None)
+        return self.kernels.linear_rows(rows, self.model.head)
 
 
 def _draw_of(settings: SamplingSettings) -> tuple:

@@ -33,17 +33,19 @@ def read_prompt(
     """
     a = architecture
     hidden = weights.embedding[ids]
-    normed = torch.empty_like(hidden)
+    widest = max(a.hidden, a.inner, a.heads * a.width)
+    marks = iter(torch.zeros(4 * a.layers, widest, dtype=torch.int8, device=ids.device))
     for layer, cache in zip(weights.layers, caches, strict=True):
         if stopped and stopped():
             raise Interrupted
-        kernels.norm(hidden, layer.attention_norm, a.eps, normed)
-        qkv = kernels.linear_rows(normed, layer.qkv, bias=layer.qkv_bias, threshold=threshold)
+        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, threshold, next(marks))
+        qkv = kernels.linear_rows(rows, layer.qkv, bias=layer.qkv_bias)
         attended = _attend(*kernels.append_rows(qkv, cache, rope, 0))
-        hidden += kernels.linear_rows(attended, layer.output, bias=layer.output_bias, threshold=threshold)
-        kernels.norm(hidden, layer.mlp_norm, a.eps, normed)
-        inner = kernels.gate_rows(kernels.linear_rows(normed, layer.gate_up, threshold=threshold))
-        hidden += kernels.linear_rows(inner, layer.down, threshold=threshold)
+        rows = kernels.plain_rows(attended, threshold, next(marks))
+        kernels.linear_rows(rows, layer.output, bias=layer.output_bias, residual=hidden)
+        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, threshold, next(marks))
+        rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), threshold, next(marks))
+        kernels.linear_rows(rows, layer.down, residual=hidden)
     return hidden
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from llmq.kernels import primitives
-from llmq.kernels.buffers import PADDING, Cache, Partials, SplitVector
+from llmq.kernels.buffers import PADDING, Cache, Partials, Rows, SplitVector
 from llmq.kernels.primitives import Int8Weight, split_rows
 
 Weight = torch.Tensor | Int8Weight
@@ -147,26 +147,50 @@ def append_rows(
     return rotated[:-groups], cache.keys[:, :stop], cache.values[:, :stop]
 
 
+def plain_rows(x: torch.Tensor, threshold: float | None, marks: torch.Tensor | None) -> Rows:
+    """`x` (rows, in) as it is. `marks`: int8, zeros, at least `in` of them, for implementations that note outliers."""
+    return Rows(x, threshold)
+
+
+def norm_rows(
+    x: torch.Tensor, gain: torch.Tensor, eps: float, threshold: float | None, marks: torch.Tensor | None
+) -> Rows:
+    """`norm` of several tokens, (rows, width)."""
+    out = torch.empty_like(x)
+    norm(x, gain, eps, out)
+    return Rows(out, threshold)
+
+
+def gate_rows(gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None) -> Rows:
+    """(rows, 2·inner) -> (rows, inner): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, -1)
+    return Rows(functional.silu(gate) * up, threshold)
+
+
 def linear_rows(
-    x: torch.Tensor, weight: Weight, *, bias: torch.Tensor | None = None, threshold: float | None = None
+    rows: Rows, weight: Weight, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(rows, in) -> (rows, out) in the type of `x`. A threshold makes an int8 weight LLM.int8(), None weight-only."""
+    """(rows, in) -> (rows, out) [+ bias] in the type of the input; with `residual`, added to it in place.
+
+    An int8 weight is LLM.int8() for rows with a threshold and weight-only for those without.
+    """
+    x = rows.x
     if not isinstance(weight, Int8Weight):
-        return functional.linear(x, weight, bias)
-    if threshold is None:
-        return functional.linear(x, weight.dequantized(x.dtype), bias)
+        y = functional.linear(x, weight, bias)
+    elif rows.threshold is None:
+        y = functional.linear(x, weight.dequantized(x.dtype), bias)
+    else:
+        y = _int8_rows(x, weight, bias, rows.threshold)
+    return y if residual is None else residual.add_(y)
+
+
+def _int8_rows(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, threshold: float) -> torch.Tensor:
     split = split_rows(x, threshold)
     y = _integer_product(split.codes, weight.codes).mul_(split.absmax[:, None]).mul_(weight.absmax / 127**2)
     if len(split.columns):
         outliers = weight.codes[:, split.columns].float() * (weight.absmax / 127)[:, None]
         y.addmm_(x[:, split.columns].float(), outliers.T)
     return (y if bias is None else y + bias).to(x.dtype)
-
-
-def gate_rows(gate_up: torch.Tensor) -> torch.Tensor:
-    """(rows, 2·inner) -> (rows, inner): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
-    gate, up = gate_up.chunk(2, -1)
-    return functional.silu(gate) * up
 
 
 def _integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -35,5 +35,6 @@ class Int8Linear(nn.Linear):
         kernels, _ = kernels_for(str(x.device))
         rows = x.reshape(-1, self.in_features).contiguous()
         weight = Int8Weight(self.weight.data, self.absmax)
-        y = kernels.linear_rows(rows, weight, bias=self.bias, threshold=self.threshold)
+        marks = torch.zeros(self.in_features, dtype=torch.int8, device=x.device)
+        y = kernels.linear_rows(kernels.plain_rows(rows, self.threshold, marks), weight, bias=self.bias)
         return y.view(*x.shape[:-1], self.out_features)

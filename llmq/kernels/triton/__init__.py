@@ -6,7 +6,7 @@ from llmq.kernels.triton.matrix import linear_rows
 from llmq.kernels.triton.norm import norm, norm_split, split
 from llmq.kernels.triton.product import product
 from llmq.kernels.triton.quantize import quantize_rows
-from llmq.kernels.triton.rows import append_rows, gate_rows
+from llmq.kernels.triton.rows import append_rows, gate_rows, norm_rows, plain_rows
 
 __all__ = [
     "append_rows",
@@ -15,7 +15,9 @@ __all__ = [
     "likeliest",
     "linear_rows",
     "norm",
+    "norm_rows",
     "norm_split",
+    "plain_rows",
     "product",
     "quantize_rows",
     "split",

@@ -95,9 +95,6 @@ def _norm_split(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
-    row = tl.program_id(0).to(tl.int64)  # 0, but for `norm`
-    x_ptr += row * width
-    out_ptr += row * width
     at = tl.arange(0, BLOCK)
     inside = at < width
     gain = tl.load(gain_ptr + at, mask=inside, other=0.0)
@@ -121,7 +118,7 @@ def _norm_split(
 
 
 def norm(x: torch.Tensor, gain: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """See `reference.norm`; `x` is contiguous, (width,) or (rows, width)."""
+    """See `reference.norm`; `x` is one token's, (width,)."""
     _normalise(x, gain, eps, 0.0, out, None, None)
 
 
@@ -136,7 +133,7 @@ def _normalise(x, gain, eps: float, threshold: float, out, parts: SplitVector | 
     width = x.shape[-1]
     places = (parts.codes, parts.absmax, parts.count, parts.index, parts.value) if parts else (None,) * 5
     emptied = (empty.count, empty.index, empty.value) if empty else (None,) * 3
-    _norm_split[(x.numel() // width,)](
+    _norm_split[(1,)](
         x, gain, out, *places, *emptied, width, eps, float(threshold),
         BLOCK=triton.next_power_of_2(width), SPLIT=parts is not None, NEXT=empty is not None, PTX=not INTERPRETED,
         PADDING=PADDING, num_warps=4 if width <= 2048 else 32 if parts else 16, **options(x.device),

@@ -1,0 +1,161 @@
+"""The lean loop on a real GPU: graphs, the instructions an interpreter does not have, and bitsandbytes' own kernels.
+
+Run with LLMQ_TEST_GPU=1, so that Triton compiles instead of interpreting.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from llmq.contestants import Contestant
+from llmq.engine.residents import Key, Residents
+from llmq.engine.sampling import SamplingSettings
+from llmq.kernels import reference
+from llmq.kernels.primitives import Int8Weight
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not os.environ.get("LLMQ_TEST_GPU"), reason="Triton interprets without LLMQ_TEST_GPU=1"),
+]
+GPU = "cuda:0"
+SHAPES = [(12288, 4096), (4096, 11008), (576, 1536), (192, 576)]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from llmq.kernels.backend import kernels_for
+
+    found, slower = kernels_for(GPU)
+    assert slower == ""
+    return found
+
+
+@pytest.fixture(scope="module")
+def residents():
+    return Residents()
+
+
+def engine(residents, source, method: str, loop: str):
+    found, _ = residents.get(Key(source, Contestant.parse(method).label, method, GPU, loop))
+    return found
+
+
+def generate(engine, ids: list[int], tokens: int, **sampling) -> list[int]:
+    generation = engine.start(ids, SamplingSettings(max_new_tokens=tokens, **sampling))
+    found = [generation.prefill().token_id, *(generation.step().token_id for _ in range(tokens - 1))]
+    generation.close()
+    return found
+
+
+def reference_ids(source, tokens: int) -> list[int]:
+    from llmq.bench.setup import fixed_prompt
+    from llmq.models.loading import load_tokenizer
+
+    return fixed_prompt(load_tokenizer(source), tokens)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 512])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_layer_is_bitsandbytes_layer(shape, rows, kernels):
+    """Weight codes and scales bit for bit, activation codes bit for bit, outlier sets, and the output."""
+    import bitsandbytes as bnb
+
+    generator = torch.Generator(GPU).manual_seed(rows)
+    weight = (0.02 * torch.randn(shape, device=GPU, generator=generator)).half()
+    made = Int8Weight(torch.empty(shape, dtype=torch.int8, device=GPU), torch.empty(shape[0], device=GPU))
+    kernels.quantize_rows(weight, made)
+    codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight)
+    assert torch.equal(made.codes, codes) and torch.equal(made.absmax, scales)
+    linear = bnb.nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False, threshold=6.0)
+    linear.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    linear = linear.to(GPU).eval()
+    x = torch.randn(rows, shape[1], device=GPU, generator=generator).half()
+    x[:, [3, 77, shape[1] - 1]] *= 20
+    x[-1, 100] = 6.0
+    expected, own = linear(x), multiply(kernels, x, made)
+    assert set(linear.state.idx.tolist()) == outliers(kernels, x, made)
+    assert (own.float() - expected.float()).norm() / expected.float().norm() < 2e-3
+    if rows == 1:
+        exact = torch.empty(1, shape[0], device=GPU)
+        reference.product(split_vector(kernels, x), made, exact[0])
+        assert (own.float() - exact).norm() / exact.norm() < 3e-4  # FP16 rounding of the output
+
+
+def noted(kernels, x):
+    return kernels.plain_rows(x, 6.0, torch.zeros(x.shape[1], dtype=torch.int8, device=GPU))
+
+
+def multiply(kernels, x, weight) -> torch.Tensor:
+    """One row the way decode does it, several the way a prompt goes."""
+    if len(x) > 1:
+        return kernels.linear_rows(noted(kernels, x), weight)
+    out = torch.empty(1, weight.shape[0], dtype=torch.float16, device=GPU)
+    kernels.product(split_vector(kernels, x), weight, out[0])
+    return out
+
+
+def split_vector(kernels, x):
+    from llmq.kernels.buffers import SplitVector
+
+    made = SplitVector.empty(x.shape[1], GPU)
+    kernels.split(x[0], 6.0, made)
+    return made
+
+
+def outliers(kernels, x, weight) -> set[int]:
+    if len(x) == 1:
+        made = split_vector(kernels, x)
+        return set(made.index[: int(made.count)].tolist())
+    return set(noted(kernels, x).marks.nonzero().view(-1).tolist())
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("method", ["fp16", "llm-int8"])
+def test_the_graph_replays_what_the_kernels_compute_for_500_tokens(method, demo, residents, monkeypatch):
+    from llmq.engine.llama import _Runner
+
+    lean, ids = engine(residents, demo, method, "lean"), reference_ids(demo, 40)
+    replayed = generate(lean, ids, 500)
+    monkeypatch.setattr(_Runner, "step", _Runner._step)
+    assert replayed == generate(lean, ids, 500)
+
+
+@pytest.mark.demo
+def test_sampling_in_the_graph_repeats_with_its_seed(demo, residents):
+    lean, ids = engine(residents, demo, "fp16", "lean"), reference_ids(demo, 40)
+    drawn = [generate(lean, ids, 40, temperature=0.9, top_k=50, top_p=0.95, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.demo
+def test_fp16_agrees_with_transformers_under_teacher_forcing(demo, residents):
+    """Mean KL of at most 1e-3 and the same likeliest token at 99 % of positions, over 2,048 tokens."""
+    ids = reference_ids(demo, 2048)
+    scores = []
+    for start in range(0, len(ids), 512):
+        hf, lean = (
+            engine(residents, demo, "fp16", loop).logits(ids[start : start + 512]).float().log_softmax(-1)
+            for loop in ("hf", "lean")
+        )
+        scores.append(torch.stack(((hf.exp() * (hf - lean)).sum(-1), (hf.argmax(-1) == lean.argmax(-1)).float())))
+    divergence, agreement = torch.cat(scores, 1).mean(1).tolist()
+    print(f"KL {divergence:.2e}, top-1 agreement {agreement:.4f}")
+    assert divergence <= 1e-3 and agreement >= 0.99
+
+
+@pytest.mark.demo
+def test_decode_steps_agree_with_the_prompt_path(demo, residents):
+    """Step by step through DP4A and split attention, or all at once: the same distributions up to rounding."""
+    ids, lean = reference_ids(demo, 300), engine(residents, demo, "fp16", "lean")
+    generation = lean.start(ids[:200], SamplingSettings(max_new_tokens=100))
+    generation.prefill()
+    expected, decoder = lean.logits(ids).float(), generation._runner.decoder
+    for place in range(200, 299):
+        decoder.token.fill_(ids[place])
+        generation._runner.step()
+        p, q = decoder.logits.log_softmax(-1), expected[place].log_softmax(-1)
+        assert (q.exp() * (q - p)).sum() < 5e-3
