@@ -36,7 +36,9 @@ def on_shared_gpu(function):
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="FP16 and int8 LLaMA side by side, in a browser.")
     parser.add_argument("--model", help="a preset, a hub id or a local folder (default: chosen for this machine)")
-    parser.add_argument("--methods", default="fp16,bnb-int8", help="two or three, comma-separated")
+    parser.add_argument(
+        "--methods", help="two or three, comma-separated (default: fp16,bnb-int8; on a GPU and llm-int8)"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.add_argument("--host", default="0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
     parser.add_argument("--port", type=int, default=7860)
@@ -55,6 +57,7 @@ def make_session(options: argparse.Namespace, run=run_job) -> Session:
     quiet_libraries()
     device = device_named(options.device)
     choice = choose_model(options.model, device)
+    methods = options.methods or ("fp16,bnb-int8,llm-int8" if device.startswith("cuda") else "fp16,bnb-int8")
     resolve(choice.model)
     return Session(
         run=run,
@@ -63,7 +66,7 @@ def make_session(options: argparse.Namespace, run=run_job) -> Session:
         device_label=device_label(device),
         model=choice.model,
         model_reason=choice.reason,
-        methods=tuple(Contestant.parse(name).label for name in options.methods.split(",")),
+        methods=tuple(Contestant.parse(name).label for name in methods.split(",")),
         recorded_runs={path.stem: path for path in sorted(RUNS.glob("*.jsonl"))},
     )
 

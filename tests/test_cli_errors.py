@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_one_line_too(options, words, run, tiny_folder):
         (["bench", "everything"], ["'everything'", "decode"]),
         (["compare"], ["prompt"]),
         (["bench", "decode", "--repeats", "0"], ["repeats", "0", "at least 1"]),
-        (["bench", "decode", "--new-tokens", "1"], ["new_tokens", "1", "at least 1"]),
+        (["bench", "decode", "--new-tokens", "1"], ["new_tokens", "1", "at least 2"]),
         (["bench", "decode", "--methods", "int3"], ["'int3'", *METHODS]),
         (["quality", "--text", "/nowhere/at/all"], ["/nowhere/at/all"]),
         (["quality", "--methods", "int3"], ["'int3'", *METHODS]),

@@ -17,9 +17,11 @@ def planned(*names: str, device: str = "cpu") -> Planned:
     return Planned(schedule="in-turn", reason="", prompt_tokens=3, predicted_bytes=sizes, free_bytes=9, device=device)
 
 
-def lane(name: str, *, speed: float = 10.0, megabytes: int = 200, ids=SAME, failed: str = "") -> list[Event]:
+def lane(
+    name: str, *, speed: float = 10.0, megabytes: int = 200, ids=SAME, failed: str = "", engine: str = "hf"
+) -> list[Event]:
     events: list[Event] = [
-        Loaded(contestant=name, weight_bytes=megabytes * MB, seconds=1.0),
+        Loaded(contestant=name, weight_bytes=megabytes * MB, seconds=1.0, engine=engine),
         Prefilled(contestant=name, prompt_tokens=3, seconds=0.5),
     ]
     for index, token_id in enumerate(ids):
@@ -50,6 +52,12 @@ def test_a_faster_method_says_by_how_much():
         "**FP16** holds 200 MB of weights where FP32 holds 400 MB: 50% less memory. "
         f"It decoded at 15.0 tok/s against 10.0 tok/s: **1.5 times faster** in this run.\n\n{AGREED}"
     )
+
+
+def test_a_ratio_across_loops_says_so():
+    text = said(lane("fp16", engine="lean"), lane("bnb-int8", speed=4.0), lane("llm-int8", speed=16.0, engine="lean"))
+    assert "4.00 tok/s against 10.0 tok/s (in different loops: transformers and the lean loop): **2.5 times" in text
+    assert "16.0 tok/s against 10.0 tok/s: **1.6 times faster** in this run." in text
 
 
 @pytest.mark.parametrize(

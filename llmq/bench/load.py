@@ -57,6 +57,7 @@ def _restart_peak(device: str) -> int:
         return 0
     import torch
 
+    torch.cuda.init()  # the first to ask for statistics must not be the first to use the device
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 

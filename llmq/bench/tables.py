@@ -1,7 +1,7 @@
 """README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
-or 'quality', which joins every quality result.
+'quality', which joins every quality result, or 'lean', which joins three of one loop.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def filled(text: str) -> str:
 def table(name: str) -> str:
     if name == "quality":
         return _quality_table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-quality.json"))])
+    if name == "lean":
+        return _lean_table()
     result = json.loads((RESULTS / f"{name}.json").read_text())
-    return _judged_table(result) if result["kind"] == "paris" else _decode_table(result)
+    kinds = {"paris": _judged_table, "quality": lambda one: _quality_table([one])}
+    return kinds.get(result["kind"], _decode_table)(result)
 
 
 def _decode_table(result: dict) -> str:
@@ -59,6 +62,33 @@ def _decode_table(result: dict) -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([*rows, "", _conditions(result)])
+
+
+def _lean_table() -> str:
+    """The lean loop at LLaMA-2-7B's shape: decode at two context lengths and prefill, every method against FP16."""
+    short, long, prefill = (
+        {row["method"]: row for row in json.loads((RESULTS / f"gpu-7b-{name}.json").read_text())["results"]}
+        for name in ("lean", "lean-2000", "prefill")
+    )
+    rows = [
+        "| method | decode, tok/s (lowest–highest) | against FP16 | of the read bandwidth | decode after 1,936 tokens "
+    ]
+    rows[0] += "| prefill of 2,048 tokens | weights | peak memory |"
+    rows.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for method, row in short.items():
+        speed = row["tokens_per_second"]
+        cells = [
+            f"`{method}`",
+            f"{speed:.1f} ({row['tokens_per_second_min']:.1f}–{row['tokens_per_second_max']:.1f})",
+            f"{speed / short['fp16']['tokens_per_second']:.2f}×",
+            f"{row['bandwidth_fraction']:.0%}",
+            f"{long[method]['tokens_per_second']:.1f} tok/s" if method in long else "",
+            format_seconds(prefill[method]["seconds"]) if method in prefill else "",
+            format_bytes(row["weight_bytes"] + row["scale_bytes"]),
+            format_bytes(row["peak_bytes"]),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*rows, "", _conditions(json.loads((RESULTS / "gpu-7b-lean.json").read_text()))])
 
 
 def _conditions(result: dict) -> str:

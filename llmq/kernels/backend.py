@@ -7,6 +7,8 @@ from types import ModuleType, SimpleNamespace
 from llmq.kernels import reference
 
 LOWEST_CAPABILITY = (7, 5)  # of a GPU; what the kernels are compile-checked for
+TENSOR_CORES = (8, 0)  # from here on Triton multiplies int8 matrices; before, a prompt takes torch's operations
+MANY_ROWS = {"gate_rows", "linear_rows", "norm_rows", "plain_rows"}  # they hand each other what only Triton's use
 
 
 def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:
@@ -15,9 +17,14 @@ def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:
         return reference, ""
     if reason := _why_not_triton(device):
         return reference, f"{reason}, so the lean loop runs on torch's own operations, which is slower"
+    import torch
+
     from llmq.kernels import triton
 
-    return SimpleNamespace(**{**vars(reference), **{name: getattr(triton, name) for name in triton.__all__}}), ""
+    names = set(triton.__all__)
+    if torch.cuda.get_device_capability(device) < TENSOR_CORES:
+        names -= MANY_ROWS
+    return SimpleNamespace(**{**vars(reference), **{name: getattr(triton, name) for name in names}}), ""
 
 
 def _why_not_triton(device: str) -> str:

@@ -12,6 +12,7 @@ WHY_SLOWER_GPU = (
     "the host to hear whether there are outliers."
 )
 WHY_SLOWER_CPU = "on a CPU without AVX-512 it turns the int8 weights of every layer into FP32 again for each token."
+LOOPS = {"hf": "transformers", "lean": "the lean loop"}
 
 
 def verdict(summary: Summary) -> str:
@@ -47,7 +48,7 @@ def _speed(baseline: Outcome, other: Outcome, on_gpu: bool) -> str:
     if not (ours and theirs):
         return "There were too few tokens to state a speed."
     ratio = theirs / ours
-    pair = f"{format_speed(ours)} against {format_speed(theirs)}"
+    pair = f"{format_speed(ours)} against {format_speed(theirs)}{_crossing(baseline, other)}"
     if ratio > 1.05:
         why = WHY_SLOWER_GPU if on_gpu else WHY_SLOWER_CPU
         reason = f" {USUAL} {why}" if _is_bitsandbytes(other) else ""
@@ -55,6 +56,13 @@ def _speed(baseline: Outcome, other: Outcome, on_gpu: bool) -> str:
     if ratio < 0.95:
         return f"It decoded at {pair}: **{1 / ratio:.1f} times faster** in this run."
     return f"It decoded at {pair}: about the same speed in this run."
+
+
+def _crossing(baseline: Outcome, other: Outcome) -> str:
+    """A ratio of speeds is about the methods only where both ran through one loop."""
+    if not (baseline.engine and other.engine) or baseline.engine == other.engine:
+        return ""
+    return f" (in different loops: {LOOPS[other.engine]} and {LOOPS[baseline.engine]})"
 
 
 def _agreement(summary: Summary, baseline: Outcome, other: Outcome) -> str:
