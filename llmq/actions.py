@@ -221,15 +221,26 @@ def run_memory(options) -> int:
     return 0
 
 
+def _show_progress(steps: Iterable) -> None:
+    for progress in steps:
+        print(f"\r{progress.fraction:4.0%} {progress.message:<60}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+
+
 def run_models(options) -> int:
     from llmq.models.loading import prepare, resolve
     from llmq.models.presets import PRESETS
     from llmq.quant import METHODS
 
     if options.fetch:
-        for progress in prepare(resolve(options.fetch)):
-            print(f"\r{progress.fraction:4.0%} {progress.message:<60}", end="", file=sys.stderr)
-        print(file=sys.stderr)
+        _show_progress(prepare(resolve(options.fetch)))
+    if options.save_int8:
+        from llmq.models.int8_checkpoint import save_int8
+
+        name, folder = options.save_int8
+        _show_progress(prepare(resolve(name)))
+        _show_progress(save_int8(resolve(name), Path(folder)))
+        return 0
     result = {
         "models": [
             {"name": p.name, "hub_id": p.hub_id, "about": p.about, "licence": p.licence, "gated": p.gated}

@@ -138,4 +138,10 @@ def _add_memory(commands) -> None:
 
 def _add_models(commands) -> None:
     parser = _command(commands, "models", actions.run_models, "the models that have names, and the methods")
+    parser.add_argument(
+        "--save-int8",
+        nargs=2,
+        metavar=("M", "FOLDER"),
+        help="write a model with int8 weights, as bitsandbytes stores them",
+    )
     parser.add_argument("--fetch", metavar="M", help="make this model ready, so that later starts need no network")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from llmq.bench.setup import Bench
 from llmq.contestants import Contestant
+from llmq.engine.interface import Engine
 from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
 
@@ -27,12 +28,7 @@ def _measure(bench: Bench, contestant: Contestant, key: Key, prompt_ids: list[in
     if contestant.threshold is not None:
         engine.set_threshold(contestant.threshold)
     engine.warm_up(prompt_ids)
-    seconds, workspace = [], []
-    for _ in range(bench.repeats):
-        generation = engine.start(prompt_ids, SamplingSettings(max_new_tokens=1))
-        seconds.append(generation.prefill().seconds)
-        workspace.append(generation.workspace_bytes)
-        generation.close()
+    seconds, workspace = zip(*(_once(engine, prompt_ids) for _ in range(bench.repeats)), strict=True)
     row = {
         "method": contestant.label,
         "engine": engine.name,
@@ -45,3 +41,11 @@ def _measure(bench: Bench, contestant: Contestant, key: Key, prompt_ids: list[in
     }
     del engine
     return row | {"memory_freed": residents.drop(key).verified}
+
+
+def _once(engine: Engine, prompt_ids: list[int]) -> tuple[float, int]:
+    """Seconds of one prefill, and the bytes it needed beyond weights and cache."""
+    generation = engine.start(prompt_ids, SamplingSettings(max_new_tokens=1))
+    seconds = generation.prefill().seconds
+    generation.close()
+    return seconds, generation.workspace_bytes

@@ -107,22 +107,25 @@ class _Maker:
         """The named matrices below one another."""
         if not self.int8:
             made = torch.empty(rows, width, dtype=self.dtype, device=self.device)
-            for place, part in self._placed(names, rows, width):
+            for place, part, _ in self._placed(names, rows, width):
                 made[place] = part
             return made
         codes = torch.empty(rows, width, dtype=torch.int8, device=self.device)
         absmax = torch.empty(rows, dtype=torch.float32, device=self.device)
-        for place, part in self._placed(names, rows, width):
-            self.kernels.quantize_rows(part, Int8Weight(codes[place], absmax[place]))
+        for place, part, name in self._placed(names, rows, width):
+            if part.dtype == torch.int8:  # a checkpoint of int8 weights has the scales beside them
+                codes[place], absmax[place] = part, self.source.get(f"{name}.SCB", self.device)
+            else:
+                self.kernels.quantize_rows(part, Int8Weight(codes[place], absmax[place]))
         return Int8Weight(codes, absmax)
 
-    def _placed(self, names: list[str], rows: int, width: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    def _placed(self, names: list[str], rows: int, width: int) -> Iterator[tuple[slice, torch.Tensor, str]]:
         at = 0
         for name in names:
             part = self.source.get(f"{name}.weight", self.device)
             if part.shape[1] != width or at + part.shape[0] > rows:
                 raise ValueError(f"{name}.weight is {tuple(part.shape)}; the configuration says (…, {width})")
-            yield slice(at, at + part.shape[0]), part
+            yield slice(at, at + part.shape[0]), part, name
             at += part.shape[0]
         if at != rows:
             raise ValueError(f"{', '.join(names)} have {at} rows together; the configuration says {rows}")

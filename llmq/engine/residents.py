@@ -17,7 +17,7 @@ from llmq.engine.hf import HFEngine
 from llmq.engine.interface import Engine
 from llmq.engine.thread import ComputeThread
 from llmq.engine.turns import Turnstile
-from llmq.models.loading import Source, eos_ids_of, load_config, load_model, open_tensors
+from llmq.models.loading import Source, eos_ids_of, load_config, load_model, open_tensors, require_method
 from llmq.quant import Handler, method_named
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ class Residents:
 def load_engine(key: Key) -> Engine:
     """Load one model under one method on one device, for one loop."""
     handler = method_named(key.method).handler
+    require_method(key.source, load_config(key.source), handler)
     with _mapped_blocks():
         if key.engine == "lean":
             return _load_lean(key, handler)

@@ -32,6 +32,10 @@ class CheckpointTensors:
     def __contains__(self, name: str) -> bool:
         return name in self._place
 
+    def names(self) -> list[str]:
+        """Every tensor, in the checkpoint's order."""
+        return list(self._place)
+
     def get(self, name: str, device: str) -> torch.Tensor:
         """The tensor called `name` on `device`. To a GPU it goes through page-locked memory, which the copy needs
         anyway: without it the driver makes its own copy first."""

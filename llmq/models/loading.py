@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.errors import ModelUnavailable, UserError, is_allocation_failure, unknown
+from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
 from llmq.models.demo import Progress, demo_folder, prepare_demo
 from llmq.models.presets import PRESETS
 
@@ -106,6 +106,17 @@ def load_config(source: Source) -> PretrainedConfig:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelUnavailable(f"{source.name} is a {config.model_type!r} model, which does not write text by itself")
     return config
+
+
+def require_method(source: Source, config: PretrainedConfig, handler: Handler) -> None:
+    """Raises BadChoice where a checkpoint is quantized and `handler` would pass its rounded weights off as its own."""
+    settings = getattr(config, "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if not settings or (settings.get("load_in_8bit") and handler.opens_int8):
+        return
+    kind = "int8" if settings.get("load_in_8bit") else str(settings.get("quant_method"))
+    advice = "choose bnb-int8, llm-int8 or int8-weight-only" if kind == "int8" else "choose a model in 16 or 32 bit"
+    raise BadChoice(f"{source.name} holds {kind} weights: {advice}")
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

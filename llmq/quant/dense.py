@@ -19,6 +19,7 @@ class Dense:
     dtype: str
     has_threshold = False
     default_threshold = None
+    opens_int8 = False
     converts = False
 
     @property

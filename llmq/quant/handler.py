@@ -32,6 +32,7 @@ class Handler(Protocol):
     dtype: str  # torch dtype name of embeddings, norms, head and activations
     default_threshold: float | None
     lean_weights: str | None  # 'dense' or 'int8': what the lean loop stores for this method; None: it cannot run it
+    opens_int8: bool  # whether it can start from a checkpoint of bitsandbytes' int8 weights
     converts: bool  # whether a model loaded with `load_arguments` still has to go through `convert_`
 
     def arithmetic(self, device: str) -> str:
@@ -71,9 +72,10 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the parameters and leave the buffers: rotary frequencies stay in FP32, as in a loaded checkpoint."""
+    """Cast the floating-point parameters and leave the buffers: rotary frequencies stay in FP32, as in a checkpoint."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

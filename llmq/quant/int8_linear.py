@@ -21,20 +21,30 @@ class Int8Linear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.codes, requires_grad=False)
         self.bias, self.absmax, self.threshold = bias, weight.absmax, threshold
+        self._kernels, _ = kernels_for(str(weight.codes.device))
+
+    @staticmethod
+    def opened(model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(name, layer) of the layers an int8 checkpoint was opened into: their weights have scales beside them."""
+        return [
+            (n, m) for n, m in model.named_modules() if getattr(getattr(m, "weight", None), "SCB", None) is not None
+        ]
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, threshold: float | None) -> Int8Linear:
-        """The codes of `linear`, made on its device."""
+    def over(cls, linear: nn.Linear, threshold: float | None) -> Int8Linear:
+        """The codes of `linear`: its own where it has them, else made on its device."""
         w = linear.weight.data
+        if w.dtype == torch.int8:
+            return cls(Int8Weight(w, linear.weight.SCB.float().to(w.device)), linear.bias, threshold)
         made = Int8Weight(torch.empty_like(w, dtype=torch.int8), torch.empty(w.shape[0], device=w.device))
         kernels_for(str(w.device))[0].quantize_rows(w, made)
         return cls(made, linear.bias, threshold)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out); the rows of one call pool their outlier columns, as in bitsandbytes."""
-        kernels, _ = kernels_for(str(x.device))
         rows = x.reshape(-1, self.in_features).contiguous()
         weight = Int8Weight(self.weight.data, self.absmax)
         marks = torch.zeros(self.in_features, dtype=torch.int8, device=x.device)
-        y = kernels.linear_rows(kernels.plain_rows(rows, self.threshold, marks), weight, bias=self.bias)
+        noted = self._kernels.plain_rows(rows, self.threshold, marks)
+        y = self._kernels.linear_rows(noted, weight, bias=self.bias)
         return y.view(*x.shape[:-1], self.out_features)

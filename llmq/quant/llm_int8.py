@@ -24,6 +24,7 @@ class LlmInt8:
     has_threshold: bool
     dtype = "float16"  # bitsandbytes casts to FP16 before it quantizes, and the codes must be the same
     lean_weights = "int8"
+    opens_int8 = True
     converts = True
 
     @property
@@ -51,10 +52,11 @@ class LlmInt8:
 
         from llmq.quant.int8_linear import Int8Linear
 
-        cast_parameters_(model.to(device), torch.float16)
-        for name, linear in list(non_head_linears(model)):
+        opened = Int8Linear.opened(model)  # such a model is where it belongs, and may not be moved
+        cast_parameters_(model if opened else model.to(device), torch.float16)
+        for name, linear in [*non_head_linears(model), *opened]:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Int8Linear.from_float(linear, self.default_threshold))
+            setattr(model.get_submodule(parent), child, Int8Linear.over(linear, self.default_threshold))
         return model.eval()
 
     def set_threshold(self, model: nn.Module, threshold: float) -> None:

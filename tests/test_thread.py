@@ -1,0 +1,56 @@
+"""One thread computes: the same one for every run, and nothing of an iterator is lost on the way."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from llmq.engine.thread import ComputeThread
+
+
+def where(count: int):
+    for _ in range(count):
+        yield threading.get_ident()
+
+
+def test_every_item_of_every_run_comes_from_one_thread():
+    thread, seen = ComputeThread(), []
+    for _ in range(3):
+        consumer = threading.Thread(target=lambda: seen.extend(thread.run(where(4))))
+        consumer.start()
+        consumer.join()
+    assert len(seen) == 12 and len(set(seen)) == 1 and seen[0] != threading.get_ident()
+
+
+def test_items_come_when_they_are_asked_for():
+    made = []
+    stream = ComputeThread().run(made.append(i) or i for i in range(5))
+    assert next(stream) == 0 and made == [0]
+
+
+def test_an_error_arrives_where_the_items_do():
+    def failing():
+        yield 1
+        raise KeyError("lost")
+
+    stream = ComputeThread().run(failing())
+    assert next(stream) == 1
+    with pytest.raises(KeyError, match="lost"):
+        next(stream)
+
+
+def test_closing_closes_the_iterator_in_its_thread_before_it_returns():
+    ended = []
+
+    def held():
+        try:
+            yield threading.get_ident()
+            yield None
+        finally:
+            ended.append(threading.get_ident())
+
+    stream = ComputeThread().run(held())
+    first = next(stream)
+    stream.close()
+    assert ended == [first]
