@@ -163,7 +163,7 @@ class CompareTab:
         # Three events, because Gradio builds every output of a streaming event anew at each update, changed or not
         # (about 1 ms each, under the GIL that the engine's steps need): the stream has the changing ones only.
         frame, streamed = [self.status, *self.columns, *self.panes, self.verdict, self.diff], [self.status, *self.panes]
-        results = [self.verdict, self.diff, self.download, self.query]
+        results = [self.status, self.verdict, self.diff, self.download, self.query]
         quiet = {"show_progress": "hidden", "concurrency_limit": 16}
         opened = gr.on(
             [self.generate.click, self.prompt.submit], self._open, inputs, frame, api_visibility="private", **quiet
@@ -218,8 +218,10 @@ class CompareTab:
         view = CompareView(_labels(comparison), self.session.next_run(), comparison.device)
         results: dict = {}
         for update in self._show(view, events):
-            results |= {part: update.pop(part) for part in (self.verdict, self.diff) if part in update}
-            yield update
+            if self.verdict in update:  # the last one: the page says 'Finished' when all of it is there
+                results = {part: update.pop(part) for part in (self.status, self.verdict, self.diff) if part in update}
+            if update:
+                yield update
         run.environment = describe(comparison.device, source)
         path = run.save(self.session.download_path(f"llmq-{view.run}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
         results[self.download] = gr.DownloadButton(value=str(path), interactive=True)
