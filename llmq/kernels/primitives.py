@@ -26,7 +26,9 @@ class Int8Weight:
         return self.codes.shape
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return (self.codes.float() * (self.absmax / 127)[:, None]).to(dtype)
+        """Each value computed in float32 and rounded once, without a float32 copy of the matrix."""
+        made = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        return torch.mul(self.codes, (self.absmax / 127)[:, None], out=made)
 
 
 @dataclass(frozen=True)
