@@ -109,6 +109,13 @@ def test_the_threshold_moves_on_the_loaded_model():
             METHODS[method].handler.check_threshold(3.0)
 
 
+def test_only_where_sums_are_integers_they_are_called_so():
+    """On a CPU the products go through FP32, which is exact up to 2^24 only."""
+    handler = METHODS["llm-int8"].handler
+    assert "exactly in integers" in handler.arithmetic("cuda:0")
+    assert "FP32 matrix products" in handler.arithmetic("cpu") and "exactly" not in handler.arithmetic("cpu")
+
+
 def test_a_long_prompt_can_be_given_up():
     _, lean = pair()
     asked = []

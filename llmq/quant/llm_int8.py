@@ -39,7 +39,9 @@ class LlmInt8:
         stored = "int8 linear weights, FP16 embedding, norms and head"
         if not self.has_threshold:
             return f"{stored}; FP16 activations, products summed in FP32"
-        return f"{stored}; int8 products summed exactly in integers; outliers keep FP16, summed with them"
+        on_cpu = device.startswith("cpu")
+        products = "done as FP32 matrix products" if on_cpu else "summed exactly in integers"
+        return f"{stored}; int8 products {products}; outliers keep FP16, summed with them"
 
     def load_arguments(self, device: str) -> dict[str, Any]:
         import torch
