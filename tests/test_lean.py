@@ -139,8 +139,10 @@ def test_bytes_are_those_of_the_tensors():
     generation.prefill()
     a = lean.architecture
     assert generation.kv_bytes == 2 * a.layers * a.groups * a.width * capacity_for(len(PROMPT) + 300, a.context) * 4
+    held = generation.kv_bytes
     generation.close()
     assert generation.kv_bytes == 0
+    assert lean.room_bytes > held  # cache and buffers stay with the engine, and are counted there
     assert lean.read_bytes_per_token == lean.weight_bytes - lean.model.embedding.nbytes
 
 

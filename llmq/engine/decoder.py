@@ -55,8 +55,9 @@ class Decoder:
         self._hidden, self._normed = room(a.hidden), room(a.hidden)
         self._qkv, self._attended, self._inner = room(a.qkv_rows), room(a.heads * a.width), room(a.inner)
         self._scratch = Partials.empty(a.heads, a.width, capacity, device)
-        widths = () if threshold is None else (a.hidden, a.heads * a.width, a.inner)
-        self._splits = [SplitVector.empty(width, device) for width in widths]
+        widths = (a.hidden, a.heads * a.width, a.inner)
+        splits = [None if threshold is None else SplitVector.empty(width, device) for width in widths]
+        self._normed_split, self._attended_split, self._inner_split = splits
 
     @property
     def kv_bytes(self) -> int:
@@ -65,7 +66,8 @@ class Decoder:
     @property
     def workspace_bytes(self) -> int:
         rooms = (self.rope, self.logits, self._hidden, self._normed, self._qkv, self._attended, self._inner)
-        return sum(t.nbytes for t in rooms) + self._scratch.nbytes + sum(s.nbytes for s in self._splits)
+        splits = filter(None, (self._normed_split, self._attended_split, self._inner_split))
+        return sum(part.nbytes for part in (*rooms, self._scratch, *splits))
 
     def step(self) -> None:
         """Feed `token` at `position`; afterwards `logits` are the next token's and `position` is one more."""
@@ -73,14 +75,14 @@ class Decoder:
         hidden = self._hidden
         torch.index_select(weights.embedding, 0, self.token, out=hidden.view(1, -1))
         for layer, cache in zip(weights.layers, self.caches, strict=True):
-            x = self._norm(hidden, layer.attention_norm, next=1)
+            x = self._norm(hidden, layer.attention_norm, self._attended_split)
             kernels.product(x, layer.qkv, self._qkv, bias=layer.qkv_bias)
             kernels.attend(self._qkv, cache, self.rope, self.position, self._attended, self._scratch)
-            x = self._input(self._attended, 1)
+            x = self._input(self._attended, self._attended_split)
             kernels.product(x, layer.output, hidden, bias=layer.output_bias, residual=hidden)
-            x = self._norm(hidden, layer.mlp_norm, next=2)
+            x = self._norm(hidden, layer.mlp_norm, self._inner_split)
             kernels.product(x, layer.gate_up, self._inner, gated=True)
-            x = self._input(self._inner, 2)
+            x = self._input(self._inner, self._inner_split)
             kernels.product(x, layer.down, hidden, residual=hidden)
         kernels.norm(hidden, weights.norm, a.eps, self._normed)
         kernels.product(self._normed, weights.head, self.logits)
@@ -90,16 +92,17 @@ class Decoder:
         """Greedy choice from `logits` into `token` and `chosen`."""
         self.kernels.likeliest(self.logits, self.token, self.chosen)
 
-    def _norm(self, x: torch.Tensor, gain: torch.Tensor, *, next: int) -> torch.Tensor | SplitVector:
-        """RMSNorm, in the form the weights are multiplied with; `next` is the place of the `_input` that follows."""
+    def _norm(self, x: torch.Tensor, gain: torch.Tensor, empty: SplitVector | None) -> torch.Tensor | SplitVector:
+        """RMSNorm, in the form the weights are multiplied with; `empty` is the split that comes next."""
+        eps = self.architecture.eps
         if self.threshold is None:
-            self.kernels.norm(x, gain, self.architecture.eps, self._normed)
+            self.kernels.norm(x, gain, eps, self._normed)
             return self._normed
-        self.kernels.norm_split(x, gain, self.architecture.eps, self.threshold, self._splits[0], self._splits[next])
-        return self._splits[0]
+        self.kernels.norm_split(x, gain, eps, self.threshold, self._normed_split, empty)
+        return self._normed_split
 
-    def _input(self, x: torch.Tensor, place: int) -> torch.Tensor | SplitVector:
+    def _input(self, x: torch.Tensor, split: SplitVector | None) -> torch.Tensor | SplitVector:
         if self.threshold is None:
             return x
-        self.kernels.split(x, self.threshold, self._splits[place])
-        return self._splits[place]
+        self.kernels.split(x, self.threshold, split)
+        return split

@@ -37,6 +37,7 @@ class HFEngine:
     """
 
     name = "hf"
+    room_bytes = 0  # a generation's cache goes with it
 
     def __init__(
         self, model: PreTrainedModel, handler: Handler, device: str, *, clock: Callable[[], float] = time.perf_counter

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmq.engine.sampling import SamplingSettings
+    from llmq.quant import Handler
 
 
 SHORTEST_CAPACITY = 256
@@ -51,12 +52,18 @@ class Generation(Protocol):
 
 
 class Engine(Protocol):
-    """One model under one method on one device. `name` is the loop it runs through; speeds compare within one loop."""
+    """One model under one method on one device. `name` is the loop it runs through; speeds compare within one loop.
+
+    `model` holds the weights; `room_bytes` is what stays allocated beside them between generations.
+    """
 
     name: str
     device: str
+    model: object
+    handler: Handler
     weight_bytes: int
     scale_bytes: int
+    room_bytes: int
     read_bytes_per_token: int
     context: int
     eos_ids: frozenset[int]

@@ -64,6 +64,12 @@ class LeanEngine:
         apart = 0 if self.model.head is self.model.embedding else self.model.embedding.nbytes
         return self.weight_bytes + self.scale_bytes - apart
 
+    @property
+    def room_bytes(self) -> int:
+        """The last generation's cache and buffers: kept, because a captured graph knows them by their addresses."""
+        decoder = self._runner.decoder if self._runner else None
+        return decoder.kv_bytes + decoder.workspace_bytes if decoder else 0
+
     def set_threshold(self, threshold: float) -> None:
         self.handler.check_threshold(threshold)
         if threshold != self.threshold:

@@ -56,7 +56,9 @@ class Residents:
         return key in self._engines
 
     def bytes_on(self, device: str) -> int:
-        return sum(e.weight_bytes + e.scale_bytes for key, e in self._engines.items() if key.device == device)
+        """What would come back if every engine on `device` were dropped."""
+        engines = [engine for key, engine in self._engines.items() if key.device == device]
+        return sum(e.weight_bytes + e.scale_bytes + e.room_bytes for e in engines)
 
     def get(self, key: Key) -> tuple[Engine, float]:
         """The engine for `key`, loaded if need be, and the seconds that took (0 when it was resident)."""
