@@ -2,7 +2,7 @@
 
 For LLM.int8() four codes are multiplied and summed by one instruction (DP4A): with one conversion and one
 multiply-add per weight instead, the arithmetic and not the memory is the limit (measured on one H100, 4096x4096: 6.0 us
-against 7.7 us). The outliers are a list; their weights are gathered from rows that are being read anyway.
+against 7.5 us). The outliers are a list; their weights are gathered from rows that are being read anyway.
 """
 
 from __future__ import annotations
