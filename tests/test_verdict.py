@@ -6,7 +6,7 @@ import pytest
 
 from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Step
 from llmq.summary import Summary
-from llmq.ui.verdict import USUAL, WHY_SLOWER_CPU, WHY_SLOWER_GPU, verdict
+from llmq.ui.verdict import USUAL, WHY_OURS_CPU, WHY_SLOWER_CPU, WHY_SLOWER_GPU, verdict
 
 MB = 10**6
 SAME = [5, 6, 7, 8]
@@ -52,6 +52,12 @@ def test_a_faster_method_says_by_how_much():
         "**FP16** holds 200 MB of weights where FP32 holds 400 MB: 50% less memory. "
         f"It decoded at 15.0 tok/s against 10.0 tok/s: **1.5 times faster** in this run.\n\n{AGREED}"
     )
+
+
+def test_ours_says_why_it_is_slower_where_its_kernels_do_not_run():
+    slower = [lane("fp16"), lane("llm-int8@3", speed=4.0)]
+    assert WHY_OURS_CPU in said(*slower) and WHY_OURS_CPU not in said(*slower, device="cuda:0")
+    assert WHY_OURS_CPU not in said(lane("fp16"), lane("llm-int8", speed=20.0))
 
 
 def test_a_ratio_across_loops_says_so():

@@ -12,6 +12,10 @@ WHY_SLOWER_GPU = (
     "the host to hear whether there are outliers."
 )
 WHY_SLOWER_CPU = "on a CPU without AVX-512 it turns the int8 weights of every layer into FP32 again for each token."
+WHY_OURS_CPU = (
+    "On a CPU it runs through torch's own operations, which turn the int8 weights into FP32 too; its own kernels are "
+    "for a GPU."
+)
 LOOPS = {"hf": "transformers", "lean": "the lean loop"}
 
 
@@ -50,12 +54,17 @@ def _speed(baseline: Outcome, other: Outcome, on_gpu: bool) -> str:
     ratio = theirs / ours
     pair = f"{format_speed(ours)} against {format_speed(theirs)}{_crossing(baseline, other)}"
     if ratio > 1.05:
-        why = WHY_SLOWER_GPU if on_gpu else WHY_SLOWER_CPU
-        reason = f" {USUAL} {why}" if _is_bitsandbytes(other) else ""
+        reason = _reason(other, on_gpu)
         return f"It decoded at {pair}: **{ratio:.1f} times slower** in this run.{reason}"
     if ratio < 0.95:
         return f"It decoded at {pair}: **{1 / ratio:.1f} times faster** in this run."
     return f"It decoded at {pair}: about the same speed in this run."
+
+
+def _reason(slower: Outcome, on_gpu: bool) -> str:
+    if slower.contestant.startswith("bnb-"):
+        return f" {USUAL} {WHY_SLOWER_GPU if on_gpu else WHY_SLOWER_CPU}"
+    return f" {WHY_OURS_CPU}" if slower.contestant.partition("@")[0] == "llm-int8" and not on_gpu else ""
 
 
 def _crossing(baseline: Outcome, other: Outcome) -> str:
@@ -88,7 +97,3 @@ def _name(outcome: Outcome) -> str:
 
 def _tokens(count: int) -> str:
     return f"{count} token" if count == 1 else f"{count} tokens"
-
-
-def _is_bitsandbytes(outcome: Outcome) -> bool:
-    return outcome.contestant.startswith("bnb-")
