@@ -92,3 +92,11 @@ def demo():
     for _ in prepare(source):
         pass
     return source
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: exit status, lines of standard output, lines of standard error."""
+    from tiny_runs import run_cli
+
+    return lambda *arguments: run_cli(capsys, *arguments)

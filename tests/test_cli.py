@@ -5,25 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from tiny_runs import PROMPT, compare_options, light, run_cli
+from tiny_runs import CONTESTANT_KEYS, PROMPT, RUN_KEYS, compare_options, light
 
 from llmq import telemetry
 from llmq.models.presets import PRESETS
 from llmq.quant import METHODS
 
-RUN_KEYS = {"model", "device", "schedule", "contestants", "agreement"}
-CONTESTANT_KEYS = {
-    "method",
-    "text",
-    "token_ids",
-    "prompt_tokens",
-    "load_seconds",
-    "prefill_seconds",
-    "decode_tokens_per_second",
-    "weight_bytes",
-    "kv_bytes",
-    "peak_bytes",
-}
 OUTLIER_KEYS = {"model", "method", "threshold", "prompt_tokens", "modules"}
 MODULE_KEYS = {"name", "in_features", "absmax", "prefill_columns", "decode_columns"}
 
@@ -32,11 +19,6 @@ MODULE_KEYS = {"name", "in_features", "absmax", "prefill_columns", "decode_colum
 def lightly():
     with light():
         yield
-
-
-@pytest.fixture
-def run(capsys):
-    return lambda *arguments: run_cli(capsys, *arguments)
 
 
 def test_compare_prints_one_json_object_with_the_stable_keys(run, tiny_folder):

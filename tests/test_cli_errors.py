@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import PROMPT, compare_options, light, run_cli
+from tiny_runs import PROMPT, compare_options, light
 
 from llmq import actions
 from llmq.models.presets import PRESETS
@@ -18,11 +18,6 @@ from llmq.quant import METHODS
 def lightly():
     with light():
         yield
-
-
-@pytest.fixture
-def run(capsys):
-    return lambda *arguments: run_cli(capsys, *arguments)
 
 
 WRONG_SETTINGS = {

@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from tiny_runs import CONTESTANT_KEYS, RUN_KEYS
 
 from llmq import telemetry
 from llmq.compare import compare
@@ -26,19 +27,6 @@ from llmq.summary import Summary
 pytestmark = pytest.mark.demo
 PARIS = "Plan a 3-day itinerary in Paris."
 NEW_TOKENS = 16
-KEYS = {"model", "device", "schedule", "contestants", "agreement"}
-CONTESTANT_KEYS = {
-    "method",
-    "text",
-    "token_ids",
-    "prompt_tokens",
-    "load_seconds",
-    "prefill_seconds",
-    "decode_tokens_per_second",
-    "weight_bytes",
-    "kv_bytes",
-    "peak_bytes",
-}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +103,7 @@ def test_cli_prints_the_stable_keys(demo, capsys):
 
     assert main(["compare", PARIS, "--max-new-tokens", "2", "--methods", "fp16", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result.keys() >= KEYS
+    assert result.keys() >= RUN_KEYS
     assert all(contestant.keys() >= CONTESTANT_KEYS for contestant in result["contestants"])
     assert result["agreement"].keys() == {"first_divergence", "matching_prefix_tokens"}
 

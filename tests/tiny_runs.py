@@ -18,6 +18,19 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.events import Event, Finished, Memory, Step
 from llmq.models.loading import Source, resolve
 
+RUN_KEYS = {"model", "device", "schedule", "contestants", "agreement"}  # of `compare --json`, at least
+CONTESTANT_KEYS = {
+    "method",
+    "text",
+    "token_ids",
+    "prompt_tokens",
+    "load_seconds",
+    "prefill_seconds",
+    "decode_tokens_per_second",
+    "weight_bytes",
+    "kv_bytes",
+    "peak_bytes",
+}
 PROMPT = "Hello LLaMA"  # eleven bytes, eleven tokens
 # Keys and values · 2 layers · 2 heads · 8 wide · bytes of one number
 KV_BYTES_A_TOKEN = {"fp32": 256, "bf16": 128, "fp16": 128, "bnb-int8": 128}
