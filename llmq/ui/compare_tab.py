@@ -9,14 +9,14 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.contestants import SCHEDULES, Comparison, Contestant
-from llmq.engine.sampling import MAX_NEW_TOKENS, SamplingSettings
+from llmq.contestants import SCHEDULES
 from llmq.environment import describe
-from llmq.errors import BadChoice, UserError
+from llmq.errors import UserError
 from llmq.events import Run
 from llmq.models.loading import resolve
 from llmq.models.presets import PRESETS
 from llmq.quant import METHODS
+from llmq.ui.compare_form import NONE, comparison_of, labels_in
 from llmq.ui.compare_view import PANES, CompareView, labels_of
 from llmq.ui.examples import EXAMPLES
 from llmq.ui.link import query_of, wishes_of
@@ -27,9 +27,7 @@ from llmq.ui.status import status_line
 from llmq.ui.theme import CONTESTANT_CLASSES
 from llmq.ui.token_diff import token_diff_view
 
-NONE = "none"
 LARGEST_RECORDING = 32_000_000  # bytes
-MAX_SECONDS = 900.0  # one visitor's run may hold the device this long
 SIDEBAR_SCRIPT = "() => document.querySelector('.sidebar .toggle-button').click()"
 LINK_SCRIPT = "(query) => query ? window.location.origin + window.location.pathname + '?' + query : ''"
 
@@ -192,7 +190,7 @@ class CompareTab:
     def _open(self, *settings) -> Iterator[dict]:
         """Check the settings and clear the page for a new run."""
         try:
-            labels = _labels(self._comparison(*settings))
+            labels = labels_in(comparison_of(self.session.device, *settings))
         except UserError as error:
             yield {self.status: f"Not started: {error}"}
             raise notice(error) from error
@@ -206,16 +204,17 @@ class CompareTab:
         owner = request.session_hash or "nobody"
         self.session.take_outcome(owner)
         try:
-            comparison = self._comparison(
-                prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed
-            )
+            comparison = comparison_of(
+                self.session.device, prompt, model, left, right, third, threshold, max_new_tokens, schedule,
+                temperature, top_k, top_p, seed,
+            )  # fmt: skip
             source = resolve(comparison.model)
         except UserError as error:
             yield {self.status: f"Not started: {error}"}
             raise notice(error) from error
         run = Run(comparison.settings(), {})
         events = run.record(self.session.run(comparison, owner), time.monotonic)
-        view = CompareView(_labels(comparison), self.session.next_run(), comparison.device)
+        view = CompareView(labels_in(comparison), self.session.next_run(), comparison.device)
         results: dict = {}
         for update in self._show(view, events):
             if self.verdict in update:  # the last one: the page says 'Finished' when all of it is there
@@ -230,27 +229,6 @@ class CompareTab:
     def _close(self, request: gr.Request) -> dict:
         """What is known once a run is over: the verdict, the token diff, the recording, the link."""
         return self.session.take_outcome(request.session_hash or "nobody") or {self.query: gr.skip()}
-
-    def _comparison(
-        self, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed
-    ) -> Comparison:
-        """The form's values, in the order of `wire`'s inputs. Raises UserError naming the value that is wrong."""
-        methods = [str(name) for name in (left, right, third) if name and name != NONE]
-        return Comparison(
-            prompt=prompt,
-            model=model,
-            contestants=tuple(Contestant.parse(name, threshold) for name in methods),
-            sampling=SamplingSettings(
-                max_seconds=MAX_SECONDS,
-                max_new_tokens=_whole("max_new_tokens", max_new_tokens),
-                temperature=temperature,
-                top_k=_whole("top_k", top_k),
-                top_p=top_p,
-                seed=_whole("seed", seed),
-            ),
-            schedule=schedule,
-            device=self.session.device,
-        )
 
     def _replay(self, name: str | None, upload: str | None) -> Iterator[dict]:
         """Show a recorded run again at its own pace, labelled as a recording."""
@@ -317,18 +295,3 @@ class CompareTab:
         if methods := wishes.get("methods"):
             updates |= dict(zip(self.methods, [*methods, NONE, NONE], strict=False))
         return updates or {self.seed: gr.skip()}
-
-
-def _labels(comparison: Comparison) -> list[str]:
-    return [contestant.label for contestant in comparison.contestants]
-
-
-def _whole(name: str, value) -> int:
-    """Gradio's sliders send 64.0 for 64; anything else that is not whole is refused by name."""
-    try:
-        number = int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise BadChoice(f"{name} is {value!r}; choose a whole number up to {MAX_NEW_TOKENS}") from None
-    if number != value:
-        raise BadChoice(f"{name} is {value!r}; choose a whole number")
-    return number

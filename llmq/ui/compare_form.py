@@ -1,0 +1,47 @@
+"""What the Compare form holds, as a Comparison: whatever a browser or a script sends is checked here. No gradio."""
+
+from __future__ import annotations
+
+from llmq.contestants import Comparison, Contestant
+from llmq.engine.sampling import MAX_NEW_TOKENS, SamplingSettings
+from llmq.errors import BadChoice
+
+NONE = "none"  # in a method field: no contestant
+MAX_SECONDS = 900.0  # one visitor's run may hold the device this long
+
+
+def comparison_of(
+    device: str, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed
+) -> Comparison:
+    """The form's values, in the order of the tab's inputs. Raises UserError naming the value that is wrong."""
+    methods = [str(name) for name in (left, right, third) if name and name != NONE]
+    return Comparison(
+        prompt=prompt,
+        model=model,
+        contestants=tuple(Contestant.parse(name, threshold) for name in methods),
+        sampling=SamplingSettings(
+            max_seconds=MAX_SECONDS,
+            max_new_tokens=_whole("max_new_tokens", max_new_tokens),
+            temperature=temperature,
+            top_k=_whole("top_k", top_k),
+            top_p=top_p,
+            seed=_whole("seed", seed),
+        ),
+        schedule=schedule,
+        device=device,
+    )
+
+
+def labels_in(comparison: Comparison) -> list[str]:
+    return [contestant.label for contestant in comparison.contestants]
+
+
+def _whole(name: str, value) -> int:
+    """Gradio's sliders send 64.0 for 64; anything else that is not whole is refused by name."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        raise BadChoice(f"{name} is {value!r}; choose a whole number up to {MAX_NEW_TOKENS}") from None
+    if number != value:
+        raise BadChoice(f"{name} is {value!r}; choose a whole number")
+    return number
