@@ -35,7 +35,7 @@ from llmq.events import (
     Prefilled,
     Step,
 )
-from llmq.models.loading import Source, ids_within, load_config, load_tokenizer, resolve
+from llmq.models.loading import Source, ids_within, load_config, load_tokenizer, range_note, resolve
 from llmq.preparation import await_turn, make_ready
 from llmq.quant import method_named
 
@@ -137,6 +137,7 @@ class _Race:
             room = capacity_for(tokens, context) if engine == "lean" else tokens
             prediction = memory.predict(shape, method_named(contestant.method).handler, tokens=room)
             self.lanes.append(_Lane(contestant, key, prediction))
+        self.config = config
         plan = self._make_room()
         yield Planned(
             schedule=plan.schedule,
@@ -187,7 +188,8 @@ class _Race:
         return [lane for lane in self.lanes if not lane.over]
 
     def _load(self, lane: _Lane) -> Iterator[Event]:
-        yield Loading(contestant=lane.name)
+        note = range_note(self.config, method_named(lane.contestant.method).handler)
+        yield Loading(contestant=lane.name, message=note)
         free = telemetry.free_bytes(lane.key.device)
         resident = lane.key in self.residents
         if not resident and lane.prediction.total > free:

@@ -15,8 +15,10 @@ def progress_line(event: Event) -> str:
             return "waiting for another run to leave the device"
         case Planned():
             return f"{event.schedule} on {event.device}" + (f": {event.reason}" if event.reason else "")
+        case Loading(contestant="", message=message):
+            return message.partition(" (")[0].partition(" · ")[0]
         case Loading():
-            return event.message.partition(" (")[0].partition(" · ")[0] or f"loading {event.contestant}"
+            return f"loading {event.contestant}" + (f": {event.message}" if event.message else "")
         case Loaded():
             return f"{event.contestant}: {event.weight_bytes / 1e6:,.0f} MB of weights in {event.seconds:.1f} s"
         case Finished():

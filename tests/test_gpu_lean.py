@@ -114,7 +114,7 @@ def outliers(kernels, x, weight) -> set[int]:
 
 
 @pytest.mark.demo
-@pytest.mark.parametrize("method", ["fp16", "llm-int8"])
+@pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head"])
 def test_the_graph_replays_what_the_kernels_compute_for_500_tokens(method, demo, residents, monkeypatch):
     from llmq.engine.llama import _Runner
 
@@ -122,6 +122,98 @@ def test_the_graph_replays_what_the_kernels_compute_for_500_tokens(method, demo,
     replayed = generate(lean, ids, 500)
     monkeypatch.setattr(_Runner, "step", _Runner._step)
     assert replayed == generate(lean, ids, 500)
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("tokens", [1, 7, 512])
+def test_every_layer_of_a_model_is_bitsandbytes_layer(tokens, demo, residents, kernels):
+    """Each linear layer fed what it gets in bitsandbytes' model: the same outlier columns, the same output."""
+    import bitsandbytes as bnb
+
+    model = engine(residents, demo, "bnb-int8", "hf").model
+    seen = []
+
+    def check(module, inputs, output):
+        x, state = inputs[0].reshape(-1, inputs[0].shape[-1]), module.state
+        weight = Int8Weight(state.CB if state.CB is not None else module.weight.data, state.SCB)
+        expected = set(state.idx.tolist()) if state.idx is not None else set()
+        wrong = (multiply(kernels, x, weight).float() - output.view(len(x), -1).float()).norm() / output.float().norm()
+        seen.append((outliers(kernels, x, weight) == expected, wrong.item(), len(expected)))
+
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
+    hooks = [layer.register_forward_hook(check) for layer in layers]
+    with torch.inference_mode():
+        model(torch.tensor([reference_ids(demo, tokens)], device=GPU))
+    for hook in hooks:
+        hook.remove()
+    equal, wrong, columns = zip(*seen, strict=True)
+    print(f"{tokens} rows: {sum(equal)} of {len(layers)} sets equal, {sum(columns)} columns, worst {max(wrong):.1e}")
+    assert len(seen) == len(layers) and all(equal) and max(wrong) < 2e-3 and any(columns)
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("method", ["fp16", "llm-int8"])
+def test_without_triton_or_a_graph_the_tokens_come_slower_and_one_line_says_so(method, demo, monkeypatch, caplog):
+    """torch's own operations ask the host, so they cannot be captured either: both fall-backs at once."""
+    from llmq.kernels import backend
+
+    ids = reference_ids(demo, 40)
+    expected = generate(engine(Residents(), demo, method, "lean"), ids, 8)
+    monkeypatch.setattr(backend, "_why_not_triton", lambda device: "triton is not installed")
+    assert generate(engine(Residents(), demo, method, "lean"), ids, 8) == expected
+    assert [record.message.split(",")[0] for record in caplog.records] == ["triton is not installed", "no CUDA graph"]
+    torch.cuda.synchronize()
+
+
+@pytest.mark.demo
+def test_out_of_memory_in_capture_fails_that_contestant_alone(demo, monkeypatch):
+    from llmq.compare import compare
+    from llmq.contestants import Comparison
+    from llmq.engine.llama import _Runner
+    from llmq.events import Failed, Finished
+
+    def capture(runner):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_Runner, "_capture", capture)
+    contestants = tuple(map(Contestant.parse, ("llm-int8", "bnb-int8")))
+    few = SamplingSettings(max_new_tokens=3)
+    comparison = Comparison(model="demo", prompt="Hello", contestants=contestants, device=GPU, sampling=few)
+    events = list(compare(comparison, Residents()))
+    failed, finished = ([e for e in events if isinstance(e, kind)] for kind in (Failed, Finished))
+    assert [e.contestant for e in failed] == ["llm-int8"] and failed[0].message.startswith("out of memory: llm-int8")
+    assert [e.contestant for e in finished] == ["bnb-int8"]
+
+
+@pytest.mark.demo
+def test_a_generation_ends_with_the_context(demo, residents):
+    """The room of a captured graph ends where the context does."""
+    lean = engine(residents, demo, "llm-int8", "lean")
+    ids = (reference_ids(demo, 512) * 16)[: lean.context - 3]
+    generation = lean.start(ids, SamplingSettings(max_new_tokens=50))
+    tokens = [generation.prefill(), *(generation.step() for _ in range(3))]
+    generation.close()
+    assert all(0 <= t.token_id < lean.architecture.vocabulary for t in tokens)
+
+
+@pytest.mark.demo
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize("loop", ["lean", "hf"])
+@pytest.mark.parametrize("method", ["fp16", "llm-int8"])
+def test_a_second_gpu_is_chosen_by_its_name(method, loop, demo, residents):
+    ids, before = reference_ids(demo, 40), torch.cuda.memory_allocated("cuda:1")
+    second, _ = Residents().get(Key(demo, method, method, "cuda:1", loop))
+    assert torch.cuda.memory_allocated("cuda:1") - before >= second.weight_bytes
+    assert generate(second, ids, 40) == generate(engine(residents, demo, method, loop), ids, 40)
+
+
+@pytest.mark.demo
+def test_sampling_draws_what_transformers_engine_draws(demo, residents):
+    """The same generator, the same filter: captured or not. FP16 rounds differently, so texts may part later."""
+    ids = reference_ids(demo, 40)
+    drawing = {"temperature": 0.8, "top_k": 20, "seed": 3}
+    drawn = [generate(engine(residents, demo, "fp16", loop), ids, 8, **drawing) for loop in ("lean", "hf")]
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.demo

@@ -110,6 +110,14 @@ def test_attend(heads, groups, width, position, capacity):
     assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
 
 
+def test_embed():
+    ids, made = torch.tensor([3, 0, 3, 8]), torch.empty(4, 1100).half()
+    table = quantize_rows(torch.randn(9, 1100, generator=torch.Generator().manual_seed(0)).half())
+    for weight, expected in ((table, table.dequantized()), (table.codes.half(), table.codes.half())):
+        fast.embed(weight, ids, made)
+        assert torch.equal(made, expected[ids].half())
+
+
 def test_likeliest():
     logits = 3 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
     results = []

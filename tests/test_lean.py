@@ -55,7 +55,8 @@ def pair(method: str = "fp32", **changes) -> tuple[HFEngine, LeanEngine]:
     handler, int8 = METHODS[method].handler, "int8" in method
     architecture = architecture_of(model.config.to_dict())
     dtype = torch.float16 if int8 else torch.float32
-    weights = load_weights(ModelTensors(model), architecture, dtype=dtype, int8=int8, device="cpu", kernels=reference)
+    kind = {"dtype": dtype, "int8": int8, "int8_head": handler.int8_head}
+    weights = load_weights(ModelTensors(model), architecture, **kind, device="cpu", kernels=reference)
     lean = LeanEngine(weights, architecture, handler, "cpu", kernels=reference)
     return HFEngine(handler.convert_(model, "cpu").requires_grad_(False).eval(), handler, "cpu"), lean
 
@@ -74,9 +75,10 @@ def test_every_kind_of_llama_computes_what_transformers_computes(kind):
     assert generate(lean) == generate(hf)
 
 
-@pytest.mark.parametrize("method", ["llm-int8", "int8-weight-only"])
-def test_int8_in_the_lean_loop_is_int8_in_transformers(method):
-    hf, lean = pair(method)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("method", ["llm-int8", "int8-weight-only", "llm-int8-head"])
+def test_int8_in_the_lean_loop_is_int8_in_transformers(method, tied):
+    hf, lean = pair(method, tie_word_embeddings=tied)
     rotary_buffers = 2 * 4 * 4
     assert (lean.weight_bytes, lean.scale_bytes) == (hf.weight_bytes - rotary_buffers, hf.scale_bytes)
     torch.testing.assert_close(lean.logits(PROMPT).float(), hf.logits(PROMPT).float(), rtol=0.02, atol=0.02)
@@ -212,3 +214,22 @@ def test_an_engine_by_hand():
         choose_engines("lean", ["fp16", "bnb-int8"], LEAN_CONFIG, "cpu")
     with pytest.raises(BadChoice, match="'fast'.*auto"):
         choose_engines("fast", ["fp16"], LEAN_CONFIG, "cpu")
+
+
+def test_a_bf16_checkpoint_in_fp16_says_what_that_means(tmp_path):
+    from conftest import byte_tokenizer
+
+    from llmq.compare import compare
+    from llmq.contestants import Comparison, Contestant
+    from llmq.engine.residents import Residents
+    from llmq.events import Failed, Loading
+
+    tiny_llama(torch.bfloat16).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    contestants = tuple(map(Contestant.parse, ("bf16", "fp16")))
+    few = SamplingSettings(max_new_tokens=2)
+    comparison = Comparison(model=str(tmp_path), prompt="Hi", contestants=contestants, sampling=few)
+    events = list(compare(comparison, Residents()))
+    notes = {event.contestant: event.message for event in events if isinstance(event, Loading) and event.contestant}
+    assert not any(isinstance(event, Failed) for event in events)
+    assert notes["bf16"] == "" and "65,504" in notes["fp16"]

@@ -11,6 +11,7 @@ import torch
 from llmq.engine.architecture import Architecture
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.kernels.buffers import Cache, Partials, SplitVector
+from llmq.kernels.primitives import Int8Weight
 
 
 def rope_table(architecture: Architecture, positions: int, device: str) -> torch.Tensor:
@@ -38,7 +39,7 @@ class Decoder:
     ):
         self.weights, self.architecture, self.kernels = weights, architecture, kernels
         self.capacity, self.threshold, self.device = capacity, threshold, device
-        a, dtype = architecture, weights.embedding.dtype
+        a, dtype = architecture, weights.dtype
 
         def room(size: int, kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(size, dtype=kind, device=device)
@@ -71,34 +72,42 @@ class Decoder:
 
     def step(self) -> None:
         """Feed `token` at `position`; afterwards `logits` are the next token's and `position` is one more."""
-        a, kernels, weights = self.architecture, self.kernels, self.weights
+        kernels, weights = self.kernels, self.weights
         hidden = self._hidden
-        torch.index_select(weights.embedding, 0, self.token, out=hidden.view(1, -1))
+        kernels.embed(weights.embedding, self.token, hidden.view(1, -1))
         for layer, cache in zip(weights.layers, self.caches, strict=True):
-            x = self._norm(hidden, layer.attention_norm, self._attended_split)
+            x = self._norm(hidden, layer.attention_norm, self._attended_split, self.threshold)
             kernels.product(x, layer.qkv, self._qkv, bias=layer.qkv_bias)
             kernels.attend(self._qkv, cache, self.rope, self.position, self._attended, self._scratch)
             x = self._input(self._attended, self._attended_split)
             kernels.product(x, layer.output, hidden, bias=layer.output_bias, residual=hidden)
-            x = self._norm(hidden, layer.mlp_norm, self._inner_split)
+            x = self._norm(hidden, layer.mlp_norm, self._inner_split, self.threshold)
             kernels.product(x, layer.gate_up, self._inner, gated=True)
             x = self._input(self._inner, self._inner_split)
             kernels.product(x, layer.down, hidden, residual=hidden)
-        kernels.norm(hidden, weights.norm, a.eps, self._normed)
-        kernels.product(self._normed, weights.head, self.logits)
+        self.score(hidden)
         self.position.add_(1)
+
+    def score(self, hidden: torch.Tensor) -> None:
+        """From the last layer's output (hidden,) to `logits`."""
+        head = self.weights.head
+        threshold = self.threshold if isinstance(head, Int8Weight) else None
+        x = self._norm(hidden, self.weights.norm, self._attended_split, threshold)
+        self.kernels.product(x, head, self.logits)
 
     def choose_likeliest(self) -> None:
         """Greedy choice from `logits` into `token` and `chosen`."""
         self.kernels.likeliest(self.logits, self.token, self.chosen)
 
-    def _norm(self, x: torch.Tensor, gain: torch.Tensor, empty: SplitVector | None) -> torch.Tensor | SplitVector:
+    def _norm(
+        self, x: torch.Tensor, gain: torch.Tensor, empty: SplitVector | None, threshold: float | None
+    ) -> torch.Tensor | SplitVector:
         """RMSNorm, in the form the weights are multiplied with; `empty` is the split that comes next."""
         eps = self.architecture.eps
-        if self.threshold is None:
+        if threshold is None:
             self.kernels.norm(x, gain, eps, self._normed)
             return self._normed
-        self.kernels.norm_split(x, gain, eps, self.threshold, self._normed_split, empty)
+        self.kernels.norm_split(x, gain, eps, threshold, self._normed_split, empty)
         return self._normed_split
 
     def _input(self, x: torch.Tensor, split: SplitVector | None) -> torch.Tensor | SplitVector:

@@ -12,7 +12,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,9 @@ from llmq.engine.prefill import read_prompt
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import timer_for
 from llmq.errors import UserError
+from llmq.kernels.backend import current
 from llmq.kernels.buffers import Cache
+from llmq.kernels.primitives import Int8Weight
 
 WARM_UP_STEPS = 3
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class LeanEngine:
         self.threshold = handler.default_threshold
         self.weight_bytes, self.scale_bytes = weights.weight_bytes, weights.scale_bytes
         self.timer = timer_for(device, clock)
-        self.here = torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
+        self.here = current(device)
         self._runner: _Runner | None = None
         self._warm: tuple | None = None
 
@@ -104,13 +105,15 @@ class LeanEngine:
             return self._logits(ids)
 
     def _logits(self, ids: list[int]) -> torch.Tensor:
-        a, dtype = self.architecture, self.model.embedding.dtype
+        a, dtype = self.architecture, self.model.dtype
         shape = (2, a.groups, len(ids), a.width)
         caches = [Cache(*torch.empty(shape, dtype=dtype, device=self.device)) for _ in range(a.layers)]
         tokens = torch.tensor(ids, device=self.device)
         rope = rope_table(a, len(ids), self.device)
         hidden = read_prompt(self.model, a, self.kernels, tokens, caches, rope, threshold=self.threshold)
-        rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, None, None)
+        threshold = self.threshold if isinstance(self.model.head, Int8Weight) else None
+        marks = torch.zeros(a.hidden, dtype=torch.int8, device=self.device)
+        rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, threshold, marks)
         return self.kernels.linear_rows(rows, self.model.head)
 
 
@@ -244,9 +247,7 @@ class LeanGeneration:
             threshold=engine.threshold,
             stopped=stopped,
         )
-        last = torch.empty_like(hidden[-1])
-        engine.kernels.norm(hidden[-1], engine.model.norm, engine.architecture.eps, last)
-        engine.kernels.product(last, engine.model.head, decoder.logits)
+        decoder.score(hidden[-1])
         decoder.position.fill_(len(ids))
 
     def step(self) -> Token:

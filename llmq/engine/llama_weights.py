@@ -7,7 +7,7 @@ the finished model and the tensor in hand.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -42,12 +42,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class LlamaWeights:
-    embedding: torch.Tensor
+    """`embedding`, `head`: (vocabulary, hidden); one object where they are tied."""
+
+    embedding: Weight
     layers: tuple[Layer, ...]
     norm: torch.Tensor
     head: Weight
 
-    def parts(self) -> Iterator[torch.Tensor | Int8Weight]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.norm.dtype
+
+    def parts(self) -> Iterator[Weight]:
         """Every weight once; a tied head is the embedding."""
         yield self.embedding
         for layer in self.layers:
@@ -66,15 +73,25 @@ class LlamaWeights:
 
 
 def load_weights(
-    source: Tensors, architecture: Architecture, *, dtype: torch.dtype, int8: bool, device: str, kernels
+    source: Tensors,
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype,
+    int8: bool,
+    int8_head: bool = False,
+    device: str,
+    kernels,
 ) -> LlamaWeights:
-    """Build the weights from `source`, tensor by tensor. `kernels` offers `quantize_rows`."""
+    """Build the weights from `source`, tensor by tensor. `kernels` offers `quantize_rows`. `int8_head`: embedding and
+    head in int8 too."""
     made = _Maker(source, dtype, int8, device, kernels)
-    embedding = made.dense("model.embed_tokens.weight")
+    ends = replace(made, int8=int8_head)
+    size = architecture.vocabulary, architecture.hidden
+    embedding = ends.linear(["model.embed_tokens"], *size)
     layers = tuple(_layer(made, f"model.layers.{i}.", architecture) for i in range(architecture.layers))
     norm = made.dense("model.norm.weight")
     tied = architecture.tied or "lm_head.weight" not in source
-    return LlamaWeights(embedding, layers, norm, embedding if tied else made.dense("lm_head.weight"))
+    return LlamaWeights(embedding, layers, norm, embedding if tied else ends.linear(["lm_head"], *size))
 
 
 def _layer(made: _Maker, prefix: str, architecture: Architecture) -> Layer:

@@ -32,7 +32,8 @@ def read_prompt(
     `stopped` is asked before every layer, so a long prompt can be given up at once (raises Interrupted).
     """
     a = architecture
-    hidden = weights.embedding[ids]
+    hidden = torch.empty(len(ids), a.hidden, dtype=weights.dtype, device=ids.device)
+    kernels.embed(weights.embedding, ids, hidden)
     widest = max(a.hidden, a.inner, a.heads * a.width)
     marks = iter(torch.zeros(4 * a.layers, widest, dtype=torch.int8, device=ids.device))
     for layer, cache in zip(weights.layers, caches, strict=True):

@@ -93,7 +93,9 @@ def load_engine(key: Key) -> Engine:
     """Load one model under one method on one device, for one loop."""
     handler = method_named(key.method).handler
     require_method(key.source, load_config(key.source), handler)
-    with _mapped_blocks():
+    from llmq.kernels.backend import current
+
+    with _mapped_blocks(), current(key.device):
         if key.engine == "lean":
             return _load_lean(key, handler)
         return HFEngine(load_model(key.source, handler, key.device), handler, key.device)
@@ -116,6 +118,7 @@ def _load_lean(key: Key, handler: Handler) -> Engine:
         architecture,
         dtype=getattr(torch, handler.dtype),
         int8=handler.lean_weights == "int8",
+        int8_head=handler.int8_head,
         device=key.device,
         kernels=kernels,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType, SimpleNamespace
 
 from llmq.kernels import reference
@@ -25,6 +26,15 @@ def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:
     if torch.cuda.get_device_capability(device) < TENSOR_CORES:
         names -= MANY_ROWS
     return SimpleNamespace(**{**vars(reference), **{name: getattr(triton, name) for name in names}}), ""
+
+
+def current(device: str) -> AbstractContextManager:
+    """While inside, `device` is the GPU that kernels are launched on; nothing for a CPU."""
+    if not device.startswith("cuda"):
+        return nullcontext()
+    import torch
+
+    return torch.cuda.device(device)
 
 
 def _why_not_triton(device: str) -> str:

@@ -25,6 +25,11 @@ class Int8Weight:
     def shape(self) -> torch.Size:
         return self.codes.shape
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.absmax.nbytes
+
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Each value computed in float32 and rounded once, without a float32 copy of the matrix."""
         made = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)

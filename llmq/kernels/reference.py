@@ -25,6 +25,14 @@ def quantize_rows(weight: torch.Tensor, out: Int8Weight) -> None:
     out.absmax.copy_(made.absmax)
 
 
+def embed(table: Weight, tokens: torch.Tensor, out: torch.Tensor) -> None:
+    """Rows of `table` (vocabulary, width), one for each of `tokens` int64 (n,), into `out` (n, width)."""
+    if isinstance(table, Int8Weight):
+        torch.mul(table.codes[tokens], (table.absmax[tokens] / 127)[:, None], out=out)
+    else:
+        torch.index_select(table, 0, tokens, out=out)
+
+
 def norm(x: torch.Tensor, gain: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     """RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x²) + eps) · gain. `x`: (..., width)."""
     x32 = x.float()

@@ -119,6 +119,13 @@ def require_method(source: Source, config: PretrainedConfig, handler: Handler) -
     raise BadChoice(f"{source.name} holds {kind} weights: {advice}")
 
 
+def range_note(config: PretrainedConfig, handler: Handler) -> str:
+    """What to know of a BF16 checkpoint under an FP16 method; '' otherwise."""
+    if str(getattr(config, "dtype", None)).removeprefix("torch.") != "bfloat16" or handler.dtype != "float16":
+        return ""
+    return "a BF16 checkpoint in FP16, which ends at 65,504: beyond that a run is stopped, and bf16 would go on"
+
+
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The model's tokenizer, chat template included. Random weights borrow the demo model's tokenizer."""
     from transformers import AutoTokenizer

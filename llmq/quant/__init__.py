@@ -52,6 +52,13 @@ METHODS: dict[str, Method] = {
             "Int8 weights with one scale per row; activations stay in FP16, so there is nothing to decompose.",
             LlmInt8(has_threshold=False),
         ),
+        Method(
+            "llm-int8-head",
+            "LLM.int8() · ours, head too",
+            "LLM.int8() with embedding and head in int8 as well, so that the weights are really half of FP16's; they "
+            "usually stay in FP16.",
+            LlmInt8(has_threshold=True, int8_head=True),
+        ),
     )
 }
 

@@ -23,6 +23,7 @@ class BnbInt8:
     default_threshold = DEFAULT_THRESHOLD
     dtype = "float16"
     lean_weights = None
+    int8_head = False
     opens_int8 = True
     converts = False
 

@@ -19,6 +19,7 @@ class Dense:
     dtype: str
     has_threshold = False
     default_threshold = None
+    int8_head = False
     opens_int8 = False
     converts = False
 

@@ -32,6 +32,7 @@ class Handler(Protocol):
     dtype: str  # torch dtype name of embeddings, norms, head and activations
     default_threshold: float | None
     lean_weights: str | None  # 'dense' or 'int8': what the lean loop stores for this method; None: it cannot run it
+    int8_head: bool  # whether embedding and head are int8 too
     opens_int8: bool  # whether it can start from a checkpoint of bitsandbytes' int8 weights
     converts: bool  # whether a model loaded with `load_arguments` still has to go through `convert_`
 
@@ -87,12 +88,15 @@ def non_head_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head)
 
 
-def int8_bytes(meta_model: nn.Module) -> WeightBytes:
-    """One byte a weight of `non_head_linears` and an FP32 scale a row, two bytes for every other parameter."""
-    int8 = [linear for _, linear in non_head_linears(meta_model)]
-    int8_ids = {id(linear.weight) for linear in int8}
+def int8_bytes(meta_model: nn.Module, *, head: bool = False) -> WeightBytes:
+    """One byte a weight of `non_head_linears`, with `head` of embedding and head too, and an FP32 scale a row; two
+    bytes for every other parameter."""
+    layers = [linear for _, linear in non_head_linears(meta_model)]
+    if head:
+        layers += [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
+    int8 = {id(layer.weight): layer.weight for layer in layers}
     weights = sum(
-        tensor.numel() * (1 if id(tensor) in int8_ids else 2) if tensor.requires_grad else tensor.nbytes
+        tensor.numel() * (1 if id(tensor) in int8 else 2) if tensor.requires_grad else tensor.nbytes
         for tensor in stored_tensors(meta_model)
     )
-    return WeightBytes(weights, sum(4 * linear.out_features for linear in int8))
+    return WeightBytes(weights, sum(4 * weight.shape[0] for weight in int8.values()))

@@ -1,11 +1,11 @@
-"""A linear layer over int8 codes, for models that run through transformers."""
+"""Layers over int8 codes, for models that run through transformers."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from llmq.kernels.backend import kernels_for
+from llmq.kernels.backend import current, kernels_for
 from llmq.kernels.primitives import Int8Weight
 
 
@@ -33,18 +33,47 @@ class Int8Linear(nn.Linear):
     @classmethod
     def over(cls, linear: nn.Linear, threshold: float | None) -> Int8Linear:
         """The codes of `linear`: its own where it has them, else made on its device."""
-        w = linear.weight.data
-        if w.dtype == torch.int8:
-            return cls(Int8Weight(w, linear.weight.SCB.float().to(w.device)), linear.bias, threshold)
-        made = Int8Weight(torch.empty_like(w, dtype=torch.int8), torch.empty(w.shape[0], device=w.device))
-        kernels_for(str(w.device))[0].quantize_rows(w, made)
-        return cls(made, linear.bias, threshold)
+        return cls(_int8(linear.weight), linear.bias, threshold)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out); the rows of one call pool their outlier columns, as in bitsandbytes."""
         rows = x.reshape(-1, self.in_features).contiguous()
         weight = Int8Weight(self.weight.data, self.absmax)
         marks = torch.zeros(self.in_features, dtype=torch.int8, device=x.device)
-        noted = self._kernels.plain_rows(rows, self.threshold, marks)
-        y = self._kernels.linear_rows(noted, weight, bias=self.bias)
+        with current(str(x.device)):
+            noted = self._kernels.plain_rows(rows, self.threshold, marks)
+            y = self._kernels.linear_rows(noted, weight, bias=self.bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+
+class Int8Embedding(nn.Module):
+    """A table of int8 rows, each with its scale. `weight`: int8 (vocabulary, width), `absmax`: float32 (vocabulary,);
+    a tied head has the same two."""
+
+    def __init__(self, weight: nn.Parameter, absmax: torch.Tensor, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self.absmax, self.dtype = weight, absmax, dtype
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(...) -> (..., width)."""
+        return (self.weight[ids] * (self.absmax[ids] / 127)[..., None]).to(self.dtype)
+
+
+def _int8(weight: nn.Parameter) -> Int8Weight:
+    w = weight.data
+    if w.dtype == torch.int8:
+        return Int8Weight(w, weight.SCB.float().to(w.device))
+    made = Int8Weight(torch.empty_like(w, dtype=torch.int8), torch.empty(w.shape[0], device=w.device))
+    kernels_for(str(w.device))[0].quantize_rows(w, made)
+    return made
+
+
+def convert_ends_(model: nn.Module, threshold: float | None) -> None:
+    """Embedding and head of `model` in int8; one table where they are tied."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = embedding.weight is head.weight
+    made = Int8Linear.over(head, threshold)
+    table = Int8Weight(made.weight, made.absmax) if tied else _int8(embedding.weight)
+    weight = made.weight if tied else nn.Parameter(table.codes, requires_grad=False)
+    model.set_output_embeddings(made)
+    model.set_input_embeddings(Int8Embedding(weight, table.absmax, embedding.weight.dtype))

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LlmInt8:
-    """`has_threshold`: LLM.int8(), int8 activations with outliers apart; without: activations stay in FP16."""
+    """`has_threshold`: LLM.int8(), int8 activations with outliers apart; without: activations stay in FP16.
+    `int8_head`: embedding and head are int8 as well."""
 
     has_threshold: bool
+    int8_head: bool = False
     dtype = "float16"  # bitsandbytes casts to FP16 before it quantizes, and the codes must be the same
     lean_weights = "int8"
     opens_int8 = True
@@ -36,7 +38,8 @@ class LlmInt8:
             raise BadChoice(f"int8-weight-only has no outlier threshold to set to {threshold}")
 
     def arithmetic(self, device: str) -> str:
-        stored = "int8 linear weights, FP16 embedding, norms and head"
+        rest = "FP16 norms" if self.int8_head else "FP16 embedding, norms and head"
+        stored = f"int8 {'embedding, linear and head' if self.int8_head else 'linear'} weights, {rest}"
         if not self.has_threshold:
             return f"{stored}; FP16 activations, products summed in FP32"
         on_cpu = device.startswith("cpu")
@@ -52,13 +55,15 @@ class LlmInt8:
         """Replace every linear layer but the head by one over int8 codes."""
         import torch
 
-        from llmq.quant.int8_linear import Int8Linear
+        from llmq.quant.int8_linear import Int8Linear, convert_ends_
 
         opened = Int8Linear.opened(model)  # such a model is where it belongs, and may not be moved
         cast_parameters_(model if opened else model.to(device), torch.float16)
         for name, linear in [*non_head_linears(model), *opened]:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Int8Linear.over(linear, self.default_threshold))
+        if self.int8_head:
+            convert_ends_(model, self.default_threshold)
         return model.eval()
 
     def set_threshold(self, model: nn.Module, threshold: float) -> None:
@@ -67,10 +72,11 @@ class LlmInt8:
             linear.threshold = threshold
 
     def scale_bytes(self, model: nn.Module) -> int:
-        return sum(linear.absmax.nbytes for linear in _int8_linears(model))
+        scales = {id(module.absmax): module.absmax for module in model.modules() if hasattr(module, "absmax")}
+        return sum(scale.nbytes for scale in scales.values())
 
     def predict(self, meta_model: nn.Module) -> WeightBytes:
-        return int8_bytes(meta_model)
+        return int8_bytes(meta_model, head=self.int8_head)
 
 
 def _int8_linears(model: nn.Module) -> Iterator[nn.Module]:

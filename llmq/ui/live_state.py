@@ -152,10 +152,10 @@ class LiveState:
                 progress.enter("loading", note=event.message)
             case Loaded():
                 progress.weight_bytes = event.weight_bytes
-                progress.enter("prefill")
+                progress.enter("prefill", note=progress.note)
             case Prefilled():
                 progress.first_token_seconds = event.seconds
-                progress.enter("decoding")
+                progress.enter("decoding", note=progress.note)
             case Step():
                 progress.step(event)
             case Finished():

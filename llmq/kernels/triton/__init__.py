@@ -2,6 +2,7 @@
 
 from llmq.kernels.triton.attention import attend
 from llmq.kernels.triton.choice import likeliest
+from llmq.kernels.triton.embedding import embed
 from llmq.kernels.triton.matrix import linear_rows
 from llmq.kernels.triton.norm import norm, norm_split, split
 from llmq.kernels.triton.product import product
@@ -11,6 +12,7 @@ from llmq.kernels.triton.rows import append_rows, gate_rows, norm_rows, plain_ro
 __all__ = [
     "append_rows",
     "attend",
+    "embed",
     "gate_rows",
     "likeliest",
     "linear_rows",
