@@ -166,7 +166,7 @@ def test_without_triton_or_a_graph_the_tokens_come_slower_and_one_line_says_so(m
 
 
 @pytest.mark.demo
-def test_out_of_memory_in_capture_fails_that_contestant_alone(demo, monkeypatch):
+def test_out_of_memory_in_capture_fails_its_contestants_alone(demo, monkeypatch):
     from llmq.compare import compare
     from llmq.contestants import Comparison
     from llmq.engine.llama import _Runner
@@ -176,12 +176,13 @@ def test_out_of_memory_in_capture_fails_that_contestant_alone(demo, monkeypatch)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(_Runner, "_capture", capture)
-    contestants = tuple(map(Contestant.parse, ("llm-int8", "bnb-int8")))
+    contestants = tuple(map(Contestant.parse, ("fp16", "bnb-int8", "llm-int8")))
     few = SamplingSettings(max_new_tokens=3)
     comparison = Comparison(model="demo", prompt="Hello", contestants=contestants, device=GPU, sampling=few)
     events = list(compare(comparison, Residents()))
     failed, finished = ([e for e in events if isinstance(e, kind)] for kind in (Failed, Finished))
-    assert [e.contestant for e in failed] == ["llm-int8"] and failed[0].message.startswith("out of memory: llm-int8")
+    assert [e.contestant for e in failed] == ["fp16", "llm-int8"]
+    assert all(e.message.startswith(f"out of memory: {e.contestant}") for e in failed)
     assert [e.contestant for e in finished] == ["bnb-int8"]
 
 

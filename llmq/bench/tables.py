@@ -1,7 +1,7 @@
 """README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
-'quality', which joins every quality result, or 'lean', which joins three of one loop.
+'quality', which joins every quality result, 'lean', which joins three of one loop, or 'load', which joins four.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def filled(text: str) -> str:
 def table(name: str) -> str:
     if name == "quality":
         return _quality_table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-quality.json"))])
-    if name == "lean":
-        return _lean_table()
+    if name in _JOINED:
+        return _JOINED[name]()
     result = json.loads((RESULTS / f"{name}.json").read_text())
     kinds = {"paris": _judged_table, "quality": lambda one: _quality_table([one])}
     return kinds.get(result["kind"], _decode_table)(result)
@@ -89,6 +89,37 @@ def _lean_table() -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([*rows, "", _conditions(json.loads((RESULTS / "gpu-7b-lean.json").read_text()))])
+
+
+def _load_table() -> str:
+    """How long until the first token can be decoded, from drawn weights and from files, with and without kernels in
+    the cache."""
+    names = {"load-cold": "drawn", "load-warm": "drawn", "load-file": "FP16 file", "load-int8": "int8 file"}
+    rows = ["| weights from | compiled kernels | method | loaded after | ready after | size | peak while loading |"]
+    rows.append("|---|---|---|---:|---:|---:|---:|")
+    for name, origin in names.items():
+        result = json.loads((RESULTS / f"gpu-7b-{name}.json").read_text())
+        for row in result["results"]:
+            cells = [
+                origin,
+                "none yet" if result["conditions"]["kernel_cache"] == "cold" else "cached",
+                f"`{row['method']}`",
+                format_seconds(row["load_seconds"]),
+                format_seconds(row["ready_seconds"]),
+                format_bytes(row["weight_bytes"] + row["scale_bytes"]),
+                format_bytes(row["peak_load_bytes"]),
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    c = result["conditions"]
+    where = f"{c['device_name']}, LLaMA-2-7B's shape, torch {c['versions']['torch']}, {c['date'][:10]}"
+    note = (
+        f"*{where}. One process for each group of rows: the first method in it also starts CUDA. Ready: the graph is "
+        "captured and a token decoded. The files were in the system's page cache.*"
+    )
+    return "\n".join([*rows, "", note])
+
+
+_JOINED = {"lean": _lean_table, "load": _load_table}
 
 
 def _conditions(result: dict) -> str:

@@ -152,10 +152,10 @@ class LiveState:
                 progress.enter("loading", note=event.message)
             case Loaded():
                 progress.weight_bytes = event.weight_bytes
-                progress.enter("prefill", note=progress.note)
+                progress.enter("prefill")
             case Prefilled():
                 progress.first_token_seconds = event.seconds
-                progress.enter("decoding", note=progress.note)
+                progress.enter("decoding")
             case Step():
                 progress.step(event)
             case Finished():
