@@ -7,13 +7,16 @@ loops.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from llmq.engine.architecture import Unsupported, architecture_of
 from llmq.errors import BadChoice, unknown
+from llmq.kernels.cpu.build import why_not_native
 from llmq.quant import method_named
 
 ENGINES = ("auto", "hf", "lean")
+log = logging.getLogger(__name__)
 
 
 def choose_engines(wanted: str, methods: Sequence[str], config: Mapping, device: str) -> list[str]:
@@ -28,7 +31,10 @@ def choose_engines(wanted: str, methods: Sequence[str], config: Mapping, device:
         raise BadChoice(f"engine 'lean': {next(filter(None, reasons))}; choose auto or hf")
     if wanted != "auto":
         return [wanted] * len(methods)
-    possible = [not reason and device.startswith("cuda") for reason in reasons]
+    possible = [not reason for reason in reasons]
+    if any(possible) and device == "cpu" and (missing := why_not_native()):
+        log.warning("%s, so the CPU runs through transformers, which is several times slower", missing)
+        possible = [False] * len(methods)
     fair = all(possible) or len(methods) != 2
     return ["lean" if fair and lean else "hf" for lean in possible]
 

@@ -10,15 +10,9 @@ import torch
 
 from llmq.engine.architecture import Architecture
 from llmq.engine.llama_weights import LlamaWeights
+from llmq.engine.rope import rope_table
 from llmq.kernels.buffers import Cache, Partials, SplitVector
 from llmq.kernels.primitives import Int8Weight
-
-
-def rope_table(architecture: Architecture, positions: int, device: str) -> torch.Tensor:
-    """float32 (positions, width): cosines, then sines, of each position's angles."""
-    frequencies = torch.tensor(architecture.rope.frequencies(architecture.width), dtype=torch.float64)
-    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), 1).float().to(device)
 
 
 class Decoder:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from llmq.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
 
 SHORTEST_CAPACITY = 256
+NOT_A_NUMBER = "the model's output is not a number (an overflow in 16 bit?); try bf16 or fp32"
 
 
 def capacity_for(tokens: int, context: int) -> int:
@@ -32,6 +36,13 @@ class Token:
     token_id: int
     logprob: float
     seconds: float
+
+
+def token_of(token_id: float, logprob: float, seconds: float) -> Token:
+    """A token as a loop found it. Raises UserError where its probability is not a number."""
+    if math.isnan(logprob):
+        raise UserError(NOT_A_NUMBER)
+    return Token(int(token_id), logprob, seconds)
 
 
 class Generation(Protocol):

@@ -8,7 +8,6 @@ that step's result is dropped.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,13 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from llmq.engine.architecture import Architecture
-from llmq.engine.decoder import Decoder, rope_table
-from llmq.engine.interface import Token, capacity_for
+from llmq.engine.decoder import Decoder
+from llmq.engine.interface import Token, capacity_for, token_of
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.prefill import read_prompt
+from llmq.engine.rope import rope_table
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import timer_for
-from llmq.errors import UserError
 from llmq.kernels.backend import current
 from llmq.kernels.buffers import Cache
 from llmq.kernels.primitives import Int8Weight
@@ -31,7 +30,6 @@ from llmq.kernels.primitives import Int8Weight
 WARM_UP_STEPS = 3
 log = logging.getLogger(__name__)
 STEPS_UNDER_WAY = 2  # the one awaited and the next
-NOT_A_NUMBER = "the model's output is not a number (an overflow in 16 bit?); try bf16 or fp32"
 
 
 class LeanEngine:
@@ -232,7 +230,7 @@ class LeanGeneration:
             self._runner.choose()
             token_id, logprob = decoder.chosen.tolist()
         self._account(timer.growth_bytes, timer.peak_bytes)
-        return _token(token_id, logprob, timer.seconds)
+        return token_of(token_id, logprob, timer.seconds)
 
     def _read(self, stopped: Callable[[], bool] | None) -> None:
         engine, decoder = self._engine, self._runner.decoder
@@ -265,14 +263,14 @@ class LeanGeneration:
         flight = self._flights.popleft()
         flight.ended.synchronize()
         self.allocator_peak_bytes = torch.cuda.max_memory_allocated(self._engine.device)
-        return _token(*flight.chosen.tolist(), flight.begun.elapsed_time(flight.ended) / 1e3)
+        return token_of(*flight.chosen.tolist(), flight.begun.elapsed_time(flight.ended) / 1e3)
 
     def _timed_step(self) -> Token:
         timer = self._engine.timer
         with timer:
             self._runner.step()
             token_id, logprob = self._runner.decoder.chosen.tolist()
-        return _token(token_id, logprob, timer.seconds)
+        return token_of(token_id, logprob, timer.seconds)
 
     def _begin(self) -> None:
         """Put one more step under way."""
@@ -298,9 +296,3 @@ class LeanGeneration:
         """Let go of the cache; the object is of no more use. The engine keeps the room for the next generation."""
         self._flights.clear()
         self._runner = None
-
-
-def _token(token_id: float, logprob: float, seconds: float) -> Token:
-    if math.isnan(logprob):
-        raise UserError(NOT_A_NUMBER)
-    return Token(int(token_id), logprob, seconds)

@@ -18,6 +18,21 @@ from llmq.kernels.primitives import Int8Weight
 Weight = torch.Tensor | Int8Weight
 
 
+class Form(Protocol):
+    """What becomes of a finished matrix and of a vector: another layout, say. `paired`: gate rows, then up rows."""
+
+    def matrix(self, weight: Weight, *, paired: bool = False) -> Weight: ...
+    def vector(self, values: torch.Tensor) -> torch.Tensor: ...
+
+
+class AsTheyAre:
+    def matrix(self, weight: Weight, *, paired: bool = False) -> Weight:
+        return weight
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
 class Tensors(Protocol):
     """Where weights come from, by their names in the checkpoint."""
 
@@ -65,11 +80,12 @@ class LlamaWeights:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(part.codes.nbytes if isinstance(part, Int8Weight) else part.nbytes for part in self.parts())
+        return sum(part.nbytes for part in self.parts()) - self.scale_bytes
 
     @property
     def scale_bytes(self) -> int:
-        return sum(part.absmax.nbytes for part in self.parts() if isinstance(part, Int8Weight))
+        scales = (getattr(part, "absmax", None) for part in self.parts())
+        return sum(scale.nbytes for scale in scales if scale is not None)
 
 
 def load_weights(
@@ -81,15 +97,16 @@ def load_weights(
     int8_head: bool = False,
     device: str,
     kernels,
+    form: Form | None = None,
 ) -> LlamaWeights:
     """Build the weights from `source`, tensor by tensor. `kernels` offers `quantize_rows`. `int8_head`: embedding and
     head in int8 too."""
-    made = _Maker(source, dtype, int8, device, kernels)
+    made = _Maker(source, dtype, int8, device, kernels, form or AsTheyAre())
     ends = replace(made, int8=int8_head)
     size = architecture.vocabulary, architecture.hidden
     embedding = ends.linear(["model.embed_tokens"], *size)
     layers = tuple(_layer(made, f"model.layers.{i}.", architecture) for i in range(architecture.layers))
-    norm = made.dense("model.norm.weight")
+    norm = made.vector("model.norm.weight")
     tied = architecture.tied or "lm_head.weight" not in source
     return LlamaWeights(embedding, layers, norm, embedding if tied else ends.linear(["lm_head"], *size))
 
@@ -98,13 +115,13 @@ def _layer(made: _Maker, prefix: str, architecture: Architecture) -> Layer:
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
     qkv = [f"{attention}{part}_proj" for part in "qkv"]
     return Layer(
-        attention_norm=made.dense(prefix + "input_layernorm.weight"),
+        attention_norm=made.vector(prefix + "input_layernorm.weight"),
         qkv=made.linear(qkv, architecture.qkv_rows, architecture.hidden),
-        qkv_bias=torch.cat([made.dense(f"{name}.bias") for name in qkv]) if architecture.qkv_bias else None,
+        qkv_bias=made.vector(*(f"{name}.bias" for name in qkv)) if architecture.qkv_bias else None,
         output=made.linear([attention + "o_proj"], architecture.hidden, architecture.heads * architecture.width),
-        output_bias=made.dense(attention + "o_proj.bias") if architecture.output_bias else None,
-        mlp_norm=made.dense(prefix + "post_attention_layernorm.weight"),
-        gate_up=made.linear([mlp + "gate_proj", mlp + "up_proj"], 2 * architecture.inner, architecture.hidden),
+        output_bias=made.vector(attention + "o_proj.bias") if architecture.output_bias else None,
+        mlp_norm=made.vector(prefix + "post_attention_layernorm.weight"),
+        gate_up=made.linear([mlp + "gate_proj", mlp + "up_proj"], 2 * architecture.inner, architecture.hidden, paired=True),
         down=made.linear([mlp + "down_proj"], architecture.hidden, architecture.inner),
     )
 
@@ -116,11 +133,17 @@ class _Maker:
     int8: bool
     device: str
     kernels: object
+    form: Form
 
-    def dense(self, name: str) -> torch.Tensor:
-        return self.source.get(name, self.device).to(self.dtype)
+    def vector(self, *names: str) -> torch.Tensor:
+        """The named vectors behind one another."""
+        parts = [self.source.get(name, self.device).to(self.dtype) for name in names]
+        return self.form.vector(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def linear(self, names: list[str], rows: int, width: int) -> Weight:
+    def linear(self, names: list[str], rows: int, width: int, *, paired: bool = False) -> Weight:
+        return self.form.matrix(self._joined(names, rows, width), paired=paired)
+
+    def _joined(self, names: list[str], rows: int, width: int) -> Weight:
         """The named matrices below one another."""
         if not self.int8:
             made = torch.empty(rows, width, dtype=self.dtype, device=self.device)

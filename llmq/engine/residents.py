@@ -17,6 +17,7 @@ from llmq.engine.hf import HFEngine
 from llmq.engine.interface import Engine
 from llmq.engine.thread import ComputeThread
 from llmq.engine.turns import Turnstile
+from llmq.kernels.cpu.build import why_not_native
 from llmq.models.loading import Source, eos_ids_of, load_config, load_model, open_tensors, require_method
 from llmq.quant import Handler, method_named
 
@@ -111,8 +112,12 @@ def _load_lean(key: Key, handler: Handler) -> Engine:
 
     config = load_config(key.source)
     architecture, (kernels, slower) = architecture_of(config.to_dict()), kernels_for(key.device)
-    if slower:
+    compiled = key.device == "cpu" and not why_not_native()
+    if slower and not compiled:
         log.warning("%s", slower)
+    if compiled:
+        from llmq.engine.native import NativeEngine
+        from llmq.kernels.cpu.library import Packing
     weights = load_weights(
         open_tensors(key.source),
         architecture,
@@ -121,8 +126,11 @@ def _load_lean(key: Key, handler: Handler) -> Engine:
         int8_head=handler.int8_head,
         device=key.device,
         kernels=kernels,
+        form=Packing() if compiled else None,
     )
     eos_ids = eos_ids_of(key.source, config)
+    if compiled:
+        return NativeEngine(weights, architecture, handler, eos_ids=eos_ids)
     return LeanEngine(weights, architecture, handler, key.device, kernels=kernels, eos_ids=eos_ids)
 
 

@@ -1,0 +1,254 @@
+"""The lean loop on a CPU: one call into a compiled library a token, over weights packed for a linear stream.
+
+Weights are 16 bit or int8; activations and sums are float32, except where LLM.int8() makes int8 codes of them, whose
+products are summed exactly in integers. Keys and values are cached in the 16-bit type of the method.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from llmq.engine.architecture import Architecture
+from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
+from llmq.engine.llama_weights import LlamaWeights
+from llmq.engine.rope import rope_table
+from llmq.engine.sampling import Sampler, SamplingSettings
+from llmq.engine.timing import HostTimer
+from llmq.kernels.cpu.library import KINDS, LANES, STOPPED, Layer, Model, Session, open_library
+
+WARM_UP_STEPS = 2
+
+
+class NativeEngine:
+    """One LLaMA under one method on the CPU, for one generation at a time. `weights` are packed (`library.Packing`)."""
+
+    name = "lean"
+    device = "cpu"
+
+    def __init__(
+        self,
+        weights: LlamaWeights,
+        architecture: Architecture,
+        handler,
+        *,
+        eos_ids: frozenset[int] = frozenset(),
+        threads: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.model, self.architecture, self.handler, self.eos_ids = weights, architecture, handler, eos_ids
+        self.context, self.threshold = architecture.context, handler.default_threshold
+        self.weight_bytes, self.scale_bytes = weights.weight_bytes, weights.scale_bytes
+        self.timer = HostTimer(clock)
+        self.library = open_library()
+        self.shape = _model(weights, architecture, handler.dtype)
+        threads = threads or torch.get_num_threads()
+        self.pool = self.library.pool_new(threads, self.library.llmq_regions(self.shape))
+        if not self.pool:
+            raise MemoryError("no memory for the threads of the CPU loop")
+        self._freed = weakref.finalize(self, self.library.pool_free, self.pool)
+        self.threads = self.library.pool_threads(self.pool)
+        self._room: _Room | None = None
+        self._warm: tuple | None = None
+
+    @property
+    def read_bytes_per_token(self) -> int:
+        """Bytes of weights and scales one decode step must read: of an input embedding apart only one row is used."""
+        apart = 0 if self.model.head is self.model.embedding else self.model.embedding.nbytes
+        return self.weight_bytes + self.scale_bytes - apart
+
+    @property
+    def room_bytes(self) -> int:
+        """The last generation's cache and buffers, kept for the next."""
+        return self._room.kv_bytes + self._room.workspace_bytes if self._room else 0
+
+    def set_threshold(self, threshold: float) -> None:
+        self.handler.check_threshold(threshold)
+        self.threshold = threshold
+
+    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> NativeGeneration:
+        """Begin a generation: nothing runs until its `prefill()`."""
+        return NativeGeneration(self, prompt_ids, settings)
+
+    def room(self, tokens: int) -> _Room:
+        """Cache and buffers for generations of up to `tokens` positions."""
+        capacity = capacity_for(tokens, self.context)
+        if self._room is None or self._room.capacity != capacity:
+            self._room = None  # free the one before first
+            self._room = _Room(self, capacity)
+        return self._room
+
+    def warm_up(self, prompt_ids: list[int]) -> None:
+        """Run what a generation of this prompt will run, uncounted: pages are touched, clocks settle."""
+        if self._warm == (len(prompt_ids), self.threshold):
+            return
+        generation = self.start(prompt_ids, SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
+        generation.prefill()
+        for _ in range(WARM_UP_STEPS):
+            generation.step()
+        generation.close()
+        self._warm = (len(prompt_ids), self.threshold)
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """(tokens, vocabulary) next-token logits after each of `ids`, in one call."""
+        room = _Room(self, len(ids))
+        logits = torch.empty(len(ids), _eights(self.architecture.vocabulary))
+        room.read(ids, logits, every=True)
+        return logits[:, : self.architecture.vocabulary]
+
+    def outlier_columns(self, ids: list[int]) -> list[set[int]]:
+        """The columns that the library sends to 16 bit while it reads `ids`: of the inputs of qkv, output, gate_up and
+        down of each layer in turn."""
+        room = _Room(self, len(ids), watch=True)
+        room.read(ids, torch.empty(_eights(self.architecture.vocabulary)), every=False)
+        return [set(row.nonzero().view(-1).tolist()) for row in room.marks[: 4 * self.architecture.layers]]
+
+
+class _Room:
+    """The memory of one generation at a time, and the library's view of it."""
+
+    def __init__(self, engine: NativeEngine, capacity: int, *, watch: bool = False):
+        a, library = engine.architecture, engine.library
+        self.engine, self.capacity = engine, capacity
+        kind = torch.bfloat16 if engine.handler.dtype == "bfloat16" else torch.float16
+        self.cache = torch.empty(2, a.layers, a.groups, capacity, a.width, dtype=kind)
+        self.rope = rope_table(a, capacity, "cpu")
+        self.logits = torch.empty(_eights(a.vocabulary))
+        self.chosen = (ctypes.c_double * 2)()
+        self.buffers = _bytes(library.llmq_room_bytes(engine.shape, engine.threads, capacity, 0))
+        widest = max(a.hidden, a.inner, a.heads * a.width)
+        self.marks = torch.zeros(4 * a.layers + 1, _eights(widest), dtype=torch.uint8) if watch else None
+        self.read_bytes = 0  # of the largest prompt so far
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.cache.nbytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.rope.nbytes + self.logits.nbytes + self.buffers.nbytes
+
+    def read(
+        self, ids: list[int], logits: torch.Tensor, *, every: bool, stopped: Callable[[], bool] | None = None
+    ) -> None:
+        """Fill the cache from `ids`; see llama.h. Raises Interrupted."""
+        library = self.engine.library
+        buffers = _bytes(library.llmq_room_bytes(self.engine.shape, self.engine.threads, self.capacity, len(ids)))
+        self.read_bytes = max(self.read_bytes, buffers.nbytes)
+        tokens = torch.tensor(ids, dtype=torch.int32)
+        session = self._session(buffers)
+        asked = STOPPED(lambda: bool(stopped())) if stopped else STOPPED()
+        if library.llmq_prefill(session, tokens.data_ptr(), len(ids), every, logits.data_ptr(), self.chosen, asked):
+            raise Interrupted
+
+    def step(self, token: int, position: int) -> None:
+        """Feed `token` at `position`: `logits` and `chosen` are the next token's."""
+        self.engine.library.llmq_step(
+            self._session(self.buffers), token, position, self.logits.data_ptr(), self.chosen
+        )
+
+    def _session(self, buffers: torch.Tensor) -> Session:
+        engine = self.engine
+        keys, values = self.cache
+        return Session(
+            ctypes.pointer(engine.shape),
+            engine.pool,
+            keys.data_ptr(),
+            values.data_ptr(),
+            self.rope.data_ptr(),
+            self.capacity,
+            engine.threshold is not None,
+            engine.threshold or 0.0,
+            self.marks.shape[1] if self.marks is not None else 0,
+            self.marks.data_ptr() if self.marks is not None else None,
+            buffers.data_ptr(),
+        )
+
+
+class NativeGeneration:
+    """One answer in the making; see `interface.Generation`."""
+
+    allocator_peak_bytes = 0  # a CPU has no allocator to ask
+
+    def __init__(self, engine: NativeEngine, prompt_ids: list[int], settings: SamplingSettings):
+        assert prompt_ids, "a generation needs at least one prompt token"
+        self._engine, self._prompt_ids, self._settings = engine, prompt_ids, settings
+        self._sampler = Sampler(settings, "cpu")
+        self._room: _Room | None = None
+        self._position, self._token = len(prompt_ids), -1
+        self.workspace_bytes = 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the room for keys and values, exact tensor sizes."""
+        return self._room.kv_bytes if self._room else 0
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.kv_bytes + self.workspace_bytes
+
+    def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
+        """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
+        engine = self._engine
+        self._room = engine.room(min(engine.context, len(self._prompt_ids) + self._settings.max_new_tokens))
+        with engine.timer:
+            self._room.read(self._prompt_ids, self._room.logits, every=False, stopped=stopped)
+            token_id, logprob = self._choose()
+        self.workspace_bytes = max(self._room.workspace_bytes, self._room.read_bytes)
+        return self._made(token_id, logprob)
+
+    def step(self) -> Token:
+        """Sample the next token."""
+        assert self._room is not None, "prefill before the first step"
+        with self._engine.timer:
+            self._room.step(self._token, self._position)
+            token_id, logprob = self._choose()
+        self._position += 1
+        return self._made(token_id, logprob)
+
+    def _choose(self) -> tuple[float, float]:
+        if self._settings.temperature == 0:
+            return tuple(self._room.chosen)
+        return tuple(self._sampler.choose(self._room.logits[: self._engine.architecture.vocabulary]).tolist())
+
+    def _made(self, token_id: float, logprob: float) -> Token:
+        self._token = int(token_id) if not math.isnan(token_id) else 0
+        return token_of(token_id, logprob, self._engine.timer.seconds)
+
+    def close(self) -> None:
+        """The object is of no more use. The engine keeps the room for the next generation."""
+        self._room = None
+
+
+def _model(weights: LlamaWeights, a: Architecture, dtype: str) -> Model:
+    """The library's view of packed weights, which must outlive it."""
+    layers = (Layer * a.layers)(
+        *(
+            Layer(
+                layer.attention_norm.data_ptr(),
+                layer.mlp_norm.data_ptr(),
+                layer.qkv.matrix(layer.qkv_bias),
+                layer.output.matrix(layer.output_bias),
+                layer.gate_up.matrix(),
+                layer.down.matrix(),
+            )
+            for layer in weights.layers
+        )
+    )
+    sizes = (a.layers, a.hidden, a.inner, a.heads, a.groups, a.width, a.vocabulary)
+    kind = KINDS[torch.bfloat16 if dtype == "bfloat16" else torch.float16]
+    head, embedding = weights.head.matrix(), weights.embedding.matrix()
+    return Model(*sizes, kind, a.eps, layers, embedding, head, weights.norm.data_ptr())
+
+
+def _bytes(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def _eights(size: int) -> int:
+    return -(-size // LANES) * LANES

@@ -1,0 +1,147 @@
+"""The compiled library as Python sees it: its structures, its functions, and weights packed for it."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from llmq.kernels.cpu.build import NoLibrary, library_path
+from llmq.kernels.primitives import Int8Weight
+
+
+VERSION = 1
+LANES = 8
+KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
+STOPPED = ctypes.CFUNCTYPE(c_int)
+
+
+class Matrix(Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("absmax", c_void_p),
+        ("bias", c_void_p),
+        ("rows", c_int32),
+        ("width", c_int32),
+        ("kind", c_int32),
+        ("paired", c_int32),
+    ]
+
+
+class Layer(Structure):
+    _fields_ = [("attention_norm", c_void_p), ("mlp_norm", c_void_p)] + [
+        (name, Matrix) for name in ("qkv", "output", "gate_up", "down")
+    ]
+
+
+class Model(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("layers", "hidden", "inner", "heads", "groups", "width", "vocabulary")),
+        ("cache_kind", c_int32),
+        ("eps", c_float),
+        ("layer", POINTER(Layer)),
+        ("embedding", Matrix),
+        ("head", Matrix),
+        ("norm", c_void_p),
+    ]
+
+
+class Session(Structure):
+    _fields_ = [
+        ("model", POINTER(Model)),
+        ("pool", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("rope", c_void_p),
+        ("capacity", c_int32),
+        ("decompose", c_int32),
+        ("threshold", c_float),
+        ("marks_stride", c_int32),
+        ("marks", c_void_p),
+        ("room", c_void_p),
+    ]
+
+
+_SIGNATURES = {
+    "llmq_version": (c_int, []),
+    "llmq_regions": (c_int, [POINTER(Model)]),
+    "llmq_room_bytes": (c_int64, [POINTER(Model), c_int, c_int, c_int]),
+    "llmq_packed_bytes": (c_int64, [POINTER(Matrix)]),
+    "llmq_step": (None, [POINTER(Session), c_int, c_int, c_void_p, POINTER(c_double)]),
+    "llmq_prefill": (c_int, [POINTER(Session), c_void_p, c_int, c_int, c_void_p, POINTER(c_double), STOPPED]),
+    "pack": (None, [c_void_p, POINTER(Matrix), c_void_p]),
+    "pool_new": (c_void_p, [c_int, c_int]),
+    "pool_free": (None, [c_void_p]),
+    "pool_threads": (c_int, [c_void_p]),
+}
+
+
+@cache
+def open_library() -> ctypes.CDLL:
+    """The library, compiled if need be. Raises NoLibrary."""
+    try:
+        library = ctypes.CDLL(str(library_path()))
+    except OSError as error:
+        raise NoLibrary(f"the compiled library cannot be opened ({error})") from error
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    assert library.llmq_version() == VERSION, "the library is of another version"
+    return library
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix in the library's layout, see matrix.h. `data`: uint8, flat. `absmax`: float32, whole eights, of int8."""
+
+    data: torch.Tensor
+    absmax: torch.Tensor | None
+    rows: int
+    width: int
+    kind: int
+    paired: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.width
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (self.absmax.nbytes if self.absmax is not None else 0)
+
+    def matrix(self, bias: torch.Tensor | None = None) -> Matrix:
+        """As the library takes it; the tensors must outlive it."""
+        absmax = None if self.absmax is None else self.absmax.data_ptr()
+        bias_ptr = None if bias is None else bias.data_ptr()
+        return Matrix(self.data.data_ptr(), absmax, bias_ptr, self.rows, self.width, self.kind, self.paired)
+
+
+class Packing:
+    """What `load_weights` makes of matrices and vectors for the library: each packed as it comes, its source let go."""
+
+    def matrix(self, weight: torch.Tensor | Int8Weight, *, paired: bool = False) -> Packed:
+        """(rows, width). `paired`: two halves of rows whose blocks alternate, gate and up."""
+        codes = weight.codes if isinstance(weight, Int8Weight) else weight
+        absmax = weight.absmax if isinstance(weight, Int8Weight) else None
+        rows, width = codes.shape
+        shape = Matrix(None, None, None, rows, width, KINDS[codes.dtype], paired)
+        library = open_library()
+        data = torch.empty(library.llmq_packed_bytes(shape), dtype=torch.uint8)
+        library.pack(codes.contiguous().data_ptr(), shape, data.data_ptr())
+        return Packed(data, None if absmax is None else _blocked(absmax, paired), rows, width, shape.kind, paired)
+
+    def vector(self, values: torch.Tensor) -> torch.Tensor:
+        """float32, whole eights, the rest 0."""
+        return _blocked(values, False)
+
+
+def _blocked(values: torch.Tensor, paired: bool) -> torch.Tensor:
+    """float32 in blocks of eight; of a paired matrix a block of the first half, then one of the second."""
+    halves = values.float().chunk(2) if paired else (values.float(),)
+    blocks = [torch.nn.functional.pad(half, (0, -len(half) % LANES)).view(-1, LANES) for half in halves]
+    return torch.stack(blocks, 1).flatten().contiguous()
+
+
