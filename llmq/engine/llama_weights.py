@@ -113,7 +113,7 @@ def load_weights(
 
 def _layer(made: _Maker, prefix: str, architecture: Architecture) -> Layer:
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
-    qkv = [f"{attention}{part}_proj" for part in "qkv"]
+    qkv, gate_up = [f"{attention}{part}_proj" for part in "qkv"], [mlp + "gate_proj", mlp + "up_proj"]
     return Layer(
         attention_norm=made.vector(prefix + "input_layernorm.weight"),
         qkv=made.linear(qkv, architecture.qkv_rows, architecture.hidden),
@@ -121,7 +121,7 @@ def _layer(made: _Maker, prefix: str, architecture: Architecture) -> Layer:
         output=made.linear([attention + "o_proj"], architecture.hidden, architecture.heads * architecture.width),
         output_bias=made.vector(attention + "o_proj.bias") if architecture.output_bias else None,
         mlp_norm=made.vector(prefix + "post_attention_layernorm.weight"),
-        gate_up=made.linear([mlp + "gate_proj", mlp + "up_proj"], 2 * architecture.inner, architecture.hidden, paired=True),
+        gate_up=made.linear(gate_up, 2 * architecture.inner, architecture.hidden, paired=True),
         down=made.linear([mlp + "down_proj"], architecture.hidden, architecture.inner),
     )
 

@@ -148,9 +148,7 @@ class _Room:
 
     def step(self, token: int, position: int) -> None:
         """Feed `token` at `position`: `logits` and `chosen` are the next token's."""
-        self.engine.library.llmq_step(
-            self._session(self.buffers), token, position, self.logits.data_ptr(), self.chosen
-        )
+        self.engine.library.llmq_step(self._session(self.buffers), token, position, self.logits.data_ptr(), self.chosen)
 
     def _session(self, buffers: torch.Tensor) -> Session:
         engine = self.engine

@@ -12,7 +12,6 @@ import torch
 from llmq.kernels.cpu.build import NoLibrary, library_path
 from llmq.kernels.primitives import Int8Weight
 
-
 VERSION = 1
 LANES = 8
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -143,5 +142,3 @@ def _blocked(values: torch.Tensor, paired: bool) -> torch.Tensor:
     halves = values.float().chunk(2) if paired else (values.float(),)
     blocks = [torch.nn.functional.pad(half, (0, -len(half) % LANES)).view(-1, LANES) for half in halves]
     return torch.stack(blocks, 1).flatten().contiguous()
-
-

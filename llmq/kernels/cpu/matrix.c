@@ -253,7 +253,8 @@ static inline float settled(floats peak, ints wrong) {
     return highest(peak);
 }
 
-static inline floats scale_of(float absmax) { return all(absmax > 0 ? 127.0f / absmax : 0.0f); }
+/* 127 / absmax as torch, and with it bitsandbytes, computes it. */
+static inline floats scale_of(float absmax) { return all(absmax > 0 ? 1.0f / absmax * 127.0f : 0.0f); }
 
 static inline void store_codes(int8_t *codes, floats v) {
     bytes b = __builtin_convertvector(__builtin_convertvector(rounded(v), ints), bytes);

@@ -1,0 +1,424 @@
+"""The CPU library against its definition in torch, against bitsandbytes, and against transformers; and its cache."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import threading
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_llama
+from test_lean import KINDS, PROMPT, ModelTensors, generate
+
+from llmq.engine.architecture import Architecture, Rope, architecture_of
+from llmq.engine.choice import choose_engines
+from llmq.engine.interface import Interrupted
+from llmq.engine.llama import LeanEngine
+from llmq.engine.llama_weights import load_weights
+from llmq.engine.sampling import SamplingSettings
+from llmq.errors import UserError
+from llmq.kernels import primitives, reference
+from llmq.kernels.cpu import build
+from llmq.kernels.primitives import Int8Weight
+from llmq.quant import METHODS
+
+if reason := build.why_not_native():
+    pytest.skip(reason, allow_module_level=True)
+
+from llmq.engine.native import NativeEngine  # noqa: E402
+from llmq.kernels.cpu.library import Matrix, Packing, open_library  # noqa: E402
+
+LEAN_METHODS = [name for name, method in METHODS.items() if method.handler.lean_weights]
+
+
+@dataclass
+class Rounded:
+    """Tensors as a method stores them, in float32, so that the reference computes in float32 too."""
+
+    source: object
+    dtype: torch.dtype
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.source
+
+    def get(self, name: str, device: str) -> torch.Tensor:
+        return self.source.get(name, device).to(self.dtype).float()
+
+
+def with_cache_of(dtype: torch.dtype) -> SimpleNamespace:
+    """The reference operations with keys and values rounded as the library stores them."""
+
+    def append_rows(qkv, cache, rope, start):
+        found = reference.append_rows(qkv, cache, rope, start)
+        for cached in (cache.keys, cache.values):
+            cached[:, : start + len(qkv)] = cached[:, : start + len(qkv)].to(dtype)
+        return found
+
+    return SimpleNamespace(**{**vars(reference), "append_rows": append_rows})
+
+
+def built(source, architecture, method: str, *, packed: bool, threads: int = 2):
+    handler = METHODS[method].handler
+    dtype = getattr(torch, handler.dtype)
+    weights = load_weights(
+        source if packed else Rounded(source, dtype),
+        architecture,
+        dtype=dtype if packed else torch.float32,
+        int8=handler.lean_weights == "int8",
+        int8_head=handler.int8_head,
+        device="cpu",
+        kernels=reference,
+        form=Packing() if packed else None,
+    )
+    if packed:
+        return NativeEngine(weights, architecture, handler, threads=threads)
+    return LeanEngine(weights, architecture, handler, "cpu", kernels=with_cache_of(dtype))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.mark.parametrize("method", LEAN_METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_llama_and_method_computes_what_the_reference_computes(kind, method):
+    model = tiny_llama(torch.float32, intermediate_size=64, **KINDS[kind])
+    source, architecture = ModelTensors(model), architecture_of(model.config.to_dict())
+    expected = built(source, architecture, method, packed=False)
+    native = built(source, architecture, method, packed=True)
+    assert difference(native.logits(PROMPT), expected.logits(PROMPT)) < close(method)
+    assert generate(native, 8) == generate(expected, 8)
+
+
+def close(method: str) -> float:
+    """Sums in another order differ by 1e-5; where that moves a value over the edge between two int8 codes, by more."""
+    return 2e-2 if method.startswith("llm-int8") else 1e-4
+
+
+class DrawnTensors:
+    """Weights of any shape, each drawn from its name."""
+
+    def __init__(self, a: Architecture):
+        q, kv = a.heads * a.width, a.groups * a.width
+        self.shapes = {"q_proj": (q, a.hidden), "k_proj": (kv, a.hidden), "v_proj": (kv, a.hidden)}
+        self.shapes |= {"o_proj": (a.hidden, q), "gate_proj": (a.inner, a.hidden), "up_proj": (a.inner, a.hidden)}
+        self.shapes |= {"down_proj": (a.hidden, a.inner), "embed_tokens": (a.vocabulary, a.hidden)}
+        self.shapes["lm_head"] = self.shapes["embed_tokens"]
+        self.other = (a.hidden,)
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def get(self, name: str, device: str) -> torch.Tensor:
+        shape = self.shapes.get(name.split(".")[-2], self.other)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(name.encode())))
+        return (x / shape[1] ** 0.5 if len(shape) == 2 else 1 + x / 4).half()
+
+
+UGLY = [
+    (13, 7, 1, 1, 2, 3),
+    (17, 31, 3, 1, 6, 101),
+    (97, 101, 5, 5, 10, 61),
+    (1, 1, 1, 1, 2, 2),
+    (64, 40, 4, 2, 24, 259),
+]
+
+
+@pytest.mark.parametrize("method", LEAN_METHODS)
+@pytest.mark.parametrize("shape", UGLY, ids=str)
+def test_ugly_shapes(shape, method):
+    hidden, inner, heads, groups, width, vocabulary = shape
+    a = Architecture(
+        layers=2, hidden=hidden, inner=inner, heads=heads, groups=groups, width=width, vocabulary=vocabulary,
+        context=64, eps=1e-5, rope=Rope(10000.0), tied=True, qkv_bias=False, output_bias=False,
+    )  # fmt: skip
+    ids = [i % vocabulary for i in range(21)]
+    expected = built(DrawnTensors(a), a, method, packed=False).logits(ids)
+    found = [built(DrawnTensors(a), a, method, packed=True, threads=threads) for threads in (1, 3)]
+    logits = [engine.logits(ids) for engine in found]
+    assert torch.equal(*logits) and difference(logits[0], expected) < close(method)
+    answers = [generate_from(engine, ids, 6) for engine in found]
+    assert answers[0] == answers[1]
+
+
+def generate_from(engine, ids: list[int], tokens: int) -> list[int]:
+    generation = engine.start(ids, SamplingSettings(max_new_tokens=tokens))
+    found = [generation.prefill().token_id, *(generation.step().token_id for _ in range(tokens - 1))]
+    generation.close()
+    return found
+
+
+class Split(ctypes.Structure):
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("absmax", ctypes.c_float),
+        ("count", ctypes.c_int32),
+        ("index", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+    ]
+
+
+def split(x: torch.Tensor, threshold: float) -> tuple[Split, tuple]:
+    room = (
+        torch.zeros(-(-len(x) // 8) * 8, dtype=torch.int8),
+        torch.zeros(len(x), dtype=torch.int32),
+        torch.zeros(len(x)),
+    )
+    made = Split(room[0].data_ptr(), 0.0, 0, room[1].data_ptr(), room[2].data_ptr())
+    library = open_library()
+    library.decompose.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.POINTER(Split)]
+    library.decompose(x.data_ptr(), len(x), threshold, made)
+    return made, room
+
+
+def activations(width: int, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(width, generator=torch.Generator().manual_seed(seed)).half().float()
+    x[width // 3], x[width - 1] = 50.0, -6.0
+    return x
+
+
+@pytest.mark.parametrize("threshold", [6.0, 1.0, 0.0])
+@pytest.mark.parametrize("width", [5, 97, 576, 1536])
+def test_one_token_is_decomposed_as_bitsandbytes_does(width, threshold):
+    import bitsandbytes as bnb
+
+    x = activations(width)
+    made, (codes, index, value) = split(x, threshold)
+    expected, absmax, columns = bnb.functional.int8_vectorwise_quant(x.half()[None], threshold=threshold)
+    columns = [] if columns is None else columns.tolist()
+    assert index[: made.count].tolist() == columns and value[: made.count].tolist() == x[columns].tolist()
+    assert made.absmax == absmax.item()
+    # With one row bitsandbytes leaves codes in outlier columns, which its product then does not use.
+    assert torch.equal(codes[:width], expected[0].index_fill(0, torch.tensor(columns, dtype=torch.int64), 0))
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.5, 0.0])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 5), (96, 576), (50, 1531)])
+def test_a_layer_is_an_exact_computation_of_the_same_operands(rows, width, threshold):
+    weight = primitives.quantize_rows(torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).half())
+    packed, x, out = Packing().matrix(weight), activations(width), torch.zeros(-(-rows // 8) * 8)
+    made, room = split(x, threshold)
+    library = open_library()
+    library.multiply.argtypes = [ctypes.POINTER(Matrix), ctypes.c_void_p, ctypes.POINTER(Split), *[ctypes.c_int] * 3]
+    library.multiply.argtypes += [ctypes.c_void_p]
+    library.multiply(packed.matrix(), None, made, 0, len(out) // 8, 0, out.data_ptr())
+    expected = primitives.int8_linear(x[None].half(), weight, threshold)[0]
+    assert difference(out[:rows], expected) < 1e-5 and not out[rows:].any()
+    library.multiply(packed.matrix(), x.data_ptr(), None, 0, len(out) // 8, 1, out.data_ptr())
+    assert difference(out[:rows] - expected, weight.dequantized() @ x) < 1e-4
+
+
+def test_gate_rows_and_up_rows_alternate_in_blocks():
+    weight = Int8Weight(torch.arange(20, dtype=torch.int8)[:, None].contiguous(), torch.arange(20.0))
+    packed = Packing().matrix(weight, paired=True)
+    blocks = packed.data.view(4, 8, 4)[:, :, 0].tolist()
+    assert blocks == [[*range(8)], [*range(10, 18)], [8, 9, *[0] * 6], [18, 19, *[0] * 6]]
+    assert packed.absmax.tolist() == [float(n) for block in blocks for n in block]
+
+
+def tiny(method: str = "llm-int8", **changes) -> NativeEngine:
+    model = tiny_llama(torch.float32, intermediate_size=64, **changes)
+    return built(ModelTensors(model), architecture_of(model.config.to_dict()), method, packed=True)
+
+
+def test_the_threshold_moves_on_the_loaded_model():
+    native = tiny()
+    before = native.logits(PROMPT)
+    native.set_threshold(0.01)
+    assert not torch.equal(native.logits(PROMPT), before)
+    assert all(len(columns) > 10 for columns in native.outlier_columns(PROMPT))
+    native.set_threshold(6.0)
+    assert torch.equal(native.logits(PROMPT), before) and not any(native.outlier_columns(PROMPT))
+
+
+def test_a_decoded_token_is_a_prefilled_token():
+    native = tiny("fp16")
+    tokens = generate(native, 4)
+    longer = native.start(PROMPT + tokens[:3], SamplingSettings(max_new_tokens=1))
+    assert longer.prefill().token_id == tokens[3]
+
+
+def test_sampling_repeats_with_its_seed():
+    native = tiny("fp16")
+    drawn = [generate(native, 12, temperature=0.9, top_k=40, top_p=0.9, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_prompt_can_be_given_up_between_layers():
+    native, asked = tiny("fp16"), []
+    generation = native.start(PROMPT, SamplingSettings())
+    with pytest.raises(Interrupted):
+        generation.prefill(lambda: asked.append(1) or len(asked) > 1)
+    assert len(asked) == 2
+    assert generate(native, 4) == generate(tiny("fp16"), 4)  # nothing is left behind
+
+
+@pytest.mark.parametrize("method", ["fp16", "llm-int8"])
+def test_what_is_not_a_number_stops_the_run(method):
+    model = tiny_llama(torch.float32, intermediate_size=64)
+    model.model.layers[1].post_attention_layernorm.weight.data[3] = torch.inf
+    native = built(ModelTensors(model), architecture_of(model.config.to_dict()), method, packed=True)
+    with pytest.raises(UserError, match="not a number"):
+        generate(native, 2)
+
+
+def test_threads_go_with_the_engine():
+    def running() -> set[str]:
+        return set(os.listdir("/proc/self/task"))
+
+    before = running()
+    a = architecture_of(tiny_llama().config.to_dict())
+    engine = built(DrawnTensors(a), a, "fp16", packed=True, threads=5)
+    own = running() - before
+    assert len(own) == 4
+    del engine
+    gc.collect()
+    assert not own & running()
+
+
+def test_engines_on_several_threads_do_not_disturb_each_other():
+    engines = [tiny("fp16"), tiny("llm-int8")]
+    expected = [generate(engine, 20) for engine in engines]
+    found = [None, None]
+
+    def work(i: int) -> None:
+        found[i] = generate(engines[i], 20)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMQ_CACHE", str(tmp_path))
+    build.why_not_native.cache_clear()
+    yield tmp_path
+    build.why_not_native.cache_clear()
+
+
+def test_a_damaged_library_is_built_again_and_a_whole_one_is_not(empty_cache):
+    path = build.library_path()
+    made, whole = path.stat().st_mtime_ns, path.read_bytes()
+    assert build.library_path() == path and path.stat().st_mtime_ns == made
+    path.write_bytes(whole[: len(whole) // 2])
+    time.sleep(0.01)
+    assert build.library_path().read_bytes()[:4] == whole[:4] and path.stat().st_size == len(whole)
+    path.with_suffix(".sha256").unlink()
+    built_again = path.stat().st_mtime_ns
+    assert build.library_path().stat().st_mtime_ns > built_again
+
+
+LEAN_CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+LEAN_CONFIG |= {"num_hidden_layers": 1, "vocab_size": 9}
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("no-such-compiler", "no C compiler was found"), ("false", "could not compile")],
+)
+def test_without_a_working_compiler_transformers_runs_and_one_line_says_so(
+    compiler, said, empty_cache, monkeypatch, caplog
+):
+    monkeypatch.setenv("CC", compiler)
+    assert choose_engines("auto", ["fp16", "llm-int8"], LEAN_CONFIG, "cpu") == ["hf", "hf"]
+    assert len(caplog.messages) == 1 and said in caplog.messages[0] and "slower" in caplog.messages[0]
+    caplog.clear()
+    assert choose_engines("auto", ["fp32"], LEAN_CONFIG, "cpu") == ["hf"] and not caplog.messages
+
+
+def test_a_cache_that_cannot_be_written_is_no_library(empty_cache, monkeypatch):
+    (empty_cache / "cpu").write_text("in the way")
+    assert "cannot be written" in build.why_not_native()
+
+
+@pytest.mark.demo
+def test_fp16_chooses_the_tokens_that_transformers_chooses_in_float32(demo):
+    """128 greedy tokens of five prompts; where one differs, the two likeliest are closer than 0.01."""
+    from llmq.engine.residents import Key, Residents
+    from llmq.engine.text import encode_prompt
+    from llmq.models.loading import load_tokenizer
+
+    prompts = ["Plan a 3-day itinerary in Paris.", "Why is the sky blue?", "Write a haiku about rain.",
+               "List three uses of a paper clip.", "Explain recursion to a child."]  # fmt: skip
+    tokenizer, residents = load_tokenizer(demo), Residents()
+    native, exact = (residents.get(Key(demo, m, m, "cpu", loop))[0] for m, loop in (("fp16", "lean"), ("fp32", "hf")))
+    for prompt in prompts:
+        ids = encode_prompt(tokenizer, prompt, context=native.context)
+        chosen = generate_from(native, ids, 128)
+        logits = exact.logits(ids + chosen[:-1])[len(ids) - 1 :]
+        best, likeliest = logits.topk(2)
+        for place, token in enumerate(chosen):
+            if token != likeliest[place, 0]:
+                margin = (best[place, 0] - logits[place, token]).item()
+                print(f"{prompt} token {place}: margin {margin:.4f}")
+                assert margin < 0.01
+
+
+@pytest.mark.demo
+def test_every_layer_of_a_model_is_bitsandbytes_layer(demo):
+    """Each linear layer fed what it gets in bitsandbytes' model: the same outlier columns, the same output."""
+    import bitsandbytes as bnb
+
+    from llmq.bench.setup import fixed_prompt
+    from llmq.engine.residents import Key, load_engine
+    from llmq.models.loading import load_tokenizer
+
+    model = load_engine(Key(demo, "bnb-int8", "bnb-int8", "cpu", "hf")).model
+    seen = []
+
+    def check(module, inputs, output):
+        x, state = inputs[0].reshape(-1, inputs[0].shape[-1]), module.state
+        weight = Int8Weight(state.CB if state.CB is not None else module.weight.data, state.SCB)
+        expected = set(state.idx.tolist()) if state.idx is not None else set()
+        columns, y = multiplied(x.float().contiguous(), weight)
+        exact = primitives.int8_linear(x, weight, 6.0)
+        seen.append((columns == expected, difference(y, exact), len(expected)))
+
+    layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
+    hooks = [layer.register_forward_hook(check) for layer in layers]
+    ids = fixed_prompt(load_tokenizer(demo), 48)
+    with torch.inference_mode():
+        for count in (1, 7, 48):
+            model(torch.tensor([ids[:count]]))
+    for hook in hooks:
+        hook.remove()
+    equal, wrong, columns = zip(*seen, strict=True)
+    print(f"{sum(equal)} of {len(seen)} sets equal, {sum(columns)} columns, worst {max(wrong):.1e}")
+    assert len(seen) == 3 * len(layers) and all(equal) and max(wrong) < 1e-5 and any(columns)
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "codes", "absmax", "outliers", "index")]
+    _fields_ += [(name, ctypes.c_int32) for name in ("rows", "stride", "code_stride", "count")]
+
+
+def multiplied(x: torch.Tensor, weight: Int8Weight) -> tuple[set[int], torch.Tensor]:
+    """The outlier columns that the library finds in several rows, and its product."""
+    library, packed, (rows, width) = open_library(), Packing().matrix(weight), x.shape
+    padded, outputs = -(-width // 8) * 8, -(-len(weight.codes) // 8) * 8
+    library.survey.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_void_p]
+    library.survey.restype = ctypes.c_float
+    library.encode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_float, *[ctypes.c_void_p] * 2]
+    x, marks, codes = x.clone(), torch.zeros(padded, dtype=torch.uint8), torch.zeros(rows, padded, dtype=torch.int8)
+    absmax = torch.tensor([library.survey(row.data_ptr(), width, 6.0, marks.data_ptr()) for row in x])
+    for row, place, peak in zip(x, codes, absmax.tolist(), strict=True):
+        library.encode(row.data_ptr(), width, padded, peak, marks.data_ptr(), place.data_ptr())
+    columns = marks.nonzero().view(-1)
+    assert torch.equal(codes[:, :width], primitives.split_rows(x.half(), 6.0).codes)
+    outliers, index = x[:, columns].contiguous(), columns.int()
+    parts = [t.data_ptr() for t in (x, codes, absmax, outliers, index)]
+    batch = Batch(*parts, rows, len(columns), padded, len(columns))
+    out, panel = torch.zeros(rows, outputs), torch.zeros(16 * width)
+    library.multiply_rows.argtypes = [ctypes.POINTER(Matrix), ctypes.POINTER(Batch), *[ctypes.c_int] * 3]
+    library.multiply_rows.argtypes += [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    library.multiply_rows(packed.matrix(), batch, 0, outputs // 8, 0, out.data_ptr(), outputs, panel.data_ptr())
+    return set(columns.tolist()), out[:, : len(weight.codes)]
