@@ -58,7 +58,7 @@ def _measure(bench: DecodeBench, key: Key, contestant: Contestant, prompt_ids: l
     result = {
         "method": contestant.label,
         "engine": engine.name,
-        "arithmetic": engine.handler.arithmetic(bench.device),
+        "arithmetic": engine.handler.arithmetic(bench.device, engine.name),
         "tokens_per_second": statistics.median(speeds),
         "tokens_per_second_min": min(speeds),
         "tokens_per_second_max": max(speeds),

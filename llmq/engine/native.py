@@ -188,7 +188,8 @@ class NativeGeneration:
 
     @property
     def peak_bytes(self) -> int:
-        return self.kv_bytes + self.workspace_bytes
+        """Of the cache alone, as everywhere on a CPU: no other loop there can tell its workspace."""
+        return self.kv_bytes
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""

@@ -30,7 +30,7 @@ class BnbInt8:
     def check_threshold(self, threshold: float) -> None:
         """Every number is fine."""
 
-    def arithmetic(self, device: str) -> str:
+    def arithmetic(self, device: str, loop: str = "hf") -> str:
         on_cpu = device.startswith("cpu")
         products = "int8 products done as FP32 matrix products" if on_cpu else "int8 products summed in int32"
         return f"int8 linear weights, FP16 embedding, norms and head; {products}; outlier columns in FP16"

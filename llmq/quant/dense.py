@@ -30,12 +30,14 @@ class Dense:
     def check_threshold(self, threshold: float) -> None:
         raise BadChoice(f"{_SHORT[self.dtype]} has no outlier threshold to set to {threshold}")
 
-    def arithmetic(self, device: str) -> str:
+    def arithmetic(self, device: str, loop: str = "hf") -> str:
         """On a CPU without 16-bit units torch multiplies and adds in FP32 and rounds each result (measured: a 16-bit
         dot product of 2048 and 575 ones gives 2624 in FP16, which an FP16 accumulator could not reach)."""
         short = _SHORT[self.dtype]
         if self.dtype == "float32":
             return "FP32 weights and arithmetic"
+        if device.startswith("cpu") and loop == "lean":
+            return f"{short} weights, keys and values; FP32 activations and sums"
         if device.startswith("cpu"):
             return f"{short} weights and activations; products summed in FP32, results rounded to {short}"
         return f"{short} weights and activations, products summed in FP32"

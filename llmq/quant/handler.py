@@ -36,8 +36,9 @@ class Handler(Protocol):
     opens_int8: bool  # whether it can start from a checkpoint of bitsandbytes' int8 weights
     converts: bool  # whether a model loaded with `load_arguments` still has to go through `convert_`
 
-    def arithmetic(self, device: str) -> str:
-        """One plain sentence: what is stored in which type, and in which type it is multiplied on this device."""
+    def arithmetic(self, device: str, loop: str = "hf") -> str:
+        """One plain sentence: what is stored in which type, and in which type it is multiplied on this device in this
+        loop ('hf' or 'lean')."""
 
     def check_threshold(self, threshold: float) -> None:
         """Raises BadChoice where there is no threshold to set."""

@@ -37,13 +37,14 @@ class LlmInt8:
         if not self.has_threshold:
             raise BadChoice(f"int8-weight-only has no outlier threshold to set to {threshold}")
 
-    def arithmetic(self, device: str) -> str:
+    def arithmetic(self, device: str, loop: str = "hf") -> str:
         rest = "FP16 norms" if self.int8_head else "FP16 embedding, norms and head"
         stored = f"int8 {'embedding, linear and head' if self.int8_head else 'linear'} weights, {rest}"
-        if not self.has_threshold:
-            return f"{stored}; FP16 activations, products summed in FP32"
         on_cpu = device.startswith("cpu")
-        products = "done as FP32 matrix products" if on_cpu else "summed exactly in integers"
+        if not self.has_threshold:
+            kept = "FP32" if on_cpu and loop == "lean" else "FP16"
+            return f"{stored}; {kept} activations, products summed in FP32"
+        products = "done as FP32 matrix products" if on_cpu and loop == "hf" else "summed exactly in integers"
         return f"{stored}; int8 products {products}; outliers keep FP16, summed with them"
 
     def load_arguments(self, device: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from llmq.contestants import Contestant
 from llmq.errors import UserError
-from llmq.events import Event, Failed, Finished, Freed, Loading, Planned, Step, Waiting
+from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Step, Waiting
 from llmq.quant import method_named
 from llmq.summary import Summary
 from llmq.ui.live_state import LiveState
@@ -65,6 +65,8 @@ class CompareView:
         self.summary.add(event)
         if not isinstance(event, Loading) or event.contestant:
             self.live.add(event)
+        if isinstance(event, Loaded):
+            self.live.describe(event.contestant, arithmetic(event.contestant, self.device, event.engine))
         if isinstance(event, Step | Finished):
             self._texts[self.labels.index(event.contestant)] += event.text
         if isinstance(event, Step):
@@ -99,10 +101,10 @@ class CompareView:
         }
 
 
-def arithmetic(label: str, device: str) -> str:
+def arithmetic(label: str, device: str, loop: str = "hf") -> str:
     """What a contestant stores and multiplies in; empty for a method this version does not know (old recordings)."""
     try:
-        return method_named(Contestant.parse(label).method).handler.arithmetic(device)
+        return method_named(Contestant.parse(label).method).handler.arithmetic(device, loop)
     except UserError:
         return ""
 

@@ -20,15 +20,16 @@ const setText = (target, text) => {
   if (target.textContent !== text) target.textContent = text;
 };
 
-const makeCard = ({ label, arithmetic }, index) => {
-  const slots = { state_text: node("p", { class: "llmq-state" }), note: node("p", { class: "llmq-note" }) };
+const makeCard = ({ label }, index) => {
+  const slots = { arithmetic: node("p", { class: "llmq-arithmetic" }), state_text: node("p", { class: "llmq-state" }),
+    note: node("p", { class: "llmq-note" }) };
   const list = node("dl");
   for (const [name, title] of CARD_FIELDS) {
     slots[name] = node("dd", { "data-field": name });
     list.append(node("div", { "data-row": name }, node("dt", {}, title), slots[name]));
   }
   const root = node("article", { class: `llmq-card llmq-c${index}`, "aria-label": label }, node("h3", {}, label),
-    node("p", { class: "llmq-arithmetic" }, arithmetic), slots.state_text, list, slots.note);
+    slots.arithmetic, slots.state_text, list, slots.note);
   return { root, slots };
 };
 

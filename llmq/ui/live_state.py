@@ -40,6 +40,7 @@ PROCESS_SERIES = {"process_bytes": ("process", "whole process")}
 class _Progress:
     """One contestant so far. Seconds and bytes; `recent` holds the seconds of the last decode steps."""
 
+    arithmetic: str = ""
     state: str = "waiting"
     state_text: str = STATE_TEXT["waiting"]
     note: str = ""
@@ -75,6 +76,7 @@ class _Progress:
 
     def card(self) -> dict[str, str]:
         return {
+            "arithmetic": self.arithmetic,
             "state": self.state,
             "state_text": self.state_text,
             "note": self.note,
@@ -95,8 +97,8 @@ class LiveState:
 
     def __init__(self, contestants: Mapping[str, str], *, run: str):
         self._run = run
-        self._contestants = [{"label": label, "arithmetic": text} for label, text in contestants.items()]
-        self._progress = {label: _Progress() for label in contestants}
+        self._contestants = [{"label": label} for label in contestants]
+        self._progress = {label: _Progress(arithmetic=text) for label, text in contestants.items()}
         self._columns: dict[str, dict] = {}
         self._samples: list[list[float | None]] = []
         self._held: dict[str, float] = {}  # the peaks of samples not kept since the last kept one
@@ -114,6 +116,10 @@ class LiveState:
                 self._wait(event)
             case _:
                 self._progress_event(event)
+
+    def describe(self, contestant: str, arithmetic: str) -> None:
+        """Another arithmetic label, when it is known which loop the contestant runs through."""
+        self._progress[contestant].arithmetic = arithmetic
 
     def value(self) -> dict:
         """A JSON-able snapshot; its lists are copies, because Gradio compares it with the one before.

@@ -13,8 +13,8 @@ WHY_SLOWER_GPU = (
 )
 WHY_SLOWER_CPU = "on a CPU without AVX-512 it turns the int8 weights of every layer into FP32 again for each token."
 WHY_OURS_CPU = (
-    "On a CPU it runs through torch's own operations, which turn the int8 weights into FP32 too; its own kernels are "
-    "for a GPU."
+    "Through transformers on a CPU it runs on torch's own operations, which turn the int8 weights into FP32 too; the "
+    "lean loop does not."
 )
 LOOPS = {"hf": "transformers", "lean": "the lean loop"}
 
@@ -64,7 +64,8 @@ def _speed(baseline: Outcome, other: Outcome, on_gpu: bool) -> str:
 def _reason(slower: Outcome, on_gpu: bool) -> str:
     if slower.contestant.startswith("bnb-"):
         return f" {USUAL} {WHY_SLOWER_GPU if on_gpu else WHY_SLOWER_CPU}"
-    return f" {WHY_OURS_CPU}" if slower.contestant.partition("@")[0] == "llm-int8" and not on_gpu else ""
+    ours = slower.contestant.startswith("llm-int8") and slower.engine != "lean"
+    return f" {WHY_OURS_CPU}" if ours and not on_gpu else ""
 
 
 def _crossing(baseline: Outcome, other: Outcome) -> str:
