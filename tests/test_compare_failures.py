@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -199,8 +200,8 @@ def test_in_turn_that_fits_frees_nothing(tiny_folder, residents):
 
 def test_models_of_another_run_leave_only_when_their_room_is_needed(room, tiny_folder):
     _, residents, _ = room
-    list(compare(comparison(tiny_folder, "bf16"), residents))
-    list(compare(comparison(tiny_folder, "fp16", max_new_tokens=1), residents))
+    list(compare(replace(comparison(tiny_folder, "bf16"), engine="hf"), residents))
+    list(compare(replace(comparison(tiny_folder, "fp16", max_new_tokens=1), engine="hf"), residents))
     assert key_of(tiny_folder, "bf16") in residents and key_of(tiny_folder, "fp16") in residents
     events = list(compare(comparison(tiny_folder, "fp32"), residents))
     assert reasons(events) == {"fp32": "length"} and failures(events) == {}

@@ -199,7 +199,9 @@ LEAN_CONFIG |= {"num_hidden_layers": 1, "vocab_size": 9}
         ("fp16,bnb-int8", "cuda:0", "hf,hf"),  # the same loop for both, so that their ratio means something
         ("fp16,bnb-int8,llm-int8", "cuda:0", "lean,hf,lean"),
         ("bf16,int8-weight-only,fp32", "cuda:0", "lean,lean,hf"),
-        ("fp16,llm-int8", "cpu", "hf,hf"),
+        ("fp16,llm-int8", "cpu", "lean,lean"),
+        ("fp16,bnb-int8", "cpu", "hf,hf"),
+        ("fp32,llm-int8", "cpu", "hf,hf"),
         ("llm-int8", "cuda:1", "lean"),
     ],
 )

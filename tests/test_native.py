@@ -422,3 +422,17 @@ def multiplied(x: torch.Tensor, weight: Int8Weight) -> tuple[set[int], torch.Ten
     library.multiply_rows.argtypes += [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     library.multiply_rows(packed.matrix(), batch, 0, outputs // 8, 0, out.data_ptr(), outputs, panel.data_ptr())
     return set(columns.tolist()), out[:, : len(weight.codes)]
+
+
+@pytest.mark.parametrize("schedule", ["interleave", "in-turn"])
+def test_a_comparison_on_a_cpu_runs_through_the_library(schedule, tiny_folder):
+    from tiny_runs import comparison, reasons
+
+    from llmq.compare import compare
+    from llmq.engine.residents import Residents
+    from llmq.events import Finished, Loaded
+
+    events = list(compare(comparison(tiny_folder, "fp16,llm-int8,int8-weight-only", schedule=schedule), Residents()))
+    assert {event.engine for event in events if isinstance(event, Loaded)} == {"lean"}
+    assert set(reasons(events).values()) == {"length"}
+    assert all(event.peak_bytes > event.kv_bytes > 0 for event in events if isinstance(event, Finished))

@@ -112,8 +112,10 @@ def _load_lean(key: Key, handler: Handler) -> Engine:
 
     config = load_config(key.source)
     architecture, (kernels, slower) = architecture_of(config.to_dict()), kernels_for(key.device)
-    compiled = key.device == "cpu" and not why_not_native()
-    if slower and not compiled:
+    compiled = key.device == "cpu" and not (missing := why_not_native())
+    if key.device == "cpu" and not compiled:
+        slower = f"{missing}, so the lean loop runs on torch's own operations, which is slower"
+    if slower:
         log.warning("%s", slower)
     if compiled:
         from llmq.engine.native import NativeEngine

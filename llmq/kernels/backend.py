@@ -15,7 +15,7 @@ MANY_ROWS = {"gate_rows", "linear_rows", "norm_rows", "plain_rows"}  # they hand
 def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:
     """The operations for `device`, and why they are slower than they could be ('' where they are not)."""
     if not device.startswith("cuda"):
-        return reference, "the lean loop has torch's own operations on this CPU, which is slower"
+        return reference, ""
     if reason := _why_not_triton(device):
         return reference, f"{reason}, so the lean loop runs on torch's own operations, which is slower"
     import torch
