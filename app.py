@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         session = make_session(options, on_shared_gpu(run_job))
-        fetch(session.model)
+        fetch(session.model, session.methods)
         auth = parse_auth(options.auth)
     except UserError as error:
         print(f"llmq: {error}", file=sys.stderr)
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def fetch(model: str) -> None:
+def fetch(model: str, methods: tuple[str, ...]) -> None:
     """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries."""
     from llmq.models.loading import prepare, resolve
 
@@ -106,13 +106,15 @@ def fetch(model: str) -> None:
         print(last, end="", file=sys.stderr, flush=True)
     if last:
         print(file=sys.stderr)
-    threading.Thread(target=import_model_code, name="import", daemon=True).start()
+    threading.Thread(target=import_model_code, args=(methods,), name="import", daemon=True).start()
 
 
-def import_model_code() -> None:
+def import_model_code(methods: tuple[str, ...]) -> None:
     """Import what the first run needs (seconds) while the visitor reads the page."""
-    import bitsandbytes  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    if any(method.startswith("bnb-") for method in methods):
+        import bitsandbytes  # noqa: F401
 
 
 def parse_auth(text: str | None) -> tuple[str, str] | None:

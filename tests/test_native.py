@@ -31,7 +31,7 @@ if reason := build.why_not_native():
     pytest.skip(reason, allow_module_level=True)
 
 from llmq.engine.native import NativeEngine  # noqa: E402
-from llmq.kernels.cpu.library import Matrix, Packing, open_library  # noqa: E402
+from llmq.kernels.cpu.library import Matrix, Packing, open_library, quantize_rows  # noqa: E402
 
 LEAN_METHODS = [name for name, method in METHODS.items() if method.handler.lean_weights]
 
@@ -211,6 +211,18 @@ def test_a_layer_is_an_exact_computation_of_the_same_operands(rows, width, thres
     assert difference(out[:rows], expected) < 1e-5 and not out[rows:].any()
     library.multiply(packed.matrix(), x.data_ptr(), None, 0, len(out) // 8, 1, out.data_ptr())
     assert difference(out[:rows] - expected, weight.dequantized() @ x) < 1e-4
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 7), (64, 576), (9, 1531)])
+def test_weights_get_bitsandbytes_codes_and_scales(rows, width):
+    import bitsandbytes as bnb
+
+    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(2)).half()
+    weight[0] = 0
+    made = Int8Weight(torch.empty(rows, width, dtype=torch.int8), torch.empty(rows))
+    quantize_rows(weight, made)
+    codes, absmax, _ = bnb.functional.int8_vectorwise_quant(weight)
+    assert torch.equal(made.codes, codes) and torch.equal(made.absmax, absmax)
 
 
 def test_gate_rows_and_up_rows_alternate_in_blocks():

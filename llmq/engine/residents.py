@@ -119,7 +119,7 @@ def _load_lean(key: Key, handler: Handler) -> Engine:
         log.warning("%s", slower)
     if compiled:
         from llmq.engine.native import NativeEngine
-        from llmq.kernels.cpu.library import Packing
+        from llmq.kernels.cpu import library as kernels
     weights = load_weights(
         open_tensors(key.source),
         architecture,
@@ -128,7 +128,7 @@ def _load_lean(key: Key, handler: Handler) -> Engine:
         int8_head=handler.int8_head,
         device=key.device,
         kernels=kernels,
-        form=Packing() if compiled else None,
+        form=kernels.Packing() if compiled else None,
     )
     eos_ids = eos_ids_of(key.source, config)
     if compiled:

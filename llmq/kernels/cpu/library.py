@@ -72,6 +72,7 @@ _SIGNATURES = {
     "llmq_step": (None, [POINTER(Session), c_int, c_int, c_void_p, POINTER(c_double)]),
     "llmq_prefill": (c_int, [POINTER(Session), c_void_p, c_int, c_int, c_void_p, POINTER(c_double), STOPPED]),
     "pack": (None, [c_void_p, POINTER(Matrix), c_void_p]),
+    "quantize": (None, [c_void_p, c_int, c_int, c_void_p, c_void_p]),
     "pool_new": (c_void_p, [c_int, c_int]),
     "pool_free": (None, [c_void_p]),
     "pool_threads": (c_int, [c_void_p]),
@@ -135,6 +136,13 @@ class Packing:
     def vector(self, values: torch.Tensor) -> torch.Tensor:
         """float32, whole eights, the rest 0."""
         return _blocked(values, False)
+
+
+def quantize_rows(weight: torch.Tensor, out: Int8Weight) -> None:
+    """See `reference.quantize_rows`."""
+    rows, width = weight.shape
+    halves = weight.half().contiguous()
+    open_library().quantize(halves.data_ptr(), rows, width, out.codes.data_ptr(), out.absmax.data_ptr())
 
 
 def _blocked(values: torch.Tensor, paired: bool) -> torch.Tensor:

@@ -258,6 +258,22 @@ static inline void store_codes(int8_t *codes, floats v) {
     memcpy(codes, &b, sizeof b);
 }
 
+void quantize(const uint16_t *source, int rows, int width, int8_t *codes, float *absmax) {
+    for (int row = 0; row < rows; row++, source += width, codes += width) {
+        floats peak = {0};
+        int i = 0, rest = width % LANES;
+        uint16_t last[LANES] = {0};
+        memcpy(last, source + width - rest, sizeof(uint16_t) * (size_t)rest);
+        for (; i + LANES <= width; i += LANES) peak = larger(magnitude(load_half(source + i)), peak);
+        absmax[row] = highest(larger(magnitude(load_half(last)), peak));
+        const floats scale = scale_of(absmax[row]);
+        for (i = 0; i + LANES <= width; i += LANES) store_codes(codes + i, load_half(source + i) * scale);
+        int8_t eight[LANES];
+        store_codes(eight, load_half(last) * scale);
+        memcpy(codes + i, eight, (size_t)rest);
+    }
+}
+
 void decompose(const float *x, int n, float threshold, split *s) {
     floats peak = {0};
     const floats limit = all(threshold > 0 ? threshold : INFINITY), infinite = all(INFINITY);

@@ -45,6 +45,9 @@ void multiply(const matrix *, const float *x, const split *s, int first, int las
 /* The same for many rows; `out` (rows, out_stride); `panel` is the caller's room. */
 void multiply_rows(const matrix *, const batch *, int first, int last, int add, float *out, int out_stride, float *panel);
 
+/* Halves (rows, width) to codes and the largest magnitude of each row, as bitsandbytes makes them. */
+void quantize(const uint16_t *source, int rows, int width, int8_t *codes, float *absmax);
+
 /* Row `row` as floats, whole eights of them. */
 void matrix_row(const matrix *, int row, float *out);
 
