@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def fetch(model: str, methods: tuple[str, ...]) -> None:
+def fetch(model: str, methods: tuple[str, ...] = ()) -> None:
     """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries."""
     from llmq.models.loading import prepare, resolve
 
@@ -111,10 +111,13 @@ def fetch(model: str, methods: tuple[str, ...]) -> None:
 
 def import_model_code(methods: tuple[str, ...]) -> None:
     """Import what the first run needs (seconds) while the visitor reads the page."""
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
 
     if any(method.startswith("bnb-") for method in methods):
         import bitsandbytes  # noqa: F401
+        from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+    else:
+        from llmq.engine import native  # noqa: F401
 
 
 def parse_auth(text: str | None) -> tuple[str, str] | None:

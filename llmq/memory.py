@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from llmq.contestants import Contestant
 from llmq.errors import BadChoice
+from llmq.models.architecture import architecture_of
+from llmq.models.config import PlainConfig
 from llmq.models.loading import load_config, resolve
 from llmq.models.presets import PRESETS
 from llmq.quant import Handler, WeightBytes, method_named
@@ -46,12 +48,17 @@ class Plan:
     free_bytes: int
 
 
-def meta_model(config: PretrainedConfig) -> nn.Module:
+def meta_model(config: PretrainedConfig | PlainConfig) -> nn.Module:
     """The model of `config` with shapes and no storage."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
+        if isinstance(config, PlainConfig):
+            from llmq.models.skeleton import Skeleton
+
+            return Skeleton(architecture_of(config.to_dict()), config)
+        from transformers import AutoModelForCausalLM
+
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 

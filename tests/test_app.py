@@ -47,7 +47,7 @@ def test_with_the_package_everything_on_the_gpu_is_inside_the_decorated_function
     ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(flags, words, capsys, monkeypatch):
-    monkeypatch.setattr(app, "fetch", lambda model: None)
+    monkeypatch.setattr(app, "fetch", lambda model, methods: None)
     assert app.main(["--device", "cpu", *flags] if "--device" not in flags else flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert all(word in line for word in words)

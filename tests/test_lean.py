@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import tiny_llama
 
-from llmq.engine.architecture import Unsupported, architecture_of
 from llmq.engine.choice import choose_engines
 from llmq.engine.hf import HFEngine
 from llmq.engine.interface import Interrupted, capacity_for
@@ -15,6 +14,7 @@ from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError
 from llmq.kernels import reference
+from llmq.models.architecture import Unsupported, architecture_of
 from llmq.quant import METHODS
 
 PROMPT = list(b"Hello LLaMA, how are you?")

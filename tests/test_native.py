@@ -15,7 +15,6 @@ import torch
 from conftest import tiny_llama
 from test_lean import KINDS, PROMPT, ModelTensors, generate
 
-from llmq.engine.architecture import Architecture, Rope, architecture_of
 from llmq.engine.choice import choose_engines
 from llmq.engine.interface import Interrupted
 from llmq.engine.llama import LeanEngine
@@ -25,6 +24,7 @@ from llmq.errors import UserError
 from llmq.kernels import primitives, reference
 from llmq.kernels.cpu import build
 from llmq.kernels.primitives import Int8Weight
+from llmq.models.architecture import Architecture, Rope, architecture_of
 from llmq.quant import METHODS
 
 if reason := build.why_not_native():

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from llmq.engine.architecture import Unsupported, architecture_of
 from llmq.errors import BadChoice, unknown
 from llmq.kernels.cpu.build import why_not_native
+from llmq.models.architecture import Unsupported, architecture_of
 from llmq.quant import method_named
 
 ENGINES = ("auto", "hf", "lean")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from llmq.engine.architecture import Architecture
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.rope import rope_table
 from llmq.kernels.buffers import Cache, Partials, SplitVector
 from llmq.kernels.primitives import Int8Weight
+from llmq.models.architecture import Architecture
 
 
 class Decoder:

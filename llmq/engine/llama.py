@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-from llmq.engine.architecture import Architecture
 from llmq.engine.decoder import Decoder
 from llmq.engine.interface import Token, capacity_for, token_of
 from llmq.engine.llama_weights import LlamaWeights
@@ -26,6 +25,7 @@ from llmq.engine.timing import timer_for
 from llmq.kernels.backend import current
 from llmq.kernels.buffers import Cache
 from llmq.kernels.primitives import Int8Weight
+from llmq.models.architecture import Architecture
 
 WARM_UP_STEPS = 3
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from llmq.engine.architecture import Architecture
 from llmq.kernels.primitives import Int8Weight
+from llmq.models.architecture import Architecture
 
 Weight = torch.Tensor | Int8Weight
 

@@ -14,13 +14,13 @@ from collections.abc import Callable
 
 import torch
 
-from llmq.engine.architecture import Architecture
 from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.rope import rope_table
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import HostTimer
 from llmq.kernels.cpu.library import KINDS, LANES, STOPPED, Layer, Model, Session, open_library
+from llmq.models.architecture import Architecture
 
 WARM_UP_STEPS = 2
 

@@ -105,10 +105,10 @@ def load_engine(key: Key) -> Engine:
 def _load_lean(key: Key, handler: Handler) -> Engine:
     import torch
 
-    from llmq.engine.architecture import architecture_of
     from llmq.engine.llama import LeanEngine
     from llmq.engine.llama_weights import load_weights
     from llmq.kernels.backend import kernels_for
+    from llmq.models.architecture import architecture_of
 
     config = load_config(key.source)
     architecture, (kernels, slower) = architecture_of(config.to_dict()), kernels_for(key.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmq.engine.architecture import Architecture
+from llmq.models.architecture import Architecture
 
 
 def rope_table(architecture: Architecture, positions: int, device: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from llmq.kernels.primitives import quantize_rows
 from llmq.models.cache import require_space
 from llmq.models.checkpoint import INDEX, CheckpointTensors
 from llmq.models.demo import Progress
-from llmq.models.loading import Source, folder_of, load_config
+from llmq.models.loading import Source, folder_of, transformers_config
 from llmq.quant.handler import DEFAULT_THRESHOLD, non_head_linears
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
     The folder appears in one rename, whole. Raises BadChoice for a folder that exists and for a model that is int8
     already; UserError where the disk has no room.
     """
-    config, origin = load_config(source), folder_of(source)
+    config, origin = transformers_config(source), folder_of(source)
     if folder.exists():
         raise BadChoice(f"{folder} exists; choose a folder that does not")
     if getattr(config, "quantization_config", None):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
+from llmq.models.config import PlainConfig, plain_config
 from llmq.models.demo import Progress, demo_folder, prepare_demo
 from llmq.models.presets import PRESETS
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llmq.quant import Handler
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names for one class
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -92,8 +94,16 @@ def revision_of(source: Source) -> str:
     return "random weights" if source.kind == "random" else "local folder"
 
 
-def load_config(source: Source) -> PretrainedConfig:
-    """The model's configuration. Raises ModelUnavailable for unknown architectures."""
+def load_config(source: Source) -> PretrainedConfig | PlainConfig:
+    """The model's configuration; read without transformers where the lean loop can compute the model. Raises
+    ModelUnavailable for unknown architectures."""
+    if source.kind != "random" and (plain := plain_config(folder_of(source))):
+        return plain
+    return transformers_config(source)
+
+
+def transformers_config(source: Source) -> PretrainedConfig:
+    """The model's configuration as transformers makes models from it. Raises ModelUnavailable as `load_config`."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig
 
     if source.kind == "random":
@@ -108,7 +118,7 @@ def load_config(source: Source) -> PretrainedConfig:
     return config
 
 
-def require_method(source: Source, config: PretrainedConfig, handler: Handler) -> None:
+def require_method(source: Source, config: PretrainedConfig | PlainConfig, handler: Handler) -> None:
     """Raises BadChoice where a checkpoint is quantized and `handler` would pass its rounded weights off as its own."""
     settings = getattr(config, "quantization_config", None) or {}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
@@ -119,7 +129,7 @@ def require_method(source: Source, config: PretrainedConfig, handler: Handler) -
     raise BadChoice(f"{source.name} holds {kind} weights: {advice}")
 
 
-def range_note(config: PretrainedConfig, handler: Handler) -> str:
+def range_note(config: PretrainedConfig | PlainConfig, handler: Handler) -> str:
     """What to know of a BF16 checkpoint under an FP16 method; '' otherwise."""
     if str(getattr(config, "dtype", None)).removeprefix("torch.") != "bfloat16" or handler.dtype != "float16":
         return ""
@@ -128,14 +138,28 @@ def range_note(config: PretrainedConfig, handler: Handler) -> str:
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The model's tokenizer, chat template included. Random weights borrow the demo model's tokenizer."""
-    from transformers import AutoTokenizer
-
     folder = demo_folder() if source.kind == "random" else folder_of(source)
     with _blamed_on(source, "open the tokenizer"):
+        if _names_no_family(folder):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def ids_within(config: PretrainedConfig, ids: list[int]) -> list[int]:
+def _names_no_family(folder: Path) -> bool:
+    """Whether the tokenizer is all in its `tokenizer.json`: then it needs nothing of its model's family, whose code
+    takes seconds to import."""
+    try:
+        named = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("tokenizer_class")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return named in GENERAL_TOKENIZERS and (folder / "tokenizer.json").is_file()
+
+
+def ids_within(config: PretrainedConfig | PlainConfig, ids: list[int]) -> list[int]:
     """Token ids folded into the model's vocabulary: only a borrowed tokenizer has ids beyond it."""
     return [i % config.vocab_size for i in ids]
 
@@ -148,7 +172,7 @@ def load_model(source: Source, handler: Handler, device: str) -> PreTrainedModel
     if source.kind == "random":
         from llmq.models.random_weights import random_llama
 
-        return handler.convert_(random_llama(load_config(source), device), device).requires_grad_(False).eval()
+        return handler.convert_(random_llama(transformers_config(source), device), device).requires_grad_(False).eval()
     from transformers import AutoModelForCausalLM
 
     folder = folder_of(source)
@@ -179,7 +203,7 @@ def open_tensors(source: Source) -> CheckpointTensors | RandomTensors:
         return CheckpointTensors(folder_of(source))
 
 
-def eos_ids_of(source: Source, config: PretrainedConfig) -> frozenset[int]:
+def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozenset[int]:
     """The tokens that end a text: the generation settings' where the model has them, else the configuration's."""
     eos = config.eos_token_id
     if source.kind != "random":
