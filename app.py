@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -89,7 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"llmq: {error}", file=sys.stderr)
         return 2
-    from llmq.ui.launch import launch
+    from llmq.ui.quick_import import without_stub_files
+
+    with without_stub_files():
+        from llmq.ui.launch import launch
 
     launch(session, host=options.host, port=options.port, share=options.share, auth=auth)
     return 0
@@ -106,13 +110,15 @@ def fetch(model: str, methods: tuple[str, ...] = ()) -> None:
         print(last, end="", file=sys.stderr, flush=True)
     if last:
         print(file=sys.stderr)
-    threading.Thread(target=import_model_code, args=(methods,), name="import", daemon=True).start()
+    threading.Thread(target=warm_up, args=(model, methods), name="warm-up", daemon=True).start()
 
 
-def import_model_code(methods: tuple[str, ...]) -> None:
-    """Import what the first run needs (seconds) while the visitor reads the page."""
-    from transformers import PreTrainedTokenizerFast  # noqa: F401
+def warm_up(model: str, methods: tuple[str, ...]) -> None:
+    """Import and open what the first run needs (seconds) while the visitor reads the page."""
+    from llmq.models.loading import load_tokenizer, resolve
 
+    with suppress(UserError):  # the first run says it where it is read
+        load_tokenizer(resolve(model))
     if any(method.startswith("bnb-") for method in methods):
         import bitsandbytes  # noqa: F401
         from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401

@@ -146,6 +146,9 @@ class _Maker:
     def _joined(self, names: list[str], rows: int, width: int) -> Weight:
         """The named matrices below one another."""
         if not self.int8:
+            if len(names) == 1:
+                [(_, part, _)] = self._placed(names, rows, width)
+                return part.to(self.dtype)
             made = torch.empty(rows, width, dtype=self.dtype, device=self.device)
             for place, part, _ in self._placed(names, rows, width):
                 made[place] = part

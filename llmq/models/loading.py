@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,6 +140,18 @@ def range_note(config: PretrainedConfig | PlainConfig, handler: Handler) -> str:
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The model's tokenizer, chat template included. Random weights borrow the demo model's tokenizer."""
     folder = demo_folder() if source.kind == "random" else folder_of(source)
+    return _open_tokenizer(source, folder, _stamps(folder))
+
+
+def _stamps(folder: Path) -> tuple:
+    """Changes whenever a file of the tokenizer does."""
+    files = sorted(path for path in folder.glob("*.json") if path.name not in ("config.json", "generation_config.json"))
+    found = ((path.name, path.stat()) for path in [*files, *folder.glob("*.jinja"), *folder.glob("tokenizer.model")])
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+
+
+@lru_cache(maxsize=4)
+def _open_tokenizer(source: Source, folder: Path, stamps: tuple) -> PreTrainedTokenizerBase:
     with _blamed_on(source, "open the tokenizer"):
         if _names_no_family(folder):
             from transformers import PreTrainedTokenizerFast

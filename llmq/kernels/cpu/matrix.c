@@ -25,19 +25,24 @@ static size_t block_of(const matrix *m, int row, int *lane) {
 }
 
 void pack(const void *source, const matrix *m, void *target) {
-    size_t block_bytes = one_block_bytes(m);
-    memset(target, 0, block_bytes * matrix_blocks(m) * (m->paired ? 2 : 1));
-    for (int row = 0; row < m->rows; row++) {
-        int lane;
-        char *block = (char *)target + block_of(m, row, &lane) * block_bytes;
-        if (m->kind == INT8) {
-            const int8_t *from = (const int8_t *)source + (size_t)row * m->width;
-            for (int k = 0; k < m->width; k++) block[(size_t)k / QUAD * 32 + lane * QUAD + k % QUAD] = from[k];
-        } else {
-            const uint16_t *from = (const uint16_t *)source + (size_t)row * m->width;
-            for (int k = 0; k < m->width; k++) ((uint16_t *)block)[(size_t)k * LANES + lane] = from[k];
+    const size_t row_bytes = (size_t)m->width * (m->kind == INT8 ? 1 : 2), block_bytes = one_block_bytes(m);
+    const int half = half_rows(m), sides = m->paired ? 2 : 1;
+    memset(target, 0, block_bytes * (size_t)matrix_blocks(m) * (size_t)sides);
+    for (int first = 0; first < half; first += LANES)
+        for (int side = 0; side < sides; side++) {
+            const int rows = half - first < LANES ? half - first : LANES;
+            const char *from = (const char *)source + row_bytes * (size_t)(first + side * half);
+            char *block = (char *)target + block_bytes * ((size_t)first / LANES * (size_t)sides + (size_t)side);
+            if (m->kind == INT8) {
+                for (int k = 0; k < m->width; k += QUAD)
+                    for (int lane = 0; lane < rows; lane++)
+                        memcpy(block + (size_t)k * LANES + lane * QUAD, from + row_bytes * (size_t)lane + k,
+                               (size_t)(m->width - k < QUAD ? m->width - k : QUAD));
+            } else
+                for (int k = 0; k < m->width; k++)
+                    for (int lane = 0; lane < rows; lane++)
+                        memcpy(block + ((size_t)k * LANES + (size_t)lane) * 2, from + row_bytes * (size_t)lane + (size_t)k * 2, 2);
         }
-    }
 }
 
 static inline floats load_16(const uint16_t *p, int kind) { return kind == HALF ? load_half(p) : load_brain(p); }
