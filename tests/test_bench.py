@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from conftest import tiny_config
@@ -74,3 +75,11 @@ def test_a_gpu_gets_the_kernels_it_can_run(capability, words, fast, monkeypatch)
     assert (kernels.product is reference.product) == (fast is None)
     assert (kernels.linear_rows is reference.linear_rows) == (fast != "all")
     assert backend.kernels_for("cpu") == (reference, "")
+
+
+def test_peers_need_llama_cpp_the_demo_model_and_a_cpu(monkeypatch, capsys, tiny_folder):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert main(["bench", "peers", "--device", "cpu"]) == 2
+    assert "pip install llama-cpp-python" in capsys.readouterr().err
+    assert main(["bench", "peers", "--device", "cpu", "--model", tiny_folder]) == 2
+    assert "--model demo" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
-'quality', which joins every quality result, 'lean', which joins three of one loop, or 'load', which joins four.
+'quality', which joins every quality result, 'lean' and 'load', which join several of one loop, or 'peers', which joins two.
 """
 
 from __future__ import annotations
@@ -119,7 +119,41 @@ def _load_table() -> str:
     return "\n".join([*rows, "", note])
 
 
-_JOINED = {"lean": _lean_table, "load": _load_table}
+def _peers_table() -> str:
+    """Our CPU loop and llama.cpp in turn on the same weights; and again while another process takes a core."""
+    quiet, busy = (json.loads((RESULTS / f"cpu-peers{name}.json").read_text()) for name in ("", "-busy"))
+    kept = {row["method"]: row["tokens_per_second"] for row in busy["results"]}
+    rows = ["| | decode, tok/s (lowest–highest) | against | over `fp16` | of the read bandwidth "]
+    rows[0] += "| prompt of 512, tok/s | against | weights | decode with one core taken |"
+    rows.append("|---|---:|---|---:|---:|---:|---|---:|---:|")
+    for row in quiet["results"]:
+        speed, own = row["tokens_per_second"], row["engine"] == "llama.cpp"
+        rival = row["against"].removeprefix("llama.cpp ")
+        cells = [
+            row["method"] if own else f"`{row['method']}`",
+            f"{speed:.1f} ({row['tokens_per_second_min']:.1f}–{row['tokens_per_second_max']:.1f})",
+            "" if own else f"{row['decode_ratio']:.2f}× {rival}",
+            "" if own else f"{row['over_fp16']:.2f}×",
+            f"{row['bandwidth_fraction']:.0%}",
+            f"{row['prefill_tokens_per_second']:.0f}",
+            "" if own else f"{row['prefill_ratio']:.2f}× {rival}",
+            format_bytes(row["weight_bytes"]),
+            f"{kept[row['method']]:.1f} ({kept[row['method']] / speed:.0%})" if row["method"] in kept else "",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    c, bandwidth = quiet["conditions"], quiet["read_bandwidth_bytes_per_second"] / 1e9
+    note = (
+        f"*{c['device_name']}, {c['torch_threads']} threads, {quiet['model']} ({c['model_revision']}); prompt of "
+        f"{c['prompt_tokens']}, {c['new_tokens']} new tokens, greedy; medians of {c['repeats']} rounds in which "
+        f"everybody ran in turn, ratios within a round; F16 and Q8_0 are llama.cpp's (llama-cpp-python "
+        f"{c['llama_cpp_python']}), made from the same weights by its own tool; reading memory at {bandwidth:.0f} GB/s "
+        f"in the same run; {c['date'][:10]}. The last column: {busy['conditions']['repeats']} rounds beside a process "
+        "that never rests.*"
+    )
+    return "\n".join([*rows, "", note])
+
+
+_JOINED = {"lean": _lean_table, "load": _load_table, "peers": _peers_table}
 
 
 def _conditions(result: dict) -> str:
