@@ -81,5 +81,5 @@ def test_peers_need_llama_cpp_the_demo_model_and_a_cpu(monkeypatch, capsys, tiny
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     assert main(["bench", "peers", "--device", "cpu"]) == 2
     assert "pip install llama-cpp-python" in capsys.readouterr().err
-    assert main(["bench", "peers", "--device", "cpu", "--model", tiny_folder]) == 2
+    assert main(["bench", "peers", "--device", "cpu", "--model", str(tiny_folder)]) == 2
     assert "--model demo" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
-'quality', which joins every quality result, 'lean' and 'load', which join several of one loop, or 'peers', which joins two.
+or 'quality', 'lean', 'load' or 'peers', which join several of them.
 """
 
 from __future__ import annotations
