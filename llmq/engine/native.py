@@ -11,6 +11,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -47,7 +48,7 @@ class NativeEngine:
         self.timer = HostTimer(clock)
         self.library = open_library()
         self.shape = _model(weights, architecture, handler.dtype)
-        threads = threads or torch.get_num_threads()
+        threads = threads or usable_threads()
         self.pool = self.library.pool_new(threads, self.library.llmq_regions(self.shape))
         if not self.pool:
             raise MemoryError("no memory for the threads of the CPU loop")
@@ -243,6 +244,17 @@ def _model(weights: LlamaWeights, a: Architecture, dtype: str) -> Model:
     kind = KINDS[torch.bfloat16 if dtype == "bfloat16" else torch.float16]
     head, embedding = weights.head.matrix(), weights.embedding.matrix()
     return Model(*sizes, kind, a.eps, layers, embedding, head, weights.norm.data_ptr())
+
+
+def usable_threads(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Torch's number, but no more than a container's share of the processors: threads beyond it would be put to sleep
+    in the middle of a token."""
+    try:
+        granted, period = quota.read_text().split()
+        share = math.inf if granted == "max" else int(granted) / int(period)
+    except (OSError, ValueError):
+        share = math.inf
+    return max(1, min(torch.get_num_threads(), math.ceil(min(share, 1 << 16))))
 
 
 def _bytes(size: int) -> torch.Tensor:
