@@ -74,7 +74,7 @@ def make_session(options: argparse.Namespace, run=run_job) -> Session:
 
 def default_methods(device: str) -> str:
     """The quickest pair, on a GPU with bitsandbytes between them."""
-    from llmq.kernels.cpu.build import why_not_native
+    from llmq.kernels.cpu.library import why_not_native
 
     if device.startswith("cuda"):
         return "fp16,bnb-int8,llm-int8"

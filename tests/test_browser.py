@@ -99,7 +99,7 @@ def watch_plot(page) -> None:
 
 
 def test_generates_side_by_side_and_keeps_the_plot(page, address, screenshots):
-    open_page(page, address, "max_new_tokens=24&prompt=Plan+a+3-day+itinerary+in+Paris.")
+    open_page(page, address, "max_new_tokens=160&prompt=Plan+a+3-day+itinerary+in+Paris.")
     watch_plot(page)
     generate(page)
     page.wait_for_function("document.querySelector('#pane-0 textarea').value.length > 5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -227,3 +228,25 @@ def test_the_first_model_is_chosen_for_a_reason(asked, device, free, hub, model,
     monkeypatch.setattr(choice, "hub_has", lambda repository: hub)
     chosen = choose_model(asked, device)
     assert chosen.model == model and words in chosen.reason
+
+
+def test_a_configuration_is_read_directly_only_where_it_says_everything(tmp_path):
+    from llmq.models.config import plain_config
+
+    stated = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    stated |= {"num_hidden_layers": 1, "vocab_size": 9, "max_position_embeddings": 32, "rms_norm_eps": 1e-5}
+    stated |= {"num_key_value_heads": 4, "tie_word_embeddings": False, "eos_token_id": 2, "rope_theta": 1e4}
+
+    def read(changes, without=()):
+        kept = {key: value for key, value in (stated | changes).items() if key not in without}
+        (tmp_path / "config.json").write_text(json.dumps(kept))
+        return plain_config(tmp_path)
+
+    found = read({"torch_dtype": "bfloat16"})
+    assert found.vocab_size == 9 and found.dtype == "bfloat16" and copy.deepcopy(found) == found
+    assert not hasattr(found, "quantization_config")
+    assert all(read({}, without=[key]) is None for key in stated if key != "model_type")
+    assert read({"model_type": "mistral"}) is None and read({"model_type": "mistral", "sliding_window": None})
+    assert read({"model_type": "t5"}) is None and read({"hidden_size": "many"}) is None
+    (tmp_path / "config.json").write_text("{")
+    assert plain_config(tmp_path) is None

@@ -20,17 +20,19 @@ from llmq.engine.interface import Interrupted
 from llmq.engine.llama import LeanEngine
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
-from llmq.errors import UserError
+from llmq.errors import BadChoice, UserError
 from llmq.kernels import primitives, reference
 from llmq.kernels.cpu import build
+from llmq.kernels.cpu.library import why_not_native
 from llmq.kernels.primitives import Int8Weight
 from llmq.models.architecture import Architecture, Rope, architecture_of
 from llmq.quant import METHODS
 
-if reason := build.why_not_native():
+if reason := why_not_native():
     pytest.skip(reason, allow_module_level=True)
 
 from llmq.engine.native import NativeEngine, usable_threads  # noqa: E402
+from llmq.kernels.cpu import library  # noqa: E402
 from llmq.kernels.cpu.library import Matrix, Packing, open_library, quantize_rows  # noqa: E402
 
 LEAN_METHODS = [name for name, method in METHODS.items() if method.handler.lean_weights]
@@ -62,7 +64,7 @@ def with_cache_of(dtype: torch.dtype) -> SimpleNamespace:
     return SimpleNamespace(**{**vars(reference), "append_rows": append_rows})
 
 
-def built(source, architecture, method: str, *, packed: bool, threads: int = 2):
+def built(source, architecture, method: str, *, packed: bool, threads: int = 2, quantizer: bool = False):
     handler = METHODS[method].handler
     dtype = getattr(torch, handler.dtype)
     weights = load_weights(
@@ -72,7 +74,7 @@ def built(source, architecture, method: str, *, packed: bool, threads: int = 2):
         int8=handler.lean_weights == "int8",
         int8_head=handler.int8_head,
         device="cpu",
-        kernels=reference,
+        kernels=library if quantizer else reference,
         form=Packing() if packed else None,
     )
     if packed:
@@ -178,11 +180,11 @@ def split(x: torch.Tensor, threshold: float) -> tuple[Split, tuple]:
 
 def activations(width: int, seed: int = 0) -> torch.Tensor:
     x = torch.randn(width, generator=torch.Generator().manual_seed(seed)).half().float()
-    x[width // 3], x[width - 1] = 50.0, -6.0
+    x[width // 3], x[width // 2], x[width - 1] = 50.0, 4.69921875, -6.0  # the middle one is 4.7 in half precision
     return x
 
 
-@pytest.mark.parametrize("threshold", [6.0, 1.0, 0.0])
+@pytest.mark.parametrize("threshold", [6.0, 4.7, 1.0, 0.0])
 @pytest.mark.parametrize("width", [5, 97, 576, 1536])
 def test_one_token_is_decomposed_as_bitsandbytes_does(width, threshold):
     import bitsandbytes as bnb
@@ -219,6 +221,7 @@ def test_weights_get_bitsandbytes_codes_and_scales(rows, width):
 
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(2)).half()
     weight[0] = 0
+    weight[-1, 0] = 60000
     made = Int8Weight(torch.empty(rows, width, dtype=torch.int8), torch.empty(rows))
     quantize_rows(weight, made)
     codes, absmax, _ = bnb.functional.int8_vectorwise_quant(weight)
@@ -246,6 +249,50 @@ def test_the_threshold_moves_on_the_loaded_model():
     assert all(len(columns) > 10 for columns in native.outlier_columns(PROMPT))
     native.set_threshold(6.0)
     assert torch.equal(native.logits(PROMPT), before) and not any(native.outlier_columns(PROMPT))
+
+
+@pytest.mark.parametrize("method", ["llm-int8", "int8-weight-only"])
+def test_a_weight_that_is_not_a_number_stops_the_run(method):
+    model = tiny_llama(torch.float32, intermediate_size=64)
+    model.model.layers[0].mlp.down_proj.weight.data[3, 5] = torch.nan
+    native = built(ModelTensors(model), architecture_of(model.config.to_dict()), method, packed=True, quantizer=True)
+    with pytest.raises(UserError, match="not a number"):
+        generate(native, 2)
+
+
+def test_what_has_no_room_never_reaches_the_library():
+    native = tiny("fp16", max_position_embeddings=64)
+    native.warm_up([1] * 63)  # one step less than usual: the context ends
+    room = native.room(64)
+    for ids in ([], [1] * 65, [259], [-1]):
+        with pytest.raises(IndexError):
+            room.read(ids, room.logits, every=False)
+    for token, position in ((1, 64), (1, -1), (259, 3)):
+        with pytest.raises(IndexError):
+            room.step(token, position)
+
+
+def test_a_matrix_may_lie_the_other_way():
+    weight = torch.randn(24, 40).half()
+    assert torch.equal(Packing().matrix(weight.T).data, Packing().matrix(weight.T.contiguous()).data)
+
+
+def test_norms_and_biases_have_the_sizes_the_configuration_says():
+    model = tiny_llama(torch.float32, intermediate_size=64)
+    model.model.norm.weight.data = torch.ones(31)
+    with pytest.raises(ValueError, match="model.norm.weight have 31 numbers; the configuration says 32"):
+        built(ModelTensors(model), architecture_of(model.config.to_dict()), "fp16", packed=True)
+
+
+def test_a_fork_ends_without_the_threads_it_does_not_have():
+    native = tiny("fp16")
+    expected = generate(native, 2)
+    child = os.fork()
+    if child == 0:
+        native._freed()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert generate(native, 2) == expected
 
 
 def test_a_decoded_token_is_a_prefilled_token():
@@ -319,12 +366,17 @@ def test_engines_on_several_threads_do_not_disturb_each_other():
     assert found == expected
 
 
+def forget() -> None:
+    why_not_native.cache_clear()
+    open_library.cache_clear()
+
+
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMQ_CACHE", str(tmp_path))
-    build.why_not_native.cache_clear()
+    forget()
     yield tmp_path
-    build.why_not_native.cache_clear()
+    forget()
 
 
 def test_a_damaged_library_is_built_again_and_a_whole_one_is_not(empty_cache):
@@ -355,11 +407,26 @@ def test_without_a_working_compiler_transformers_runs_and_one_line_says_so(
     assert len(caplog.messages) == 1 and said in caplog.messages[0] and "slower" in caplog.messages[0]
     caplog.clear()
     assert choose_engines("auto", ["fp32"], LEAN_CONFIG, "cpu") == ["hf"] and not caplog.messages
+    with pytest.raises(BadChoice, match=said):
+        choose_engines("lean", ["fp16"], LEAN_CONFIG, "cpu")
+
+
+def test_a_library_that_cannot_be_opened_is_no_library(empty_cache, monkeypatch):
+    def refuse(path):
+        raise OSError("failed to map segment from shared object")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert "cannot be opened" in why_not_native()
+
+
+def test_a_compiler_may_have_arguments(empty_cache, monkeypatch):
+    monkeypatch.setenv("CC", "env gcc")
+    assert build.library_path().exists()
 
 
 def test_a_cache_that_cannot_be_written_is_no_library(empty_cache, monkeypatch):
     (empty_cache / "cpu").write_text("in the way")
-    assert "cannot be written" in build.why_not_native()
+    assert "cannot be written" in why_not_native()
 
 
 @pytest.mark.demo

@@ -34,7 +34,7 @@ class DecodeBench(Bench):
 
 def bench_decode(bench: DecodeBench, report: Callable[[str], None] = lambda line: None) -> dict:
     """Run `bench`; the result has the stable keys of `bench --json`. `report` gets a line per finished method."""
-    setup = bench.prepare(report)
+    setup = bench.prepare(report, positions=bench.prompt_tokens + bench.new_tokens)
     bandwidth = read_bandwidth(bench.device)
     results = []
     for contestant, key in setup.entries:

@@ -48,7 +48,7 @@ class PeersBench(Bench):
 def bench_peers(bench: PeersBench, report: Callable[[str], None] = lambda line: None) -> dict:
     """Run `bench`; the result has the stable keys of `bench --json`, and llama.cpp's rows beside ours."""
     llama = _llama_cpp()
-    setup = bench.prepare(report)
+    setup = bench.prepare(report, positions=max(LONG_PROMPT, bench.prompt_tokens) + bench.new_tokens)
     long_prompt = (setup.prompt_ids * LONG_PROMPT)[:LONG_PROMPT]
     residents = Residents()
     with tempfile.TemporaryDirectory(prefix="llmq-peers-") as folder:

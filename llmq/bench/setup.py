@@ -43,13 +43,16 @@ class Bench:
         for name in ("prompt_tokens", "repeats"):
             require_whole(name, getattr(self, name), 1)
 
-    def prepare(self, report: Callable[[str], None]) -> Setup:
-        """Make the model ready and choose the loops. One contestant after the other and each labelled with its loop:
+    def prepare(self, report: Callable[[str], None], *, positions: int = 0) -> Setup:
+        """Make the model ready and choose the loops; `positions`: of prompt and answer, where there is one. One contestant after the other and each labelled with its loop:
         each takes the best it has, also where there are two."""
         source = resolve(self.model, random_weights=self.random_weights)
         for progress in prepare(source):
             report(progress.message)
         config = load_config(source)
+        needed = max(positions, self.prompt_tokens + 1)
+        if needed > (context := int(getattr(config, "max_position_embeddings", 2**31))):
+            raise BadChoice(f"prompt and answer are {needed:,} tokens and {self.model} reads {context:,}; choose fewer")
         prompt_ids = ids_within(config, fixed_prompt(load_tokenizer(source), self.prompt_tokens))
         entries = []
         for contestant in self.contestants:

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from llmq.errors import BadChoice, unknown
-from llmq.kernels.cpu.build import why_not_native
 from llmq.models.architecture import Unsupported, architecture_of
 from llmq.quant import method_named
 
@@ -29,14 +28,22 @@ def choose_engines(wanted: str, methods: Sequence[str], config: Mapping, device:
     reasons = [why_not_lean(method, config) for method in methods]
     if wanted == "lean" and any(reasons):
         raise BadChoice(f"engine 'lean': {next(filter(None, reasons))}; choose auto or hf")
+    if wanted == "lean" and device == "cpu" and (missing := _why_not_native()):
+        raise BadChoice(f"engine 'lean': {missing}; choose auto or hf")
     if wanted != "auto":
         return [wanted] * len(methods)
     possible = [not reason for reason in reasons]
-    if any(possible) and device == "cpu" and (missing := why_not_native()):
+    if any(possible) and device == "cpu" and (missing := _why_not_native()):
         log.warning("%s, so the CPU runs through transformers, which is several times slower", missing)
         possible = [False] * len(methods)
     fair = all(possible) or len(methods) != 2
     return ["lean" if fair and lean else "hf" for lean in possible]
+
+
+def _why_not_native() -> str:
+    from llmq.kernels.cpu.library import why_not_native  # with torch behind it
+
+    return why_not_native()
 
 
 def why_not_lean(method: str, config: Mapping) -> str:

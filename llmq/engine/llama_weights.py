@@ -106,23 +106,24 @@ def load_weights(
     size = architecture.vocabulary, architecture.hidden
     embedding = ends.linear(["model.embed_tokens"], *size)
     layers = tuple(_layer(made, f"model.layers.{i}.", architecture) for i in range(architecture.layers))
-    norm = made.vector("model.norm.weight")
+    norm = made.vector("model.norm.weight", size=architecture.hidden)
     tied = architecture.tied or "lm_head.weight" not in source
     return LlamaWeights(embedding, layers, norm, embedding if tied else ends.linear(["lm_head"], *size))
 
 
 def _layer(made: _Maker, prefix: str, architecture: Architecture) -> Layer:
-    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    a, attention, mlp = architecture, prefix + "self_attn.", prefix + "mlp."
     qkv, gate_up = [f"{attention}{part}_proj" for part in "qkv"], [mlp + "gate_proj", mlp + "up_proj"]
+    qkv_biases, output_bias = [f"{name}.bias" for name in qkv], attention + "o_proj.bias"
     return Layer(
-        attention_norm=made.vector(prefix + "input_layernorm.weight"),
-        qkv=made.linear(qkv, architecture.qkv_rows, architecture.hidden),
-        qkv_bias=made.vector(*(f"{name}.bias" for name in qkv)) if architecture.qkv_bias else None,
-        output=made.linear([attention + "o_proj"], architecture.hidden, architecture.heads * architecture.width),
-        output_bias=made.vector(attention + "o_proj.bias") if architecture.output_bias else None,
-        mlp_norm=made.vector(prefix + "post_attention_layernorm.weight"),
-        gate_up=made.linear(gate_up, 2 * architecture.inner, architecture.hidden, paired=True),
-        down=made.linear([mlp + "down_proj"], architecture.hidden, architecture.inner),
+        attention_norm=made.vector(prefix + "input_layernorm.weight", size=a.hidden),
+        qkv=made.linear(qkv, a.qkv_rows, a.hidden),
+        qkv_bias=made.vector(*qkv_biases, size=a.qkv_rows) if a.qkv_bias else None,
+        output=made.linear([attention + "o_proj"], a.hidden, a.heads * a.width),
+        output_bias=made.vector(output_bias, size=a.hidden) if a.output_bias else None,
+        mlp_norm=made.vector(prefix + "post_attention_layernorm.weight", size=a.hidden),
+        gate_up=made.linear(gate_up, 2 * a.inner, a.hidden, paired=True),
+        down=made.linear([mlp + "down_proj"], a.hidden, a.inner),
     )
 
 
@@ -135,9 +136,11 @@ class _Maker:
     kernels: object
     form: Form
 
-    def vector(self, *names: str) -> torch.Tensor:
-        """The named vectors behind one another."""
+    def vector(self, *names: str, size: int) -> torch.Tensor:
+        """The named vectors behind one another, `size` numbers together."""
         parts = [self.source.get(name, self.device).to(self.dtype) for name in names]
+        if (found := sum(part.numel() for part in parts)) != size:
+            raise ValueError(f"{', '.join(names)} have {found} numbers; the configuration says {size}")
         return self.form.vector(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def linear(self, names: list[str], rows: int, width: int, *, paired: bool = False) -> Weight:
@@ -157,7 +160,8 @@ class _Maker:
         absmax = torch.empty(rows, dtype=torch.float32, device=self.device)
         for place, part, name in self._placed(names, rows, width):
             if part.dtype == torch.int8:  # a checkpoint of int8 weights has the scales beside them
-                codes[place], absmax[place] = part, self.source.get(f"{name}.SCB", self.device)
+                codes[place] = part
+                absmax[place].copy_(self.source.get(f"{name}.SCB", self.device).view(len(part)))
             else:
                 self.kernels.quantize_rows(part, Int8Weight(codes[place], absmax[place]))
         return Int8Weight(codes, absmax)

@@ -90,7 +90,7 @@ class NativeEngine:
             return
         generation = self.start(prompt_ids, SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
         generation.prefill()
-        for _ in range(WARM_UP_STEPS):
+        for _ in range(min(WARM_UP_STEPS, self.context - len(prompt_ids))):
             generation.step()
         generation.close()
         self._warm = (len(prompt_ids), self.threshold)
@@ -137,8 +137,9 @@ class _Room:
     def read(
         self, ids: list[int], logits: torch.Tensor, *, every: bool, stopped: Callable[[], bool] | None = None
     ) -> None:
-        """Fill the cache from `ids`; see llama.h. Raises Interrupted."""
+        """Fill the cache from `ids`; see llama.h. Raises Interrupted, and IndexError for what has no room."""
         library = self.engine.library
+        self._require(ids, first=0)
         buffers = _bytes(library.llmq_room_bytes(self.engine.shape, self.engine.threads, self.capacity, len(ids)))
         self.read_bytes = max(self.read_bytes, buffers.nbytes)
         tokens = torch.tensor(ids, dtype=torch.int32)
@@ -148,8 +149,16 @@ class _Room:
             raise Interrupted
 
     def step(self, token: int, position: int) -> None:
-        """Feed `token` at `position`: `logits` and `chosen` are the next token's."""
+        """Feed `token` at `position`: `logits` and `chosen` are the next token's. Raises IndexError."""
+        self._require([token], first=position)
         self.engine.library.llmq_step(self._session(self.buffers), token, position, self.logits.data_ptr(), self.chosen)
+
+    def _require(self, ids: list[int], *, first: int) -> None:
+        """The library believes what it is told."""
+        if not (ids and 0 <= first and first + len(ids) <= self.capacity):
+            raise IndexError(f"{len(ids)} tokens from position {first}; there is room for {self.capacity}")
+        if not (0 <= min(ids) and max(ids) < self.engine.architecture.vocabulary):
+            raise IndexError(f"token {min(ids)} or {max(ids)}; there are {self.engine.architecture.vocabulary}")
 
     def _session(self, buffers: torch.Tensor) -> Session:
         engine = self.engine

@@ -17,7 +17,7 @@ from llmq.engine.hf import HFEngine
 from llmq.engine.interface import Engine
 from llmq.engine.thread import ComputeThread
 from llmq.engine.turns import Turnstile
-from llmq.kernels.cpu.build import why_not_native
+from llmq.kernels.cpu.library import why_not_native
 from llmq.models.loading import Source, eos_ids_of, load_config, load_model, open_tensors, require_method
 from llmq.quant import Handler, method_named
 

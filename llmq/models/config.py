@@ -11,7 +11,7 @@ from llmq.models.architecture import Unsupported, architecture_of
 
 # Without one of these transformers would fill in its own, which differ between models and versions.
 STATED = {"eos_token_id", "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads"}
-STATED |= {"num_hidden_layers", "rms_norm_eps", "tie_word_embeddings", "vocab_size"}
+STATED |= {"num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "vocab_size"}
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class PlainConfig:
     values: Mapping
 
     def __getattr__(self, name: str):
+        if name == "values" or name.startswith("__"):  # asked for before there is any, by whoever copies
+            raise AttributeError(name)
         if name == "dtype":
             return self.values.get("dtype", self.values.get("torch_dtype"))
         try:
@@ -40,6 +42,10 @@ def plain_config(folder: Path) -> PlainConfig | None:
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(values, dict) or not STATED <= values.keys():
+            return None
+        if not (values.get("rope_theta") or (values.get("rope_parameters") or {}).get("rope_theta")):
+            return None
+        if values.get("model_type") == "mistral" and "sliding_window" not in values:
             return None
         architecture_of(values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, Unsupported):

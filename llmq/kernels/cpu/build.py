@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -39,24 +39,19 @@ def library_path() -> Path:
     return path
 
 
-@cache
-def why_not_native() -> str:
-    """Why the CPU loop cannot run here; '' where it can. Compiles the library the first time."""
-    try:
-        library_path()
-    except NoLibrary as reason:
-        return str(reason)
-    return ""
-
-
 def native_flag() -> str:
     """What makes a compiler use every instruction of this processor."""
     return "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 
 
 def _key() -> str:
-    """Changes with the source, the way of compiling and the processor."""
-    digest = hashlib.sha256(" ".join((*FLAGS, native_flag(), _processor())).encode())
+    """Changes with the source, the way of compiling and the processor; where there is no compiler, a library that was
+    compiled with the first of COMPILERS will do."""
+    try:
+        compiler = compiler_command()
+    except NoLibrary:
+        compiler = COMPILERS[:1]
+    digest = hashlib.sha256(" ".join((*compiler, *FLAGS, native_flag(), _processor())).encode())
     for path in sorted([*FOLDER.glob("*.c"), *FOLDER.glob("*.h")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
@@ -85,26 +80,26 @@ def _sum_of(path: Path) -> str:
 
 
 def _build(path: Path) -> None:
-    compiler = compiler_path()
+    compiler = compiler_command()
     with tempfile.TemporaryDirectory(dir=path.parent) as workplace:
         made = Path(workplace) / "made.so"
-        command = [compiler, *FLAGS, native_flag(), "-o", str(made), *(str(FOLDER / name) for name in SOURCES), "-lm"]
+        command = [*compiler, *FLAGS, native_flag(), "-o", str(made), *(str(FOLDER / name) for name in SOURCES), "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD)
         except subprocess.CalledProcessError as error:
-            raise NoLibrary(f"{compiler} could not compile llmq's library: {_first_error(error.stderr)}") from error
+            raise NoLibrary(f"{compiler[0]} could not compile llmq's library: {_first_error(error.stderr)}") from error
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise NoLibrary(f"{compiler} could not be run ({error})") from error
+            raise NoLibrary(f"{compiler[0]} could not be run ({error})") from error
         path.with_suffix(".sha256").write_text(_sum_of(made))
         os.replace(made, path)
 
 
-def compiler_path() -> str:
-    """`CC`, else the first of COMPILERS. Raises NoLibrary."""
-    names = [os.environ["CC"]] if os.environ.get("CC") else COMPILERS
-    if found := next(filter(None, map(shutil.which, names)), None):
-        return found
-    raise NoLibrary(f"no C compiler was found ({', '.join(names)})")
+def compiler_command() -> tuple[str, ...]:
+    """`CC` with its arguments, else the first of COMPILERS. Raises NoLibrary."""
+    commands = [shlex.split(os.environ["CC"])] if os.environ.get("CC", "").strip() else [[name] for name in COMPILERS]
+    if found := next((command for command in commands if shutil.which(command[0])), None):
+        return tuple(found)
+    raise NoLibrary(f"no C compiler was found ({', '.join(command[0] for command in commands)})")
 
 
 def _first_error(output: str) -> str:

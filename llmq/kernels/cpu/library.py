@@ -80,6 +80,16 @@ _SIGNATURES = {
 
 
 @cache
+def why_not_native() -> str:
+    """Why the CPU loop cannot run here; '' where it can. Compiles the library the first time."""
+    try:
+        open_library()
+    except NoLibrary as reason:
+        return str(reason)
+    return ""
+
+
+@cache
 def open_library() -> ctypes.CDLL:
     """The library, compiled if need be. Raises NoLibrary."""
     try:
@@ -124,13 +134,13 @@ class Packing:
 
     def matrix(self, weight: torch.Tensor | Int8Weight, *, paired: bool = False) -> Packed:
         """(rows, width). `paired`: two halves of rows whose blocks alternate, gate and up."""
-        codes = weight.codes if isinstance(weight, Int8Weight) else weight
+        codes = (weight.codes if isinstance(weight, Int8Weight) else weight).contiguous()
         absmax = weight.absmax if isinstance(weight, Int8Weight) else None
         rows, width = codes.shape
         shape = Matrix(None, None, None, rows, width, KINDS[codes.dtype], paired)
         library = open_library()
         data = torch.empty(library.llmq_packed_bytes(shape), dtype=torch.uint8)
-        library.pack(codes.contiguous().data_ptr(), shape, data.data_ptr())
+        library.pack(codes.data_ptr(), shape, data.data_ptr())
         return Packed(data, None if absmax is None else _blocked(absmax, paired), rows, width, shape.kind, paired)
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:

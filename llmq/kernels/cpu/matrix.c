@@ -241,6 +241,9 @@ static inline floats half_precision(floats v) {
     return load_half(bits);
 }
 
+/* Halves are compared with a threshold that is one, as torch does and with it bitsandbytes. */
+static inline floats limit_of(float threshold) { return threshold > 0 ? half_precision(all(threshold)) : all(INFINITY); }
+
 /* Eight values of x from i on, 0 beyond n. */
 static inline floats some(const float *x, int i, int n) {
     if (i + LANES <= n) return load(x + i);
@@ -266,11 +269,18 @@ static inline void store_codes(int8_t *codes, floats v) {
 void quantize(const uint16_t *source, int rows, int width, int8_t *codes, float *absmax) {
     for (int row = 0; row < rows; row++, source += width, codes += width) {
         floats peak = {0};
+        ints wrong = {0};
         int i = 0, rest = width % LANES;
         uint16_t last[LANES] = {0};
         memcpy(last, source + width - rest, sizeof(uint16_t) * (size_t)rest);
-        for (; i + LANES <= width; i += LANES) peak = larger(magnitude(load_half(source + i)), peak);
-        absmax[row] = highest(larger(magnitude(load_half(last)), peak));
+        for (; i < width; i += LANES) {
+            floats size = magnitude(load_half(i + LANES <= width ? source + i : last));
+            wrong |= size != size;
+            peak = larger(size, peak);
+        }
+        absmax[row] = highest(peak);
+        for (int lane = 0; lane < LANES; lane++)
+            if (wrong[lane]) absmax[row] = NAN; /* so are its products then */
         const floats scale = scale_of(absmax[row]);
         for (i = 0; i + LANES <= width; i += LANES) store_codes(codes + i, load_half(source + i) * scale);
         int8_t eight[LANES];
@@ -281,7 +291,7 @@ void quantize(const uint16_t *source, int rows, int width, int8_t *codes, float 
 
 void decompose(const float *x, int n, float threshold, split *s) {
     floats peak = {0};
-    const floats limit = all(threshold > 0 ? threshold : INFINITY), infinite = all(INFINITY);
+    const floats limit = limit_of(threshold), infinite = all(INFINITY);
     ints wrong = {0}, found = {0};
     for (int i = 0; i < n; i += LANES) {
         floats size = magnitude(half_precision(some(x, i, n)));
@@ -309,7 +319,7 @@ void decompose(const float *x, int n, float threshold, split *s) {
 
 float survey(float *x, int n, float threshold, _Atomic uint8_t *marks) {
     floats peak = {0};
-    const floats limit = all(threshold > 0 ? threshold : INFINITY), infinite = all(INFINITY);
+    const floats limit = limit_of(threshold), infinite = all(INFINITY);
     ints wrong = {0};
     for (int i = 0; i < n; i += LANES) {
         floats v = half_precision(some(x, i, n));

@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 enum { LINE = 64, SPINS = 4000 };
 
@@ -17,6 +18,7 @@ typedef struct {
 
 struct pool {
     int threads, capacity;
+    pid_t process; /* whose threads they are: a fork has none of them */
     region *regions;
     _Atomic int count;
     _Atomic uint32_t run;
@@ -90,6 +92,7 @@ pool *pool_new(int threads, int regions) {
     pool *p = calloc(1, sizeof *p);
     if (!p) return NULL;
     p->threads = 1;
+    p->process = getpid();
     p->capacity = regions;
     p->regions = aligned_alloc(LINE, sizeof(region) * (size_t)regions);
     p->handles = calloc((size_t)threads, sizeof *p->handles);
@@ -113,7 +116,7 @@ pool *pool_new(int threads, int regions) {
 }
 
 void pool_free(pool *p) {
-    if (!p) return;
+    if (!p || p->process != getpid()) return;
     pthread_mutex_lock(&p->lock);
     p->closing = 1;
     pthread_cond_broadcast(&p->begun);
