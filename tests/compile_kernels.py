@@ -62,9 +62,10 @@ KERNELS = [
     ("rows", "_append", {"qkv_ptr": F16, "rope_ptr": F32, "queries_ptr": F16, "keys_ptr": F16, "values_ptr": F16}
      | dict.fromkeys(("rows", "heads", "groups", "width", "capacity", "start"), "i32"), {"HEADS": 16, "HALF": 64}, 4,
      DECODE),
-    ("rows", "_gate", {"x_ptr": F16, "out_ptr": F16, "marks_ptr": I8, "absmax_ptr": F32, "inner": "i32",
-     "threshold": "fp32"}, {"BLOCK": 2048, "NOTE": True}, 8, DECODE),
-    ("rows", "_norm", NORM | {"marks_ptr": I8, "absmax_ptr": F32}, {"BLOCK": 4096, "NOTE": True}, 8, DECODE),
+    ("rows", "_gate", {"x_ptr": F16, "out_ptr": F16, "marks_ptr": I8, "absmax_ptr": F32, "used_ptr": I32,
+     "inner": "i32", "threshold": "fp32"}, {"BLOCK": 2048, "NOTE": True}, 8, DECODE),
+    ("rows", "_norm", NORM | {"marks_ptr": I8, "absmax_ptr": F32, "used_ptr": I32}, {"BLOCK": 4096, "NOTE": True}, 8,
+     DECODE),
     ("rows", "_survey", NOTED | {"threshold": "fp32"}, {"BLOCK": 4096}, 4, DECODE),
     ("rows", "_code", NOTED | {"codes_ptr": I8, "columns_ptr": I32, "count_ptr": I32, "rows": "i32"},
      {"BLOCK": 4096, "WHOLE": 16384}, 8, DECODE),
@@ -77,7 +78,7 @@ KERNELS = [
 
 def compiled(kernel, types: dict, constants: dict, warps: int, capability: int) -> str:
     """The kernel's PTX."""
-    constants = {"PTX": True, "PADDING": 32, "OVERLAP": capability >= 90} | constants
+    constants = {"USED": "used_ptr" in types, "PTX": True, "PADDING": 32, "OVERLAP": capability >= 90} | constants
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,

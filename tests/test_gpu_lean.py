@@ -252,3 +252,25 @@ def test_decode_steps_agree_with_the_prompt_path(demo, residents):
         generation._runner.step()
         p, q = decoder.logits.log_softmax(-1), expected[place].log_softmax(-1)
         assert (q.exp() * (q - p)).sum() < 5e-3
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head", "int8-weight-only"])
+def test_a_captured_prompt_is_a_prompt(method, demo, residents, monkeypatch):
+    """Rows that only fill the graph's shape change nothing: same likelihoods, same text, whatever was there before."""
+    from llmq.engine.llama import _Runner
+
+    lean, ids = engine(residents, demo, method, "lean"), reference_ids(demo, 300)
+    lengths = [300, 5, 64, 65, 1, 200]
+    captured = [first_token(lean, ids[:n]) for n in lengths]
+    monkeypatch.setattr(_Runner, "prompt_of", lambda runner, tokens: None)
+    for (token, logprob), n in zip(captured, lengths, strict=True):
+        expected, expected_logprob = first_token(lean, ids[:n])
+        assert token == expected and abs(logprob - expected_logprob) < 0.02, n
+
+
+def first_token(lean, ids: list[int]) -> tuple[int, float]:
+    generation = lean.start(ids, SamplingSettings(max_new_tokens=4))
+    made = generation.prefill()
+    generation.close()
+    return made.token_id, made.logprob

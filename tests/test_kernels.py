@@ -186,3 +186,24 @@ def test_rows_rotate_into_the_cache_and_gate():
         assert made.shape == expected.shape and difference(made, expected) < 1e-3
     gated, expected = (k.gate_rows(qkv, None, None).x for k in (fast, reference))
     assert difference(gated, expected) < 1e-3
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+def test_rows_beyond_a_prompt_hold_no_outliers(threshold):
+    x, used = torch.stack([vector(96, seed) for seed in range(5)]), torch.tensor([3], dtype=torch.int32)
+    x[3:, 7] = 99.0
+    gate_up = torch.cat((10 * x, x), 1)
+    for kernels in (fast, reference):
+        marks = torch.zeros(3, 96, dtype=torch.int8)
+        made = [
+            kernels.plain_rows(x, threshold, marks[0], used),
+            kernels.norm_rows(x, torch.ones(96).half() * 10, 1e-5, threshold, marks[1], used),
+            kernels.gate_rows(gate_up, threshold, marks[2], used),
+        ]
+        if kernels is fast:
+            found = [set(mark.nonzero().view(-1).tolist()) for mark in marks]
+            products = [rows.x for rows in made]
+        else:
+            expected = [set(split_rows(rows.x, threshold).columns.tolist()) for rows in made]
+            assert all(difference(a[:3], rows.x[:3]) < 1e-3 for a, rows in zip(products, made, strict=True))
+    assert found == expected and (threshold == 0.0 or 7 not in found[0])

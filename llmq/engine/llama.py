@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from llmq.engine.decoder import Decoder
-from llmq.engine.interface import Token, capacity_for, token_of
+from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.prefill import read_prompt
 from llmq.engine.rope import rope_table
@@ -28,6 +28,7 @@ from llmq.kernels.primitives import Int8Weight
 from llmq.models.architecture import Architecture
 
 WARM_UP_STEPS = 3
+SHORTEST_PROMPT_GRAPH, LONGEST_PROMPT_GRAPH = 64, 512  # rows; a longer prompt keeps the GPU busier than its launches
 log = logging.getLogger(__name__)
 STEPS_UNDER_WAY = 2  # the one awaited and the next
 
@@ -146,10 +147,22 @@ class _Runner:
             threshold=engine.threshold,
             device=engine.device,
         )
+        self.engine = engine
         self.draw, self.sampler = _draw_of(settings), Sampler(settings, engine.device)
         on_gpu = engine.device.startswith("cuda")
         self.slots = [_Flight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
-        self.graph = self._captured() if on_gpu else None
+        self.graph = _captured(self._capture) if on_gpu else None
+        self.prompts: dict[int, _Prompt | None] = {}
+
+    def prompt_of(self, tokens: int) -> _Prompt | None:
+        """The captured reading of prompts about so long, made now if need be; None where there is none."""
+        rows = max(SHORTEST_PROMPT_GRAPH, 1 << (tokens - 1).bit_length())
+        possible = self.graph and self.engine.kernels.prompts_can_be_captured
+        if not possible or rows > min(LONGEST_PROMPT_GRAPH, self.decoder.capacity):
+            return None
+        if rows not in self.prompts:
+            self.prompts[rows] = _captured(lambda: _Prompt(self, rows))
+        return self.prompts[rows]
 
     def step(self) -> None:
         """One token: forward pass and choice."""
@@ -171,16 +184,6 @@ class _Runner:
             decoder.chosen.copy_(self.sampler.choose(decoder.logits))
             decoder.token.copy_(decoder.chosen[:1])
 
-    def _captured(self) -> torch.cuda.CUDAGraph | None:
-        """The step as a graph; None, and a line in the log, where it cannot be captured."""
-        try:
-            return self._capture()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            log.warning("no CUDA graph, so each kernel is launched by itself, which is slower: %s", error)
-            return None
-
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record a step; it runs on a position that the prompt overwrites. Kernels compile in the run before."""
         side = torch.cuda.Stream(self.decoder.device)
@@ -195,6 +198,52 @@ class _Runner:
         with torch.cuda.graph(graph, stream=side):
             self._step()
         return graph
+
+
+def _captured(capture: Callable):
+    """What `capture` makes; None, and a line in the log, where it cannot be captured."""
+    try:
+        return capture()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        log.warning("no CUDA graph, so each kernel is launched by itself, which is slower: %s", error)
+        return None
+
+
+class _Prompt:
+    """The reading of a prompt of up to `rows` tokens as a graph: hundreds of kernels, each shorter than its launch."""
+
+    def __init__(self, runner: _Runner, rows: int):
+        engine, decoder = runner.engine, runner.decoder
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=engine.device)
+        self.used = torch.full((1,), rows, dtype=torch.int32, device=engine.device)
+        self.level = torch.cuda.memory_allocated(engine.device)
+
+        def read() -> None:
+            hidden = read_prompt(
+                engine.model, engine.architecture, engine.kernels, self.ids, decoder.caches, decoder.rope,
+                threshold=engine.threshold, used=self.used,
+            )  # fmt: skip
+            decoder.score(hidden.index_select(0, self.used - 1).view(-1))
+            decoder.position.copy_(self.used)
+
+        side = torch.cuda.Stream(engine.device)
+        side.wait_stream(torch.cuda.current_stream(engine.device))
+        with torch.cuda.stream(side):
+            torch.cuda.reset_peak_memory_stats(engine.device)
+            read()
+        side.synchronize()
+        self.workspace_bytes = torch.cuda.max_memory_allocated(engine.device) - self.level
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=side):
+            read()
+
+    def read(self, ids: list[int]) -> None:
+        """Fill the decoder's caches and logits."""
+        self.ids[: len(ids)].copy_(torch.tensor(ids))
+        self.used.fill_(len(ids))
+        self.graph.replay()
 
 
 class LeanGeneration:
@@ -224,12 +273,17 @@ class LeanGeneration:
         self._runner = engine.runner(self._tokens, self._settings)
         decoder, sampler = self._runner.decoder, self._runner.sampler
         sampler.generator.manual_seed(int(self._settings.seed))
-        timer = engine.timer
+        timer, captured = engine.timer, self._runner.prompt_of(len(self._prompt_ids))
+        if captured and stopped and stopped():
+            raise Interrupted
         with timer:
-            self._read(stopped)
+            if captured:
+                captured.read(self._prompt_ids)
+            else:
+                self._read(stopped)
             self._runner.choose()
             token_id, logprob = decoder.chosen.tolist()
-        self._account(timer.growth_bytes, timer.peak_bytes)
+        self._account(captured.workspace_bytes if captured else timer.growth_bytes, timer.peak_bytes)
         return token_of(token_id, logprob, timer.seconds)
 
     def _read(self, stopped: Callable[[], bool] | None) -> None:

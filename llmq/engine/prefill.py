@@ -25,9 +25,13 @@ def read_prompt(
     rope: torch.Tensor,
     *,
     threshold: float | None,
+    used: torch.Tensor | None = None,
     stopped: Callable[[], bool] | None = None,
 ) -> torch.Tensor:
     """Fill empty `caches` from `ids` (tokens,); returns what the final norm gets, (tokens, hidden).
+
+    `used`: int32 (1,), how many of `ids` are the prompt's where the rest only fills a captured graph's shape: those
+    rows mean nothing and change nothing else.
 
     `stopped` is asked before every layer, so a long prompt can be given up at once (raises Interrupted).
     """
@@ -39,13 +43,13 @@ def read_prompt(
     for layer, cache in zip(weights.layers, caches, strict=True):
         if stopped and stopped():
             raise Interrupted
-        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, threshold, next(marks))
+        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, threshold, next(marks), used)
         qkv = kernels.linear_rows(rows, layer.qkv, bias=layer.qkv_bias)
         attended = _attend(*kernels.append_rows(qkv, cache, rope, 0))
-        rows = kernels.plain_rows(attended, threshold, next(marks))
+        rows = kernels.plain_rows(attended, threshold, next(marks), used)
         kernels.linear_rows(rows, layer.output, bias=layer.output_bias, residual=hidden)
-        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, threshold, next(marks))
-        rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), threshold, next(marks))
+        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, threshold, next(marks), used)
+        rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), threshold, next(marks), used)
         kernels.linear_rows(rows, layer.down, residual=hidden)
     return hidden
 

@@ -25,7 +25,8 @@ def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:
     names = set(triton.__all__)
     if torch.cuda.get_device_capability(device) < TENSOR_CORES:
         names -= MANY_ROWS
-    return SimpleNamespace(**{**vars(reference), **{name: getattr(triton, name) for name in names}}), ""
+    found = {**vars(reference), **{name: getattr(triton, name) for name in names}}
+    return SimpleNamespace(**found, prompts_can_be_captured=names >= MANY_ROWS), ""
 
 
 def current(device: str) -> AbstractContextManager:

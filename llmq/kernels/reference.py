@@ -15,6 +15,7 @@ from llmq.kernels.primitives import Int8Weight, split_rows
 
 Weight = torch.Tensor | Int8Weight
 
+prompts_can_be_captured = False  # a split asks the host how many outliers there are
 FEWEST_ROWS = 17  # of cuBLAS' int8 product, as torch calls it
 
 
@@ -155,24 +156,39 @@ def append_rows(
     return rotated[:-groups], cache.keys[:, :stop], cache.values[:, :stop]
 
 
-def plain_rows(x: torch.Tensor, threshold: float | None, marks: torch.Tensor | None) -> Rows:
-    """`x` (rows, in) as it is. `marks`: int8, zeros, at least `in` of them, for implementations that note outliers."""
-    return Rows(x, threshold)
+def plain_rows(
+    x: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+) -> Rows:
+    """`x` (rows, in) as it is. `marks`: int8, zeros, at least `in` of them, for implementations that note outliers.
+    `used`: None, or int32 (1,): so many rows are the prompt's, and outliers are looked for in those alone."""
+    return Rows(x if used is None else _used_only(x, used), threshold)
+
+
+def _used_only(x: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """The rows beyond, which mean nothing, as zeros."""
+    return x * (torch.arange(len(x), device=x.device) < used)[:, None]
 
 
 def norm_rows(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, threshold: float | None, marks: torch.Tensor | None
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    threshold: float | None,
+    marks: torch.Tensor | None,
+    used: torch.Tensor | None = None,
 ) -> Rows:
     """`norm` of several tokens, (rows, width)."""
     out = torch.empty_like(x)
     norm(x, gain, eps, out)
-    return Rows(out, threshold)
+    return plain_rows(out, threshold, marks, used)
 
 
-def gate_rows(gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None) -> Rows:
+def gate_rows(
+    gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+) -> Rows:
     """(rows, 2·inner) -> (rows, inner): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
     gate, up = gate_up.chunk(2, -1)
-    return Rows(functional.silu(gate) * up, threshold)
+    return plain_rows(functional.silu(gate) * up, threshold, marks, used)
 
 
 def linear_rows(

@@ -72,6 +72,15 @@ def append_rows(
 
 
 @triton.jit
+def _noted_width(row, width, used_ptr, USED: tl.constexpr):
+    """How much of a row is noted: nothing of one beyond `used`, which only fills a captured graph's shape."""
+    noted = width
+    if USED:
+        noted = tl.where(row < tl.load(used_ptr), width, 0)
+    return noted
+
+
+@triton.jit
 def _note(x, at, inside, threshold, marks_ptr, peak):
     """Mark the columns of outliers; the peaks so far with those of `x` that are below the threshold."""
     size = tl.abs(x.to(tl.float32))
@@ -82,30 +91,37 @@ def _note(x, at, inside, threshold, marks_ptr, peak):
 
 
 @triton.jit
-def _survey(x_ptr, marks_ptr, absmax_ptr, width, threshold, BLOCK: tl.constexpr):
+def _survey(x_ptr, marks_ptr, absmax_ptr, used_ptr, width, threshold, BLOCK: tl.constexpr, USED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    noted = _noted_width(row, width, used_ptr, USED)
     peak = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0)
-        peak = _note(x, at, at < width, threshold, marks_ptr, peak)
+        peak = _note(x, at, at < noted, threshold, marks_ptr, peak)
     tl.store(absmax_ptr + row, tl.max(peak, 0))
 
 
-def plain_rows(x: torch.Tensor, threshold: float | None, marks: torch.Tensor | None) -> Rows:
+def plain_rows(
+    x: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+) -> Rows:
     """See `reference.plain_rows`; `x` is contiguous."""
     if threshold is None:
         return Rows(x)
     rows, width = x.shape
     absmax = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = min(4096, triton.next_power_of_2(width))
-    _survey[(rows,)](x, marks, absmax, width, float(threshold), BLOCK=block, num_warps=4)
+    _survey[(rows,)](x, marks, absmax, used, width, float(threshold), BLOCK=block, USED=used is not None, num_warps=4)
     return Rows(x, threshold, absmax, marks)
 
 
 @triton.jit
-def _gate(x_ptr, out_ptr, marks_ptr, absmax_ptr, inner, threshold, BLOCK: tl.constexpr, NOTE: tl.constexpr):
+def _gate(
+    x_ptr, out_ptr, marks_ptr, absmax_ptr, used_ptr, inner, threshold,
+    BLOCK: tl.constexpr, NOTE: tl.constexpr, USED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    noted = _noted_width(row, inner, used_ptr, USED)
     peak = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, inner, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -114,28 +130,32 @@ def _gate(x_ptr, out_ptr, marks_ptr, absmax_ptr, inner, threshold, BLOCK: tl.con
         y = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * inner + at, y, mask=at < inner)
         if NOTE:
-            peak = _note(y, at, at < inner, threshold, marks_ptr, peak)
+            peak = _note(y, at, at < noted, threshold, marks_ptr, peak)
     if NOTE:
         tl.store(absmax_ptr + row, tl.max(peak, 0))
 
 
-def gate_rows(gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None) -> Rows:
+def gate_rows(
+    gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+) -> Rows:
     """See `reference.gate_rows`."""
     rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, inner, dtype=gate_up.dtype, device=gate_up.device)
     absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
     _gate[(rows,)](
-        gate_up, out, marks, absmax, inner, float(threshold or 0),
-        BLOCK=min(2048, triton.next_power_of_2(inner)), NOTE=threshold is not None, num_warps=8,
+        gate_up, out, marks, absmax, used, inner, float(threshold or 0),
+        BLOCK=min(2048, triton.next_power_of_2(inner)), NOTE=threshold is not None, USED=used is not None, num_warps=8,
     )  # fmt: skip
     return Rows(out, threshold, absmax, marks)
 
 
 @triton.jit
 def _norm(
-    x_ptr, gain_ptr, out_ptr, marks_ptr, absmax_ptr, width, eps, threshold, BLOCK: tl.constexpr, NOTE: tl.constexpr
-):
+    x_ptr, gain_ptr, out_ptr, marks_ptr, absmax_ptr, used_ptr, width, eps, threshold,
+    BLOCK: tl.constexpr, NOTE: tl.constexpr, USED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    noted = _noted_width(row, width, used_ptr, USED)
     at = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0)
     gain = tl.load(gain_ptr + at, mask=at < width, other=0.0)
@@ -143,20 +163,25 @@ def _norm(
     y = ((wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(x.dtype) * gain).to(x.dtype)
     tl.store(out_ptr + row * width + at, y, mask=at < width)
     if NOTE:
-        peak = _note(y, at, at < width, threshold, marks_ptr, tl.zeros((BLOCK,), tl.float32))
+        peak = _note(y, at, at < noted, threshold, marks_ptr, tl.zeros((BLOCK,), tl.float32))
         tl.store(absmax_ptr + row, tl.max(peak, 0))
 
 
 def norm_rows(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, threshold: float | None, marks: torch.Tensor | None
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    eps: float,
+    threshold: float | None,
+    marks: torch.Tensor | None,
+    used: torch.Tensor | None = None,
 ) -> Rows:
     """See `reference.norm_rows`; `x` is contiguous."""
     rows, width = x.shape
     out = torch.empty_like(x)
     absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=x.device)
     _norm[(rows,)](
-        x, gain, out, marks, absmax, width, eps, float(threshold or 0),
-        BLOCK=triton.next_power_of_2(width), NOTE=threshold is not None, num_warps=8,
+        x, gain, out, marks, absmax, used, width, eps, float(threshold or 0),
+        BLOCK=triton.next_power_of_2(width), NOTE=threshold is not None, USED=used is not None, num_warps=8,
     )  # fmt: skip
     return Rows(out, threshold, absmax, marks)
 
