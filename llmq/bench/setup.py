@@ -44,8 +44,11 @@ class Bench:
             require_whole(name, getattr(self, name), 1)
 
     def prepare(self, report: Callable[[str], None], *, positions: int = 0) -> Setup:
-        """Make the model ready and choose the loops; `positions`: of prompt and answer, where there is one. One contestant after the other and each labelled with its loop:
-        each takes the best it has, also where there are two."""
+        """Make the model ready and choose the loops. `positions`: of prompt and answer, where there is an answer.
+
+        One contestant after the other and each labelled with its loop: each takes the best it has, also where there are
+        two. Raises BadChoice for more tokens than the model reads.
+        """
         source = resolve(self.model, random_weights=self.random_weights)
         for progress in prepare(source):
             report(progress.message)

@@ -17,7 +17,6 @@ from llmq.engine.hf import HFEngine
 from llmq.engine.interface import Engine
 from llmq.engine.thread import ComputeThread
 from llmq.engine.turns import Turnstile
-from llmq.kernels.cpu.library import why_not_native
 from llmq.models.loading import Source, eos_ids_of, load_config, load_model, open_tensors, require_method
 from llmq.quant import Handler, method_named
 
@@ -108,6 +107,7 @@ def _load_lean(key: Key, handler: Handler) -> Engine:
     from llmq.engine.llama import LeanEngine
     from llmq.engine.llama_weights import load_weights
     from llmq.kernels.backend import kernels_for
+    from llmq.kernels.cpu.library import why_not_native
     from llmq.models.architecture import architecture_of
 
     config = load_config(key.source)

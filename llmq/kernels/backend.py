@@ -26,7 +26,7 @@ def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:
     if torch.cuda.get_device_capability(device) < TENSOR_CORES:
         names -= MANY_ROWS
     found = {**vars(reference), **{name: getattr(triton, name) for name in names}}
-    return SimpleNamespace(**found, prompts_can_be_captured=names >= MANY_ROWS), ""
+    return SimpleNamespace(**found | {"prompts_can_be_captured": names >= MANY_ROWS}), ""
 
 
 def current(device: str) -> AbstractContextManager:
