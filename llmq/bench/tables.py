@@ -1,7 +1,7 @@
 """README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
-or 'quality', 'lean', 'load' or 'peers', which join several of them.
+or 'quality', 'lean', 'load', 'prompts' or 'peers', which join several of them.
 """
 
 from __future__ import annotations
@@ -119,6 +119,18 @@ def _load_table() -> str:
     return "\n".join([*rows, "", note])
 
 
+def _prompts_table() -> str:
+    """Time to the first token of short prompts."""
+    lengths = (64, 300, 512)
+    results = [json.loads((RESULTS / f"gpu-7b-prefill-{length}.json").read_text()) for length in lengths]
+    rows = [f"| method | {' | '.join(f'{length} tokens' for length in lengths)} |", f"|---|{'---:|' * len(lengths)}"]
+    for entries in zip(*(result["results"] for result in results), strict=True):
+        rows.append(f"| `{entries[0]['method']}` | {' | '.join(format_seconds(e['seconds']) for e in entries)} |")
+    c = results[0]["conditions"]
+    note = f"*{c['device_name']}, LLaMA-2-7B's shape, medians of {c['repeats']}, torch {c['versions']['torch']}, "
+    return "\n".join([*rows, "", f"{note}{c['date'][:10]}.*"])
+
+
 def _peers_table() -> str:
     """Our CPU loop and llama.cpp in turn on the same weights; and again while another process takes a core."""
     quiet, busy = (json.loads((RESULTS / f"cpu-peers{name}.json").read_text()) for name in ("", "-busy"))
@@ -153,7 +165,7 @@ def _peers_table() -> str:
     return "\n".join([*rows, "", note])
 
 
-_JOINED = {"lean": _lean_table, "load": _load_table, "peers": _peers_table}
+_JOINED = {"lean": _lean_table, "load": _load_table, "peers": _peers_table, "prompts": _prompts_table}
 
 
 def _conditions(result: dict) -> str:
