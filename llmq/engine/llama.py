@@ -60,9 +60,7 @@ class LeanEngine:
 
     @property
     def read_bytes_per_token(self) -> int:
-        """Bytes of weights and scales one decode step must read: of an input embedding apart only one row is used."""
-        apart = 0 if self.model.head is self.model.embedding else self.model.embedding.nbytes
-        return self.weight_bytes + self.scale_bytes - apart
+        return self.model.read_bytes_per_token
 
     @property
     def room_bytes(self) -> int:

@@ -87,6 +87,12 @@ class LlamaWeights:
         scales = (getattr(part, "absmax", None) for part in self.parts())
         return sum(scale.nbytes for scale in scales if scale is not None)
 
+    @property
+    def read_bytes_per_token(self) -> int:
+        """Bytes of weights and scales one decode step must read: of an input embedding apart only one row is used."""
+        apart = 0 if self.head is self.embedding else self.embedding.nbytes
+        return self.weight_bytes + self.scale_bytes - apart
+
 
 def load_weights(
     source: Tensors,

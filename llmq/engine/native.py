@@ -59,9 +59,7 @@ class NativeEngine:
 
     @property
     def read_bytes_per_token(self) -> int:
-        """Bytes of weights and scales one decode step must read: of an input embedding apart only one row is used."""
-        apart = 0 if self.model.head is self.model.embedding else self.model.embedding.nbytes
-        return self.weight_bytes + self.scale_bytes - apart
+        return self.model.read_bytes_per_token
 
     @property
     def room_bytes(self) -> int:
@@ -114,14 +112,14 @@ class _Room:
     """The memory of one generation at a time, and the library's view of it."""
 
     def __init__(self, engine: NativeEngine, capacity: int, *, watch: bool = False):
-        a, library = engine.architecture, engine.library
+        a = engine.architecture
         self.engine, self.capacity = engine, capacity
         kind = torch.bfloat16 if engine.handler.dtype == "bfloat16" else torch.float16
         self.cache = torch.empty(2, a.layers, a.groups, capacity, a.width, dtype=kind)
         self.rope = rope_table(a, capacity, "cpu")
         self.logits = torch.empty(_eights(a.vocabulary))
         self.chosen = (ctypes.c_double * 2)()
-        self.buffers = _bytes(library.llmq_room_bytes(engine.shape, engine.threads, capacity, 0))
+        self.buffers = self._buffers(0)
         widest = max(a.hidden, a.inner, a.heads * a.width)
         self.marks = torch.zeros(4 * a.layers + 1, _eights(widest), dtype=torch.uint8) if watch else None
         self.read_bytes = 0  # of the largest prompt so far
@@ -140,7 +138,7 @@ class _Room:
         """Fill the cache from `ids`; see llama.h. Raises Interrupted, and IndexError for what has no room."""
         library = self.engine.library
         self._require(ids, first=0)
-        buffers = _bytes(library.llmq_room_bytes(self.engine.shape, self.engine.threads, self.capacity, len(ids)))
+        buffers = self._buffers(len(ids))
         self.read_bytes = max(self.read_bytes, buffers.nbytes)
         tokens = torch.tensor(ids, dtype=torch.int32)
         session = self._session(buffers)
@@ -159,6 +157,11 @@ class _Room:
             raise IndexError(f"{len(ids)} tokens from position {first}; there is room for {self.capacity}")
         if not (0 <= min(ids) and max(ids) < self.engine.architecture.vocabulary):
             raise IndexError(f"token {min(ids)} or {max(ids)}; there are {self.engine.architecture.vocabulary}")
+
+    def _buffers(self, rows: int) -> torch.Tensor:
+        engine, splits = self.engine, self.engine.threshold is not None
+        size = engine.library.llmq_room_bytes(engine.shape, engine.threads, self.capacity, rows, splits)
+        return torch.empty(size, dtype=torch.uint8)
 
     def _session(self, buffers: torch.Tensor) -> Session:
         engine = self.engine
@@ -264,10 +267,6 @@ def usable_threads(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     except (OSError, ValueError):
         share = math.inf
     return max(1, min(torch.get_num_threads(), math.ceil(min(share, 1 << 16))))
-
-
-def _bytes(size: int) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.uint8)
 
 
 def _eights(size: int) -> int:

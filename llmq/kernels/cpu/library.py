@@ -67,7 +67,7 @@ class Session(Structure):
 _SIGNATURES = {
     "llmq_version": (c_int, []),
     "llmq_regions": (c_int, [POINTER(Model)]),
-    "llmq_room_bytes": (c_int64, [POINTER(Model), c_int, c_int, c_int]),
+    "llmq_room_bytes": (c_int64, [POINTER(Model), c_int, c_int, c_int, c_int]),
     "llmq_packed_bytes": (c_int64, [POINTER(Matrix)]),
     "llmq_step": (None, [POINTER(Session), c_int, c_int, c_void_p, POINTER(c_double)]),
     "llmq_prefill": (c_int, [POINTER(Session), c_void_p, c_int, c_int, c_void_p, POINTER(c_double), STOPPED]),

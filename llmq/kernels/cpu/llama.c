@@ -66,8 +66,9 @@ static size_t largest_panel(const model *m) {
     return floats > tiles ? floats : tiles;
 }
 
-/* Lay out the room of a job of `rows` tokens, 0 for a step; without `room` it only counts. */
-static size_t arrange(job *j, const model *m, char *room, int threads, int capacity, int rows) {
+/* Lay out the room of a job of `rows` tokens, 0 for a step; without `room` it only counts. `splits`: whether activations
+   are decomposed. */
+static size_t arrange(job *j, const model *m, char *room, int threads, int capacity, int rows, int splits) {
     arena a = {room, 0};
     size_t n = (size_t)most(rows, 1), widest = (size_t)widest_of(m);
     j->widest = (int)widest;
@@ -79,10 +80,12 @@ static size_t arrange(job *j, const model *m, char *room, int threads, int capac
     j->threads = take(&a, sizeof(scratch) * (size_t)threads);
     if (rows) {
         j->x = take(&a, n * widest * 4);
+        j->marks = take(&a, 4 * widest);
+    }
+    if (rows && splits) {
         j->absmax = take(&a, n * 4);
         j->outliers = take(&a, n * widest * 4);
         j->codes = take(&a, n * widest);
-        j->marks = take(&a, 4 * widest);
         j->index = take(&a, widest * 4);
     }
     for (int t = 0; t < threads; t++) {
@@ -101,9 +104,9 @@ static size_t arrange(job *j, const model *m, char *room, int threads, int capac
 
 int llmq_version(void) { return LLMQ_VERSION; }
 int llmq_regions(const model *m) { return most(STEP_REGIONS * m->layers + 3, PREFILL_REGIONS); }
-int64_t llmq_room_bytes(const model *m, int threads, int capacity, int rows) {
+int64_t llmq_room_bytes(const model *m, int threads, int capacity, int rows, int splits) {
     job j = {0};
-    return (int64_t)arrange(&j, m, NULL, threads, capacity, rows);
+    return (int64_t)arrange(&j, m, NULL, threads, capacity, rows, splits);
 }
 int64_t llmq_packed_bytes(const matrix *m) { return (int64_t)(matrix_block_bytes(m) * (size_t)matrix_blocks(m)); }
 
@@ -359,7 +362,7 @@ void llmq_step(const session *s, int token, int position, float *logits, double 
     int32_t tokens[1] = {token};
     int chunks[regions];
     job j = {.s = s, .m = m, .rows = 1, .position = position, .tokens = tokens, .logits = logits, .chosen = chosen, .chunks = chunks};
-    arrange(&j, m, s->room, threads, s->capacity, 0);
+    arrange(&j, m, s->room, threads, s->capacity, 0, s->decompose);
     chunks[0] = chunks[regions - 1] = 1;
     chunks[regions - 2] = least(MOST_PEAKS, chunks_of(&m->head, 4 * threads));
     for (int i = 0; i < m->layers; i++) {
@@ -587,7 +590,7 @@ int llmq_prefill(const session *s, const int32_t *tokens, int rows, int every, f
     const int threads = pool_threads(s->pool);
     int chunks[PREFILL_REGIONS];
     job j = {.s = s, .m = m, .rows = rows, .every = every, .tokens = tokens, .logits = logits, .chosen = chosen, .chunks = chunks};
-    arrange(&j, m, s->room, threads, s->capacity, rows);
+    arrange(&j, m, s->room, threads, s->capacity, rows, s->decompose);
     chunks[0] = row_chunks(rows);
     pool_run(s->pool, 1, chunks, embed_work, &j);
     for (j.number = 0; j.number < m->layers; j.number++) {

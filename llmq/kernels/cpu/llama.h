@@ -41,8 +41,8 @@ int llmq_version(void);
 /* Regions a pool must allow for. */
 int llmq_regions(const model *);
 
-/* Bytes of `room` for a prefill of `rows` tokens, or for steps: 0. */
-int64_t llmq_room_bytes(const model *, int threads, int capacity, int rows);
+/* Bytes of `room` for a prefill of `rows` tokens, or for steps: 0. `splits` is the session's `decompose`. */
+int64_t llmq_room_bytes(const model *, int threads, int capacity, int rows, int splits);
 
 /* Bytes of a packed matrix. */
 int64_t llmq_packed_bytes(const matrix *);
