@@ -116,11 +116,11 @@ def outliers(kernels, x, weight) -> set[int]:
 @pytest.mark.demo
 @pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head"])
 def test_the_graph_replays_what_the_kernels_compute_for_500_tokens(method, demo, residents, monkeypatch):
-    from llmq.engine.llama import _Runner
+    from llmq.engine.captured import Runner
 
     lean, ids = engine(residents, demo, method, "lean"), reference_ids(demo, 40)
     replayed = generate(lean, ids, 500)
-    monkeypatch.setattr(_Runner, "step", _Runner._step)
+    monkeypatch.setattr(Runner, "step", Runner._step)
     assert replayed == generate(lean, ids, 500)
 
 
@@ -169,13 +169,13 @@ def test_without_triton_or_a_graph_the_tokens_come_slower_and_one_line_says_so(m
 def test_out_of_memory_in_capture_fails_its_contestants_alone(demo, monkeypatch):
     from llmq.compare import compare
     from llmq.contestants import Comparison
-    from llmq.engine.llama import _Runner
+    from llmq.engine.captured import Runner
     from llmq.events import Failed, Finished
 
     def capture(runner):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(_Runner, "_capture", capture)
+    monkeypatch.setattr(Runner, "_capture", capture)
     contestants = tuple(map(Contestant.parse, ("fp16", "bnb-int8", "llm-int8")))
     few = SamplingSettings(max_new_tokens=3)
     comparison = Comparison(model="demo", prompt="Hello", contestants=contestants, device=GPU, sampling=few)
@@ -195,6 +195,7 @@ def test_a_generation_ends_with_the_context(demo, residents):
     tokens = [generation.prefill(), *(generation.step() for _ in range(3))]
     generation.close()
     assert all(0 <= t.token_id < lean.architecture.vocabulary for t in tokens)
+    lean.warm_up((reference_ids(demo, 512) * 16)[: lean.context - 1])
 
 
 @pytest.mark.demo
@@ -258,12 +259,12 @@ def test_decode_steps_agree_with_the_prompt_path(demo, residents):
 @pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head", "int8-weight-only"])
 def test_a_captured_prompt_is_a_prompt(method, demo, residents, monkeypatch):
     """Rows that only fill the graph's shape change nothing: same likelihoods, same text, whatever was there before."""
-    from llmq.engine.llama import _Runner
+    from llmq.engine.captured import Runner
 
     lean, ids = engine(residents, demo, method, "lean"), reference_ids(demo, 300)
     lengths = [300, 5, 64, 65, 1, 200]
     captured = [first_token(lean, ids[:n]) for n in lengths]
-    monkeypatch.setattr(_Runner, "prompt_of", lambda runner, tokens: None)
+    monkeypatch.setattr(Runner, "prompt_of", lambda runner, tokens: None)
     for (token, logprob), n in zip(captured, lengths, strict=True):
         expected, expected_logprob = first_token(lean, ids[:n])
         assert token == expected and abs(logprob - expected_logprob) < 0.02, n

@@ -118,6 +118,12 @@ def test_only_where_sums_are_integers_they_are_called_so():
     assert "FP32 matrix products" in handler.arithmetic("cpu") and "exactly" not in handler.arithmetic("cpu")
 
 
+def test_a_prompt_up_to_the_last_position_can_be_warmed_up():
+    _, lean = pair("llm-int8")
+    lean.warm_up([1] * (lean.context - 1))
+    lean.warm_up([1] * (lean.context - 2))
+
+
 def test_a_long_prompt_can_be_given_up():
     _, lean = pair()
     asked = []

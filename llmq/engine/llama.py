@@ -7,36 +7,28 @@ that step's result is dropped.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from llmq.engine.decoder import Decoder
+from llmq.engine.captured import Flight, Runner, draw_of
 from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
+from llmq.engine.lean import LeanLoop
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.prefill import read_prompt
 from llmq.engine.rope import rope_table
-from llmq.engine.sampling import Sampler, SamplingSettings
+from llmq.engine.sampling import SamplingSettings
 from llmq.engine.timing import timer_for
 from llmq.kernels.backend import current
 from llmq.kernels.buffers import Cache
 from llmq.kernels.primitives import Int8Weight
 from llmq.models.architecture import Architecture
 
-WARM_UP_STEPS = 3
-SHORTEST_PROMPT_GRAPH, LONGEST_PROMPT_GRAPH = 64, 512  # rows; a longer prompt keeps the GPU busier than its launches
-log = logging.getLogger(__name__)
-STEPS_UNDER_WAY = 2  # the one awaited and the next
 
-
-class LeanEngine:
+class LeanEngine(LeanLoop):
     """One LLaMA under one method on one device, for one generation at a time. `kernels`: reference or triton."""
-
-    name = "lean"
 
     def __init__(
         self,
@@ -49,18 +41,9 @@ class LeanEngine:
         eos_ids: frozenset[int] = frozenset(),
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.model, self.architecture, self.handler, self.device = weights, architecture, handler, device
-        self.kernels, self.eos_ids, self.context = kernels, eos_ids, architecture.context
-        self.threshold = handler.default_threshold
-        self.weight_bytes, self.scale_bytes = weights.weight_bytes, weights.scale_bytes
-        self.timer = timer_for(device, clock)
-        self.here = current(device)
-        self._runner: _Runner | None = None
-        self._warm: tuple | None = None
-
-    @property
-    def read_bytes_per_token(self) -> int:
-        return self.model.read_bytes_per_token
+        super().__init__(weights, architecture, handler, device, eos_ids)
+        self.kernels, self.timer, self.here = kernels, timer_for(device, clock), current(device)
+        self._runner: Runner | None = None
 
     @property
     def room_bytes(self) -> int:
@@ -77,24 +60,13 @@ class LeanEngine:
         """Begin a generation: nothing runs until its `prefill()`."""
         return LeanGeneration(self, prompt_ids, settings)
 
-    def runner(self, tokens: int, settings: SamplingSettings) -> _Runner:
+    def runner(self, tokens: int, settings: SamplingSettings) -> Runner:
         """The buffers, and on a GPU the graph, for generations of up to `tokens` positions sampled so."""
-        capacity, draw = capacity_for(tokens, self.context), _draw_of(settings)
+        capacity, draw = capacity_for(tokens, self.context), draw_of(settings)
         if self._runner is None or (self._runner.decoder.capacity, self._runner.draw) != (capacity, draw):
             self._runner = None  # free the one before first
-            self._runner = _Runner(self, capacity, settings)
+            self._runner = Runner(self, capacity, settings)
         return self._runner
-
-    def warm_up(self, prompt_ids: list[int]) -> None:
-        """Run what a generation of this prompt will run, uncounted: kernels compile and load, clocks settle."""
-        if self._warm == (len(prompt_ids), self.threshold):
-            return
-        generation = self.start(prompt_ids, SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
-        generation.prefill()
-        for _ in range(WARM_UP_STEPS):
-            generation.step()
-        generation.close()
-        self._warm = (len(prompt_ids), self.threshold)
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         """(tokens, vocabulary) next-token logits after each of `ids`, in one call."""
@@ -114,136 +86,6 @@ class LeanEngine:
         return self.kernels.linear_rows(rows, self.model.head)
 
 
-def _draw_of(settings: SamplingSettings) -> tuple:
-    """What of the settings is part of a captured step; greedy ignores all but the temperature."""
-    return (settings.temperature, settings.top_k, settings.top_p) if settings.temperature else (0.0,)
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A step under way on a GPU: where on the host its token will be, and when that is."""
-
-    chosen: torch.Tensor
-    begun: torch.cuda.Event
-    ended: torch.cuda.Event
-
-    @classmethod
-    def make(cls) -> _Flight:
-        events = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        return cls(torch.empty(2, dtype=torch.float64, pin_memory=True), *events)
-
-
-class _Runner:
-    """A decoder and the way to run its step: captured on a GPU, called elsewhere."""
-
-    def __init__(self, engine: LeanEngine, capacity: int, settings: SamplingSettings):
-        self.decoder = Decoder(
-            engine.model,
-            engine.architecture,
-            engine.kernels,
-            capacity=capacity,
-            threshold=engine.threshold,
-            device=engine.device,
-        )
-        self.engine = engine
-        self.draw, self.sampler = _draw_of(settings), Sampler(settings, engine.device)
-        on_gpu = engine.device.startswith("cuda")
-        self.slots = [_Flight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
-        self.graph = _captured(self._capture) if on_gpu else None
-        self.prompts: dict[int, _Prompt | None] = {}
-
-    def prompt_of(self, tokens: int) -> _Prompt | None:
-        """The captured reading of prompts about so long, made now if need be; None where there is none."""
-        rows = max(SHORTEST_PROMPT_GRAPH, 1 << (tokens - 1).bit_length())
-        possible = self.graph and self.engine.kernels.prompts_can_be_captured
-        if not possible or rows > min(LONGEST_PROMPT_GRAPH, self.decoder.capacity):
-            return None
-        if rows not in self.prompts:
-            self.prompts[rows] = _captured(lambda: _Prompt(self, rows))
-        return self.prompts[rows]
-
-    def step(self) -> None:
-        """One token: forward pass and choice."""
-        if self.graph:
-            self.graph.replay()
-        else:
-            self._step()
-
-    def _step(self) -> None:
-        self.decoder.step()
-        self.choose()
-
-    def choose(self) -> None:
-        """From the decoder's `logits` to its `token` and `chosen`."""
-        decoder = self.decoder
-        if self.sampler.settings.temperature == 0:
-            decoder.choose_likeliest()
-        else:
-            decoder.chosen.copy_(self.sampler.choose(decoder.logits))
-            decoder.token.copy_(decoder.chosen[:1])
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """Record a step; it runs on a position that the prompt overwrites. Kernels compile in the run before."""
-        side = torch.cuda.Stream(self.decoder.device)
-        side.wait_stream(torch.cuda.current_stream(self.decoder.device))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(side):
-            self._step()
-            self.decoder.position.zero_()
-        side.synchronize()
-        if self.sampler.settings.temperature:
-            graph.register_generator_state(self.sampler.generator)
-        with torch.cuda.graph(graph, stream=side):
-            self._step()
-        return graph
-
-
-def _captured(capture: Callable):
-    """What `capture` makes; None, and a line in the log, where it cannot be captured."""
-    try:
-        return capture()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        log.warning("no CUDA graph, so each kernel is launched by itself, which is slower: %s", error)
-        return None
-
-
-class _Prompt:
-    """The reading of a prompt of up to `rows` tokens as a graph: hundreds of kernels, each shorter than its launch."""
-
-    def __init__(self, runner: _Runner, rows: int):
-        engine, decoder = runner.engine, runner.decoder
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=engine.device)
-        self.used = torch.full((1,), rows, dtype=torch.int32, device=engine.device)
-        self.level = torch.cuda.memory_allocated(engine.device)
-
-        def read() -> None:
-            hidden = read_prompt(
-                engine.model, engine.architecture, engine.kernels, self.ids, decoder.caches, decoder.rope,
-                threshold=engine.threshold, used=self.used,
-            )  # fmt: skip
-            decoder.score(hidden.index_select(0, self.used - 1).view(-1))
-            decoder.position.copy_(self.used)
-
-        side = torch.cuda.Stream(engine.device)
-        side.wait_stream(torch.cuda.current_stream(engine.device))
-        with torch.cuda.stream(side):
-            torch.cuda.reset_peak_memory_stats(engine.device)
-            read()
-        side.synchronize()
-        self.workspace_bytes = torch.cuda.max_memory_allocated(engine.device) - self.level
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=side):
-            read()
-
-    def read(self, ids: list[int]) -> None:
-        """Fill the decoder's caches and logits."""
-        self.ids[: len(ids)].copy_(torch.tensor(ids))
-        self.used.fill_(len(ids))
-        self.graph.replay()
-
-
 class LeanGeneration:
     """One answer in the making; see `interface.Generation`."""
 
@@ -251,8 +93,8 @@ class LeanGeneration:
         assert prompt_ids, "a generation needs at least one prompt token"
         self._engine, self._prompt_ids, self._settings = engine, prompt_ids, settings
         self._tokens = min(engine.context, len(prompt_ids) + settings.max_new_tokens)
-        self._runner: _Runner | None = None
-        self._flights: deque[_Flight] = deque()
+        self._runner: Runner | None = None
+        self._flights: deque[Flight] = deque()
         self._begun = 0  # decode steps
         self.workspace_bytes = self.peak_bytes = self.allocator_peak_bytes = 0
 

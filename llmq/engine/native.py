@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
+from llmq.engine.lean import LeanLoop
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.rope import rope_table
 from llmq.engine.sampling import Sampler, SamplingSettings
@@ -23,14 +24,9 @@ from llmq.engine.timing import HostTimer
 from llmq.kernels.cpu.library import KINDS, LANES, STOPPED, Layer, Model, Session, open_library
 from llmq.models.architecture import Architecture
 
-WARM_UP_STEPS = 2
 
-
-class NativeEngine:
+class NativeEngine(LeanLoop):
     """One LLaMA under one method on the CPU, for one generation at a time. `weights` are packed (`library.Packing`)."""
-
-    name = "lean"
-    device = "cpu"
 
     def __init__(
         self,
@@ -42,9 +38,7 @@ class NativeEngine:
         threads: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.model, self.architecture, self.handler, self.eos_ids = weights, architecture, handler, eos_ids
-        self.context, self.threshold = architecture.context, handler.default_threshold
-        self.weight_bytes, self.scale_bytes = weights.weight_bytes, weights.scale_bytes
+        super().__init__(weights, architecture, handler, "cpu", eos_ids)
         self.timer = HostTimer(clock)
         self.library = open_library()
         self.shape = _model(weights, architecture, handler.dtype)
@@ -55,11 +49,6 @@ class NativeEngine:
         self._freed = weakref.finalize(self, self.library.pool_free, self.pool)
         self.threads = self.library.pool_threads(self.pool)
         self._room: _Room | None = None
-        self._warm: tuple | None = None
-
-    @property
-    def read_bytes_per_token(self) -> int:
-        return self.model.read_bytes_per_token
 
     @property
     def room_bytes(self) -> int:
@@ -81,17 +70,6 @@ class NativeEngine:
             self._room = None  # free the one before first
             self._room = _Room(self, capacity)
         return self._room
-
-    def warm_up(self, prompt_ids: list[int]) -> None:
-        """Run what a generation of this prompt will run, uncounted: pages are touched, clocks settle."""
-        if self._warm == (len(prompt_ids), self.threshold):
-            return
-        generation = self.start(prompt_ids, SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
-        generation.prefill()
-        for _ in range(min(WARM_UP_STEPS, self.context - len(prompt_ids))):
-            generation.step()
-        generation.close()
-        self._warm = (len(prompt_ids), self.threshold)
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         """(tokens, vocabulary) next-token logits after each of `ids`, in one call."""

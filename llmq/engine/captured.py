@@ -1,0 +1,147 @@
+"""What the lean loop captures on a GPU, and calls elsewhere: a decode step with its choice, and short prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from llmq.engine.decoder import Decoder
+from llmq.engine.prefill import read_prompt
+from llmq.engine.sampling import Sampler, SamplingSettings
+
+STEPS_UNDER_WAY = 2  # the one awaited and the next
+SHORTEST_PROMPT_GRAPH, LONGEST_PROMPT_GRAPH = 64, 512  # rows; a longer prompt keeps the GPU busier than its launches
+log = logging.getLogger(__name__)
+
+
+def draw_of(settings: SamplingSettings) -> tuple:
+    """What of the settings is part of a captured step; greedy ignores all but the temperature."""
+    return (settings.temperature, settings.top_k, settings.top_p) if settings.temperature else (0.0,)
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step under way on a GPU: where on the host its token will be, and when that is."""
+
+    chosen: torch.Tensor
+    begun: torch.cuda.Event
+    ended: torch.cuda.Event
+
+    @classmethod
+    def make(cls) -> Flight:
+        events = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        return cls(torch.empty(2, dtype=torch.float64, pin_memory=True), *events)
+
+
+class Runner:
+    """A decoder and the way to run its step: captured on a GPU, called elsewhere."""
+
+    def __init__(self, engine, capacity: int, settings: SamplingSettings):
+        self.decoder = Decoder(
+            engine.model,
+            engine.architecture,
+            engine.kernels,
+            capacity=capacity,
+            threshold=engine.threshold,
+            device=engine.device,
+        )
+        self.engine = engine
+        self.draw, self.sampler = draw_of(settings), Sampler(settings, engine.device)
+        on_gpu = engine.device.startswith("cuda")
+        self.slots = [Flight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
+        self.graph = captured(self._capture) if on_gpu else None
+        self.prompts: dict[int, PromptGraph | None] = {}
+
+    def prompt_of(self, tokens: int) -> PromptGraph | None:
+        """The captured reading of prompts about so long, made now if need be; None where there is none."""
+        rows = max(SHORTEST_PROMPT_GRAPH, 1 << (tokens - 1).bit_length())
+        possible = self.graph and self.engine.kernels.prompts_can_becaptured
+        if not possible or rows > min(LONGEST_PROMPT_GRAPH, self.decoder.capacity):
+            return None
+        if rows not in self.prompts:
+            self.prompts[rows] = captured(lambda: PromptGraph(self, rows))
+        return self.prompts[rows]
+
+    def step(self) -> None:
+        """One token: forward pass and choice."""
+        if self.graph:
+            self.graph.replay()
+        else:
+            self._step()
+
+    def _step(self) -> None:
+        self.decoder.step()
+        self.choose()
+
+    def choose(self) -> None:
+        """From the decoder's `logits` to its `token` and `chosen`."""
+        decoder = self.decoder
+        if self.sampler.settings.temperature == 0:
+            decoder.choose_likeliest()
+        else:
+            decoder.chosen.copy_(self.sampler.choose(decoder.logits))
+            decoder.token.copy_(decoder.chosen[:1])
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Record a step; it runs on a position that the prompt overwrites. Kernels compile in the run before."""
+        side = torch.cuda.Stream(self.decoder.device)
+        side.wait_stream(torch.cuda.current_stream(self.decoder.device))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(side):
+            self._step()
+            self.decoder.position.zero_()
+        side.synchronize()
+        if self.sampler.settings.temperature:
+            graph.register_generator_state(self.sampler.generator)
+        with torch.cuda.graph(graph, stream=side):
+            self._step()
+        return graph
+
+
+def captured(capture: Callable):
+    """What `capture` makes; None, and a line in the log, where it cannot be captured."""
+    try:
+        return capture()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        log.warning("no CUDA graph, so each kernel is launched by itself, which is slower: %s", error)
+        return None
+
+
+class PromptGraph:
+    """The reading of a prompt of up to `rows` tokens as a graph: hundreds of kernels, each shorter than its launch."""
+
+    def __init__(self, runner: Runner, rows: int):
+        engine, decoder = runner.engine, runner.decoder
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=engine.device)
+        self.used = torch.full((1,), rows, dtype=torch.int32, device=engine.device)
+        self.level = torch.cuda.memory_allocated(engine.device)
+
+        def read() -> None:
+            hidden = read_prompt(
+                engine.model, engine.architecture, engine.kernels, self.ids, decoder.caches, decoder.rope,
+                threshold=engine.threshold, used=self.used,
+            )  # fmt: skip
+            decoder.score(hidden.index_select(0, self.used - 1).view(-1))
+            decoder.position.copy_(self.used)
+
+        side = torch.cuda.Stream(engine.device)
+        side.wait_stream(torch.cuda.current_stream(engine.device))
+        with torch.cuda.stream(side):
+            torch.cuda.reset_peak_memory_stats(engine.device)
+            read()
+        side.synchronize()
+        self.workspace_bytes = torch.cuda.max_memory_allocated(engine.device) - self.level
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=side):
+            read()
+
+    def read(self, ids: list[int]) -> None:
+        """Fill the decoder's caches and logits."""
+        self.ids[: len(ids)].copy_(torch.tensor(ids))
+        self.used.fill_(len(ids))
+        self.graph.replay()

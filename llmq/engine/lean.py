@@ -1,0 +1,43 @@
+"""What the lean loop is on every device: weights of our own layout, one generation at a time, warmed up uncounted."""
+
+from __future__ import annotations
+
+from llmq.engine.interface import Generation
+from llmq.engine.llama_weights import LlamaWeights
+from llmq.engine.sampling import SamplingSettings
+from llmq.models.architecture import Architecture
+
+WARM_UP_STEPS = 3
+
+
+class LeanLoop:
+    """The half of `interface.Engine` that its two engines, `llama` and `native`, share."""
+
+    name = "lean"
+
+    def __init__(
+        self, weights: LlamaWeights, architecture: Architecture, handler, device: str, eos_ids: frozenset[int]
+    ):
+        self.model, self.architecture, self.handler, self.device = weights, architecture, handler, device
+        self.eos_ids, self.context, self.threshold = eos_ids, architecture.context, handler.default_threshold
+        self.weight_bytes, self.scale_bytes = weights.weight_bytes, weights.scale_bytes
+        self._warm: tuple | None = None
+
+    @property
+    def read_bytes_per_token(self) -> int:
+        return self.model.read_bytes_per_token
+
+    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> Generation:
+        """Begin a generation: nothing runs until its `prefill()`."""
+        raise NotImplementedError
+
+    def warm_up(self, prompt_ids: list[int]) -> None:
+        """Run what a generation of this prompt will run, uncounted: kernels compile and load, clocks settle."""
+        if self._warm == (len(prompt_ids), self.threshold):
+            return
+        generation = self.start(prompt_ids, SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
+        generation.prefill()
+        for _ in range(min(WARM_UP_STEPS, self.context - len(prompt_ids))):  # the context may end sooner
+            generation.step()
+        generation.close()
+        self._warm = (len(prompt_ids), self.threshold)
