@@ -39,7 +39,7 @@ def run_as_json(run: Run, summary: Summary) -> dict:
         "device": plan.device if plan else run.settings.get("device"),
         "schedule": plan.schedule if plan else run.settings.get("schedule"),
         "schedule_reason": plan.reason if plan else "",
-        "peak_source": "torch allocator" if plan and plan.device.startswith("cuda") else "weights and KV cache",
+        "peak_source": "torch allocator" if plan and plan.device.startswith("cuda") else "tensor sizes",
         "contestants": [_contestant_as_json(outcome) for outcome in summary.outcomes.values()],
         "agreement": summary.agreement(),
         "settings": run.settings,

@@ -308,6 +308,18 @@ def test_sampling_repeats_with_its_seed():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_the_peak_is_everything_that_was_held_at_once():
+    native = tiny("llm-int8")
+    generation = native.start(PROMPT, SamplingSettings(max_new_tokens=4))
+    generation.prefill()
+    longest, held = generation.peak_bytes, native.room_bytes
+    assert longest == held + native._room.read_bytes > held
+    generation.close()
+    shorter = native.start(PROMPT[:3], SamplingSettings(max_new_tokens=4))
+    shorter.prefill()
+    assert held < shorter.peak_bytes < longest
+
+
 def test_a_prompt_can_be_given_up_between_layers():
     native, asked = tiny("fp16"), []
     generation = native.start(PROMPT, SamplingSettings())
@@ -519,9 +531,12 @@ def test_a_comparison_on_a_cpu_runs_through_the_library(schedule, tiny_folder):
 
     from llmq.compare import compare
     from llmq.engine.residents import Residents
-    from llmq.events import Finished, Loaded
+    from llmq.events import Finished, Loaded, Memory
 
     events = list(compare(comparison(tiny_folder, "fp16,llm-int8,int8-weight-only", schedule=schedule), Residents()))
     assert {event.engine for event in events if isinstance(event, Loaded)} == {"lean"}
     assert set(reasons(events).values()) == {"length"}
-    assert all(event.peak_bytes > event.kv_bytes > 0 for event in events if isinstance(event, Finished))
+    held = {name: sum(parts.values()) for e in events if isinstance(e, Memory) for name, parts in e.ledger.items()}
+    finished = [event for event in events if isinstance(event, Finished)]
+    assert all(event.peak_bytes > event.kv_bytes > 0 for event in finished)
+    assert all(event.peak_bytes >= held.get(event.contestant, 0) for event in finished)

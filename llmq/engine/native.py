@@ -100,7 +100,7 @@ class _Room:
         self.buffers = self._buffers(0)
         widest = max(a.hidden, a.inner, a.heads * a.width)
         self.marks = torch.zeros(4 * a.layers + 1, _eights(widest), dtype=torch.uint8) if watch else None
-        self.read_bytes = 0  # of the largest prompt so far
+        self.read_bytes = 0  # what the last prompt needed besides
 
     @property
     def kv_bytes(self) -> int:
@@ -117,7 +117,7 @@ class _Room:
         library = self.engine.library
         self._require(ids, first=0)
         buffers = self._buffers(len(ids))
-        self.read_bytes = max(self.read_bytes, buffers.nbytes)
+        self.read_bytes = buffers.nbytes
         tokens = torch.tensor(ids, dtype=torch.int32)
         session = self._session(buffers)
         asked = STOPPED(lambda: bool(stopped())) if stopped else STOPPED()
@@ -179,8 +179,7 @@ class NativeGeneration:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the cache alone, as everywhere on a CPU: no other loop there can tell its workspace."""
-        return self.kv_bytes
+        return self.kv_bytes + self.workspace_bytes
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
@@ -189,7 +188,7 @@ class NativeGeneration:
         with engine.timer:
             self._room.read(self._prompt_ids, self._room.logits, every=False, stopped=stopped)
             token_id, logprob = self._choose()
-        self.workspace_bytes = max(self._room.workspace_bytes, self._room.read_bytes)
+        self.workspace_bytes = self._room.workspace_bytes + self._room.read_bytes
         return self._made(token_id, logprob)
 
     def step(self) -> Token:
