@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def fetch(model: str, methods: tuple[str, ...] = ()) -> None:
+def fetch(model: str, methods: tuple[str, ...]) -> None:
     """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries."""
     from llmq.models.loading import prepare, resolve
 

@@ -7,14 +7,13 @@ one clock around decoding and choosing; threads, prompts and tokens are the same
 from __future__ import annotations
 
 import ctypes
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def bench_peers(bench: PeersBench, report: Callable[[str], None] = lambda line: 
             runners.append(_Peer(llama, f"llama.cpp {name}", file, LONG_PROMPT + bench.new_tokens))
         bandwidth = read_bandwidth("cpu")
         times = {runner.label: _Times([], []) for runner in runners}
-        with _another_process() if bench.busy else _nothing():
+        with _another_process() if bench.busy else nullcontext():
             for number in range(bench.repeats + 1):  # the first is not counted
                 for runner in runners:
                     decode = runner.decode(setup.prompt_ids, bench.new_tokens)
@@ -236,15 +235,10 @@ def _files(llama, folder: Path, report: Callable[[str], None]) -> Iterator[tuple
 @contextmanager
 def _another_process() -> Iterator[None]:
     """One core's worth of somebody else's computing."""
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"], env=os.environ)
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         time.sleep(0.5)
         yield
     finally:
         other.kill()
         other.wait()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -104,35 +104,31 @@ def load_engine(key: Key) -> Engine:
 def _load_lean(key: Key, handler: Handler) -> Engine:
     import torch
 
-    from llmq.engine.llama import LeanEngine
     from llmq.engine.llama_weights import load_weights
-    from llmq.kernels.backend import kernels_for
-    from llmq.kernels.cpu.library import why_not_native
     from llmq.models.architecture import architecture_of
 
     config = load_config(key.source)
-    architecture, (kernels, slower) = architecture_of(config.to_dict()), kernels_for(key.device)
-    compiled = key.device == "cpu" and not (missing := why_not_native())
-    if key.device == "cpu" and not compiled:
-        slower = f"{missing}, so the lean loop runs on torch's own operations, which is slower"
+    architecture, eos_ids = architecture_of(config.to_dict()), eos_ids_of(key.source, config)
+    wanted = {
+        "dtype": getattr(torch, handler.dtype),
+        "int8": handler.lean_weights == "int8",
+        "int8_head": handler.int8_head,
+        "device": key.device,
+    }
+    tensors = open_tensors(key.source)
+    if key.device == "cpu":
+        from llmq.engine.native import NativeEngine
+        from llmq.kernels.cpu import library
+
+        weights = load_weights(tensors, architecture, **wanted, kernels=library, form=library.Packing())
+        return NativeEngine(weights, architecture, handler, eos_ids=eos_ids)
+    from llmq.engine.llama import LeanEngine
+    from llmq.kernels.backend import kernels_for
+
+    kernels, slower = kernels_for(key.device)
     if slower:
         log.warning("%s", slower)
-    if compiled:
-        from llmq.engine.native import NativeEngine
-        from llmq.kernels.cpu import library as kernels
-    weights = load_weights(
-        open_tensors(key.source),
-        architecture,
-        dtype=getattr(torch, handler.dtype),
-        int8=handler.lean_weights == "int8",
-        int8_head=handler.int8_head,
-        device=key.device,
-        kernels=kernels,
-        form=kernels.Packing() if compiled else None,
-    )
-    eos_ids = eos_ids_of(key.source, config)
-    if compiled:
-        return NativeEngine(weights, architecture, handler, eos_ids=eos_ids)
+    weights = load_weights(tensors, architecture, **wanted, kernels=kernels)
     return LeanEngine(weights, architecture, handler, key.device, kernels=kernels, eos_ids=eos_ids)
 
 

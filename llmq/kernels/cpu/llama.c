@@ -201,7 +201,7 @@ static void prepare(job *j, scratch *own, int region, const matrix *m, const flo
     }
     if (takes_split(j, m)) {
         decompose(from, m->width, j->s->threshold, &own->split);
-        if (!chunk) note(j, place, &own->split);
+        if (!chunk) note(j, place, &own->split); /* nobody takes another chunk before this one */
     }
 }
 
@@ -262,7 +262,7 @@ static void attend(job *j, scratch *own, int layer, int head) {
         const int columns = least(width - i, 4 * LANES);
         for (int t = 0; t <= position; t++) {
             const uint16_t *row = (t < position ? values + (size_t)t * width : new_value) + i;
-                if (columns == 4 * LANES) {
+            if (columns == 4 * LANES) {
 #pragma GCC unroll 4
                 for (int c = 0; c < 4; c++) acc[c] += load_cached(row + c * LANES, m->cache_kind) * own->scores[t];
                 continue;
