@@ -18,7 +18,7 @@ from llmq.engine.residents import Residents
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import ModelUnavailable
 from llmq.events import Loading
-from llmq.models import loading
+from llmq.models import hub as hub_module
 from llmq.models.choice import hub_has
 from llmq.models.loading import folder_of, load_config, load_tokenizer, prepare, resolve, revision_of
 from llmq.summary import Summary
@@ -147,7 +147,7 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch):
 
 def test_a_download_tells_how_long_it_has_been_going(monkeypatch):
     gate = threading.Event()
-    monkeypatch.setattr(loading, "_snapshot", lambda source, *, local_only: gate.wait(20))
+    monkeypatch.setattr(hub_module, "snapshot", lambda repo, *, local_only: gate.wait(20))
     progress = prepare(resolve("owner/tiny"))
     first = next(progress)
     gate.set()
@@ -158,7 +158,7 @@ def test_a_download_tells_how_long_it_has_been_going(monkeypatch):
 def test_a_stop_does_not_wait_for_the_download(monkeypatch):
     """Thirteen gigabytes may take an hour; whoever stops, or closes the page, must not hold the device meanwhile."""
     gate = threading.Event()
-    monkeypatch.setattr(loading, "_snapshot", lambda source, *, local_only: gate.wait(3))
+    monkeypatch.setattr(hub_module, "snapshot", lambda repo, *, local_only: gate.wait(3))
     progress = prepare(resolve("owner/tiny"))
     next(progress)
     started = time.monotonic()
@@ -171,8 +171,8 @@ def test_a_stop_does_not_wait_for_the_download(monkeypatch):
 def test_a_stopped_download_does_not_hold_up_the_end_of_the_program():
     """Ctrl-C at a terminal: the interpreter must not wait at its exit for a thread that is still fetching."""
     code = (
-        "import time\nfrom llmq.models import loading\n"
-        "loading._snapshot = lambda source, *, local_only: time.sleep(30)\n"
+        "import time\nfrom llmq.models import hub, loading\n"
+        "hub.snapshot = lambda repo, *, local_only: time.sleep(30)\n"
         "progress = loading.prepare(loading.resolve('owner/tiny'))\nnext(progress)\nprogress.close()\nprint('closed')"
     )
     root = Path(__file__).parents[1]

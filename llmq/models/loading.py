@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -15,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
+from llmq.models import hub
 from llmq.models.config import PlainConfig, plain_config
 from llmq.models.demo import Progress, demo_folder, prepare_demo
 from llmq.models.presets import PRESETS
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names for one class
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +66,12 @@ def prepare(source: Source) -> Iterator[Progress]:
     if source.kind in ("demo", "random"):  # random weights borrow the demo model's tokenizer
         yield from prepare_demo()
     elif source.kind == "hub":
-        yield from _download(source)
+        yield from hub.download(source.location)
 
 
 def folder_of(source: Source) -> Path:
     """The local folder of a prepared model. Raises ModelUnavailable when it holds no model llmq can open."""
-    folder = _snapshot(source, local_only=True) if source.kind == "hub" else Path(source.location)
+    folder = hub.snapshot(source.location, local_only=True) if source.kind == "hub" else Path(source.location)
     if source.kind == "demo" and not (folder / "config.json").exists():
         raise ModelUnavailable(f"the demo model is not in {folder}; run `python -m llmq models --fetch demo`")
     if not (folder / "config.json").is_file():
@@ -235,61 +232,6 @@ def quiet_libraries() -> None:
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def _download(source: Source) -> Iterator[Progress]:
-    """Fetch a hub repository in a thread, reporting how much of it lies on disk."""
-    started = time.monotonic()
-    download: Future = Future()
-
-    def fetch() -> None:
-        try:
-            download.set_result(_snapshot(source, local_only=False))
-        except BaseException as error:  # handed to whoever waits
-            download.set_exception(error)
-
-    # A daemon: neither a stop nor the end of the program waits for gigabytes; what has arrived serves the next try.
-    threading.Thread(target=fetch, name="hub-download", daemon=True).start()
-    while wait([download], timeout=0.5).not_done:
-        yield Progress(0.0, f"fetching {source.location} from the hub ({time.monotonic() - started:.0f} s)")
-    download.result()
-
-
-def _snapshot(source: Source, *, local_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    repo = source.location
-    try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES, local_files_only=local_only))
-    except GatedRepoError as error:
-        raise ModelUnavailable(
-            f"{repo} is gated: accept its licence on the hub, then set the HF_TOKEN environment variable. "
-            "The model 'demo' needs neither."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelUnavailable(
-            f"the hub has no repository {repo!r}, or it is private and HF_TOKEN is not set"
-        ) from error
-    except HFValidationError as error:
-        raise ModelUnavailable(f"{repo!r} is no name a hub knows: {error}") from error
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code == 401:
-            raise ModelUnavailable(f"the hub refused {repo}: the token in HF_TOKEN is wrong or has expired") from error
-        raise _unreachable(repo) from error
-    except OSError as error:
-        on_disk = (error.errno or 0) > 0 and not isinstance(error, ConnectionError | TimeoutError)
-        if on_disk:
-            raise ModelUnavailable(f"cannot store {repo} in the hub's cache (HF_HOME moves it): {error}") from error
-        raise _unreachable(repo) from error
-    except Exception as error:  # the hub's client raises its transport's own errors, and changes transports
-        raise _unreachable(repo) from error
-
-
-def _unreachable(repo: str) -> ModelUnavailable:
-    return ModelUnavailable(
-        f"{repo} is not in the local cache and the hub cannot be reached. The model 'demo' needs no hub."
-    )
 
 
 @contextmanager
