@@ -210,3 +210,18 @@ def test_modules_of_the_page_that_promise_no_gradio_load_none():
     assert {"llmq.ui.session", "llmq.ui.link", "llmq.ui.verdict", "llmq.ui.compare_view"} <= set(plain)
     code = "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in plain)
     assert "gradio" not in loaded_after(code)
+
+
+def test_every_operation_the_loop_asks_for_exists():
+    """The operations are a namespace, so a name nobody has would be found on a GPU only."""
+    from llmq.kernels import reference
+
+    asked = {
+        node.attr
+        for name in SOURCES
+        if within(name, ("llmq.engine", "llmq.quant"))
+        for node in ast.walk(parse(name))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("kernels")
+    }
+    assert {"prompts_can_be_captured", "linear_rows", "product"} <= asked
+    assert {name for name in asked if not hasattr(reference, name)} == set()

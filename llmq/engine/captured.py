@@ -58,7 +58,7 @@ class Runner:
     def prompt_of(self, tokens: int) -> PromptGraph | None:
         """The captured reading of prompts about so long, made now if need be; None where there is none."""
         rows = max(SHORTEST_PROMPT_GRAPH, 1 << (tokens - 1).bit_length())
-        possible = self.graph and self.engine.kernels.prompts_can_becaptured
+        possible = self.graph and self.engine.kernels.prompts_can_be_captured
         if not possible or rows > min(LONGEST_PROMPT_GRAPH, self.decoder.capacity):
             return None
         if rows not in self.prompts:
