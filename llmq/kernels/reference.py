@@ -159,9 +159,10 @@ def append_rows(
 def plain_rows(
     x: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
-    """`x` (rows, in) as it is. `marks`: int8, zeros, at least `in` of them, for implementations that note outliers.
+    """`x` (rows, in) as it is. `marks`: int8, zeros, at least `in` of them: the columns that are multiplied in 16 bit
+    become 1, here or at the latest in `linear_rows`.
     `used`: None, or int32 (1,): so many rows are the prompt's, and outliers are looked for in those alone."""
-    return Rows(x if used is None else _used_only(x, used), threshold)
+    return Rows(x if used is None else _used_only(x, used), threshold, marks=marks)
 
 
 def _used_only(x: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
@@ -204,12 +205,16 @@ def linear_rows(
     elif rows.threshold is None:
         y = functional.linear(x, weight.dequantized(x.dtype), bias)
     else:
-        y = _int8_rows(x, weight, bias, rows.threshold)
+        y = _int8_rows(x, weight, bias, rows.threshold, rows.marks)
     return y if residual is None else residual.add_(y)
 
 
-def _int8_rows(x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, threshold: float) -> torch.Tensor:
+def _int8_rows(
+    x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, threshold: float, marks: torch.Tensor | None
+) -> torch.Tensor:
     split = split_rows(x, threshold)
+    if marks is not None:
+        marks[split.columns] = 1
     y = _integer_product(split.codes, weight.codes).mul_(split.absmax[:, None]).mul_(weight.absmax / 127**2)
     if len(split.columns):
         outliers = weight.codes[:, split.columns].float() * (weight.absmax / 127)[:, None]

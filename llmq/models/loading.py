@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,9 @@ from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_fa
 from llmq.models import hub
 from llmq.models.config import PlainConfig, plain_config
 from llmq.models.demo import Progress, demo_folder, prepare_demo
+from llmq.models.edits import Edit, EditedTensors, edit_model_
 from llmq.models.presets import PRESETS
+from llmq.quant.dense import Dense
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +32,13 @@ GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transfo
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from. `kind`: 'demo', 'hub', 'folder' or 'random' (a preset's shape, no checkpoint)."""
+    """Where a model comes from. `kind`: 'demo', 'hub', 'folder' or 'random' (a preset's shape, no checkpoint).
+    `edit`: what is done to its weights on their way (`edits`)."""
 
     name: str
     kind: str
     location: str
+    edit: Edit | None = None
 
 
 def resolve(name: str, *, random_weights: bool = False) -> Source:
@@ -182,10 +186,12 @@ def load_model(source: Source, handler: Handler, device: str) -> PreTrainedModel
     if source.kind == "random":
         from llmq.models.random_weights import random_llama
 
-        return handler.convert_(random_llama(transformers_config(source), device), device).requires_grad_(False).eval()
+        drawn = random_llama(transformers_config(source), device)
+        drawn = edit_model_(drawn, source.edit) if source.edit else drawn
+        return handler.convert_(drawn, device).requires_grad_(False).eval()
     from transformers import AutoModelForCausalLM
 
-    folder = folder_of(source)
+    folder, opened_as = folder_of(source), Dense(handler.dtype) if source.edit else handler
     with _blamed_on(source, "open the weights"):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -193,16 +199,21 @@ def load_model(source: Source, handler: Handler, device: str) -> PreTrainedModel
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
-            **handler.load_arguments(device),
+            **opened_as.load_arguments(device),
         )
     if wrong := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
         raise ModelUnavailable(f"the weights of {source.name} are not whole: {wrong[0]} and {len(wrong) - 1} more")
-    model = handler.convert_(model, device) if handler.converts else model
+    if source.edit:
+        model = handler.convert_(edit_model_(model, source.edit), device)
+    elif handler.converts:
+        model = handler.convert_(model, device)
     return model.requires_grad_(False).eval()
 
 
-def open_tensors(source: Source) -> CheckpointTensors | RandomTensors:
+def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTensors:
     """The model's tensors, one at a time, by their names in the checkpoint."""
+    if source.edit:
+        return EditedTensors(open_tensors(replace(source, edit=None)), source.edit)
     if source.kind == "random":
         from llmq.models.random_weights import RandomTensors
 

@@ -12,6 +12,7 @@ from llmq.quant.bnb_int8 import BnbInt8
 from llmq.quant.dense import Dense
 from llmq.quant.handler import Handler, WeightBytes
 from llmq.quant.llm_int8 import LlmInt8
+from llmq.quant.naive import Naive
 
 __all__ = ["METHODS", "Handler", "Method", "WeightBytes", "method_named"]
 
@@ -58,6 +59,31 @@ METHODS: dict[str, Method] = {
             "LLM.int8() with embedding and head in int8 as well, so that the weights are really half of FP16's; they "
             "usually stay in FP16.",
             LlmInt8(has_threshold=True, int8_head=True),
+        ),
+        Method(
+            "vectorwise",
+            "Naive W8A8, a scale a row",
+            "Int8 weights and activations, one scale a row of each, outliers and all: LLM.int8() without its "
+            "decomposition. Emulated.",
+            Naive(vectorwise=True),
+        ),
+        Method(
+            "absmax",
+            "Naive W8A8, a scale a tensor",
+            "Int8 weights and activations with one scale for a whole tensor, which its largest number sets. Emulated.",
+            Naive(vectorwise=False),
+        ),
+        Method(
+            "absmax-w8a32",
+            "Naive W8A32",
+            "Only the weights in int8, one scale a tensor; activations in FP32. Emulated.",
+            Naive(vectorwise=False, activations=False),
+        ),
+        Method(
+            "absmax-w32a8",
+            "Naive W32A8",
+            "Only the activations in int8, one scale a tensor; weights in FP32. Emulated.",
+            Naive(vectorwise=False, weights=False),
         ),
     )
 }

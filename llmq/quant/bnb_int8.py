@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, cast_parameters_, int8_bytes, non_head_linears
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -55,6 +56,16 @@ class BnbInt8:
     def set_threshold(self, model: nn.Module, threshold: float) -> None:
         for linear in int8_linears(model):
             linear.state.threshold = threshold
+
+    def sixteen_bit_columns(self, module: nn.Module) -> torch.Tensor | None:
+        """bitsandbytes' own list, `state.idx`: made new in each call, and None where a call found no outlier."""
+        import bitsandbytes as bnb
+        import torch
+
+        if not isinstance(module, bnb.nn.Linear8bitLt):
+            return None
+        found = module.state.idx
+        return torch.empty(0, dtype=torch.int64) if found is None else found.long().sort().values
 
     def scale_bytes(self, model: nn.Module) -> int:
         """bitsandbytes keeps the row scales as attributes; before the first call on the weight, then on the state."""

@@ -52,6 +52,10 @@ class Handler(Protocol):
     def set_threshold(self, model: nn.Module, threshold: float) -> None:
         """Change the outlier threshold of a loaded model; 0 turns the decomposition off."""
 
+    def sixteen_bit_columns(self, module: nn.Module) -> torch.Tensor | None:
+        """The columns of the input that `module`, a layer of a model of this method, multiplied in 16 bit in its last
+        call, by its own account: int64, ascending, on its device. None for a layer that keeps no such account."""
+
     def scale_bytes(self, model: nn.Module) -> int:
         """Bytes of quantization scales that are neither parameters nor buffers of `model`."""
 
@@ -89,15 +93,15 @@ def non_head_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head)
 
 
-def int8_bytes(meta_model: nn.Module, *, head: bool = False) -> WeightBytes:
-    """One byte a weight of `non_head_linears`, with `head` of embedding and head too, and an FP32 scale a row; two
-    bytes for every other parameter."""
+def int8_bytes(meta_model: nn.Module, *, head: bool = False, int8_size: int = 1, other_size: int = 2) -> WeightBytes:
+    """`int8_size` bytes a weight of `non_head_linears`, with `head` of embedding and head too, and an FP32 scale a row;
+    `other_size` bytes for every other parameter."""
     layers = [linear for _, linear in non_head_linears(meta_model)]
     if head:
         layers += [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
     int8 = {id(layer.weight): layer.weight for layer in layers}
     weights = sum(
-        tensor.numel() * (1 if id(tensor) in int8 else 2) if tensor.requires_grad else tensor.nbytes
+        tensor.numel() * (int8_size if id(tensor) in int8 else other_size) if tensor.requires_grad else tensor.nbytes
         for tensor in stored_tensors(meta_model)
     )
     return WeightBytes(weights, sum(4 * weight.shape[0] for weight in int8.values()))

@@ -11,7 +11,8 @@ from llmq.kernels.primitives import Int8Weight
 
 class Int8Linear(nn.Linear):
     """`weight`: int8 (out, in); `absmax`: float32 (out,), no buffer, so that bytes of weights and of scales stay apart.
-    `threshold` None keeps the activations in 16 bit.
+    `threshold` None keeps the activations in 16 bit. `marks`: int8 (in,), 1 at the columns that the last call
+    multiplied in 16 bit.
 
     A subclass of `nn.Linear`, so that hooks find it among the linear layers.
     """
@@ -21,6 +22,7 @@ class Int8Linear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.codes, requires_grad=False)
         self.bias, self.absmax, self.threshold = bias, weight.absmax, threshold
+        self.marks: torch.Tensor | None = None
         self._kernels, _ = kernels_for(str(weight.codes.device))
 
     @staticmethod
@@ -39,7 +41,7 @@ class Int8Linear(nn.Linear):
         """(..., in) -> (..., out); the rows of one call pool their outlier columns, as in bitsandbytes."""
         rows = x.reshape(-1, self.in_features).contiguous()
         weight = Int8Weight(self.weight.data, self.absmax)
-        marks = torch.zeros(self.in_features, dtype=torch.int8, device=x.device)
+        self.marks = marks = torch.zeros(self.in_features, dtype=torch.int8, device=x.device)
         with current(str(x.device)):
             noted = self._kernels.plain_rows(rows, self.threshold, marks)
             y = self._kernels.linear_rows(noted, weight, bias=self.bias)

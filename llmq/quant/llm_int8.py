@@ -14,6 +14,7 @@ from llmq.errors import BadChoice
 from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, cast_parameters_, int8_bytes, non_head_linears
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -71,6 +72,14 @@ class LlmInt8:
         self.check_threshold(threshold)
         for linear in _int8_linears(model):
             linear.threshold = threshold
+
+    def sixteen_bit_columns(self, module: nn.Module) -> torch.Tensor | None:
+        """What the kernel marked in the last call."""
+        from llmq.quant.int8_linear import Int8Linear
+
+        if not isinstance(module, Int8Linear) or module.marks is None or module.threshold is None:
+            return None
+        return module.marks.nonzero().view(-1)
 
     def scale_bytes(self, model: nn.Module) -> int:
         scales = {id(module.absmax): module.absmax for module in model.modules() if hasattr(module, "absmax")}
