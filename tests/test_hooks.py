@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmq.inspect.hooks import LinearInputs, is_quantized, kind_and_layer, linear_modules
+from llmq.inspect.hooks import Watched, is_quantized, kind_and_layer, linear_modules
 
 
 class Int8Linear(nn.Module):
@@ -49,7 +49,7 @@ def recorded(calls):
 
 def test_every_linear_layer_is_called_in_order_with_its_input():
     model, calls, x = Small(), [], torch.randn(2, 3, 6)
-    with LinearInputs(model, recorded(calls)):
+    with Watched(linear_modules(model), recorded(calls)):
         model(x)
     assert [name for name, *_ in calls] == ["first", "blocks.0", "blocks.1"] == list(linear_modules(model))
     assert [tuple(seen.shape) for *_, seen in calls] == [(2, 3, 6), (2, 3, 5), (2, 3, 4)]
@@ -59,7 +59,7 @@ def test_every_linear_layer_is_called_in_order_with_its_input():
 
 def test_no_graph_is_kept():
     model, calls = Small(), []
-    with LinearInputs(model, recorded(calls)):
+    with Watched(linear_modules(model), recorded(calls)):
         out = model(torch.randn(1, 2, 6))
     assert out.requires_grad, "the model itself must stay differentiable"
     assert not any(seen.requires_grad or seen.grad_fn is not None for *_, seen in calls)
@@ -67,7 +67,7 @@ def test_no_graph_is_kept():
 
 def test_no_hook_is_left_and_none_outlives_the_block():
     model, calls = Small(), []
-    with LinearInputs(model, recorded(calls)):
+    with Watched(linear_modules(model), recorded(calls)):
         assert hooks_left(model) > 0
     model(torch.randn(1, 1, 6))
     assert hooks_left(model) == 0 and calls == []
@@ -81,7 +81,7 @@ def test_no_hook_is_left_after_an_exception(where):
         if where == "on_input":
             raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), LinearInputs(model, on_input):
+    with pytest.raises(ZeroDivisionError), Watched(linear_modules(model), on_input):
         model(torch.randn(1, 1, 6), fail=where == "model")
         raise ZeroDivisionError
     assert hooks_left(model) == 0
@@ -90,8 +90,8 @@ def test_no_hook_is_left_after_an_exception(where):
 def test_nested_blocks_see_the_same_and_remove_only_their_own_hooks():
     model, outer, inner, x = Small(), [], [], torch.randn(1, 2, 6)
     kept = model.first.register_forward_pre_hook(lambda module, args: None)
-    with LinearInputs(model, recorded(outer)):
-        with LinearInputs(model, recorded(inner)):
+    with Watched(linear_modules(model), recorded(outer)):
+        with Watched(linear_modules(model), recorded(inner)):
             model(x)
         model(x)
     assert (len(outer), len(inner)) == (6, 3)
@@ -101,7 +101,7 @@ def test_nested_blocks_see_the_same_and_remove_only_their_own_hooks():
 
 def test_one_object_serves_one_block_at_a_time():
     model, calls = Small(), []
-    hooks = LinearInputs(model, recorded(calls))
+    hooks = Watched(linear_modules(model), recorded(calls))
     for _ in range(2):
         with hooks:
             model(torch.randn(1, 1, 6))

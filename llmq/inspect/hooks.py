@@ -1,4 +1,4 @@
-"""Read the input of every linear layer of a model, for as long as a `with` block lasts."""
+"""Read what goes into and comes out of the layers of a model, for as long as a `with` block lasts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-OnInput = Callable[[str, nn.Module, torch.Tensor], None]
+OnTensor = Callable[[str, nn.Module, torch.Tensor], None]
 
 KINDS = {
     "q_proj": "q/k/v",
@@ -47,35 +47,63 @@ def is_quantized(module: nn.Module) -> bool:
     return any(tensor.element_size() == 1 and tensor.dtype != torch.bool for tensor in tensors)
 
 
-class LinearInputs:
-    """Call `on_input(name, module, x)` before every linear layer of `model` runs, inside the `with` block only.
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The stack of equal blocks that a decoder is made of, by name: the longest list of modules of one class that
+    itself is in no other such list. Empty where there is none."""
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = [(name, module) for name, module in lists if len(module) and len({type(block) for block in module}) == 1]
+    name, stack = max(stacks, key=lambda entry: (len(entry[1]), -entry[0].count(".")), default=("", ()))
+    return {f"{name}.{number}" if name else str(number): block for number, block in enumerate(stack)}
 
-    `x` is the layer's input, usually (batch, tokens, in_features), detached: it shares memory with the activation, so
-    read it or reduce it in the call, and clone what must outlive it. What `on_input` raises ends the forward pass and
-    reaches the caller. The hooks are removed when the block ends, also by an exception, and only these hooks: blocks
-    nest in any order. One object serves one block at a time (RuntimeError otherwise).
+
+class Watched:
+    """Call `on_input(name, module, x)` before and `on_output(name, module, y)` after each of `modules` runs, inside the
+    `with` block only.
+
+    `x` is the first tensor that the module is given, `y` the (first) tensor that it returns; usually (batch, tokens,
+    width), detached: they share memory with the activation, so read or reduce them in the call, and clone what must
+    outlive it. What a callback raises ends the forward pass and reaches the caller. The hooks are removed when the
+    block ends, also by an exception, and only these hooks: blocks nest in any order. One object serves one block at a
+    time (RuntimeError otherwise).
     """
 
-    def __init__(self, model: nn.Module, on_input: OnInput) -> None:
-        self._model = model
-        self._on_input = on_input
+    def __init__(
+        self, modules: dict[str, nn.Module], on_input: OnTensor | None = None, on_output: OnTensor | None = None
+    ) -> None:
+        self._modules = modules
+        self._on_input, self._on_output = on_input, on_output
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> LinearInputs:
+    def __enter__(self) -> Watched:
         if self._handles:
-            raise RuntimeError("these hooks are already in place; make a second LinearInputs to nest")
-        for name, module in linear_modules(self._model).items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            raise RuntimeError("these hooks are already in place; make a second Watched to nest")
+        for name, module in self._modules.items():
+            if self._on_input:
+                self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+            if self._on_output:
+                self._handles.append(module.register_forward_hook(self._after(name)))
         return self
 
     def __exit__(self, *exception: object) -> None:
         while self._handles:
             self._handles.pop().remove()
 
-    def _hook(self, name: str):
+    def _before(self, name: str):
         def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+            x = _first_tensor((*args, *kwargs.values()))
             if x is not None:
                 self._on_input(name, module, x.detach())
 
         return before_forward
+
+    def _after(self, name: str):
+        def after_forward(module: nn.Module, args: tuple, output: object) -> None:
+            y = _first_tensor(output if isinstance(output, tuple | list) else (output,))
+            if y is not None:
+                self._on_output(name, module, y.detach())
+
+        return after_forward
+
+
+def _first_tensor(values) -> torch.Tensor | None:
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from llmq.errors import BadChoice
-from llmq.inspect.recorder import OutlierRecorder, Stopped
+from llmq.inspect.recorder import Account, OutlierRecorder, Stopped
 from llmq.inspect.report import THRESHOLDS, ModuleOutliers, OutlierReport, PhaseStatistics, TokenMap
 from llmq.inspect.views import ChannelMap, StrongChannel, layer_channel_map, strongest_channels
 
@@ -45,6 +45,7 @@ def observe(
     token_text: Callable[[int], str] = str,
     name: str = "",
     method: str = "",
+    account: Account | None = None,
 ) -> OutlierReport:
     """Run a prompt and up to `new_tokens` greedy tokens through a Hugging Face causal LM and report its outliers.
 
@@ -57,7 +58,7 @@ def observe(
     stopped = False
     token_ids = input_ids[0].tolist()
     with _eval_mode(model), torch.inference_mode():
-        with OutlierRecorder(model, lowest_threshold=lowest_threshold, stop=stop) as recorder:
+        with OutlierRecorder(model, lowest_threshold=lowest_threshold, stop=stop, account=account) as recorder:
             try:
                 for token_id in _greedy(model, input_ids, recorder, new_tokens):
                     token_ids.append(token_id)

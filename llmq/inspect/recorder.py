@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from llmq.inspect.hooks import LinearInputs, is_quantized, kind_and_layer, linear_modules
-from llmq.inspect.reductions import Layout, PromptStatistics, StepTotals, fetch, reduce_prompt
+from llmq.inspect.hooks import Watched, decoder_blocks, is_quantized, kind_and_layer, linear_modules
+from llmq.inspect.reductions import Layout, PromptStatistics, StepTotals, fetch, reduce_prompt, reduce_stream
 from llmq.inspect.report import (
     THRESHOLDS,
     ModuleOutliers,
     OutlierReport,
     PhaseStatistics,
+    PromptPositions,
+    StreamPeak,
     TokenMap,
     check_phase,
     cutoff,
 )
+
+Account = Callable[[nn.Module], torch.Tensor | None]  # `quant.Handler.sixteen_bit_columns`
 
 
 class Stopped(Exception):
@@ -57,38 +62,56 @@ class OutlierRecorder:
 
     Before the first `phase` nothing is recorded (warm-up). Decode keeps single channels from `lowest_threshold` up.
     Layers that read the same tensor (q, k, v) are reduced once. With `stop` set, the next layer raises `Stopped`.
-    Activations are fp16, bf16 or fp32. RuntimeError when the prefill runs twice.
+    `account`, asked after each layer ran, says which columns it multiplied in 16 bit by its own account. What each
+    decoder block puts out is watched in the prefill too. Activations are fp16, bf16 or fp32. RuntimeError when the
+    prefill runs twice.
     """
 
-    def __init__(self, model: nn.Module, *, lowest_threshold: float = 2.0, stop: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lowest_threshold: float = 2.0,
+        stop: threading.Event | None = None,
+        account: Account | None = None,
+    ) -> None:
         cutoff(lowest_threshold, "float32")
         self.lowest_threshold = lowest_threshold
         self._modules = linear_modules(model)
         self._quantized = {name: is_quantized(module) for name, module in self._modules.items()}
-        self._hooks = LinearInputs(model, self._on_input)
+        self._blocks = decoder_blocks(model)
+        self._hooks = ExitStack()
+        self._watched = (
+            Watched(self._modules, self._on_input, self._on_output if account else None),
+            Watched(self._blocks, on_output=self._on_block),
+        )
+        self._account = account
         self._stop = stop
         self._phase: str | None = None
         self._dtypes: dict[str, str] = {}
         self._last: tuple[tuple, torch.Tensor, _Input] | None = None  # the tensor is kept, so its address stays its own
         self._prompt: list[_Input] = []
-        self._prompt_of: dict[str, tuple[PhaseStatistics, TokenMap]] = {}
+        self._prompt_of: dict[str, tuple[PhaseStatistics, TokenMap, PromptPositions]] = {}
+        self._stream: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._peaks: tuple[StreamPeak, ...] = ()
+        self._sent: dict[str, torch.Tensor] = {}  # of the call under way
+        self._accounts: list[dict[str, np.ndarray]] = []  # the prefill's, then each step's
         self._step: list[_Input] = []
         self._seen: set[str] = set()
         self._totals: dict[Layout, StepTotals] = {}
         self._steps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
 
     def __enter__(self) -> OutlierRecorder:
-        self._hooks.__enter__()
+        for hooks in self._watched:
+            self._hooks.enter_context(hooks)
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
-        self._hooks.__exit__()
+        self._hooks.close()
         if kind is None:
             self._close()
         else:
-            self._last = None
-            self._prompt.clear()
-            self._step.clear()
+            self._forget()
 
     def phase(self, name: str) -> None:
         """What the next calls of the model are: 'prefill', or 'decode', of which each call is one generated token."""
@@ -114,13 +137,13 @@ class OutlierRecorder:
         modules = tuple(self._module(name, decode.get(name)) for name in self._modules)
         prompt_tokens = max((entry.token_map.end for entry in modules if entry.token_map is not None), default=0)
         return OutlierReport(
-            model, method, threshold, prompt_tokens, len(self._steps), list(token_texts), modules, stopped
+            model, method, threshold, prompt_tokens, len(self._steps), list(token_texts), modules, self._peaks, stopped
         )
 
     def _module(self, name: str, decode: PhaseStatistics | None) -> ModuleOutliers:
         in_features = self._modules[name].in_features
         nothing = np.zeros(in_features, np.float32), np.zeros(len(THRESHOLDS), np.int64)
-        prefill, token_map = self._prompt_of.get(name, (PhaseStatistics(*nothing), None))
+        prefill, token_map, positions = self._prompt_of.get(name, (PhaseStatistics(*nothing), None, None))
         quiet = np.empty(0, np.int32), np.empty(0, np.float32)
         return ModuleOutliers(
             name,
@@ -133,6 +156,8 @@ class OutlierRecorder:
             decode=decode or PhaseStatistics(*nothing),
             decode_steps=tuple(step.get(name, quiet) for step in self._steps),
             token_map=token_map,
+            positions=positions,
+            sent=tuple(call[name] for call in self._accounts if name in call) or None,
         )
 
     def _decode_statistics(self) -> dict[str, PhaseStatistics]:
@@ -149,12 +174,22 @@ class OutlierRecorder:
             self._close()
         if self._stop is not None and self._stop.is_set():
             self._step.clear()  # an unfinished token; an unfinished prompt keeps the layers that it reached
+            if self._phase == "decode":
+                self._sent.clear()
             raise Stopped
         if self._phase is None or x.numel() == 0:
             return
         self._seen.add(name)
         self._dtypes[name] = str(x.dtype).removeprefix("torch.")
         self._input(x, "float16" if self._quantized[name] else self._dtypes[name]).names.append(name)
+
+    def _on_output(self, name: str, module: nn.Module, y: torch.Tensor) -> None:
+        if self._phase is not None and (columns := self._account(module)) is not None:
+            self._sent[name] = columns
+
+    def _on_block(self, name: str, block: nn.Module, y: torch.Tensor) -> None:
+        if self._phase == "prefill" and y.numel():
+            self._stream[name] = reduce_stream(y)
 
     def _input(self, x: torch.Tensor, compared_as: str) -> _Input:
         """The input that `x` is: the last one when `x` is the same memory, unchanged; else a new one.
@@ -179,18 +214,35 @@ class OutlierRecorder:
         """Move the finished prefill's or step's statistics off the device."""
         self._last = None
         self._seen.clear()
+        if self._sent:
+            self._accounts.append({name: found.cpu().numpy().astype(np.int32) for name, found in self._sent.items()})
+            self._sent = {}
+        if self._stream:
+            self._close_stream()
         if self._prompt:
             self._close_prompt()
         if self._step:
             self._close_step()
 
+    def _forget(self) -> None:
+        """Let go of what is on the device."""
+        self._last = None
+        for kept in (self._prompt, self._step, self._stream, self._sent):
+            kept.clear()
+
+    def _close_stream(self) -> None:
+        arrays = iter(fetch([tensor for pair in self._stream.values() for tensor in pair]))
+        numbers = {name: number for number, name in enumerate(self._blocks)}
+        self._peaks = tuple(StreamPeak(numbers[name], next(arrays), next(arrays)) for name in self._stream)
+        self._stream = {}
+
     def _close_prompt(self) -> None:
         arrays = iter(fetch([tensor for entry in self._prompt for tensor in entry.kept.tensors]))
         rows = max(entry.kept.rows for entry in self._prompt)
         for entry in self._prompt:
-            four = [next(arrays) for _ in entry.kept.tensors]
+            parts = [next(arrays) for _ in entry.kept.tensors]
             # lm_head is given the last tokens only: what an input has fewer rows, it begins later in the prompt.
-            found = entry.kept.to_numpy(*four, first_token=rows - entry.kept.rows)
+            found = entry.kept.to_numpy(*parts, first_token=rows - entry.kept.rows)
             self._prompt_of.update(dict.fromkeys(entry.names, found))
         self._prompt.clear()
 

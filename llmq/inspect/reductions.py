@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from llmq.inspect.report import THRESHOLDS, PhaseStatistics, TokenMap, cutoff
+from llmq.inspect.report import CRITERION, THRESHOLDS, PhaseStatistics, PromptPositions, TokenMap, cutoff
 
 BINS = len(THRESHOLDS) + 2  # under the first threshold, between each two, over the last; then one for NaN
 NAN_BIN = BINS - 1
@@ -33,21 +33,31 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class PromptStatistics:
-    """One input's prefill on its device: `tensors` are absmax, histogram, the token map's values and flat positions."""
+    """One input's prefill on its device: `tensors` are absmax, histogram, the token map's values and flat positions,
+    and how many positions of each channel, and which positions in any channel, meet the criterion."""
 
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    tensors: tuple[torch.Tensor, ...]
     rows: int
     height: int
     width: int
 
     def to_numpy(
-        self, absmax: np.ndarray, histogram: np.ndarray, values: np.ndarray, position: np.ndarray, *, first_token: int
-    ) -> tuple[PhaseStatistics, TokenMap]:
+        self,
+        absmax: np.ndarray,
+        histogram: np.ndarray,
+        values: np.ndarray,
+        position: np.ndarray,
+        counts: np.ndarray,
+        touched: np.ndarray,
+        *,
+        first_token: int,
+    ) -> tuple[PhaseStatistics, TokenMap, PromptPositions]:
         """The fetched `tensors` as what a report holds; row 0 of this input is the prompt's token `first_token`."""
         tokens, channels = np.divmod(position, len(absmax))
         where = channels.astype(np.int32), (tokens + first_token).astype(np.int32)
         token_map = TokenMap(values, *where, self.height, self.width, first_token, first_token + self.rows)
-        return phase_statistics(absmax, histogram[0], self.rows * len(absmax)), token_map
+        positions = PromptPositions(counts, touched)
+        return phase_statistics(absmax, histogram[0], self.rows * len(absmax)), token_map, positions
 
 
 @torch.inference_mode()
@@ -58,7 +68,16 @@ def reduce_prompt(absolute: torch.Tensor, compared_as: str) -> PromptStatistics:
     absolute.nan_to_num_(nan=0.0, posinf=torch.inf)
     cell = (-(-rows // MAP_ROWS), -(-columns // MAP_COLUMNS))
     values, position = F.max_pool2d(absolute[None, None], cell, cell, ceil_mode=True, return_indices=True)
-    return PromptStatistics((absolute.amax(0), histogram, values[0, 0], position[0, 0]), rows, *cell)
+    over = absolute >= float(cutoff(CRITERION, compared_as))
+    criterion = over.sum(0, dtype=torch.int32), over.any(1)
+    return PromptStatistics((absolute.amax(0), histogram, values[0, 0], position[0, 0], *criterion), rows, *cell)
+
+
+@torch.inference_mode()
+def reduce_stream(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A decoder block's output (1, tokens, width) -> max |y| of each channel, float32, and at which token, int64."""
+    absolute = y.reshape(-1, y.shape[-1]).abs().float().nan_to_num_(nan=0.0, posinf=torch.inf)
+    return tuple(absolute.max(0))
 
 
 def count_bins(

@@ -18,6 +18,7 @@ import numpy as np
 from llmq.errors import BadChoice, unknown
 
 PHASES = ("prefill", "decode")
+CRITERION = 6.0  # the magnitude in the paper's criterion of an outlier feature (section 4.1)
 THRESHOLDS = np.arange(5, 201) / 10  # 0.5, 0.6, … 20.0: the slider's stops, and where counts of values are exact
 LARGEST_THRESHOLD = 65504.0  # the largest float16
 
@@ -82,6 +83,30 @@ class TokenMap:
 
 
 @dataclass(frozen=True, eq=False)
+class PromptPositions:
+    """Where |x| >= `CRITERION` in one layer's prompt. `counts` (in_features,) int32: at how many positions, by channel;
+    `touched` (tokens,) bool: which positions, in any channel."""
+
+    counts: np.ndarray
+    touched: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class StreamPeak:
+    """What one decoder block put out over the prompt. `absmax` (width,) float32: max |y| of each channel, and `tokens`
+    (width,): the position it is at."""
+
+    layer: int
+    absmax: np.ndarray
+    tokens: np.ndarray
+
+    def strongest(self, n: int = 1) -> list[tuple[int, int, float]]:
+        """The `n` strongest channels, as (channel, token, |y|)."""
+        order = np.argsort(-self.absmax, kind="stable")[:n]
+        return [(int(channel), int(self.tokens[channel]), float(self.absmax[channel])) for channel in order]
+
+
+@dataclass(frozen=True, eq=False)
 class PhaseStatistics:
     """One linear layer's input in one phase. Arrays may be shared by layers that read the same tensor.
 
@@ -105,7 +130,8 @@ class ModuleOutliers:
     """The input of one linear layer. `dtype` is the activation's; `quantized` layers compare it in float16.
 
     `decode_steps`: for every generated token the channels (int32, ascending) with |x| >= `lowest_threshold` and their
-    |x| (float32). `layer` is None outside the layers, as for lm_head.
+    |x| (float32). `layer` is None outside the layers, as for lm_head. `sent`: the channels that the layer multiplied in
+    16 bit by its own account, of the prefill and then of every generated token; None for a layer that keeps none.
     """
 
     name: str
@@ -119,6 +145,8 @@ class ModuleOutliers:
     decode: PhaseStatistics
     decode_steps: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     token_map: TokenMap | None = None
+    positions: PromptPositions | None = None
+    sent: tuple[np.ndarray, ...] | None = None
 
     @property
     def compared_as(self) -> str:
@@ -177,6 +205,7 @@ class OutlierReport:
     generated_tokens: int
     token_texts: list[str]
     modules: tuple[ModuleOutliers, ...]
+    stream: tuple[StreamPeak, ...] = ()
     stopped: bool = False
 
     @property
@@ -200,6 +229,7 @@ class OutlierReport:
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
             "stopped": self.stopped,
+            "kernel_agrees": agreement_with_kernel(self) if threshold == self.threshold else None,
             "modules": [_module_json(module, threshold) for module in self.modules],
         }
 
@@ -213,4 +243,21 @@ def _module_json(module: ModuleOutliers, threshold: float) -> dict:
         "absmax": module.absmax if math.isfinite(module.absmax) else 1e308,  # JSON has no infinity
         "prefill_columns": module.prefill_columns(threshold),
         "decode_columns": module.decode_columns(threshold),
+        "kernel_columns": None if module.sent is None else [columns.tolist() for columns in module.sent],
     }
+
+
+def columns_at(module: ModuleOutliers, moment: int, threshold: float) -> list[int]:
+    """Channels that reach the threshold at one moment: 0 is the prompt, n the n-th generated token."""
+    return module.prefill_columns(threshold) if moment == 0 else module.decode_columns(threshold)[moment - 1]
+
+
+def agreement_with_kernel(report: OutlierReport) -> tuple[int, int] | None:
+    """In how many calls the layer's own account is the list that the hooks found at the run's threshold, and of how
+    many; None where no layer keeps an account."""
+    calls = [
+        np.array_equal(sent, columns_at(module, moment, report.threshold))
+        for module in report.modules
+        for moment, sent in enumerate(module.sent or ())
+    ]
+    return (sum(calls), len(calls)) if calls else None

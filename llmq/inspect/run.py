@@ -90,6 +90,7 @@ def _inspect(inspection: Inspection, residents: Residents, stop: threading.Event
             token_text=lambda token: tokenizer.decode([token]),
             name=inspection.model,
             method=contestant.label,
+            account=engine.handler.sixteen_bit_columns,
         )
     except (torch.OutOfMemoryError, MemoryError) as error:
         error.__traceback__ = None
