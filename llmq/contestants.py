@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 
 from llmq.engine.choice import ENGINES
@@ -15,6 +16,10 @@ MAX_CONTESTANTS = 3
 MAX_THRESHOLD = 65504  # the largest FP16 number: nothing a 16-bit activation holds is above it
 
 
+def _possible(threshold: float) -> bool:
+    return 0 <= threshold <= MAX_THRESHOLD or threshold == math.inf
+
+
 @dataclass(frozen=True)
 class Contestant:
     """A method and, where it has one, its outlier threshold. `bnb-int8@0` names both in one word."""
@@ -26,8 +31,8 @@ class Contestant:
         has_threshold = method_named(self.method).handler.has_threshold
         if not has_threshold and self.threshold is not None:
             raise BadChoice(f"{self.method} has no outlier threshold to set to {self.threshold}")
-        if has_threshold and not (isinstance(self.threshold, int | float) and 0 <= self.threshold <= MAX_THRESHOLD):
-            raise BadChoice(f"threshold is {self.threshold!r}; choose a number from 0 (off) to {MAX_THRESHOLD}")
+        if has_threshold and not (isinstance(self.threshold, int | float) and _possible(self.threshold)):
+            raise BadChoice(f"threshold is {self.threshold!r}; choose a number from 0 (off) to {MAX_THRESHOLD}, or inf")
 
     @classmethod
     def parse(cls, text: str, default_threshold: float = DEFAULT_THRESHOLD) -> Contestant:
@@ -81,4 +86,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise BadChoice(f"threshold is {text!r}; choose a number from 0 (off) to {MAX_THRESHOLD}") from None
+        raise BadChoice(f"threshold is {text!r}; choose a number from 0 (off) to {MAX_THRESHOLD}, or inf") from None

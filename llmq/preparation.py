@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 
 from llmq.engine.turns import Turn
 from llmq.events import Loading, Waiting
 from llmq.models.loading import Source, prepare
 
 POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Working:
+    """How far a long job is: what it does now, and the share of it that is done (0 to 1; None where nobody knows)."""
+
+    message: str
+    fraction: float | None = None
 
 
 def await_turn(turn: Turn, stop: threading.Event, clock: Callable[[], float]) -> Generator[Waiting, None, bool]:

@@ -75,12 +75,20 @@ class HFEngine:
         """Begin a generation: nothing runs until its `prefill()`."""
         return Generation(self, prompt_ids, settings)
 
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        """(tokens, vocabulary) next-token logits after each of `ids`, in one call."""
+    def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
+        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), _interruptible(self.model, stopped):
             return self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0]
+
+    def sixteen_bit_share(self, ids: list[int]) -> float:
+        """Share of its input's columns that a linear layer multiplies in 16 bit while it reads `ids` in one call, by
+        its own account: the mean over the layers that keep one; 0 where none does."""
+        self.logits(ids)
+        accounts = ((module, self.handler.sixteen_bit_columns(module)) for module in self.model.modules())
+        shares = [len(columns) / module.in_features for module, columns in accounts if columns is not None]
+        return sum(shares) / len(shares) if shares else 0.0
 
     def warm_up(self, prompt_ids: list[int]) -> None:
         """Run what a generation of this prompt will run, uncounted: kernels load, clocks and caches settle.
@@ -109,6 +117,7 @@ class Generation:
         self._cache = DynamicCache(config=engine.model.config)
         self._sampler = Sampler(settings, engine.device)
         self._last: int | None = None
+        self.logits: torch.Tensor | None = None  # (vocabulary,), of the last call
         self.workspace_bytes = 0  # most that one call needed beyond weights and KV cache; 0 on a CPU
         self.peak_bytes = 0  # most that KV cache and workspace took together
         self.allocator_peak_bytes = 0  # highest level of the device's allocator during our calls, everyone's tensors
@@ -142,6 +151,7 @@ class Generation:
             tokens = torch.tensor([ids], device=self._engine.device)
             logits = model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[0, -1]
             token_id, logprob = self._sampler.choose(logits).tolist()
+        self.logits = logits
         self._account(kv_before, timer.growth_bytes)
         if math.isnan(logprob):
             raise UserError("the model's output is not a number (an overflow in 16 bit?); try bf16 or fp32")
@@ -156,7 +166,7 @@ class Generation:
 
     def close(self) -> None:
         """Free the KV cache; the object is of no more use."""
-        self._cache = None
+        self._cache = self.logits = None
 
 
 @contextmanager

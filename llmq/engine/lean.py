@@ -41,3 +41,12 @@ class LeanLoop:
             generation.step()
         generation.close()
         self._warm = (len(prompt_ids), self.threshold)
+
+
+def share_of_columns(architecture: Architecture, counts: list[int]) -> float:
+    """Mean share of the columns a linear layer keeps in 16 bit, from how many there are in the inputs of q/k/v, output,
+    gate/up and down of each layer in turn: three, one, two and one linear layers read them."""
+    a = architecture
+    widths, readers = (a.hidden, a.heads * a.width, a.hidden, a.inner), (3, 1, 2, 1)
+    shares = (count / widths[i % 4] * readers[i % 4] for i, count in enumerate(counts))
+    return sum(shares) / (sum(readers) * a.layers)

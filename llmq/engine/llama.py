@@ -15,9 +15,9 @@ import torch
 
 from llmq.engine.captured import Flight, Runner, draw_of
 from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
-from llmq.engine.lean import LeanLoop
+from llmq.engine.lean import LeanLoop, share_of_columns
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.engine.prefill import read_prompt
+from llmq.engine.prefill import marks_for, read_prompt
 from llmq.engine.rope import rope_table
 from llmq.engine.sampling import SamplingSettings
 from llmq.engine.timing import timer_for
@@ -68,21 +68,32 @@ class LeanEngine(LeanLoop):
             self._runner = Runner(self, capacity, settings)
         return self._runner
 
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        """(tokens, vocabulary) next-token logits after each of `ids`, in one call."""
+    def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
+        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
         with self.here:
-            return self._logits(ids)
+            return self._logits(ids, stopped)
 
-    def _logits(self, ids: list[int]) -> torch.Tensor:
+    def sixteen_bit_share(self, ids: list[int]) -> float:
+        """As `HFEngine.sixteen_bit_share`; of the layers but the head."""
+        marks = marks_for(self.architecture, self.device)
+        with self.here:
+            self._logits(ids, None, marks)
+        return share_of_columns(self.architecture, marks.sum(1, dtype=torch.int64).tolist())
+
+    def _logits(
+        self, ids: list[int], stopped: Callable[[], bool] | None, marks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         a, dtype = self.architecture, self.model.dtype
         shape = (2, a.groups, len(ids), a.width)
         caches = [Cache(*torch.empty(shape, dtype=dtype, device=self.device)) for _ in range(a.layers)]
         tokens = torch.tensor(ids, device=self.device)
         rope = rope_table(a, len(ids), self.device)
-        hidden = read_prompt(self.model, a, self.kernels, tokens, caches, rope, threshold=self.threshold)
+        hidden = read_prompt(
+            self.model, a, self.kernels, tokens, caches, rope, threshold=self.threshold, stopped=stopped, marks=marks
+        )
         threshold = self.threshold if isinstance(self.model.head, Int8Weight) else None
-        marks = torch.zeros(a.hidden, dtype=torch.int8, device=self.device)
-        rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, threshold, marks)
+        noted = torch.zeros(a.hidden, dtype=torch.int8, device=self.device)
+        rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, threshold, noted)
         return self.kernels.linear_rows(rows, self.model.head)
 
 

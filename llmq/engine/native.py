@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
-from llmq.engine.lean import LeanLoop
+from llmq.engine.lean import LeanLoop, share_of_columns
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.rope import rope_table
 from llmq.engine.sampling import Sampler, SamplingSettings
@@ -71,11 +71,11 @@ class NativeEngine(LeanLoop):
             self._room = _Room(self, capacity)
         return self._room
 
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        """(tokens, vocabulary) next-token logits after each of `ids`, in one call."""
+    def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
+        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
         room = _Room(self, len(ids))
         logits = torch.empty(len(ids), _eights(self.architecture.vocabulary))
-        room.read(ids, logits, every=True)
+        room.read(ids, logits, every=True, stopped=stopped)
         return logits[:, : self.architecture.vocabulary]
 
     def outlier_columns(self, ids: list[int]) -> list[set[int]]:
@@ -84,6 +84,10 @@ class NativeEngine(LeanLoop):
         room = _Room(self, len(ids), watch=True)
         room.read(ids, torch.empty(_eights(self.architecture.vocabulary)), every=False)
         return [set(row.nonzero().view(-1).tolist()) for row in room.marks[: 4 * self.architecture.layers]]
+
+    def sixteen_bit_share(self, ids: list[int]) -> float:
+        """As `HFEngine.sixteen_bit_share`; of the layers but the head."""
+        return share_of_columns(self.architecture, [len(columns) for columns in self.outlier_columns(ids)])
 
 
 class _Room:

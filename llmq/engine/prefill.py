@@ -27,19 +27,21 @@ def read_prompt(
     threshold: float | None,
     used: torch.Tensor | None = None,
     stopped: Callable[[], bool] | None = None,
+    marks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Fill empty `caches` from `ids` (tokens,); returns what the final norm gets, (tokens, hidden).
 
     `used`: int32 (1,), how many of `ids` are the prompt's where the rest only fills a captured graph's shape: those
     rows mean nothing and change nothing else.
 
-    `stopped` is asked before every layer, so a long prompt can be given up at once (raises Interrupted).
+    `stopped` is asked before every layer, so a long prompt can be given up at once (raises Interrupted). `marks`: int8
+    zeros (4·layers, widest input): 1 where a column of the inputs of q/k/v, output, gate/up and down of each layer in
+    turn is multiplied in 16 bit.
     """
     a = architecture
     hidden = torch.empty(len(ids), a.hidden, dtype=weights.dtype, device=ids.device)
     kernels.embed(weights.embedding, ids, hidden)
-    widest = max(a.hidden, a.inner, a.heads * a.width)
-    marks = iter(torch.zeros(4 * a.layers, widest, dtype=torch.int8, device=ids.device))
+    marks = iter(marks_for(a, ids.device) if marks is None else marks)
     for layer, cache in zip(weights.layers, caches, strict=True):
         if stopped and stopped():
             raise Interrupted
@@ -52,6 +54,13 @@ def read_prompt(
         rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), threshold, next(marks), used)
         kernels.linear_rows(rows, layer.down, residual=hidden)
     return hidden
+
+
+def marks_for(architecture: Architecture, device: torch.device | str) -> torch.Tensor:
+    """Room for the `marks` of a prompt."""
+    a = architecture
+    widest = max(a.hidden, a.inner, a.heads * a.width)
+    return torch.zeros(4 * a.layers, widest, dtype=torch.int8, device=device)
 
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
