@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmq.errors import BadChoice
+from llmq.engine.interface import NOT_A_NUMBER
+from llmq.errors import BadChoice, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,9 @@ class Guess:
 class TokenAgreement:
     """Both methods' forecasts of the token at `position`, from everything before it.
 
-    `kl` in nats; `rank`: where the baseline's likeliest token stands under the other method (1 is first);
-    `logprobs`: of the text's own token under the baseline and the other; `baseline`, `other`: the likeliest five.
+    `kl` in nats, infinite where the other excludes what the baseline holds possible; `rank`: where the baseline's
+    likeliest token stands under the other method (1 is first; of equally likely ones the lower id, as greedy decoding
+    chooses); `logprobs`: of the text's own token under the baseline and the other; `baseline`, `other`: the likeliest five.
     """
 
     position: int
@@ -85,7 +87,7 @@ class Agreement:
     def perplexities(self) -> tuple[float, float]:
         """Of the text's tokens under the baseline and the other."""
         means = (sum(token.logprobs[side] for token in self.tokens) / len(self.tokens) for side in (0, 1))
-        return tuple(math.exp(-mean) for mean in means)
+        return tuple(math.exp(-mean) if mean > -700 else math.inf for mean in means)
 
     @property
     def diverging(self) -> list[TokenAgreement]:
@@ -94,7 +96,8 @@ class Agreement:
 
     def at(self, position: int) -> TokenAgreement:
         """The entry of one position. Raises BadChoice where there is none."""
-        found = next((token for token in self.tokens if token.position == position), None)
+        wanted = None if isinstance(position, bool) else position
+        found = next((token for token in self.tokens if token.position == wanted), None)
         if found is None:
             choices = f"from {self.tokens[0].position} to {self.tokens[-1].position}"
             raise BadChoice(f"token is {position!r}; choose a position of the text {choices}")
@@ -104,7 +107,8 @@ class Agreement:
 def compare_logits(baseline: torch.Tensor, other: torch.Tensor, ids: list[int], first: int = 1) -> list[TokenAgreement]:
     """Agreement on `ids` from position `first` on. `baseline`, `other`: (tokens, vocabulary) logits after each token.
 
-    Probabilities are computed in float64, so that a small divergence is not the rounding of its own computation.
+    Probabilities are computed in float64, so that a small divergence is not the rounding of its own computation. Raises
+    UserError where the logits are not numbers: nothing agrees with that.
     """
     if len(ids) < 2:
         raise BadChoice(f"the text has {len(ids)} token; at least 2 are needed, the first predicts the second")
@@ -113,6 +117,8 @@ def compare_logits(baseline: torch.Tensor, other: torch.Tensor, ids: list[int], 
         stop = min(start + ROWS, len(ids) - 1)
         a, b = (logits[start:stop].double().log_softmax(-1) for logits in (baseline, other))
         b = b.to(a.device)
+        if bool(a.isnan().any() | b.isnan().any()):
+            raise UserError(NOT_A_NUMBER)
         found += _rows(a, b, ids[start + 1 : stop + 1], start + 1)
     return found
 
@@ -120,10 +126,11 @@ def compare_logits(baseline: torch.Tensor, other: torch.Tensor, ids: list[int], 
 def _rows(a: torch.Tensor, b: torch.Tensor, targets: list[int], first: int) -> list[TokenAgreement]:
     import torch
 
-    kl = (a.exp() * (a - b)).nan_to_num_(nan=0.0).sum(-1)  # a probability of 0 adds nothing
+    kl = (a.exp() * (a - b)).masked_fill_(a.isneginf(), 0.0).sum(-1)  # a probability of 0 adds nothing
     best = a.argmax(-1, keepdim=True)
     own = b.gather(1, best)
-    rank = (b > own).sum(-1) + 1
+    before = torch.arange(b.shape[1], device=b.device) < best
+    rank = ((b > own) | ((b == own) & before)).sum(-1) + 1
     index = torch.tensor(targets, device=a.device)[:, None]
     logprobs = torch.cat((a.gather(1, index), b.gather(1, index)), 1).tolist()
     lists = [_guesses(side) for side in (a, b)]
@@ -135,7 +142,9 @@ def _rows(a: torch.Tensor, b: torch.Tensor, targets: list[int], first: int) -> l
 
 
 def _guesses(logprobs: torch.Tensor) -> list[tuple[Guess, ...]]:
-    values, ids = logprobs.topk(min(LIKELIEST, logprobs.shape[1]), -1)
+    ids = logprobs.topk(min(LIKELIEST, logprobs.shape[1]), -1).indices.sort(-1).values
+    values, order = logprobs.gather(1, ids).sort(dim=-1, descending=True, stable=True)  # of equals the lower id first
+    ids = ids.gather(1, order)
     return [
         tuple(Guess(token, probability) for token, probability in zip(row, chances, strict=True))
         for row, chances in zip(ids.tolist(), values.exp().tolist(), strict=True)
