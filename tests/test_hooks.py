@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmq.inspect.hooks import Watched, is_quantized, kind_and_layer, linear_modules
+from llmq.inspect.hooks import Watched, decoder_blocks, is_quantized, kind_and_layer, linear_modules
 
 
 class Int8Linear(nn.Module):
@@ -73,15 +73,83 @@ def test_no_hook_is_left_and_none_outlives_the_block():
     assert hooks_left(model) == 0 and calls == []
 
 
-@pytest.mark.parametrize("where", ["block", "model", "on_input"])
+class Pair(nn.Module):
+    """Gives a tuple and takes its tensor by name, as decoder blocks of some models do."""
+
+    def forward(self, scale, *, hidden):
+        return hidden * scale, None
+
+
+def test_what_a_layer_puts_out_is_seen_after_its_input():
+    model, calls, x = Small(), [], torch.randn(1, 2, 6)
+    seen = {"in": [], "out": []}
+
+    def note(side):
+        return lambda name, module, tensor: (calls.append((side, name)), seen[side].append(tensor))
+
+    with Watched(linear_modules(model), note("in"), note("out")):
+        y = model(x)
+    assert calls == [(side, name) for name in linear_modules(model) for side in ("in", "out")]
+    assert torch.equal(seen["out"][0], model.first(x)) and torch.equal(seen["out"][-1], y)
+    assert y.requires_grad and not any(tensor.requires_grad for tensor in seen["out"])
+    only_out, pair = [], Pair()
+    with Watched({"pair": pair}, on_output=recorded(only_out)):
+        assert hooks_left(pair) == 1, "no hook for what nobody asked"
+        pair(2, hidden=x)
+    assert [name for name, *_ in only_out] == ["pair"] and torch.equal(only_out[0][2], 2 * x)
+    assert hooks_left(model) == hooks_left(pair) == 0
+
+
+def stacks(**lists) -> nn.Module:
+    """A model of lists of blocks: a number is so many bare ones, a list of numbers blocks with so many experts."""
+    model = nn.Module()
+    model.add_module("before", nn.Linear(2, 2))
+    for name, sizes in lists.items():
+        blocks = [nn.Linear(2, 2) for _ in range(sizes)] if isinstance(sizes, int) else []
+        for count in sizes if isinstance(sizes, list) else ():
+            block = nn.Module()
+            block.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(count))
+            blocks.append(block)
+        setattr(model, name, nn.ModuleList(blocks))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        ({"layers": 3}, "layers"),
+        ({"norms": 2, "layers": 3, "heads": 2}, "layers"),
+        ({"layers": [4, 4]}, "layers"),  # more experts than layers
+        ({"encoder": 2, "layers": [9, 9, 9]}, "layers"),
+        ({}, None),
+        ({"empty": 0}, None),
+    ],
+)
+def test_the_decoder_is_the_longest_stack_that_lies_in_no_other(lists, expected):
+    model = nn.Module()
+    model.model = stacks(**lists)
+    found = decoder_blocks(model)
+    stack = list(getattr(model.model, expected)) if expected else []
+    assert list(found) == [f"model.{expected}.{number}" for number in range(len(stack))]
+    assert all(one is other for one, other in zip(found.values(), stack, strict=True))
+
+
+def test_a_stack_can_be_the_model_itself_and_a_mixed_list_is_none():
+    alone = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    assert decoder_blocks(alone) == {str(number): block for number, block in enumerate(alone)}
+    assert decoder_blocks(nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])) == {}
+
+
+@pytest.mark.parametrize("where", ["block", "model", "on_input", "on_output"])
 def test_no_hook_is_left_after_an_exception(where):
     model = Small()
 
-    def on_input(name, module, x):
-        if where == "on_input":
+    def fail(callback):
+        if where == callback:
             raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), Watched(linear_modules(model), on_input):
+    callbacks = [lambda *_, name=name: fail(name) for name in ("on_input", "on_output")]
+    with pytest.raises(ZeroDivisionError), Watched(linear_modules(model), *callbacks):
         model(torch.randn(1, 1, 6), fail=where == "model")
         raise ZeroDivisionError
     assert hooks_left(model) == 0

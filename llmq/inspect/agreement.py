@@ -35,7 +35,8 @@ class TokenAgreement:
 
     `kl` in nats, infinite where the other excludes what the baseline holds possible; `rank`: where the baseline's
     likeliest token stands under the other method (1 is first; of equally likely ones the lower id, as greedy decoding
-    chooses); `logprobs`: of the text's own token under the baseline and the other; `baseline`, `other`: the likeliest five.
+    chooses); `logprobs`: of the text's own token under the baseline and the other; `baseline`, `other`: the likeliest
+    five.
     """
 
     position: int

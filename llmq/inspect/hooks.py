@@ -52,8 +52,14 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     itself is in no other such list. Empty where there is none."""
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     stacks = [(name, module) for name, module in lists if len(module) and len({type(block) for block in module}) == 1]
+    names = [name for name, _ in stacks]
+    stacks = [(name, stack) for name, stack in stacks if not any(_lies_in(name, outer) for outer in names)]
     name, stack = max(stacks, key=lambda entry: (len(entry[1]), -entry[0].count(".")), default=("", ()))
     return {f"{name}.{number}" if name else str(number): block for number, block in enumerate(stack)}
+
+
+def _lies_in(name: str, outer: str) -> bool:
+    return name != outer and (not outer or name.startswith(f"{outer}."))
 
 
 class Watched:
