@@ -121,7 +121,7 @@ def explain_token(
         token, margin = int(logits.argmax()), float(logits[wanted] - logits[got])
         patches.append(Patch(name, token, margin, token == wanted))
         patches.sort(key=lambda entry: (not entry.repaired, -entry.margin))
-        if patches[-1].repaired or number == 0 or patches[0].module == name:
+        if patches[0].module == name:
             yield replace(found, patches=tuple(patches), stopped=True)
     yield replace(found, patches=tuple(patches), stopped=len(patches) < len(names))
 
@@ -213,7 +213,7 @@ def _trace(model: nn.Module, ids: list[int], threshold: float, stop: threading.E
         if stop.is_set():
             raise Interrupted
         kind, layer = kind_and_layer(name)
-        if layer is None or threshold <= 0 or (layer, kind) in seen:
+        if layer is None or not 0 < threshold < math.inf or (layer, kind) in seen:
             return
         seen.add((layer, kind))
         last = x.reshape(-1, x.shape[-1])[-1].abs().float()
@@ -238,7 +238,9 @@ def _layer_errors(truth: _Trace, own: _Trace) -> Iterator[LayerError]:
 
 def sqnr_db(signal: float, noise: float) -> float:
     """10 log10 of the ratio of powers of two norms, in dB; infinite without noise."""
-    return 20 * math.log10(signal / noise) if noise and signal else math.inf if not noise else -math.inf
+    if not noise or not signal:
+        return -math.inf if noise else math.inf
+    return 20 * (math.log10(signal) - math.log10(noise))  # an infinite noise has a logarithm, its reciprocal none
 
 
 def _forecaster(model: nn.Module, ids: list[int], own: _Trace) -> Callable[[int | None], torch.Tensor]:
