@@ -17,12 +17,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, context: i
 
     Raises BadChoice for an empty prompt and for one that leaves no room in a context of `context` tokens.
     """
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise BadChoice("the prompt is empty; type something, or pick an example")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadChoice("the prompt holds half a character (a lone surrogate); type it again") from None
+    require_text(prompt, "prompt", "type something, or pick an example")
     if tokenizer.chat_template:
         ids = tokenizer(_in_template(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     else:
@@ -33,6 +28,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, context: i
             "shorten the prompt or choose a model with a longer context"
         )
     return ids
+
+
+def require_text(text: str, name: str, advice: str) -> None:
+    """Raises BadChoice for what no tokenizer can take; it calls it `name`, and gives `advice` where it is empty."""
+    if not isinstance(text, str) or not text.strip():
+        raise BadChoice(f"the {name} is empty; {advice}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadChoice(f"the {name} holds half a character (a lone surrogate); type it again") from None
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

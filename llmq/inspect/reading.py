@@ -16,7 +16,7 @@ from llmq.contestants import Contestant
 from llmq.engine.interface import Engine, Interrupted
 from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
-from llmq.engine.text import encode_prompt
+from llmq.engine.text import encode_prompt, require_text
 from llmq.errors import BadChoice, OutOfMemory, unknown
 from llmq.events import Event, Loaded, Loading
 from llmq.inspect.agreement import Agreement, Drift, compare_logits, margins_at, parting
@@ -88,6 +88,8 @@ def read_both(
 
 
 def _read_both(reading: Reading, residents: Residents, stop: threading.Event) -> Iterator[Event | Read]:
+    import torch
+
     pair = yield from engines_of(reading, residents, stop)
     if pair is None:
         return
@@ -104,14 +106,16 @@ def _read_both(reading: Reading, residents: Residents, stop: threading.Event) ->
         logits = [engine.logits(ids, stop.is_set).float() for engine in pair]
     except Interrupted:
         return
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        error.__traceback__ = None
+        raise OutOfMemory("out of memory while both methods read the text; choose a shorter one") from None
     agreement = Agreement(tuple(ids), tuple(compare_logits(*logits, ids)), continuation, drift)
     yield Read(reading, agreement, tuple(tokenizer.decode([token]) for token in ids), tokenizer)
 
 
 def _ids(reading: Reading, tokenizer: PreTrainedTokenizerBase, context: int) -> list[int]:
     if reading.text == "text":
-        if not reading.prompt.strip():
-            raise BadChoice("the text is empty; paste a few sentences")
+        require_text(reading.prompt, "text", "paste a few sentences")
         ids = tokenizer(reading.prompt, add_special_tokens=False)["input_ids"]
     else:
         ids = encode_prompt(tokenizer, reading.prompt, context=context)
@@ -148,7 +152,8 @@ def _drift(
         texts.append(written)
         tables.append(logits)
     if not texts[0]:
-        raise BadChoice("FP16 ends the text at once, so there is no continuation to read; try another prompt")
+        ends = f"{reading.baseline.label} ends the text at once"
+        raise BadChoice(f"{ends}, so there is no continuation to read; try another prompt")
     at = parting(*texts)
     margins = None if at is None else margins_at(*(table[at] for table in tables), (texts[0][at], texts[1][at]))
     return Drift(tuple(texts[0]), tuple(texts[1]), at, margins)
