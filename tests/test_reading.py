@@ -15,7 +15,7 @@ from llmq.contestants import Contestant
 from llmq.engine.residents import Residents
 from llmq.errors import BadChoice, OutOfMemory
 from llmq.events import Loaded, Waiting
-from llmq.inspect.agreement import Agreement, compare_logits, parting
+from llmq.inspect.agreement import Agreement, compare_logits
 from llmq.inspect.reading import Read, Reading, read_both
 from llmq.preparation import Working
 
