@@ -58,13 +58,14 @@ class BnbInt8:
             linear.state.threshold = threshold
 
     def sixteen_bit_columns(self, module: nn.Module) -> torch.Tensor | None:
-        """bitsandbytes' own list, `state.idx`: made new in each call, and None where a call found no outlier."""
+        """bitsandbytes' own list, `state.idx`: made new in each call, and None where a call found no outlier. With the
+        decomposition off a call leaves it as an earlier one made it."""
         import bitsandbytes as bnb
         import torch
 
         if not isinstance(module, bnb.nn.Linear8bitLt):
             return None
-        found = module.state.idx
+        found = module.state.idx if module.state.threshold > 0 else None
         return torch.empty(0, dtype=torch.int64) if found is None else found.long().sort().values
 
     def scale_bytes(self, model: nn.Module) -> int:
