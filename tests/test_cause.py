@@ -17,9 +17,10 @@ from llmq.contestants import Contestant
 from llmq.engine.residents import Residents
 from llmq.errors import BadChoice
 from llmq.events import Loaded
-from llmq.inspect.cause import Cause, explain_token, patched, sqnr_db
+from llmq.inspect.cause import Cause
 from llmq.inspect.explaining import Explanation, explain
 from llmq.inspect.hooks import kind_and_layer, linear_modules
+from llmq.inspect.patching import explain_token, patched, sqnr_db
 from llmq.preparation import Working
 from llmq.quant import METHODS
 from llmq.quant.naive import Naive

@@ -13,7 +13,7 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.inspect.run import Inspection
 from llmq.ui import session
 from llmq.ui.link import LONGEST_PROMPT, query_of, wishes_of
-from llmq.ui.session import KEPT_REPORTS, Jobs, Session
+from llmq.ui.session import KEPT_FINDINGS, Jobs, Session
 
 PROMPT = "Où est l'été ? <b>&amp;</b> 日本 👩‍👧 a=b&c+d%20\n\tend"
 
@@ -187,6 +187,6 @@ def test_downloads_go_to_a_folder_of_their_own(plain_session):
 
 
 def test_only_the_latest_reports_are_kept(plain_session):
-    keys = [plain_session.keep_report(number) for number in range(KEPT_REPORTS + 3)]
-    assert [plain_session.report(key) for key in keys] == [None] * 3 + list(range(3, KEPT_REPORTS + 3))
-    assert plain_session.report(None) is None
+    keys = [plain_session.keep(number) for number in range(KEPT_FINDINGS + 3)]
+    assert [plain_session.kept(key) for key in keys] == [None] * 3 + list(range(3, KEPT_FINDINGS + 3))
+    assert plain_session.kept(None) is None

@@ -1,4 +1,4 @@
-"""The chain of cause of one token as a job: the same two engines as a reading, then `cause.explain_token`."""
+"""The chain of cause of one token as a job: the same two engines as a reading, then `patching.explain_token`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmq.contestants import Contestant
 from llmq.engine.residents import Residents
 from llmq.errors import BadChoice, OutOfMemory
 from llmq.events import Event
-from llmq.inspect.cause import Cause, explain_token
+from llmq.inspect.cause import Cause
 from llmq.inspect.reading import engines_of
 from llmq.preparation import Working, await_turn
 from llmq.quant import METHODS, method_named
@@ -65,6 +65,8 @@ def _explain(
     explanation: Explanation, residents: Residents, stop: threading.Event
 ) -> Iterator[Event | Working | Cause]:
     import torch
+
+    from llmq.inspect.patching import explain_token
 
     pair = yield from engines_of(explanation, residents, stop)
     if pair is None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 from llmq.kernels import reference
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmq.kernels.primitives import Int8Weight
 
 LOWEST_CAPABILITY = (7, 5)  # of a GPU; what the kernels are compile-checked for
 TENSOR_CORES = (8, 0)  # from here on Triton multiplies int8 matrices; before, a prompt takes torch's operations
@@ -27,6 +34,15 @@ def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:
         names -= MANY_ROWS
     found = {**vars(reference), **{name: getattr(triton, name) for name in names}}
     return SimpleNamespace(**found | {"prompts_can_be_captured": names >= MANY_ROWS}), ""
+
+
+def quantizer_for(device: str) -> Callable[[torch.Tensor, Int8Weight], None]:
+    """The quickest `quantize_rows` for weights on `device`; all give the same codes and scales."""
+    if device.startswith("cuda"):
+        return kernels_for(device)[0].quantize_rows
+    from llmq.kernels.cpu import library
+
+    return reference.quantize_rows if library.why_not_native() else library.quantize_rows
 
 
 def current(device: str) -> AbstractContextManager:

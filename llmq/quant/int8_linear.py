@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmq.kernels.backend import current, kernels_for
+from llmq.kernels.backend import current, kernels_for, quantizer_for
 from llmq.kernels.primitives import Int8Weight
 
 
@@ -35,7 +35,7 @@ class Int8Linear(nn.Linear):
     @classmethod
     def over(cls, linear: nn.Linear, threshold: float | None) -> Int8Linear:
         """The codes of `linear`: its own where it has them, else made on its device."""
-        return cls(_int8(linear.weight), linear.bias, threshold)
+        return cls(int8_weight(linear.weight), linear.bias, threshold)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out); the rows of one call pool their outlier columns, as in bitsandbytes."""
@@ -61,12 +61,13 @@ class Int8Embedding(nn.Module):
         return (self.weight[ids] * (self.absmax[ids] / 127)[..., None]).to(self.dtype)
 
 
-def _int8(weight: nn.Parameter) -> Int8Weight:
+def int8_weight(weight: nn.Parameter) -> Int8Weight:
+    """Its own codes and scales where it has them, as out of an int8 checkpoint, else made on its device."""
     w = weight.data
     if w.dtype == torch.int8:
         return Int8Weight(w, weight.SCB.float().to(w.device))
     made = Int8Weight(torch.empty_like(w, dtype=torch.int8), torch.empty(w.shape[0], device=w.device))
-    kernels_for(str(w.device))[0].quantize_rows(w, made)
+    quantizer_for(str(w.device))(w, made)
     return made
 
 
@@ -75,7 +76,7 @@ def convert_ends_(model: nn.Module, threshold: float | None) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight is head.weight
     made = Int8Linear.over(head, threshold)
-    table = Int8Weight(made.weight, made.absmax) if tied else _int8(embedding.weight)
+    table = Int8Weight(made.weight, made.absmax) if tied else int8_weight(embedding.weight)
     weight = made.weight if tied else nn.Parameter(table.codes, requires_grad=False)
     model.set_output_embeddings(made)
     model.set_input_embeddings(Int8Embedding(weight, table.absmax, embedding.weight.dtype))

@@ -1,7 +1,7 @@
 """The live panel: one card per contestant, and memory and decode speed over time in one plot.
 
-One `gr.HTML` with a static template. `live_cards.js`, `live_plot.js` and `live.js` run once when it is mounted, then
-draw from `props.value` (see `live_state.LiveState.value`) whenever it changes, at most four times a second. The
+One `gr.HTML` with a static template. Its scripts (`plotly.js`, `live*.js`) run once when it is mounted, then draw from
+`props.value` (see `live_state.LiveState.value`) whenever it changes, at most four times a second. The
 template never changes, so Gradio never touches the nodes below it and the plot survives the whole run.
 
 Give its events `show_progress="hidden"`: otherwise Gradio fades the panel while a run is going.
@@ -44,7 +44,7 @@ def live_panel(*, elem_id: str = "live-panel", **options) -> gr.HTML:
     return gr.HTML(
         value=options.pop("value", {}),
         html_template=TEMPLATE,
-        js_on_load=script("live_cards.js", "live_plot.js", "live.js"),
+        js_on_load=script("plotly.js", "live_cards.js", "live_plot.js", "live.js"),
         apply_default_css=False,
         elem_id=elem_id,
         elem_classes=["llmq-flush"],

@@ -6,26 +6,6 @@ const CONTEXT_DASHES = { device: "solid", process: "solid", device_process: "8px
 const host = part("plot");
 const colour = (name) => getComputedStyle(host).getPropertyValue(`--llmq-${name}`).trim();
 
-// plotly.js comes from this app's own server: the root is what Gradio says it is, or the page's own folder.
-const plotlyUrl = () => {
-  const config = window.gradio_config || {};
-  const page = new URL(".", window.location.href);
-  const root = new URL((config.root || page.href).replace(/\/*$/, "/"), page);
-  const here = config.is_colab || root.hostname === window.location.hostname;
-  return new URL(props.plotly_path, (here ? window.location.origin : root.origin) + root.pathname).href;
-};
-
-const loadPlotly = () => {
-  if (window.Plotly) return Promise.resolve(window.Plotly);
-  window.llmqPlotly ||= new Promise((resolve, reject) => {
-    const tag = node("script", { src: plotlyUrl() });
-    tag.onload = () => resolve(window.Plotly);
-    tag.onerror = () => { window.llmqPlotly = undefined; reject(new Error(tag.src)); };
-    document.head.append(tag);
-  });
-  return window.llmqPlotly;
-};
-
 const line = ({ key, contestant }) => contestant === null
   ? { color: colour("ink-soft"), width: 1.5, dash: CONTEXT_DASHES[key] }
   : { color: colour(`line-${contestant}`), width: 2, dash: DASHES[contestant % DASHES.length] };

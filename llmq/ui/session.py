@@ -18,12 +18,20 @@ from pathlib import Path
 from llmq.compare import compare
 from llmq.contestants import Comparison
 from llmq.engine.residents import Residents
-from llmq.events import Event
-from llmq.inspect.report import OutlierReport
+from llmq.experiments.lab import Experiment, run_experiment
+from llmq.inspect.explaining import Explanation, explain
+from llmq.inspect.reading import Reading, read_both
 from llmq.inspect.run import Inspection, inspect_outliers
 
-Job = Comparison | Inspection
-KEPT_REPORTS = 16  # outlier reports stay on the server; the browser gets pictures of them
+Job = Comparison | Inspection | Reading | Explanation | Experiment
+RUNNERS = (
+    (Comparison, compare),
+    (Inspection, inspect_outliers),
+    (Reading, read_both),
+    (Explanation, explain),
+    (Experiment, run_experiment),
+)
+KEPT_FINDINGS = 32  # outlier reports and readings stay on the server; the browser gets pictures of them
 KEPT_OUTCOMES = 64  # of runs whose page has yet to ask for them
 
 
@@ -35,10 +43,10 @@ class Jobs:
         self._stops: dict[str, set[threading.Event]] = {}
         self._lock = threading.Lock()
 
-    def run(self, job: Job, owner: str) -> Iterator[Event | OutlierReport]:
+    def run(self, job: Job, owner: str) -> Iterator[object]:
         """Run `job` for `owner` (a browser session); `stop(owner)` ends it."""
         with self._stoppable(owner) as stop:
-            runner = compare if isinstance(job, Comparison) else inspect_outliers
+            runner = next(runner for kind, runner in RUNNERS if isinstance(job, kind))
             yield from runner(job, self.residents, stop=stop)
 
     def stop(self, owner: str) -> int:
@@ -67,7 +75,7 @@ class Jobs:
 class Session:
     """What the tabs need: how to run and stop, what to offer first, and where files for download go."""
 
-    run: Callable[[Job, str], Iterator[Event | OutlierReport]]
+    run: Callable[[Job, str], Iterator[object]]
     stop: Callable[[str], int]
     device: str
     device_label: str
@@ -79,7 +87,7 @@ class Session:
     def __post_init__(self):
         self._numbers = itertools.count(1)
         self._downloads = tempfile.TemporaryDirectory(prefix="llmq-downloads-")
-        self._reports: OrderedDict[str, OutlierReport] = OrderedDict()
+        self._findings: OrderedDict[str, object] = OrderedDict()
         self._outcomes: OrderedDict[str, dict] = OrderedDict()
 
     def next_run(self) -> str:
@@ -89,16 +97,17 @@ class Session:
     def download_path(self, name: str) -> Path:
         return Path(self._downloads.name) / name
 
-    def keep_report(self, report: OutlierReport) -> str:
-        """Keep `report` for later questions; the oldest of many are forgotten."""
+    def keep(self, finding: object) -> str:
+        """Keep a report or a reading for later questions; the oldest of many are forgotten."""
         key = self.next_run()
-        self._reports[key] = report
-        while len(self._reports) > KEPT_REPORTS:
-            self._reports.popitem(last=False)
+        self._findings[key] = finding
+        while len(self._findings) > KEPT_FINDINGS:
+            self._findings.popitem(last=False)
         return key
 
-    def report(self, key: str | None) -> OutlierReport | None:
-        return self._reports.get(key or "")
+    def kept(self, key: str | None) -> object | None:
+        """What was kept under `key`; None when it is forgotten."""
+        return self._findings.get(key or "")
 
     def keep_outcome(self, owner: str, outcome: dict) -> None:
         """Keep what `owner`'s last run came to, until the page takes it."""
