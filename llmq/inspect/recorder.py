@@ -145,6 +145,7 @@ class OutlierRecorder:
         nothing = np.zeros(in_features, np.float32), np.zeros(len(THRESHOLDS), np.int64)
         prefill, token_map, positions = self._prompt_of.get(name, (PhaseStatistics(*nothing), None, None))
         quiet = np.empty(0, np.int32), np.empty(0, np.float32)
+        keeps_account = any(name in call for call in self._accounts)
         return ModuleOutliers(
             name,
             *kind_and_layer(name),
@@ -157,7 +158,7 @@ class OutlierRecorder:
             decode_steps=tuple(step.get(name, quiet) for step in self._steps),
             token_map=token_map,
             positions=positions,
-            sent=tuple(call[name] for call in self._accounts if name in call) or None,
+            sent=tuple(call.get(name, quiet[0]) for call in self._accounts) if keeps_account else None,
         )
 
     def _decode_statistics(self) -> dict[str, PhaseStatistics]:
