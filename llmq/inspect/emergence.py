@@ -19,7 +19,8 @@ import numpy as np
 from llmq.inspect.report import CRITERION, ModuleOutliers, OutlierReport
 
 LAYER_SHARE, POSITION_SHARE = 0.25, 0.06  # of the paper's criterion
-NOT_THE_STREAM = ("o", "down", "lm_head", "embed_out", "output")  # they read something else, or after the last layer
+# They read what the attention or the feed-forward layer made of the stream, or what comes after the last layer.
+NOT_THE_STREAM = ("o", "out_proj", "dense", "c_proj", "down", "lm_head", "embed_out", "output")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Emergence:
 
     @property
     def layers_touched(self) -> float:
-        return len({layer for feature in self.outlier_features for layer in feature.layers}) / self.layers
+        return len({layer for feature in self.outlier_features for layer in feature.layers}) / max(self.layers, 1)
 
     @property
     def positions_touched(self) -> float:
@@ -98,8 +99,10 @@ class MassiveActivation:
 
 
 def emergence(report: OutlierReport) -> Emergence:
-    """The paper's figures from a prompt that was watched whole."""
+    """The paper's figures from a prompt that was watched whole; of no layer where none ran."""
     by_layer = stream_inputs(report)
+    if not by_layer:
+        return Emergence(0, 0, (), ())
     counts = np.stack([np.max([m.positions.counts for m in modules], axis=0) for modules in by_layer.values()])
     absmax = np.stack([np.max([m.prefill.absmax for m in modules], axis=0) for modules in by_layer.values()])
     positions = max((len(m.positions.touched) for modules in by_layer.values() for m in modules), default=0)
@@ -119,8 +122,8 @@ def emergence(report: OutlierReport) -> Emergence:
 
 
 def stream_inputs(report: OutlierReport) -> dict[int, list[ModuleOutliers]]:
-    """The layers' linear inputs that have the residual stream's channels, by layer. Where no layer is known by a
-    LLaMA's names, every linear layer of the stream's width."""
+    """The layers' linear inputs that have the residual stream's channels, by layer: those of the stream's width, but
+    the ones whose name says that they read something else."""
     watched = [m for m in report.modules if m.layer is not None and m.positions is not None]
     widths = [len(peak.absmax) for peak in report.stream[:1]] or [m.in_features for m in watched[:1]]
     inside = [m for m in watched if m.kind not in NOT_THE_STREAM and [m.in_features] == widths]
@@ -143,10 +146,8 @@ def _massive_stream(report: OutlierReport, texts: list[str], n: int) -> list[Mas
         typical = float(np.median(peak.absmax)) or 1.0
         for channel, token, value in peak.strongest(n):
             if (token, channel) not in largest or value > largest[token, channel].absmax:
-                found = MassiveActivation(
-                    "residual stream", peak.layer, token, texts[token], channel, value, value / typical
-                )
-                largest[token, channel] = found
+                where = "residual stream", peak.layer, token, _text(texts, token), channel
+                largest[token, channel] = MassiveActivation(*where, value, value / typical)
     return sorted(largest.values(), key=lambda entry: -entry.absmax)[:n]
 
 
@@ -161,6 +162,11 @@ def _massive_inputs(report: OutlierReport, texts: list[str], n: int) -> list[Mas
         for flat in np.argsort(-cells.values, axis=None, kind="stable")[:n]:
             value = float(cells.values.flat[flat])
             token, channel = int(cells.tokens.flat[flat]), int(cells.channels.flat[flat])
-            text = texts[token] if token < len(texts) else ""
-            found.append(MassiveActivation(module.kind, module.layer, token, text, channel, value, value / typical))
+            where = module.kind, module.layer, token, _text(texts, token), channel
+            found.append(MassiveActivation(*where, value, value / typical))
     return sorted(found, key=lambda entry: -entry.absmax)[:n]
+
+
+def _text(texts: list[str], token: int) -> str:
+    """'' where whoever recorded gave no texts."""
+    return texts[token] if token < len(texts) else ""
