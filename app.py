@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from llmq.ui.session import Jobs, Session  # noqa: E402
 
 RUNS = Path(__file__).parent / "assets" / "runs"
 JOBS = Jobs()
+AFTER_THE_PAGE = 6.0  # seconds left to the page and its first run before more is imported
 GPU_SECONDS = 120  # what one job may hold a shared GPU for, where the host asks
 
 
@@ -119,11 +121,13 @@ def warm_up(model: str, methods: tuple[str, ...]) -> None:
 
     with suppress(UserError):  # the first run says it where it is read
         load_tokenizer(resolve(model))
-    if any(method.startswith("bnb-") for method in methods):
-        import bitsandbytes  # noqa: F401
-        from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
-    else:
+    if not any(method.startswith("bnb-") for method in methods):
         from llmq.engine import native  # noqa: F401
+
+        time.sleep(AFTER_THE_PAGE)
+    # Whatever looks into a model, and bitsandbytes, goes through transformers.
+    import bitsandbytes  # noqa: F401
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
 
 def parse_auth(text: str | None) -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmq.errors import UserError
 from llmq.events import Event, Run
-from llmq.reporting import memory_lines, outlier_lines, progress_line, run_as_json, table
+from llmq.reporting import memory_lines, progress_line, run_as_json, table
 from llmq.summary import Summary
 
 EXIT_FAILED = 1
@@ -36,7 +36,7 @@ def run_compare(options) -> int:
             seed=options.seed,
         ),
         schedule=options.schedule,
-        device=_device(options),
+        device=device_of(options),
         random_weights=options.random_weights,
         engine=options.engine,
     )
@@ -84,38 +84,14 @@ def _print_run(run: Run, summary: Summary, *, as_json: bool) -> int:
     return EXIT_FAILED if any(c["error"] for c in result["contestants"]) else 0
 
 
-def run_outliers(options) -> int:
-    from llmq.contestants import Contestant
-    from llmq.engine.residents import Residents
-    from llmq.inspect.run import Inspection, inspect_outliers
-
-    inspection = Inspection(
-        prompt=options.prompt,
-        model=options.model,
-        contestant=Contestant.parse(options.method, options.threshold),
-        new_tokens=options.new_tokens,
-        device=_device(options),
-    )
-    *_, report = _reported(inspect_outliers(inspection, Residents()))
-    if options.html:
-        from llmq.ui.outlier_page import write_page
-
-        write_page(report, options.threshold, options.html)
-    if options.json:
-        print(json.dumps(report.to_json(options.threshold), allow_nan=False))
-    else:
-        print("\n".join(outlier_lines(report, options.threshold)))
-    return 0
-
-
 def run_quality(options) -> int:
     from llmq.bench.quality import QualityBench, bench_quality
 
     bench = QualityBench(
         model=options.model,
         contestants=_contestants(options),
-        device=_device(options),
-        text=_read_text(options.text) if options.text else None,
+        device=device_of(options),
+        text=read_text(options.text) if options.text else None,
         tokens=options.tokens,
         engine=options.engine,
     )
@@ -127,7 +103,7 @@ def run_bench(options) -> int:
     shared = {
         "model": options.model,
         "contestants": _contestants(options),
-        "device": _device(options),
+        "device": device_of(options),
         "random_weights": options.random_weights,
         "prompt_tokens": options.prompt_tokens,
         "repeats": options.repeats,
@@ -150,6 +126,12 @@ def run_bench(options) -> int:
         columns = ("method", "tokens_per_second", "prefill_tokens_per_second", "against", "decode_ratio")
         columns += ("prefill_ratio", "bandwidth_fraction", "weight_bytes")
         return _print_result(bench_peers(bench, _report), options, columns)
+    if options.what == "hooks":
+        from llmq.bench.hooks import HooksBench, bench_hooks
+
+        bench = HooksBench(**shared, new_tokens=options.new_tokens)
+        columns = ("method", "prefill_ratio", "decode_ratio", "prefill_seconds", "decode_seconds_per_token")
+        return _print_result(bench_hooks(bench, _report), options, (*columns, "held_bytes"))
     from llmq.bench.decode import DecodeBench, bench_decode
 
     bench = DecodeBench(**shared, new_tokens=options.new_tokens)
@@ -171,7 +153,7 @@ def _contestants(options) -> tuple:
     return tuple(Contestant.parse(name, options.threshold) for name in options.methods.split(","))
 
 
-def _device(options) -> str:
+def device_of(options) -> str:
     """The device the options name, with the libraries told to keep quiet before anything loads."""
     from llmq.environment import device_named
     from llmq.models.loading import quiet_libraries
@@ -184,14 +166,14 @@ def _report(line: str) -> None:
     print(f"llmq: {line}", file=sys.stderr)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -200,7 +182,7 @@ def _write_text(path: Path, text: str) -> None:
 
 def _print_result(result: dict, options, columns: tuple[str, ...]) -> int:
     if options.save:
-        _write_text(options.save, json.dumps(result, indent=1, allow_nan=False) + "\n")
+        write_text(options.save, json.dumps(result, indent=1, allow_nan=False) + "\n")
     if options.json:
         print(json.dumps(result, allow_nan=False))
         return 0

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llmq import actions
+from llmq import actions, inquiries
 from llmq.errors import UserError
 
 EXIT_USAGE = 2
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda _: parser.error(f"give a COMMAND; choose from {', '.join(commands.choices)}"))
     _add_compare(commands)
     _add_replay(commands)
-    _add_outliers(commands)
+    inquiries.add_commands(_command, commands, _add_model)
     _add_quality(commands)
     _add_bench(commands)
     _add_memory(commands)
@@ -88,17 +88,6 @@ def _add_replay(commands) -> None:
     parser.add_argument("run_file", type=Path, metavar="RUN.jsonl")
 
 
-def _add_outliers(commands) -> None:
-    parser = _command(
-        commands, "outliers", actions.run_outliers, "which activation columns reach the threshold, layer by layer"
-    )
-    parser.add_argument("prompt")
-    _add_model(parser)
-    parser.add_argument("--method", default="bnb-int8")
-    parser.add_argument("--new-tokens", type=int, default=8, help="tokens to generate and watch (default: 8)")
-    parser.add_argument("--html", type=Path, metavar="OUT.html", help="write the heatmaps to a file")
-
-
 def _add_quality(commands) -> None:
     parser = _command(commands, "quality", actions.run_quality, "perplexity and agreement on a text both read")
     _add_model(parser)
@@ -113,7 +102,7 @@ def _add_bench(commands) -> None:
     parser = _command(
         commands, "bench", actions.run_bench, "repeatable speed and memory figures, one method after the other"
     )
-    parser.add_argument("what", choices=["decode", "prefill", "load", "peers"])
+    parser.add_argument("what", choices=["decode", "prefill", "load", "peers", "hooks"])
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8")
     _add_engine(parser)

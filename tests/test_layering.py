@@ -122,12 +122,13 @@ def test_arrows_point_down(package, never):
 
 
 def test_the_page_can_be_deleted():
-    """Nothing but the page, the app and the command that writes a page of heatmaps knows `llmq.ui`."""
+    """Nothing but the page, the app and the commands that write pages knows `llmq.ui`."""
     outside = {name for name in importers("llmq.ui") if not within(name, ("llmq.ui", "app"))}
-    assert outside == {"llmq.actions"}
-    assert {m for m in IMPORTS["llmq.actions"] if within(m, ("llmq.ui",))} == {
-        "llmq.ui.outlier_page",
-        "llmq.ui.outlier_page.write_page",
+    assert outside == {"llmq.inquiries"}
+    asked = {module for module in IMPORTS["llmq.inquiries"] if within(module, ("llmq.ui",))}
+    assert {module.removesuffix("_page") for module in asked} == {
+        "llmq.ui.pages",
+        *(f"llmq.ui.pages.{what}" for what in ("outliers", "agreement", "cause", "experiment")),
     }
 
 

@@ -46,9 +46,10 @@ class Silencing(Experiment):
         return {"method": self.contestant.label, "draws": self.draws, "seed": self.seed}
 
     def measure(self, lab: Lab) -> Rows:
+        if max(self.counts) > lab.width:
+            raise BadChoice(f"channels to silence is {max(self.counts)}; this model's stream has {lab.width}")
         yield lab.progress("find the strongest channels", 0.0)
         ranking, peaks = strongest_channels(lab)
-        require_channels((min(max(self.counts), lab.width) - 1,), lab.width)
         with lab.engine(self.contestant) as engine:
             yield lab.progress("read the text with no channel silenced", 0.05)
             truth = lab.read(engine)
@@ -108,7 +109,7 @@ class Amplifying(Experiment):
     kind = "amplifying"
     factors: tuple[float, ...] = (1, 64)
     channels: tuple[int, ...] | None = None
-    spread: int = 6
+    spread: int = 3
     contestants: tuple[Contestant, ...] = AMPLIFIED_METHODS
 
     def __post_init__(self):
@@ -147,4 +148,5 @@ class Amplifying(Experiment):
         """The channels meant, in a stream of `width`."""
         if self.channels is not None:
             return self.channels
-        return tuple(width * (2 * i + 1) // (2 * self.spread) for i in range(min(self.spread, width)))
+        spread = min(self.spread, width)
+        return tuple(width * (2 * i + 1) // (2 * spread) for i in range(spread))

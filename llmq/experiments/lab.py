@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -109,14 +110,15 @@ def _run(experiment: Experiment, residents: Residents, stop: threading.Event) ->
 
 
 def _result(experiment: Experiment, lab: Lab, rows: list[dict], *, stopped: bool) -> dict:
+    windows = {"window": len(lab.texts[0]), "windows": len(lab.texts)}
     return {
         "kind": experiment.kind,
         "model": experiment.model,
         "device": experiment.device,
         "text": "CPython pydoc_data.topics",
-        "tokens": len(lab.texts) * (WINDOW - 1),
+        "tokens": sum(len(ids) - 1 for ids in lab.texts),
         "stopped": stopped,
-        "conditions": {"window": WINDOW, "windows": len(lab.texts), **experiment.conditions(), **lab.environment},
+        "conditions": windows | experiment.conditions() | lab.environment,
         "results": list(rows),
     }
 
@@ -154,7 +156,8 @@ class Lab:
 
     @contextmanager
     def engine(self, contestant: Contestant, edit: Edit | None = None, loop: str = "") -> Iterator[Engine]:
-        """The engine of `contestant` in the best loop it has, or in `loop`; an edited one is dropped afterwards."""
+        """The engine of `contestant` in the best loop it has, or in `loop`. An edited one is dropped afterwards, and
+        what is given of it keeps nothing alive: a caller's variable would, until the next edited one was there too."""
         loop = loop or choose_engines("auto", [contestant.method], self.config.to_dict(), self.experiment.device)[0]
         source = replace(self.source, edit=edit)
         key = Key(source, contestant.label, contestant.method, self.experiment.device, loop)
@@ -162,7 +165,7 @@ class Lab:
         if contestant.threshold is not None:
             engine.set_threshold(contestant.threshold)
         try:
-            yield engine
+            yield weakref.proxy(engine) if edit is not None else engine
         finally:
             if edit is not None:
                 del engine
@@ -173,14 +176,18 @@ class Lab:
         return [engine.logits(ids, self.stop.is_set)[:-1].float().log_softmax(-1).cpu() for ids in self.texts]
 
     def score(self, own: list[torch.Tensor], baseline: list[torch.Tensor]) -> dict:
-        """Perplexity of `own`, its KL(baseline || own) in nats and its top-1 agreement; means over all tokens."""
+        """Perplexity of `own`, its KL(baseline || own) in nats and its top-1 agreement; means over all tokens. Where
+        `own` is not a number it holds nothing possible and agrees with nothing."""
         import torch
 
         losses, divergences, agreements = [], [], []
         for mine, truth, ids in zip(own, baseline, self.texts, strict=True):
+            mine = mine.masked_fill(mine.isnan(), -math.inf)
             losses.append(-mine.gather(1, torch.tensor(ids[1:])[:, None]))
-            divergences.append((truth.exp() * (truth - mine)).nan_to_num_(nan=0.0).sum(-1))
-            agreements.append((mine.argmax(-1) == truth.argmax(-1)).float())
+            terms = truth.exp() * (truth - mine)
+            divergences.append(terms.masked_fill_(truth.isneginf(), 0.0).sum(-1))  # a probability of 0 adds nothing
+            possible = mine.amax(-1) > -math.inf
+            agreements.append((possible & (mine.argmax(-1) == truth.argmax(-1))).float())
         loss = torch.cat(losses).double().mean().item()
         return {
             "perplexity": math.exp(loss) if loss < 700 else math.inf,

@@ -47,6 +47,36 @@ class Inspection:
             raise BadChoice(f"new tokens is {self.new_tokens!r}; choose a whole number from 0 to {MAX_NEW_TOKENS}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Load what an inspection would, so that its first picture comes soon after the click."""
+
+    model: str = "demo"
+    contestant: Contestant = Contestant("bnb-int8", DEFAULT_THRESHOLD)
+    device: str = "cpu"
+
+
+def prepare_engine(
+    preparation: Preparation,
+    residents: Residents,
+    *,
+    stop: threading.Event | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Event]:
+    """Load the engine, unless somebody else is computing: then there is no hurry."""
+    stop = stop or threading.Event()
+    with residents.turnstile.turn() as turn:
+        if turn.position == 0:
+            yield from residents.thread.run(_load(preparation, residents, stop))
+
+
+def _load(preparation: Preparation, residents: Residents, stop: threading.Event) -> Iterator[Event]:
+    source, contestant = resolve(preparation.model), preparation.contestant
+    if (yield from make_ready(source, stop)):
+        yield Loading(contestant=contestant.label)
+        residents.get(Key(source, contestant.label, contestant.method, preparation.device))
+
+
 def inspect_outliers(
     inspection: Inspection,
     residents: Residents,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from llmq.formatting import format_share
 from llmq.inspect.agreement import TokenAgreement
 from llmq.inspect.cause import Cause
@@ -158,3 +160,48 @@ def _token_json(read: Read, token: TokenAgreement) -> dict:
         "logprobs": list(token.logprobs),
         **lists,
     }
+
+
+def cause_json(cause: Cause, read: Read) -> dict:
+    """The keys of `explain-token --json`. A margin or ratio that is not finite is None."""
+    return {
+        "kind": "cause",
+        "model": read.reading.model,
+        "device": read.reading.device,
+        "baseline": read.reading.baseline.label,
+        "method": read.reading.contestant.label,
+        "token_ids": list(read.agreement.token_ids),
+        "position": cause.position,
+        "text": read.texts[cause.position],
+        "baseline_token": {"token_id": cause.baseline_token, "text": read.text_of(cause.baseline_token)},
+        "other_token": {"token_id": cause.other_token, "text": read.text_of(cause.other_token)},
+        "margin": _finite(cause.margin),
+        "stopped": cause.stopped,
+        "layers": [
+            {
+                "layer": entry.layer,
+                "relative_error": _finite(entry.relative),
+                "sqnr_db": _finite(entry.sqnr_db),
+                "outlier_count": entry.outlier_count,
+                "strongest": [
+                    {"input_of": kind, "channel": channel, "absmax": _finite(value)}
+                    for kind, channel, value in entry.outliers
+                ],
+            }
+            for entry in cause.layers
+        ],
+        "patches": [
+            {
+                "module": patch.module,
+                "margin": _finite(patch.margin),
+                "token": read.text_of(patch.token_id),
+                "repaired": patch.repaired,
+            }
+            for patch in cause.patches
+        ],
+        "repairs": [patch.module for patch in cause.repairs],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -26,10 +26,10 @@ def build(session: Session) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
                 compare.build()
-            with gr.Tab("Outliers", id="outliers", elem_id="tab-outliers", render_children=False):
+            with gr.Tab("Outliers", id="outliers", elem_id="tab-outliers", render_children=False) as tab:
                 outliers.build()
         compare.wire(page)
-        outliers.wire()
+        outliers.wire(tab)
     return page
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import gradio as gr
 
 from llmq.inspect.report import OutlierReport
-from llmq.ui.outlier_page import map_figure
-from llmq.ui.outlier_tables import shares_table, strongest_table, token_figure
+from llmq.ui.outlier_tables import map_figure, shares_table, strongest_table, token_figure
 
 PHASES = ("prefill", "decode")
 KINDS = ["q/k/v", "o", "gate/up", "down"]

@@ -1,11 +1,11 @@
-"""Rows of the Outliers tab's tables, and its token × channel picture. No gradio, no torch."""
+"""A watched run as the page's tables and heatmaps. No gradio, no torch."""
 
 from __future__ import annotations
 
 from llmq.formatting import format_share
 from llmq.inspect.report import OutlierReport
-from llmq.inspect.views import strongest_channels
-from llmq.ui.outlier_plots import token_channel_figure
+from llmq.inspect.views import layer_channel_map, strongest_channels
+from llmq.ui.outlier_plots import layer_channel_figure, token_channel_figure
 
 STRONGEST = 15
 
@@ -45,6 +45,15 @@ def strongest_table(report: OutlierReport, threshold: float) -> list[list[str]]:
         ]
         for row in strongest_channels(report, threshold, STRONGEST)
     ]
+
+
+def map_figure(report: OutlierReport, kind: str, phase: str, threshold: float, *, dark: bool = False):
+    """The layer × channel heatmap of one kind in one phase."""
+    cells = layer_channel_map(report, kind, phase)
+    title = f"Input of {kind}, {phase}: largest |x| by layer and channel"
+    return layer_channel_figure(
+        cells.values, cells.channels, threshold, title, dark, layers=cells.layers, width=cells.width
+    )
 
 
 def token_figure(report: OutlierReport, kind: str, layer: int, threshold: float, *, dark: bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import gradio as gr
@@ -10,7 +11,7 @@ from llmq.contestants import Contestant
 from llmq.errors import UserError
 from llmq.events import Loading
 from llmq.inspect.report import OutlierReport
-from llmq.inspect.run import MAX_NEW_TOKENS, Inspection
+from llmq.inspect.run import MAX_NEW_TOKENS, Inspection, Preparation
 from llmq.models.presets import PRESETS
 from llmq.quant import METHODS
 from llmq.ui.agreement_panel import AgreementPanel
@@ -24,6 +25,7 @@ from llmq.ui.session import Session
 from llmq.ui.status import status_line
 from llmq.ui.what_if_panel import WhatIfPanel
 
+log = logging.getLogger(__name__)
 DARK_SCRIPT = "(...inputs) => [...inputs.slice(0, -1), document.body.classList.contains('dark')]"
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -80,7 +82,7 @@ class OutliersTab:
         self.report_key = gr.State(None)
         self.dark = gr.Checkbox(visible=False)
 
-    def wire(self) -> None:
+    def wire(self, tab: gr.Tab) -> None:
         panels = (self.map, self.moments, self.figures)
         for panel in panels:
             panel.prepare(self._report)
@@ -102,6 +104,7 @@ class OutliersTab:
         self.agreement.wire(self.prompt, self.model, self.method, self.threshold, self.dark, DARK_SCRIPT)
         self.what_if.wire(self.prompt, self.model, self.dark, DARK_SCRIPT)
         self.stop.click(self._stop, None, None, queue=False, **QUIET)
+        tab.select(self._prepare, [self.model, self.method], None, concurrency_limit=1, **QUIET)
 
     def _report(self, key: str | None) -> OutlierReport | None:
         return self.session.kept(key)
@@ -140,6 +143,17 @@ class OutliersTab:
         for panel in (self.map, self.moments, self.figures):
             frame |= panel.frame(report)
         return frame
+
+    def _prepare(self, model, method, request: gr.Request) -> None:
+        """Load the demo model while the visitor reads the tab; a larger one may not fit beside what is loaded."""
+        if model != "demo":
+            return
+        try:
+            job = Preparation(model=model, contestant=Contestant.parse(str(method)), device=self.session.device)
+            for _ in self.session.run(job, request.session_hash or "nobody"):
+                pass
+        except UserError as error:
+            log.info("not loaded ahead: %s", error)
 
     def _stop(self, request: gr.Request) -> None:
         self.session.stop(request.session_hash or "nobody")

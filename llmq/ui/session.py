@@ -21,12 +21,13 @@ from llmq.engine.residents import Residents
 from llmq.experiments.lab import Experiment, run_experiment
 from llmq.inspect.explaining import Explanation, explain
 from llmq.inspect.reading import Reading, read_both
-from llmq.inspect.run import Inspection, inspect_outliers
+from llmq.inspect.run import Inspection, Preparation, inspect_outliers, prepare_engine
 
-Job = Comparison | Inspection | Reading | Explanation | Experiment
+Job = Comparison | Inspection | Preparation | Reading | Explanation | Experiment
 RUNNERS = (
     (Comparison, compare),
     (Inspection, inspect_outliers),
+    (Preparation, prepare_engine),
     (Reading, read_both),
     (Explanation, explain),
     (Experiment, run_experiment),
