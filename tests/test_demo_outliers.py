@@ -6,25 +6,42 @@ import pytest
 import torch
 
 from llmq.contestants import Contestant
-from llmq.engine.residents import Key, Residents
+from llmq.engine.interface import Engine
+from llmq.engine.residents import Key, Residents, load_engine
 from llmq.environment import default_device
 from llmq.inspect.outliers import observe
+from llmq.inspect.report import agreement_with_kernel
 from llmq.inspect.run import Inspection, inspect_outliers
 from llmq.quant.bnb_int8 import int8_linears
 
 pytestmark = pytest.mark.demo
 NEW_TOKENS = 3
-THRESHOLD = 6.0
+PROMPTS = {
+    "a request": "Plan a 3-day itinerary in Paris.",
+    "code": "def area(r):\n    return 3.14159 * r ** 2  # πr²\n\nprint([area(x) for x in range(4)])\n",
+    "one letter": "a",
+}
 
 
 @pytest.fixture(scope="module")
 def residents():
-    return Residents()
+    """One model serves both thresholds: every run sets its own."""
+    loaded: dict[str, Engine] = {}
+
+    def load(key: Key) -> Engine:
+        if key.method not in loaded:
+            loaded[key.method] = load_engine(key)
+        return loaded[key.method]
+
+    return Residents(load)
 
 
-def test_columns_equal_bitsandbytes_at_every_layer(demo, residents):
-    inspection = Inspection(prompt="Plan a 3-day itinerary in Paris.", new_tokens=NEW_TOKENS, device=default_device())
-    contestant = inspection.contestant
+@pytest.mark.parametrize("threshold", [6.0, 3.0])
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+def test_columns_equal_bitsandbytes_at_every_layer(demo, residents, prompt, threshold):
+    """And the layers' own account, as the report has it, is the same list once more."""
+    contestant = Contestant("bnb-int8", threshold)
+    inspection = Inspection(prompt=prompt, contestant=contestant, new_tokens=NEW_TOKENS, device=default_device())
     engine, _ = residents.get(Key(demo, contestant.label, contestant.method, default_device()))
     names = {id(module): name for name, module in engine.model.named_modules()}
     seen: dict[str, list[list[int]]] = {}
@@ -39,9 +56,13 @@ def test_columns_equal_bitsandbytes_at_every_layer(demo, residents):
     finally:
         for hook in hooks:
             hook.remove()
-    ours = {m.name: [m.prefill_columns(THRESHOLD), *m.decode_columns(THRESHOLD)] for m in report.modules if m.quantized}
-    assert len(ours) == 210
+    quantized = [module for module in report.modules if module.quantized]
+    ours = {m.name: [m.prefill_columns(threshold), *m.decode_columns(threshold)] for m in quantized}
+    assert len(ours) == 210 and {len(phases) for phases in ours.values()} == {1 + NEW_TOKENS}
     assert ours == seen
+    assert {module.name: [sent.tolist() for sent in module.sent] for module in quantized} == seen
+    assert agreement_with_kernel(report) == (210 * (1 + NEW_TOKENS),) * 2
+    assert {module.sent for module in report.modules if not module.quantized} == {None}
     assert sum(len(columns) for phases in ours.values() for columns in phases) > 100
 
 
