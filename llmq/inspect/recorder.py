@@ -16,9 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from llmq.inspect.hooks import Watched, decoder_blocks, is_quantized, kind_and_layer, linear_modules
-from llmq.inspect.reductions import Layout, PromptStatistics, StepTotals, fetch, reduce_prompt, reduce_stream
+from llmq.inspect.reductions import (
+    Layout,
+    PromptStatistics,
+    StepTotals,
+    absolute_values,
+    fetch,
+    reduce_prompt,
+    reduce_stream,
+    split_peaks,
+)
 from llmq.inspect.report import (
     THRESHOLDS,
     ModuleOutliers,
@@ -42,7 +52,8 @@ class Stopped(Exception):
 class _Input:
     """One tensor that one or several linear layers read.
 
-    `kept`, on its device: in decode |x| as (tokens, in_features) float32, in prefill what it was reduced to.
+    `kept`, on its device: in prefill what it was reduced to, in decode |x| as (tokens, in_features): of one token its
+    own maxima.
     """
 
     kept: torch.Tensor | PromptStatistics
@@ -89,10 +100,10 @@ class OutlierRecorder:
         self._stop = stop
         self._phase: str | None = None
         self._dtypes: dict[str, str] = {}
-        self._last: tuple[tuple, torch.Tensor, _Input] | None = None  # the tensor is kept, so its address stays its own
+        self._last: tuple[tuple, StorageWeakRef, _Input] | None = None  # while its memory lives, its address is its own
         self._prompt: list[_Input] = []
         self._prompt_of: dict[str, tuple[PhaseStatistics, TokenMap, PromptPositions]] = {}
-        self._stream: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._stream: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
         self._peaks: tuple[StreamPeak, ...] = ()
         self._sent: dict[str, torch.Tensor] = {}  # of the call under way
         self._accounts: list[dict[str, np.ndarray]] = []  # the prefill's, then each step's
@@ -199,16 +210,16 @@ class OutlierRecorder:
         """
         version = None if x.is_inference() else x._version
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, compared_as, version)
-        if self._last is not None and self._last[0] == key:
+        if self._last is not None and self._last[0] == key and not self._last[1].expired():
             return self._last[2]
-        absolute = x.abs().float().reshape(-1, x.shape[-1])
+        absolute = absolute_values(x).reshape(-1, x.shape[-1])
         if self._phase == "prefill":
             found = _Input(reduce_prompt(absolute, compared_as), compared_as, [])
             self._prompt.append(found)
         else:
             found = _Input(absolute, compared_as, [])
             self._step.append(found)
-        self._last = key, x, found
+        self._last = key, StorageWeakRef(x.untyped_storage()), found
         return found
 
     def _close(self) -> None:
@@ -216,7 +227,9 @@ class OutlierRecorder:
         self._last = None
         self._seen.clear()
         if self._sent:
-            self._accounts.append({name: found.cpu().numpy().astype(np.int32) for name, found in self._sent.items()})
+            arrays = fetch(list(self._sent.values()))
+            found = (columns.astype(np.int32) for columns in arrays)
+            self._accounts.append(dict(zip(self._sent, found, strict=True)))
             self._sent = {}
         if self._stream:
             self._close_stream()
@@ -232,9 +245,12 @@ class OutlierRecorder:
             kept.clear()
 
     def _close_stream(self) -> None:
-        arrays = iter(fetch([tensor for pair in self._stream.values() for tensor in pair]))
+        arrays = fetch([peaks for peaks, _ in self._stream.values()])
         numbers = {name: number for number, name in enumerate(self._blocks)}
-        self._peaks = tuple(StreamPeak(numbers[name], next(arrays), next(arrays)) for name in self._stream)
+        self._peaks = tuple(
+            StreamPeak(numbers[name], *split_peaks(peaks, dtype))
+            for (name, (_, dtype)), peaks in zip(self._stream.items(), arrays, strict=True)
+        )
         self._stream = {}
 
     def _close_prompt(self) -> None:

@@ -1,7 +1,10 @@
 """Activations to statistics, on the device the activations are on.
 
-Nothing here waits for the device except `fetch` and the list of strong channels in `StepTotals.add`: one histogram
-call instead of `bincount`, which reads its minimum and maximum back.
+The bits of a magnitude, read as a whole number, order as the magnitudes do. So maxima are taken of integers, which
+carry in their lower half where they stood, and on a CPU 16-bit activations are counted by their bits.
+
+On a GPU nothing here waits for the device except `fetch` and the list of strong channels in `StepTotals.add`: one
+histogram call instead of `bincount`, which reads its minimum and maximum back.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ BINS = len(THRESHOLDS) + 2  # under the first threshold, between each two, over 
 NAN_BIN = BINS - 1
 CHUNK = 1 << 22  # values a histogram call: float32 counts are exact up to 2**24
 MAP_ROWS, MAP_COLUMNS = 128, 256  # largest token map
+PATTERNS = 1 << 15  # bits of a 16-bit magnitude
+INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,11 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class PromptStatistics:
-    """One input's prefill on its device: `tensors` are absmax, histogram, the token map's values and flat positions,
-    and how many positions of each channel, and which positions in any channel, meet the criterion."""
+    """One input's prefill on its device. `tensors`: the bits of each channel's absmax, histogram, the token map's peaks
+    (`first_peaks`), and how many positions of each channel, and which positions in any channel, meet the criterion."""
 
     tensors: tuple[torch.Tensor, ...]
+    dtype: torch.dtype
     rows: int
     height: int
     width: int
@@ -45,53 +51,135 @@ class PromptStatistics:
         self,
         absmax: np.ndarray,
         histogram: np.ndarray,
-        values: np.ndarray,
-        position: np.ndarray,
+        peaks: np.ndarray,
         counts: np.ndarray,
         touched: np.ndarray,
         *,
         first_token: int,
     ) -> tuple[PhaseStatistics, TokenMap, PromptPositions]:
         """The fetched `tensors` as what a report holds; row 0 of this input is the prompt's token `first_token`."""
-        tokens, channels = np.divmod(position, len(absmax))
-        where = channels.astype(np.int32), (tokens + first_token).astype(np.int32)
+        values, place = split_peaks(peaks, self.dtype)
+        down, across = np.divmod(place, self.width)
+        tokens = np.arange(len(place))[:, None] * self.height + (down + first_token)
+        channels = np.arange(place.shape[1]) * self.width + across
+        where = channels.astype(np.int32), tokens.astype(np.int32)
         token_map = TokenMap(values, *where, self.height, self.width, first_token, first_token + self.rows)
-        positions = PromptPositions(counts, touched)
-        return phase_statistics(absmax, histogram[0], self.rows * len(absmax)), token_map, positions
+        positions = PromptPositions(counts.copy(), touched)  # a view would keep everything fetched with it
+        statistics = phase_statistics(magnitudes(absmax, self.dtype), histogram[0], self.rows * len(absmax))
+        return statistics, token_map, positions
 
 
 @torch.inference_mode()
 def reduce_prompt(absolute: torch.Tensor, compared_as: str) -> PromptStatistics:
-    """Statistics of |x|, (tokens, in_features) float32. Overwrites NaN in `absolute` with 0 after counting them."""
+    """Statistics of |x|, (tokens, in_features). Overwrites NaN in `absolute` with 0 after counting them."""
     rows, columns = absolute.shape
     histogram = count_bins(absolute.flatten(), compared_as)
-    absolute.nan_to_num_(nan=0.0, posinf=torch.inf)
-    cell = (-(-rows // MAP_ROWS), -(-columns // MAP_COLUMNS))
-    values, position = F.max_pool2d(absolute[None, None], cell, cell, ceil_mode=True, return_indices=True)
-    over = absolute >= float(cutoff(CRITERION, compared_as))
-    criterion = over.sum(0, dtype=torch.int32), over.any(1)
-    return PromptStatistics((absolute.amax(0), histogram, values[0, 0], position[0, 0], *criterion), rows, *cell)
+    bits = _bits_without_nan(absolute)
+    height, width = -(-rows // MAP_ROWS), -(-columns // MAP_COLUMNS)
+    edge = edge_bits(CRITERION, compared_as, absolute.dtype)
+    criterion = (bits >= edge).sum(0, dtype=torch.int32), bits.amax(1) >= edge
+    peaks = first_peaks(bits, height, width)
+    return PromptStatistics((bits.amax(0), histogram, peaks, *criterion), absolute.dtype, rows, height, width)
 
 
 @torch.inference_mode()
-def reduce_stream(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A decoder block's output (1, tokens, width) -> max |y| of each channel, float32, and at which token, int64."""
-    absolute = y.reshape(-1, y.shape[-1]).abs().float().nan_to_num_(nan=0.0, posinf=torch.inf)
-    return tuple(absolute.max(0))
+def reduce_stream(y: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+    """A decoder block's output (1, tokens, width) -> (width,) peaks, max |y| of each channel and at which token; and
+    the dtype to give `split_peaks`."""
+    absolute = absolute_values(y.reshape(-1, y.shape[-1]))
+    return first_peaks(_bits_without_nan(absolute), len(absolute), 1)[0], absolute.dtype
+
+
+def absolute_values(x: torch.Tensor) -> torch.Tensor:
+    """|x|, a new tensor, in x's dtype where its bits can be read (`INTEGERS`), else in float32."""
+    return x.abs() if x.dtype in INTEGERS else x.abs().float()
+
+
+def _bits_without_nan(absolute: torch.Tensor) -> torch.Tensor:
+    return absolute.nan_to_num_(nan=0.0, posinf=torch.inf).view(INTEGERS[absolute.dtype])
+
+
+def first_peaks(bits: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The maximum of each cell of `height` rows x `width` columns, and the first place in it that has it, as one
+    integer: the magnitude's bits over the place counted backwards, so that of two equal ones the earlier is larger."""
+    rows, columns = bits.shape
+    shift, integer = _peak_layout(bits.dtype, height * width)
+    down, across = -(-rows // height), -(-columns // width)
+    bits = F.pad(bits, (0, across * width - columns, 0, down * height - rows))
+    place = torch.arange(height * width, dtype=integer, device=bits.device).view(height, 1, width)
+    backwards = ((1 << shift) - 1 - place).expand(height, across, width).reshape(height, -1)
+    rows_reduced = torch.add(backwards, bits.view(down, height, -1), alpha=1 << shift).amax(1)
+    return rows_reduced.view(down, across, width).amax(2)
+
+
+def _peak_layout(bits: torch.dtype, places: int) -> tuple[int, torch.dtype]:
+    """How many lower bits of which integer hold the place."""
+    return (16, torch.int32) if bits == torch.int16 and places <= 1 << 16 else (32, torch.int64)
+
+
+def split_peaks(peaks: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """`first_peaks` of activations of `dtype` as (maximum, float32; place in its cell, int64)."""
+    shift = 16 if peaks.dtype == np.int32 else 32
+    return magnitudes(peaks >> shift, dtype), (1 << shift) - 1 - (peaks & ((1 << shift) - 1)).astype(np.int64)
+
+
+def magnitudes(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Bits of magnitudes of `dtype` as float32."""
+    if dtype == torch.float16:
+        return bits.astype(np.int16).view(np.float16).astype(np.float32)
+    return (bits.astype(np.int32) << (16 if dtype == torch.bfloat16 else 0)).view(np.float32)
+
+
+@cache
+def edge_bits(threshold: float, compared_as: str, dtype: torch.dtype) -> int:
+    """The bits of the smallest magnitude of `dtype` that reaches the threshold where it is compared."""
+    edge = cutoff(threshold, compared_as)
+    if dtype == torch.float32:
+        return int(edge.view(np.int32))
+    return int(np.searchsorted(magnitudes(np.arange(_infinity(dtype) + 1), dtype), edge))
+
+
+def _infinity(dtype: torch.dtype) -> int:
+    """Its bits; more are NaN."""
+    return int(torch.tensor(torch.inf, dtype=dtype).view(INTEGERS[dtype]))
 
 
 def count_bins(
     absolute: torch.Tensor, compared_as: str, owner: torch.Tensor | None = None, owners: int = 1
 ) -> torch.Tensor:
-    """Histogram of flat |x| (float32) over the bins between `THRESHOLDS`: (owners, BINS) int64.
+    """Histogram of flat |x| over the bins between `THRESHOLDS`: (owners, BINS) int64. Exact: the edges are `cutoff`s.
 
-    `owner`: int32, same shape, which row each value counts for, times BINS. Exact: the edges are `cutoff`s.
+    `owner`: int32, same shape, which row each value counts for, times BINS.
     """
+    by_bits = absolute.device.type == "cpu" and absolute.dtype in (torch.float16, torch.bfloat16)
+    return (_count_bits if by_bits else _count_values)(absolute, compared_as, owner, owners)
+
+
+def _count_bits(absolute: torch.Tensor, compared_as: str, owner: torch.Tensor | None, owners: int) -> torch.Tensor:
+    """`count_bins` of 16-bit numbers on a CPU: measured 12 times faster than to look for each one's bin."""
+    ends, bins = _bins_of_bits(compared_as, absolute.dtype)
+    bits = absolute.view(torch.int16)
+    if owner is None:
+        below = torch.bincount(bits, minlength=PATTERNS).cumsum(0)[ends]
+        return below.diff(prepend=below.new_zeros(1))[None]
+    found = torch.bincount(bins.index_select(0, bits.int()).add_(owner), minlength=owners * BINS)
+    return found.view(owners, BINS)
+
+
+@cache
+def _bins_of_bits(compared_as: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last pattern of each bin, int64; the bin of each pattern, int32."""
+    starts = [edge_bits(threshold, compared_as, dtype) for threshold in THRESHOLDS] + [_infinity(dtype) + 1]
+    bins = np.searchsorted(starts, np.arange(PATTERNS), side="right").astype(np.int32)
+    return torch.tensor([*starts, PATTERNS]) - 1, torch.from_numpy(bins)
+
+
+def _count_values(absolute: torch.Tensor, compared_as: str, owner: torch.Tensor | None, owners: int) -> torch.Tensor:
     bins = owners * BINS
     edges = _edges(compared_as, absolute.device)
     total = torch.zeros(bins, dtype=torch.int64, device=absolute.device)
     for start in range(0, absolute.numel(), CHUNK):
-        part = absolute[start : start + CHUNK]
+        part = absolute[start : start + CHUNK].float()
         index = torch.bucketize(part, edges, right=True, out_int32=True).masked_fill_(part.isnan(), NAN_BIN)
         if owner is not None:
             index += owner[start : start + CHUNK]
@@ -132,7 +220,8 @@ class StepTotals:
         compared_as = self.layout.compared_as
         values = torch.cat([x.flatten() for x in inputs])
         self._histogram += count_bins(values, compared_as, self._owner, len(inputs))
-        absmax = torch.cat([x.amax(0) if len(x) > 1 else x[0] for x in inputs])
+        single = values.numel() == self._absmax.numel()  # one token each: |x| is its own maximum
+        absmax = (values if single else torch.cat([x.amax(0) for x in inputs])).float()
         absmax.nan_to_num_(nan=0.0, posinf=torch.inf)
         self._absmax = torch.maximum(self._absmax, absmax)
         self._steps += 1
