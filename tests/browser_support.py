@@ -29,6 +29,7 @@ CHROMIUM_FLAGS = [
     "--no-first-run",
 ]
 START_SECONDS = 180
+MINUTE = 60_000  # milliseconds
 
 
 def chromium_path() -> str | None:
@@ -96,3 +97,14 @@ def compare_inputs(
 ) -> list:
     """The inputs of the `compare` endpoint in the page's order."""
     return [prompt, "demo", *methods, 6.0, tokens, "interleave", temperature, 0, 1, 0]
+
+
+def open_page(page, address: str, query: str = "", ready: str = "#generate") -> None:
+    page.goto(f"{address}/?{query}")
+    page.wait_for_selector(ready)
+    page.wait_for_selector("#live-panel [data-part=plot]", state="attached")
+    page.wait_for_timeout(1500)  # the form is filled from the address after the page is there
+
+
+def status(page, elem: str = "status") -> str:
+    return page.locator(f"#{elem} .llmq-status").inner_text()

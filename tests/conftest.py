@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 if not os.environ.get("LLMQ_TEST_GPU"):
@@ -100,3 +101,53 @@ def run(capsys):
     from tiny_runs import run_cli
 
     return lambda *arguments: run_cli(capsys, *arguments)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium; without one the browser tests are skipped, or fail where they are required."""
+    from browser_support import CHROMIUM_FLAGS, chromium_path
+
+    path = chromium_path()
+    if path is None:
+        message = "NO CHROMIUM FOUND: the page was not tested. Install Debian's chromium, or set CHROMIUM."
+        if os.environ.get("LLMQ_REQUIRE_BROWSER") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def address(demo):
+    """The running app."""
+    from browser_support import running_app
+
+    with running_app() as url:
+        yield url
+
+
+@pytest.fixture
+def page(browser, address):
+    """An empty tab that remembers which hosts it asked."""
+    from browser_support import MINUTE
+
+    tab = browser.new_page(viewport={"width": 1400, "height": 1000})
+    tab.set_default_timeout(MINUTE)
+    tab.hosts = set()
+    tab.on("request", lambda request: tab.hosts.add(request.url.split("/")[2]))
+    yield tab
+    tab.close()
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory):
+    """Where pictures go: LLMQ_SCREENSHOTS (the README's), else a scratch folder."""
+    named = os.environ.get("LLMQ_SCREENSHOTS")
+    folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -2,69 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 
 import pytest
-from browser_support import CHROMIUM_FLAGS, chromium_path, compare_inputs, raw_messages, running_app
+from browser_support import MINUTE, compare_inputs, open_page, raw_messages, status
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 SETTLED = re.compile(r"^(Finished|Stopped|Not |Ended|Recording.*(Finished|Stopped))")
 LARGEST_UPDATE = 2048  # bytes of one streamed update
-MINUTE = 60_000
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = chromium_path()
-    if path is None:
-        message = "NO CHROMIUM FOUND: the page was not tested. Install Debian's chromium, or set CHROMIUM."
-        if os.environ.get("LLMQ_REQUIRE_BROWSER") == "1":
-            pytest.fail(message)
-        pytest.skip(message)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
-def address(demo):
-    with running_app() as url:
-        yield url
-
-
-@pytest.fixture
-def page(browser, address):
-    tab = browser.new_page(viewport={"width": 1400, "height": 1000})
-    tab.set_default_timeout(MINUTE)
-    tab.hosts = set()
-    tab.on("request", lambda request: tab.hosts.add(request.url.split("/")[2]))
-    yield tab
-    tab.close()
-
-
-@pytest.fixture(scope="module")
-def screenshots(tmp_path_factory) -> Path:
-    """Where pictures go: LLMQ_SCREENSHOTS (the README's), else a scratch folder."""
-    named = os.environ.get("LLMQ_SCREENSHOTS")
-    folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def open_page(page, address: str, query: str = "", ready: str = "#generate") -> None:
-    page.goto(f"{address}/?{query}")
-    page.wait_for_selector(ready)
-    page.wait_for_selector("#live-panel [data-part=plot]", state="attached")
-    page.wait_for_timeout(1500)  # the form is filled from the address after the page is there
-
-
-def status(page, elem: str = "status") -> str:
-    return page.locator(f"#{elem} .llmq-status").inner_text()
 
 
 def wait_until_settled(page) -> str:

@@ -1,0 +1,164 @@
+"""The Outliers tab's parts in a real Chromium: scrubber, a token's cause, the amplifier; what travels stays small."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from browser_support import MINUTE, open_page, raw_messages, status
+
+pytestmark = [pytest.mark.browser, pytest.mark.demo]
+LARGEST_VIEW = 300_000  # bytes of one view on its way to the browser
+PROMPT = "Plan a 3-day itinerary in Paris."
+
+
+@pytest.fixture
+def observatory(page, address):
+    """The tab with a prompt of 41 tokens watched, and four generated ones."""
+    page.set_default_timeout(3 * MINUTE)
+    open_page(page, address)
+    page.get_by_role("tab", name="Outliers").click()
+    page.locator("#outlier-new-tokens input[type=number]").fill("4")
+    page.keyboard.press("Enter")
+    return page
+
+
+def part(page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+def drawn(page, elem_id: str) -> dict:
+    """The figure that plotly really holds: names, xs and the title."""
+    page.wait_for_selector(f"#{elem_id} .js-plotly-plot .main-svg")
+    return page.evaluate(
+        f"""() => {{ const plot = document.querySelector('#{elem_id} .js-plotly-plot');
+        return {{ title: plot.layout.title.text,
+                  series: Object.fromEntries(plot.data.map(t => [t.name ?? '', [...t.x].map((x, i) => [x, t.y[i]])])),
+                  height: plot.offsetHeight }}; }}"""
+    )
+
+
+def wait_for_status(page, elem_id: str, words: str) -> None:
+    page.wait_for_function(
+        "([id, words]) => document.querySelector(`#${id} .llmq-status`).textContent.includes(words)",
+        arg=[elem_id, words],
+        timeout=3 * MINUTE,
+    )
+
+
+def test_scrubber_shows_each_token_and_layers_agree_with_hooks(observatory, screenshots):
+    page = observatory
+    page.locator("#watch").click()
+    wait_for_status(page, "outlier-status", "4 generated tokens watched")
+    part(page, "Sent to 16 bit")
+    prompt = drawn(page, "moment-figure")
+    assert "the prompt" in prompt["title"]
+    own, hooks = prompt["series"]["sent to 16 bit by the layer itself"], prompt["series"]["found by the hooks"]
+    assert sorted(own) == sorted(hooks) and len(own) > 100
+    page.locator("#moment input[type=range]").focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "/generated token 2/.test(document.querySelector('#moment-figure .js-plotly-plot').layout.title.text)"
+    )
+    token = drawn(page, "moment-figure")
+    own, hooks = token["series"]["sent to 16 bit by the layer itself"], token["series"]["found by the hooks"]
+    assert sorted(own) == sorted(hooks) and 0 < len(own) < 200
+    assert token["height"] > 400, "the figure keeps its height when its value changes"
+    assert "1,050 of 1,050 calls" in page.locator("#moment-agreement").inner_text()
+    page.screenshot(path=screenshots / "observatory-moments.png", full_page=True)
+    part(page, "The paper's figures")
+    assert "24,912" in page.locator("#massive").inner_text().replace(".0", "")
+    assert "outlier feature" in page.locator("#emergence").inner_text()
+    drawn(page, "features-figure"), drawn(page, "peaks-figure")
+    page.screenshot(path=screenshots / "observatory-figures.png", full_page=True)
+
+
+def test_a_click_on_a_token_finds_its_cause_and_stop_keeps_it(observatory, screenshots):
+    page = observatory
+    part(page, "Agreement and cause")
+    page.locator("#reading-tokens input[type=number]").fill("6")
+    page.keyboard.press("Enter")
+    page.locator("#read").click()
+    wait_for_status(page, "reading-status", "first choice")
+    tokens = page.locator("#reading button.llmq-token")
+    assert tokens.count() == 41 + 6 - 1
+    tokens.nth(20).hover()
+    assert page.locator("#reading .llmq-guesses li").count() == 10
+    diverging = page.locator("#reading button.llmq-other")
+    assert diverging.count() >= 1, "bnb-int8 has another first choice somewhere in the chat template's tokens"
+    diverging.first.click()
+    page.wait_for_function(
+        "/in 16 bit it is/.test(document.querySelector('#cause-status .llmq-status').textContent)", timeout=3 * MINUTE
+    )
+    page.locator("#outlier-stop").click()
+    wait_for_status(page, "cause-status", "Stopped early")
+    assert "yes" in page.locator("#patches").inner_text()
+    layers = drawn(page, "layer-errors")["series"]["SQNR of the output"]
+    assert [layer for layer, _ in layers] == list(range(30)) and all(0 < db < 60 for _, db in layers)
+    page.screenshot(path=screenshots / "observatory-cause.png", full_page=True)
+
+
+def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, screenshots):
+    page = observatory
+    part(page, "What if")
+    for factor in ("1", "64"):
+        page.locator("#factor input[type=number]").fill(factor)
+        page.keyboard.press("Enter")
+        page.locator("#amplifying-run").click()
+        page.wait_for_function(
+            "f => document.querySelector('#amplifying-table').innerText.split('\\n').filter(x => x === f).length >= 4",
+            arg=factor,
+            timeout=3 * MINUTE,
+        )
+        wait_for_status(page, "amplifying-status", "Measured on")
+    series = drawn(page, "amplifying-figure")["series"]
+    change = {name: points[-1][1] / points[0][1] for name, points in series.items()}
+    assert change["fp16"] == pytest.approx(1, abs=1e-3)
+    assert change["llm-int8"] < 1.05 and change["absmax"] > 5
+    page.screenshot(path=screenshots / "observatory-amplified.png", full_page=True)
+
+
+@pytest.mark.parametrize(("name", "inputs"), [
+    ("agreement", [PROMPT, "", "continuation", "demo", "bnb-int8", 6.0, 8]),
+    ("ablation", ["demo", False]),
+])  # fmt: skip
+def test_what_travels_for_a_view_is_small(address, name, inputs):
+    sizes = [size for size, _ in raw_messages(address, name, inputs)]
+    assert max(sizes) < LARGEST_VIEW and len(sizes) > 3
+
+
+@pytest.mark.parametrize("bad", ["-1", "nan", "six"])
+def test_a_bad_threshold_is_refused_by_name(address, bad):
+    messages = [m for _, m in raw_messages(address, "outliers", [PROMPT, "demo", "bnb-int8", bad, 2])]
+    assert "threshold" in json.dumps(messages[-1])
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 400])
+def test_every_part_is_accessible_and_fits(browser, address, theme, width, screenshots):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.set_default_timeout(2 * MINUTE)
+    open_page(page, address, f"__theme={theme}")
+    page.get_by_role("tab", name="Outliers").click()
+    page.locator("#watch").click()
+    wait_for_status(page, "outlier-status", "watched in")
+    found = []
+    for name in ("Activations", "Sent to 16 bit", "The paper's figures", "Agreement and cause", "What if"):
+        chosen = page.locator("#observatory").get_by_role("tab", name=name)
+        if not chosen.is_visible():
+            page.locator("#observatory .overflow-menu button").first.click()
+            chosen = page.locator("#observatory .overflow-dropdown").get_by_text(name)
+        chosen.click()
+        page.wait_for_timeout(800)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        found += Axe().run(page).response["violations"]
+        page.screenshot(path=screenshots / f"part-{name.split()[0].lower()}-{theme}-{width}.png", full_page=True)
+    serious = [
+        (v["id"], [n["html"][:160] for n in v["nodes"]]) for v in found if v["impact"] in ("critical", "serious")
+    ]
+    assert not serious
+    assert "Ready" not in status(page, "outlier-status")
+    page.close()

@@ -1,0 +1,195 @@
+"""Figures, values and files of the observatory: exactly the findings, nothing that runs, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from llmq.experiments.tables import HEADERS, finding, plain_json, rows_of
+from llmq.inspect.agreement import Agreement, Drift, Guess, TokenAgreement
+from llmq.inspect.cause import Cause, LayerError, Patch
+from llmq.inspect.emergence import emergence
+from llmq.inspect.reading import Read, Reading
+from llmq.inspect.report import (
+    THRESHOLDS,
+    ModuleOutliers,
+    OutlierReport,
+    PhaseStatistics,
+    PromptPositions,
+    StreamPeak,
+    TokenMap,
+)
+from llmq.inspect.wording import account_line, agreement_json, cause_json, cause_line, drift_line, patch_rows
+from llmq.ui import observatory_plots as plots
+from llmq.ui.pages import agreement_page, cause_page, experiment_page, outliers_page
+from llmq.ui.reading_value import reading_value
+
+EVIL = '<script>alert(1)</script>&"'
+LARGEST_VIEW = 300_000
+
+
+def module(layer: int, kind: str, width: int, absmax: np.ndarray, steps, *, sent=True) -> ModuleOutliers:
+    counts = np.array([(absmax >= t).sum() for t in THRESHOLDS])
+    prefill = PhaseStatistics(absmax.astype(np.float32), counts, width * 4)
+    found = tuple((np.array(c, np.int32), np.array(v, np.float32)) for c, v in steps)
+    own = (np.flatnonzero(absmax >= 6).astype(np.int32), *(c[v >= 6] for c, v in found)) if sent else None
+    cells = TokenMap(absmax[None].astype(np.float32), np.arange(width)[None], np.zeros((1, width), int), 1, 1, 0, 1)
+    return ModuleOutliers(
+        f"model.layers.{layer}.{kind}", kind, layer, width, True, "float16", 2.0, prefill, prefill, found, cells,
+        PromptPositions((absmax >= 6).astype(np.int32), np.array([True])), own,
+    )  # fmt: skip
+
+
+def report(layers: int = 3, width: int = 16, steps: int = 2, over: int = 2) -> OutlierReport:
+    absmax = np.ones(width)
+    absmax[:over] = 10.0
+    decoded = [([1, 3], [7.0, 3.0])] * steps
+    modules = tuple(module(layer, "down", width, absmax, decoded) for layer in range(layers))
+    stream = tuple(StreamPeak(layer, absmax.astype(np.float32), np.zeros(width, int)) for layer in range(layers))
+    return OutlierReport("demo", "bnb-int8", 6.0, 1, steps, [EVIL] * (1 + steps), modules, stream)
+
+
+class Words:
+    """A tokenizer whose tokens are the same dangerous word and their number."""
+
+    def decode(self, ids):
+        return f"{EVIL}{ids[0]}"
+
+
+def read(tokens: int = 4) -> Read:
+    guesses = tuple(Guess(number, 0.5 / (number + 1)) for number in range(5))
+    rows = tuple(
+        TokenAgreement(i, i, 0.05 * i, 1 + i % 2, (-1.0, -2.0), guesses, guesses[::-1]) for i in range(1, tokens)
+    )
+    found = Agreement(tuple(range(tokens)), rows, 2, Drift((1, 2), (1, 3), 1, (0.5, 0.25)))
+    return Read(Reading(prompt="x"), found, tuple(f"{EVIL}{i}\n" for i in range(tokens)), Words())
+
+
+def cause(patches=True) -> Cause:
+    layers = (LayerError(0, 0.01, 40.0, 2, (("down", 7, 12.5),)), LayerError(1, math.inf, -math.inf, 0, ()))
+    tried = (Patch("model.layers.0.a", 5, 0.5, True), Patch("model.layers.1.b", 6, -0.25, False))
+    return Cause(2, 5, 6, -0.75, layers, tried if patches else (), False)
+
+
+def series(figure) -> dict:
+    return {trace.name: list(zip(trace.x, trace.y, strict=True)) for trace in figure.data}
+
+
+@pytest.mark.parametrize(("moment", "channels"), [(0, [0, 1]), (1, [1]), (2, [1])])
+def test_the_columns_of_each_moment_as_layers_and_hooks_have_them(moment, channels):
+    found = series(plots.columns_figure(report(), "down", moment, 6.0))
+    expected = sorted((channel, str(layer)) for layer in range(3) for channel in channels)
+    assert sorted(found["found by the hooks"]) == sorted(found["sent to 16 bit by the layer itself"]) == expected
+    assert found[None] == [(0, 6), (1, 3), (2, 3)]
+
+
+def test_another_threshold_moves_the_hooks_and_asks_no_layer():
+    found = series(plots.columns_figure(report(), "down", 1, 2.5))
+    assert "sent to 16 bit by the layer itself" not in found
+    assert {channel for channel, _ in found["found by the hooks"]} == {1, 3}
+    assert "watch again" in account_line(report(), 2.5)
+    assert "9 of 9 calls" in account_line(report(), 6.0)
+
+
+def test_views_of_a_large_model_stay_small():
+    """80 layers of 11,008 channels with 1 % outliers, 64 tokens; a text of 512 tokens."""
+    large = report(layers=80, width=11008, steps=64, over=110)
+    figures = [
+        plots.columns_figure(large, "down", 0, 6.0),
+        plots.peaks_figure(large),
+        plots.features_figure(emergence(large)),
+    ]
+    assert max(len(figure.to_json()) for figure in figures) < LARGEST_VIEW
+    value = reading_value(read(512))
+    assert len(json.dumps(value)) < LARGEST_VIEW and len(value["tokens"]) == 511
+
+
+def test_a_reading_travels_whole():
+    value, source = reading_value(read()), read()
+    assert [row[0] for row in value["tokens"]] == list(source.texts[1:])
+    assert [row[2] for row in value["tokens"]] == [2, 1, 2]
+    assert value["tokens"][0][3] == [[f"{EVIL}{n}", pytest.approx(0.5 / (n + 1), rel=1e-2)] for n in range(5)]
+    assert "token 2" in drift_line(source) and "0.5 and 0.25" in drift_line(source)
+    assert json.loads(json.dumps(agreement_json(source), allow_nan=False))["tokens"][1]["rank"] == 1
+
+
+def test_a_cause_names_the_repair_and_what_is_not_finite_is_left_out():
+    assert "With only model.layers.0.a in 16 bit" in cause_line(cause(), read())
+    assert [row[3] for row in patch_rows(cause(), read())] == ["yes", "no"]
+    plain = json.loads(json.dumps(cause_json(cause(), read()), allow_nan=False))
+    assert plain["repairs"] == ["model.layers.0.a"] and plain["layers"][1]["sqnr_db"] is None
+    assert series(plots.layer_error_figure(cause()))["SQNR of the output"] == [(0, 40.0), (1, None)]
+    assert "nothing to repair" in cause_line(Cause(2, 5, 5, 0.0, ()), read())
+
+
+class Page(HTMLParser):
+    """What a browser would run or fetch, and the text it would show."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.fetched, self.shown, self.scripts, self._skip = [], [], 0, False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.fetched += [value for name, value in attributes if name in ("src", "href") and value]
+        self._skip = tag in ("script", "style")
+        self.scripts += tag == "script"
+
+    def handle_endtag(self, tag):
+        self._skip = False
+
+    def handle_data(self, data):
+        if not self._skip:
+            self.shown.append(data)
+
+
+SILENCED = [
+    {"silenced": "none", "count": 0, "channels": [], "perplexity": 10.0, "kl_to_fp16": 0.0, "text": "a"},
+    {"silenced": "strongest", "count": 1, "channels": [5], "perplexity": math.inf, "kl_to_fp16": 9.0, "text": EVIL},
+    {"silenced": "random", "count": 1, "channels": [3], "perplexity": 10.5, "kl_to_fp16": 0.1, "text": "b"},
+]
+RESULT = {
+    "kind": "silencing",
+    "model": EVIL,
+    "device": "cpu",
+    "text": "x",
+    "tokens": 3,
+    "stopped": False,
+    "results": SILENCED,
+}
+
+
+@pytest.mark.parametrize(("make", "figures"), [
+    (lambda: outliers_page(report(), 6.0), 5),
+    (lambda: agreement_page(read()), 0),
+    (lambda: cause_page(cause(), read()), 1),
+    (lambda: experiment_page(RESULT), 1),
+], ids=["outliers", "agreement", "cause", "experiment"])  # fmt: skip
+def test_a_page_needs_nothing_else_and_runs_no_ones_text(make, figures):
+    text = make()
+    page = Page(text)
+    assert page.fetched == [], "it fetches nothing"
+    assert EVIL not in re.sub(r"<script type=\"text/javascript\">.*?</script>", "", text, flags=re.S)
+    assert any(EVIL[:20] in shown for shown in page.shown), "the text is shown as text"
+    assert text.count("Plotly.newPlot(") == figures
+    assert bool(figures) == ("plotly.js v" in text), "plotly comes once, where it is needed"
+
+
+def test_rows_and_findings_of_every_kind():
+    assert rows_of(RESULT)[1][2] == "beyond measure" and len(rows_of(RESULT)[0]) == len(HEADERS["silencing"])
+    assert plain_json(RESULT)["results"][1]["perplexity"] is None
+    finite = RESULT | {"results": [SILENCED[0], SILENCED[1] | {"perplexity": 110.0}, SILENCED[2]]}
+    assert "raises perplexity by 100" in finding(finite) and "+0.5" in finding(finite)
+    rows = [
+        {"name": n, "method": "m", "perplexity": p, "kl_to_fp16": 0.0, "top1_agreement": 1.0}
+        for n, p in (("W32A32", 10.0), ("W8A32", 10.5), ("W32A8", 20.0))
+    ]
+    said = finding({"kind": "ablation", "results": rows})
+    assert "the activations that break naive 8 bit, not the weights" in said
+    rows[1]["perplexity"], rows[2]["perplexity"] = 20.0, 10.5
+    assert "the weights that break naive 8 bit, not the activations" in finding({"kind": "ablation", "results": rows})
