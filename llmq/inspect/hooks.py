@@ -98,7 +98,7 @@ class Watched:
         def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = _first_tensor((*args, *kwargs.values()))
             if x is not None:
-                self._on_input(name, module, x.detach())
+                self._on_input(name, module, x.detach() if x.requires_grad else x)
 
         return before_forward
 
@@ -106,10 +106,13 @@ class Watched:
         def after_forward(module: nn.Module, args: tuple, output: object) -> None:
             y = _first_tensor(output if isinstance(output, tuple | list) else (output,))
             if y is not None:
-                self._on_output(name, module, y.detach())
+                self._on_output(name, module, y.detach() if y.requires_grad else y)
 
         return after_forward
 
 
 def _first_tensor(values) -> torch.Tensor | None:
-    return next((value for value in values if isinstance(value, torch.Tensor)), None)
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value
+    return None

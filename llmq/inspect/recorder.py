@@ -247,9 +247,10 @@ class OutlierRecorder:
     def _close_stream(self) -> None:
         arrays = fetch([peaks for peaks, _ in self._stream.values()])
         numbers = {name: number for number, name in enumerate(self._blocks)}
+        found = (split_peaks(peaks, dtype) for peaks, (_, dtype) in zip(arrays, self._stream.values(), strict=True))
         self._peaks = tuple(
-            StreamPeak(numbers[name], *split_peaks(peaks, dtype))
-            for (name, (_, dtype)), peaks in zip(self._stream.items(), arrays, strict=True)
+            StreamPeak(numbers[name], absmax, tokens.astype(np.int64))
+            for name, (absmax, tokens) in zip(self._stream, found, strict=True)
         )
         self._stream = {}
 
