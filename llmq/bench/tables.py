@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from llmq.experiments.tables import HEADERS, finding, rows_of
 from llmq.formatting import format_bytes, format_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,8 @@ def table(name: str) -> str:
     if name in _JOINED:
         return _JOINED[name]()
     result = json.loads((RESULTS / f"{name}.json").read_text())
-    kinds = {"paris": _judged_table, "quality": lambda one: _quality_table([one])}
+    kinds = {"paris": _judged_table, "quality": lambda one: _quality_table([one]), "hooks": _hooks_table}
+    kinds |= dict.fromkeys(HEADERS, _experiment_table)
     return kinds.get(result["kind"], _decode_table)(result)
 
 
@@ -211,6 +213,36 @@ def _judged_table(result: dict) -> str:
         rows.append(f"| `{row['method']}` | {row['keeps_the_request']} | {said} | {row['other']} |")
     where = f"'{result['prompt']}', {result['model']} on {result['device_name']}"
     return "\n".join([*rows, "", f"*{where}: {result['conditions']}; {result['date']}.*"])
+
+
+def _experiment_table(result: dict) -> str:
+    """An experiment's rows as the page shows them; what the models wrote is left to the page."""
+    columns = [i for i, name in enumerate(HEADERS[result["kind"]]) if name != "Text"]
+    lines = [f"| {' | '.join(HEADERS[result['kind']][i] for i in columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(row[i] for i in columns)} |" for row in rows_of(result)]
+    conditions = result["conditions"]
+    conditions = next(iter(conditions.values())) if result["kind"] == "sweep" else conditions
+    text = f"; {result['tokens']:,} tokens of CPython's `pydoc_data.topics`" if "tokens" in result else ""
+    where = f"{conditions['device_name']}, Python {conditions['python']}"
+    said = f"{finding(result)} " if finding(result) else ""
+    model = "" if result["kind"] == "sweep" else f", {result['model']} model"
+    return "\n".join([*lines, "", f"*{said}{where}{model}{text}; {conditions['date'][:10]}.*"])
+
+
+def _hooks_table(result: dict) -> str:
+    lines = [
+        "| method | prefill, watched over not | decode, watched over not | held afterwards |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in result["results"]:
+        ratios = (
+            f"{row[f'{phase}_ratio']:.2f}× ({row[f'{phase}_ratio_min']:.2f}–{row[f'{phase}_ratio_max']:.2f})"
+            for phase in ("prefill", "decode")
+        )
+        lines.append(f"| `{row['method']}` | {' | '.join(ratios)} | {format_bytes(row['held_bytes'])} |")
+    conditions = result["conditions"]
+    about = f"{conditions['device_name']}, {result['model']}, prompt of {conditions['prompt_tokens']:,} tokens"
+    return "\n".join([*lines, "", f"*{about}; medians of {conditions['repeats']} rounds; {conditions['date'][:10]}.*"])
 
 
 if __name__ == "__main__":

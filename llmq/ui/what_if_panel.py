@@ -81,11 +81,11 @@ class WhatIfPanel:
     def _section(self, kind: str, label: str, inputs: list) -> Section:
         button = gr.Button(label, variant="primary", elem_id=f"{kind}-run", size="md")
         status = status_line("", elem_id=f"{kind}-status")
-        said = gr.Markdown("", elem_id=f"{kind}-finding")
+        said = gr.Markdown("", elem_id=f"{kind}-finding", visible=False)
         figure = figure_view(elem_id=f"{kind}-figure") if kind in FIGURES else None
         table = gr.Dataframe(
             headers=HEADERS[kind], value=[], label="Measured", interactive=False, wrap=True, type="array",
-            elem_id=f"{kind}-table", elem_classes=["llmq-table"],
+            elem_id=f"{kind}-table", elem_classes=["llmq-table"], visible=False,
         )  # fmt: skip
         return Section(kind, inputs, button, status, said, figure, table, gr.State([]))
 
@@ -151,7 +151,12 @@ class WhatIfPanel:
     def _shown(self, section: Section, result: dict, kept: list[dict], dark) -> dict:
         rows = merged(kept, [row | {"model": result["model"]} for row in result["results"]])
         whole = result | {"results": rows}
-        update = {section.finding: finding(whole), section.table: rows_of(whole), section.rows: rows}
+        said = finding(whole)
+        update = {
+            section.finding: gr.Markdown(said, visible=bool(said)),
+            section.table: gr.Dataframe(value=rows_of(whole), visible=True),
+            section.rows: rows,
+        }
         if section.figure:
             update[section.figure] = sent(FIGURES[section.kind](rows, dark=bool(dark)))
         return update
