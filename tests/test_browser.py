@@ -148,7 +148,7 @@ def test_outliers_heatmap_and_threshold(page, address, screenshots):
     page.locator("#outlier-threshold input[type=number]").fill("12")
     page.keyboard.press("Enter")
     page.wait_for_function("old => document.querySelector('#outlier-shares').innerText !== old", arg=before)
-    title = "document.querySelector('#outlier-map .js-plotly-plot').layout.title.text"
+    title = "document.querySelector('#outlier-map [data-part=title]').textContent"
     page.get_by_role("radio", name="decode").click()
     page.wait_for_function(f"/decode/.test({title})")
 

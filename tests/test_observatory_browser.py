@@ -32,7 +32,7 @@ def drawn(page, elem_id: str) -> dict:
     page.wait_for_selector(f"#{elem_id} .js-plotly-plot .main-svg")
     return page.evaluate(
         f"""() => {{ const plot = document.querySelector('#{elem_id} .js-plotly-plot');
-        return {{ title: plot.layout.title.text,
+        return {{ title: document.querySelector('#{elem_id} [data-part=title]').textContent,
                   series: Object.fromEntries(plot.data.map(t => [t.name ?? '', [...t.x].map((x, i) => [x, t.y[i]])])),
                   height: plot.offsetHeight }}; }}"""
     )
@@ -59,7 +59,7 @@ def test_scrubber_shows_each_token_and_layers_agree_with_hooks(observatory, scre
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     page.wait_for_function(
-        "/generated token 2/.test(document.querySelector('#moment-figure .js-plotly-plot').layout.title.text)"
+        "/generated token 2/.test(document.querySelector('#moment-figure [data-part=title]').textContent)"
     )
     token = drawn(page, "moment-figure")
     own, hooks = token["series"]["sent to 16 bit by the layer itself"], token["series"]["found by the hooks"]
@@ -145,6 +145,7 @@ def test_every_part_is_accessible_and_fits(browser, address, theme, width, scree
     page.get_by_role("tab", name="Outliers").click()
     page.locator("#watch").click()
     wait_for_status(page, "outlier-status", "watched in")
+    drawn(page, "token-map")
     found = []
     for name in ("Activations", "Sent to 16 bit", "The paper's figures", "Agreement and cause", "What if"):
         chosen = page.locator("#observatory").get_by_role("tab", name=name)

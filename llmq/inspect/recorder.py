@@ -41,6 +41,7 @@ from llmq.inspect.report import (
     cutoff,
 )
 
+CPU_STEP = 1 << 14  # numbers of a token looked at together on a CPU: under torch's 2**15, over which threads wait
 Account = Callable[[nn.Module], torch.Tensor | None]  # `quant.Handler.sixteen_bit_columns`
 
 
@@ -266,10 +267,14 @@ class OutlierRecorder:
 
     def _close_step(self) -> None:
         groups: dict[tuple, list[_Input]] = defaultdict(list)
+        numbers = 0
         for entry in self._step:
-            groups[entry.kept.device, entry.compared_as].append(entry)
+            device = entry.kept.device
+            numbers += entry.kept.numel()
+            piece = numbers // CPU_STEP if device.type == "cpu" else 0
+            groups[device, entry.compared_as, piece].append(entry)
         step: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for (device, compared_as), entries in groups.items():
+        for (device, compared_as, _), entries in groups.items():
             layout = Layout(device, compared_as, tuple((tuple(e.names), tuple(e.kept.shape)) for e in entries))
             if layout not in self._totals:
                 self._totals[layout] = StepTotals(layout)

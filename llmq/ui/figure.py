@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 
 import gradio as gr
@@ -10,7 +11,7 @@ import plotly.graph_objects as go
 from llmq.ui.assets import script, serve_plotly
 
 _TEMPLATE = """
-<div class="llmq-figure" data-part="figure" hidden></div>
+<figure class="llmq-figure" hidden><figcaption data-part="title"></figcaption><div data-part="figure"></div></figure>
 <p class="llmq-quiet" data-part="failed" hidden>The figure could not be drawn in this browser; the tables hold its
   numbers.</p>
 """
@@ -30,5 +31,10 @@ def figure_view(*, elem_id: str) -> gr.HTML:
 
 
 def sent(figure: go.Figure | None) -> dict:
-    """A figure as it goes to the browser."""
-    return {} if figure is None else json.loads(figure.to_json())
+    """A figure as it goes to the browser, its title apart: plotly's titles do not wrap."""
+    if figure is None:
+        return {}
+    plain = json.loads(figure.to_json())
+    title = plain["layout"].pop("title", {}).get("text", "")
+    plain["layout"]["margin"]["t"] = 40
+    return {"title": html.unescape(title), **plain}

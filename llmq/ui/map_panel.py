@@ -11,6 +11,7 @@ from collections.abc import Callable
 import gradio as gr
 
 from llmq.inspect.report import OutlierReport
+from llmq.ui.figure import figure_view, sent
 from llmq.ui.outlier_tables import map_figure, shares_table, strongest_table, token_figure
 
 PHASES = ("prefill", "decode")
@@ -25,11 +26,11 @@ class MapPanel:
         with gr.Row(equal_height=True):
             self.kind = gr.Radio(KINDS, value="down", label="Input of", elem_id="kind")
             self.phase = gr.Radio(list(PHASES), value="prefill", label="Phase", elem_id="phase")
-        self.map = gr.Plot(label="Layer × channel", show_label=False, visible=False, elem_id="outlier-map")
+        self.map = figure_view(elem_id="outlier-map")
         self.shares = table("What reaches the threshold", SHARE_HEADERS, "outlier-shares")
         self.channels = table("Strongest channels", CHANNEL_HEADERS, "outlier-channels")
         self.layer = gr.Slider(0, 31, 0, step=1, label="Layer", info="Token by token, prompt only.", elem_id="layer")
-        self.tokens = gr.Plot(label="Token × channel", show_label=False, visible=False, elem_id="token-map")
+        self.tokens = figure_view(elem_id="token-map")
 
     def prepare(self, find: Find) -> None:
         self.find = find
@@ -52,8 +53,8 @@ class MapPanel:
             return {part: gr.skip() for part in self.outputs}
         tokens = token_figure(report, kind, int(layer), threshold, dark=bool(dark))
         return {
-            self.map: gr.Plot(map_figure(report, kind, phase, threshold, dark=bool(dark)), visible=True),
-            self.tokens: gr.Plot(tokens, visible=tokens is not None),
+            self.map: sent(map_figure(report, kind, phase, threshold, dark=bool(dark))),
+            self.tokens: sent(tokens),
             self.shares: shares_table(report, threshold),
             self.channels: strongest_table(report, threshold),
         }

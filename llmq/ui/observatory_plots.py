@@ -49,7 +49,7 @@ def columns_figure(report: OutlierReport, kind: str, moment: int, threshold: flo
             "title": {"text": "layer"}, "domain": [0.36, 1], "type": "category", "categoryorder": "array",
             "categoryarray": layers, "range": [len(layers) - 0.5, -0.5],
         },
-        xaxis2={"title": {"text": "0 is the prompt, then one generated token each"}, "anchor": "y2", "dtick": 1},
+        xaxis2={"title": {"text": "generated token (0: the prompt)"}, "anchor": "y2", "dtick": 1},
         yaxis2={"title": {"text": "columns"}, "domain": [0, 0.2], "rangemode": "tozero"},
     )  # fmt: skip
     if len(counts) > 24:
@@ -258,7 +258,7 @@ def _style(figure: go.Figure, title: str, dark: bool, *, height: int = 400) -> N
         font={"family": FONT, "color": colors["ink"], "size": 13},
         hoverlabel={"bgcolor": colors["surface"], "font": {"family": FONT, "color": colors["ink"]}},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        margin={"l": 60, "r": 20, "t": 84, "b": 50},
+        margin={"l": 60, "r": 20, "t": 84, "b": 64},
         height=height,
     )
     figure.update_xaxes(**axis)
