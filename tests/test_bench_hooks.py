@@ -225,3 +225,20 @@ def test_peaks_of_more_places_than_sixteen_bits_count():
     peaks, dtype = reductions.reduce_stream(x[None])
     values, tokens = reductions.split_peaks(peaks.numpy(), dtype)
     assert (values.tolist(), tokens.tolist()) == ([5.0, 2.0], [66_000, 3])
+
+
+def test_a_layer_without_an_account_is_asked_once():
+    """And watched as before: its hook on the output is gone after the first call, the others' stay."""
+    asked = []
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    account = lambda module: asked.append(module) or (torch.tensor([2]) if module is model[1] else None)  # noqa: E731
+    with torch.inference_mode(), OutlierRecorder(model, account=account) as recorder:
+        model(torch.ones(1, 1, 3))  # before the first phase nobody is asked
+        for phase in ("prefill", "decode", "decode"):
+            recorder.phase(phase)
+            model(torch.ones(1, 1, 3))
+        assert [len(layer._forward_hooks) for layer in model] == [0, 1]
+    without, with_account = recorder.report(model="", method="").modules
+    assert asked == [model[0], *[model[1]] * 3]
+    assert without.sent is None and [columns.tolist() for columns in with_account.sent] == [[2]] * 3
+    assert len(without.decode_steps) == 2 and not any(layer._forward_hooks for layer in model)

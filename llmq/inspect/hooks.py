@@ -79,20 +79,27 @@ class Watched:
         self._modules = modules
         self._on_input, self._on_output = on_input, on_output
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._output_handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
     def __enter__(self) -> Watched:
-        if self._handles:
+        if self._handles or self._output_handles:
             raise RuntimeError("these hooks are already in place; make a second Watched to nest")
         for name, module in self._modules.items():
             if self._on_input:
                 self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
             if self._on_output:
-                self._handles.append(module.register_forward_hook(self._after(name)))
+                self._output_handles[name] = module.register_forward_hook(self._after(name))
         return self
 
     def __exit__(self, *exception: object) -> None:
         while self._handles:
             self._handles.pop().remove()
+        while self._output_handles:
+            self._output_handles.popitem()[1].remove()
+
+    def skip_output(self, name: str) -> None:
+        """Call `on_output` for this module no more in this block; a callback may ask so of its own module."""
+        self._output_handles.pop(name).remove()
 
     def _before(self, name: str):
         def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:

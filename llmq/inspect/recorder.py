@@ -41,7 +41,6 @@ from llmq.inspect.report import (
     cutoff,
 )
 
-CPU_STEP = 1 << 14  # numbers of a token looked at together on a CPU: under torch's 2**15, over which threads wait
 Account = Callable[[nn.Module], torch.Tensor | None]  # `quant.Handler.sixteen_bit_columns`
 
 
@@ -197,7 +196,11 @@ class OutlierRecorder:
         self._input(x, "float16" if self._quantized[name] else self._dtypes[name]).names.append(name)
 
     def _on_output(self, name: str, module: nn.Module, y: torch.Tensor) -> None:
-        if self._phase is not None and (columns := self._account(module)) is not None:
+        if self._phase is None:
+            return
+        if (columns := self._account(module)) is None:
+            self._watched[0].skip_output(name)  # asked once: it keeps none in later calls either
+        else:
             self._sent[name] = columns
 
     def _on_block(self, name: str, block: nn.Module, y: torch.Tensor) -> None:
@@ -267,14 +270,10 @@ class OutlierRecorder:
 
     def _close_step(self) -> None:
         groups: dict[tuple, list[_Input]] = defaultdict(list)
-        numbers = 0
         for entry in self._step:
-            device = entry.kept.device
-            numbers += entry.kept.numel()
-            piece = numbers // CPU_STEP if device.type == "cpu" else 0
-            groups[device, entry.compared_as, piece].append(entry)
+            groups[entry.kept.device, entry.compared_as].append(entry)
         step: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for (device, compared_as, _), entries in groups.items():
+        for (device, compared_as), entries in groups.items():
             layout = Layout(device, compared_as, tuple((tuple(e.names), tuple(e.kept.shape)) for e in entries))
             if layout not in self._totals:
                 self._totals[layout] = StepTotals(layout)
