@@ -18,7 +18,7 @@ from llmq.ui.session import Jobs, Session  # noqa: E402
 
 RUNS = Path(__file__).parent / "assets" / "runs"
 JOBS = Jobs()
-AFTER_THE_PAGE = 6.0  # seconds left to the page and its first run before more is imported
+AFTER_THE_PAGE = 5.0  # seconds left to the page and its first run before more is imported
 GPU_SECONDS = 120  # what one job may hold a shared GPU for, where the host asks
 
 

@@ -1,7 +1,8 @@
 """Observe a model's activation outliers over one prompt; the whole public interface of outlier statistics.
 
-`observe` runs the model; `OutlierRecorder` records whatever the caller runs; an `OutlierReport` answers the rest from
-stored numbers. The report and its views import no torch: take them from their own modules where that matters.
+`observe` runs the model, `observe_in_parts` says early what the prompt gave; `OutlierRecorder` records whatever the
+caller runs; an `OutlierReport` answers the rest from stored numbers. The report and its views import no torch: take
+them from their own modules where that matters.
 """
 
 from __future__ import annotations
@@ -30,11 +31,18 @@ __all__ = [
     "TokenMap",
     "layer_channel_map",
     "observe",
+    "observe_in_parts",
     "strongest_channels",
 ]
 
 
-def observe(
+def observe(model: nn.Module, input_ids: torch.Tensor, **options) -> OutlierReport:
+    """The whole report of `observe_in_parts`, which has the options."""
+    *_, report = observe_in_parts(model, input_ids, **options)
+    return report
+
+
+def observe_in_parts(
     model: nn.Module,
     input_ids: torch.Tensor,
     *,
@@ -46,8 +54,9 @@ def observe(
     name: str = "",
     method: str = "",
     account: Account | None = None,
-) -> OutlierReport:
-    """Run a prompt and up to `new_tokens` greedy tokens through a Hugging Face causal LM and report its outliers.
+) -> Iterator[OutlierReport]:
+    """Run a prompt and up to `new_tokens` greedy tokens through a Hugging Face causal LM; a report of its outliers as
+    soon as the prompt is read, and the whole one.
 
     `input_ids`: (1, tokens) int64. Every generated token is run through the model, and has its columns; an end-of-text
     token ends the loop and is not run. The model runs in eval mode, as bitsandbytes quantizes activations only there,
@@ -55,32 +64,44 @@ def observe(
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
         raise BadChoice(f"input_ids of shape {tuple(input_ids.shape)} must be (1, tokens)")
-    stopped = False
-    token_ids = input_ids[0].tolist()
-    with _eval_mode(model), torch.inference_mode():
-        with OutlierRecorder(model, lowest_threshold=lowest_threshold, stop=stop, account=account) as recorder:
-            try:
-                for token_id in _greedy(model, input_ids, recorder, new_tokens):
+    token_ids, stopped = input_ids[0].tolist(), False
+    recorder = OutlierRecorder(model, lowest_threshold=lowest_threshold, stop=stop, account=account)
+
+    def report() -> OutlierReport:
+        texts = [token_text(token_id) for token_id in token_ids]
+        return recorder.report(model=name, method=method, threshold=threshold, token_texts=texts, stopped=stopped)
+
+    with _eval_mode(model), recorder:
+        try:
+            for token_id in _greedy(model, input_ids, recorder, new_tokens):
+                if token_id is not None:
                     token_ids.append(token_id)
-            except Stopped:
-                stopped = True
-    texts = [token_text(token_id) for token_id in token_ids]
-    return recorder.report(model=name, method=method, threshold=threshold, token_texts=texts, stopped=stopped)
+                elif new_tokens:
+                    yield report()
+        except Stopped:
+            stopped = True
+    yield report()
 
 
-def _greedy(model: nn.Module, input_ids: torch.Tensor, recorder: OutlierRecorder, new_tokens: int) -> Iterator[int]:
-    """Yield each generated token's id once it has run through the model; the phases are told to `recorder`."""
+def _greedy(
+    model: nn.Module, input_ids: torch.Tensor, recorder: OutlierRecorder, new_tokens: int
+) -> Iterator[int | None]:
+    """Yield None once the prompt is read, then each generated token's id once it has run through the model; the phases
+    are told to `recorder`."""
     ends = model.generation_config.eos_token_id
     ends = set(ends) if isinstance(ends, list | tuple) else {ends}
     recorder.phase("prefill")
-    out = model(input_ids.to(model.device), use_cache=True, logits_to_keep=1)
+    with torch.inference_mode():
+        out = model(input_ids.to(model.device), use_cache=True, logits_to_keep=1)
+    yield None
     for _ in range(new_tokens):
-        token = out.logits[:, -1:].argmax(-1)
-        token_id = token.item()
+        token_id = out.logits[0, -1].argmax().item()
         if token_id in ends:
             return
         recorder.phase("decode")
-        out = model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        with torch.inference_mode():
+            token = torch.tensor([[token_id]], device=model.device)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
         yield token_id
 
 

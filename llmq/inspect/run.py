@@ -84,7 +84,8 @@ def inspect_outliers(
     stop: threading.Event | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Event | OutlierReport]:
-    """Run `inspection`, yielding events and at last an OutlierReport (none when stopped before the model ran)."""
+    """Run `inspection`, yielding events, an OutlierReport once the prompt is read, and at last the whole one (none when
+    stopped before the model ran)."""
     stop = stop or threading.Event()
     with residents.turnstile.turn() as turn:
         if (yield from await_turn(turn, stop, clock)):
@@ -94,7 +95,7 @@ def inspect_outliers(
 def _inspect(inspection: Inspection, residents: Residents, stop: threading.Event) -> Iterator[Event | OutlierReport]:
     import torch
 
-    from llmq.inspect.outliers import observe
+    from llmq.inspect.outliers import observe_in_parts
 
     source = resolve(inspection.model)
     if not (yield from make_ready(source, stop)):
@@ -110,7 +111,7 @@ def _inspect(inspection: Inspection, residents: Residents, stop: threading.Event
         if contestant.threshold is not None:
             engine.set_threshold(contestant.threshold)
         yield Loaded(contestant=contestant.label, weight_bytes=engine.weight_bytes, seconds=seconds, resident=resident)
-        yield observe(
+        yield from observe_in_parts(
             engine.model,
             torch.tensor([ids], device=inspection.device),
             new_tokens=inspection.new_tokens,

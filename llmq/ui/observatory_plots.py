@@ -137,7 +137,7 @@ def layer_error_figure(cause: Cause, *, dark: bool = False) -> go.Figure:
         xaxis={"title": {"text": "layer"}},
         yaxis={"title": {"text": "SQNR (dB), higher is nearer to 16 bit"}},
         yaxis2={"title": {"text": "outliers"}, "overlaying": "y", "side": "right", "showgrid": False,
-                "rangemode": "tozero"},
+                "rangemode": "tozero", "tickmode": "auto", "nticks": 5},
         margin={"r": 60},
     )  # fmt: skip
     return figure

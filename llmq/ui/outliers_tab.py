@@ -86,7 +86,7 @@ class OutliersTab:
         panels = (self.map, self.moments, self.figures)
         for panel in panels:
             panel.prepare(self._report)
-        done = gr.on(
+        gr.on(
             [self.watch.click, self.prompt.submit],
             self._watch,
             [self.prompt, self.model, self.method, self.threshold, self.new_tokens],
@@ -98,8 +98,7 @@ class OutliersTab:
         )
         for panel in panels:
             inputs = [self.report_key, self.threshold, *panel.inputs, self.dark]
-            changed = [self.threshold.input, *panel.changes]
-            done.then(panel.draw, inputs, panel.outputs, js=DARK_SCRIPT, **QUIET)
+            changed = [self.report_key.change, self.threshold.input, *panel.changes]
             gr.on(changed, panel.draw, inputs, panel.outputs, js=DARK_SCRIPT, trigger_mode="always_last", **QUIET)
         self.agreement.wire(self.prompt, self.model, self.method, self.threshold, self.dark, DARK_SCRIPT)
         self.what_if.wire(self.prompt, self.model, self.dark, DARK_SCRIPT)
@@ -123,6 +122,10 @@ class OutliersTab:
             for item in self.session.run(inspection, request.session_hash or "nobody"):
                 if isinstance(item, OutlierReport):
                     report = item
+                    if report.generated_tokens < new_tokens and not report.stopped:
+                        yield self._finished(report) | {
+                            self.status: {"text": "The prompt is read; generating", "fraction": None}
+                        }
                 elif isinstance(item, Loading) and item.contestant:
                     yield {self.status: {"text": f"Loading {item.contestant}, then watching", "fraction": None}}
                 elif line := progress_of(item):

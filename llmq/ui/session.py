@@ -24,14 +24,6 @@ from llmq.inspect.reading import Reading, read_both
 from llmq.inspect.run import Inspection, Preparation, inspect_outliers, prepare_engine
 
 Job = Comparison | Inspection | Preparation | Reading | Explanation | Experiment
-RUNNERS = (
-    (Comparison, compare),
-    (Inspection, inspect_outliers),
-    (Preparation, prepare_engine),
-    (Reading, read_both),
-    (Explanation, explain),
-    (Experiment, run_experiment),
-)
 KEPT_FINDINGS = 32  # outlier reports and readings stay on the server; the browser gets pictures of them
 KEPT_OUTCOMES = 64  # of runs whose page has yet to ask for them
 
@@ -47,8 +39,7 @@ class Jobs:
     def run(self, job: Job, owner: str) -> Iterator[object]:
         """Run `job` for `owner` (a browser session); `stop(owner)` ends it."""
         with self._stoppable(owner) as stop:
-            runner = next(runner for kind, runner in RUNNERS if isinstance(job, kind))
-            yield from runner(job, self.residents, stop=stop)
+            yield from _runner_of(job)(job, self.residents, stop=stop)
 
     def stop(self, owner: str) -> int:
         """Ask every job of `owner` to end; how many there were. Asking twice is harmless."""
@@ -70,6 +61,22 @@ class Jobs:
                 self._stops[owner].discard(stop)
                 if not self._stops[owner]:
                     del self._stops[owner]
+
+
+def _runner_of(job: Job) -> Callable[..., Iterator[object]]:
+    match job:
+        case Comparison():
+            return compare
+        case Inspection():
+            return inspect_outliers
+        case Preparation():
+            return prepare_engine
+        case Reading():
+            return read_both
+        case Explanation():
+            return explain
+        case _:
+            return run_experiment
 
 
 @dataclass
