@@ -8,7 +8,7 @@ from llmq.inspect.emergence import emergence
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.wording import MASSIVE_HEADERS, emergence_line, massive_rows
 from llmq.ui.figure import figure_view, sent
-from llmq.ui.map_panel import Find, table
+from llmq.ui.map_panel import Find, filled, table
 from llmq.ui.observatory_plots import features_figure, peaks_figure
 
 
@@ -43,5 +43,5 @@ class FiguresPanel:
             self.said: emergence_line(found),
             self.features: sent(features_figure(found, dark=bool(dark))),
             self.peaks: sent(peaks_figure(report, dark=bool(dark))),
-            self.massive: massive_rows(report),
+            self.massive: filled(massive_rows(report)),
         }

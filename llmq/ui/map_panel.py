@@ -55,8 +55,8 @@ class MapPanel:
         return {
             self.map: sent(map_figure(report, kind, phase, threshold, dark=bool(dark))),
             self.tokens: sent(tokens),
-            self.shares: shares_table(report, threshold),
-            self.channels: strongest_table(report, threshold),
+            self.shares: filled(shares_table(report, threshold)),
+            self.channels: filled(strongest_table(report, threshold)),
         }
 
 
@@ -66,10 +66,16 @@ def kinds_of(report: OutlierReport) -> list[str]:
 
 
 def table(label: str, headers: list[str], elem_id: str) -> gr.Dataframe:
+    """Hidden until it is `filled`."""
     return gr.Dataframe(
         headers=headers, value=[], label=label, interactive=False, wrap=True, elem_id=elem_id, type="array",
-        elem_classes=["llmq-table"],
+        elem_classes=["llmq-table"], visible=False,
     )  # fmt: skip
+
+
+def filled(rows: list[list[str]]) -> gr.Dataframe:
+    """A `table` with something in it, shown."""
+    return gr.Dataframe(value=rows, visible=True)
 
 
 def _loudest_layer(report: OutlierReport) -> int:
