@@ -6,6 +6,7 @@ Amplifying: SmoothQuant (Xiao et al. 2023, arXiv 2211.10438) backwards, see `mod
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def harm(results: list[dict]) -> list[dict]:
         }
         if all(rises.values()):
             strongest, other = rises["strongest"][0], statistics.median(rises["random"])
-            ratio = strongest / max(other, 1e-9)
+            ratio = strongest / other if other > 0 else math.inf  # random ones did no harm at all
             found.append({"count": count, "strongest": strongest, "random": other, "ratio": ratio})
     return found
 

@@ -34,8 +34,8 @@ class MapPanel:
 
     def prepare(self, find: Find) -> None:
         self.find = find
-        self.inputs, self.changes = [self.kind, self.phase, self.layer], [self.kind.input, self.phase.input,
-                                                                          self.layer.release]  # fmt: skip
+        self.inputs = [self.kind, self.phase, self.layer]
+        self.changes = [self.kind.change, self.phase.input, self.layer.change]
         self.outputs, self.framed = [self.map, self.tokens, self.shares, self.channels], [self.kind, self.layer]
 
     def frame(self, report: OutlierReport) -> dict:

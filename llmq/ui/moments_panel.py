@@ -28,7 +28,7 @@ class MomentsPanel:
 
     def prepare(self, find: Find) -> None:
         self.find = find
-        self.inputs, self.changes = [self.kind, self.moment], [self.kind.input, self.moment.input]
+        self.inputs, self.changes = [self.kind, self.moment], [self.kind.change, self.moment.change]
         self.outputs, self.framed = [self.figure, self.said], [self.kind, self.moment]
 
     def frame(self, report: OutlierReport) -> dict:
