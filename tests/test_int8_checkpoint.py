@@ -38,8 +38,14 @@ def ours(origin, tmp_path_factory):
 @pytest.fixture(scope="module")
 def theirs(origin, tmp_path_factory):
     """What transformers itself saves of the model it quantized with bitsandbytes."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     folder = tmp_path_factory.mktemp("theirs")
-    engine(origin, "bnb-int8").model.save_pretrained(folder)
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        origin, quantization_config=config, dtype=torch.float16, device_map={"": "cpu"}
+    )
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

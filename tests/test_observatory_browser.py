@@ -107,7 +107,8 @@ def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, scre
         page.keyboard.press("Enter")
         page.locator("#amplifying-run").click()
         page.wait_for_function(
-            "f => document.querySelector('#amplifying-table').innerText.split('\\n').filter(x => x === f).length >= 4",
+            "f => (document.querySelector('#amplifying-table')?.innerText ?? '').split('\\n')"
+            ".filter(cell => cell === f).length >= 4",
             arg=factor,
             timeout=3 * MINUTE,
         )
@@ -145,7 +146,7 @@ def test_every_part_is_accessible_and_fits(browser, address, theme, width, scree
     page.get_by_role("tab", name="Outliers").click()
     page.locator("#watch").click()
     wait_for_status(page, "outlier-status", "watched in")
-    drawn(page, "token-map")
+    page.wait_for_selector("#token-map .js-plotly-plot .hm")
     found = []
     for name in ("Activations", "Sent to 16 bit", "The paper's figures", "Agreement and cause", "What if"):
         chosen = page.locator("#observatory").get_by_role("tab", name=name)
