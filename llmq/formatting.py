@@ -58,3 +58,12 @@ def format_share(share: float | None) -> str:
     if not _known(share):
         return MISSING
     return f"{share:.0%}" if share == 0 or share >= 0.1 else f"{100 * share:.2g} %".replace(" %", "%")
+
+
+def plain_json(value):
+    """`value` with None for every number that is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: plain_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmq.actions import device_of, read_text, write_text
 from llmq.errors import BadChoice
+from llmq.formatting import plain_json
 from llmq.preparation import Working
 from llmq.reporting import outlier_lines, progress_line
 
@@ -63,7 +64,7 @@ def run_agreement(options) -> int:
 
         write_text(options.html, agreement_page(read))
     if options.json:
-        print(json.dumps(agreement_json(read), allow_nan=False))
+        print(json.dumps(plain_json(agreement_json(read)), allow_nan=False))
         return 0
     print(summary_of(read))
     if drift := drift_line(read):
@@ -102,7 +103,7 @@ def run_explain(options) -> int:
 
         write_text(options.html, cause_page(cause, read))
     if options.json:
-        print(json.dumps(cause_json(cause, read), allow_nan=False))
+        print(json.dumps(plain_json(cause_json(cause, read)), allow_nan=False))
         return 0
     print(cause_line(cause, read))
     print(f"\n{'layer':>6}  {'off by':>8}  {'SQNR (dB)':>9}  outliers at the token")
@@ -179,7 +180,7 @@ def numbers(name: str, text: str, kind: type) -> tuple:
 
 
 def _print_experiment(result: dict, options) -> int:
-    from llmq.experiments.tables import HEADERS, finding, plain_json, rows_of
+    from llmq.experiments.tables import HEADERS, finding, rows_of
 
     stored = plain_json(result)
     if options.save:

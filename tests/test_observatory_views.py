@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from llmq.experiments.tables import HEADERS, finding, plain_json, rows_of
+from llmq.experiments.tables import HEADERS, finding, rows_of
+from llmq.formatting import plain_json
 from llmq.inspect.agreement import Agreement, Drift, Guess, TokenAgreement
 from llmq.inspect.cause import Cause, LayerError, Patch
 from llmq.inspect.emergence import emergence
@@ -121,10 +123,20 @@ def test_a_reading_travels_whole():
 def test_a_cause_names_the_repair_and_what_is_not_finite_is_left_out():
     assert "With only model.layers.0.a in 16 bit" in cause_line(cause(), read())
     assert [row[3] for row in patch_rows(cause(), read())] == ["yes", "no"]
-    plain = json.loads(json.dumps(cause_json(cause(), read()), allow_nan=False))
+    plain = json.loads(json.dumps(plain_json(cause_json(cause(), read())), allow_nan=False))
     assert plain["repairs"] == ["model.layers.0.a"] and plain["layers"][1]["sqnr_db"] is None
     assert series(plots.layer_error_figure(cause()))["SQNR of the output"] == [(0, 40.0), (1, None)]
     assert "nothing to repair" in cause_line(Cause(2, 5, 5, 0.0, ()), read())
+
+
+def test_an_infinite_divergence_is_shown_and_stored():
+    """One method excludes what the other holds possible: nothing to crash on, in the browser, in a file or in JSON."""
+    source = read()
+    rows = (replace(source.agreement.tokens[0], kl=math.inf), *source.agreement.tokens[1:])
+    source = replace(source, agreement=replace(source.agreement, tokens=rows))
+    assert [row[1] for row in reading_value(source)["tokens"]] == [None, 0.1, 0.15]
+    assert "KL inf nats" in agreement_page(source)
+    assert json.loads(json.dumps(plain_json(agreement_json(source)), allow_nan=False))["tokens"][0]["kl"] is None
 
 
 class Page(HTMLParser):

@@ -119,12 +119,3 @@ _FINDINGS = {
     "thresholds": _threshold_line,
     "ablation": _ablation_line,
 }
-
-
-def plain_json(value):
-    """A result for `json.dumps`: numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {key: plain_json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

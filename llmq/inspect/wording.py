@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from llmq.formatting import format_share
 from llmq.inspect.agreement import TokenAgreement
 from llmq.inspect.cause import Cause
@@ -163,7 +161,7 @@ def _token_json(read: Read, token: TokenAgreement) -> dict:
 
 
 def cause_json(cause: Cause, read: Read) -> dict:
-    """The keys of `explain-token --json`. A margin or ratio that is not finite is None."""
+    """The keys of `explain-token --json`."""
     return {
         "kind": "cause",
         "model": read.reading.model,
@@ -175,17 +173,16 @@ def cause_json(cause: Cause, read: Read) -> dict:
         "text": read.texts[cause.position],
         "baseline_token": {"token_id": cause.baseline_token, "text": read.text_of(cause.baseline_token)},
         "other_token": {"token_id": cause.other_token, "text": read.text_of(cause.other_token)},
-        "margin": _finite(cause.margin),
+        "margin": cause.margin,
         "stopped": cause.stopped,
         "layers": [
             {
                 "layer": entry.layer,
-                "relative_error": _finite(entry.relative),
-                "sqnr_db": _finite(entry.sqnr_db),
+                "relative_error": entry.relative,
+                "sqnr_db": entry.sqnr_db,
                 "outlier_count": entry.outlier_count,
                 "strongest": [
-                    {"input_of": kind, "channel": channel, "absmax": _finite(value)}
-                    for kind, channel, value in entry.outliers
+                    {"input_of": kind, "channel": channel, "absmax": value} for kind, channel, value in entry.outliers
                 ],
             }
             for entry in cause.layers
@@ -193,7 +190,7 @@ def cause_json(cause: Cause, read: Read) -> dict:
         "patches": [
             {
                 "module": patch.module,
-                "margin": _finite(patch.margin),
+                "margin": patch.margin,
                 "token": read.text_of(patch.token_id),
                 "repaired": patch.repaired,
             }
@@ -201,7 +198,3 @@ def cause_json(cause: Cause, read: Read) -> dict:
         ],
         "repairs": [patch.module for patch in cause.repairs],
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

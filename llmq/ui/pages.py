@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 
 import plotly.graph_objects as go
@@ -161,6 +162,7 @@ def _text(read: Read) -> str:
     value = reading_value(read)
     parts = [f"<span>{html.escape(value['opening'])}</span>"]
     for text, kl, rank, *lists in value["tokens"]:
+        kl = math.inf if kl is None else kl
         told = [f"KL {kl:.3g} nats, first choice of {value['labels'][0]} is number {rank} of {value['labels'][1]}"]
         for label, guesses in zip(value["labels"], lists, strict=True):
             told.append(f"{label}: " + ", ".join(f"{guess!r} {probability:.1%}" for guess, probability in guesses))

@@ -14,7 +14,8 @@ const node = (tag, className, text) => {
 const visible = (text) => (text === "" ? "∅" : /^[^\S\n]+$/.test(text)
   ? text.replace(/\t/g, "⇥").replace(/[^\S⇥]/g, "␣") : text.replace(/\r?\n/g, "⏎"));
 const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : `${(100 * p).toPrecision(2)} %`);
-const level = (kl) => LEVELS.filter((edge) => kl >= edge).length;
+const level = (kl) => (kl === null ? LEVELS.length : LEVELS.filter((edge) => kl >= edge).length);
+const nats = (kl) => (kl === null ? "infinite" : `${kl.toPrecision(3)} nats`);
 
 const guesses = (label, list, number) => {
   const box = node("section", `llmq-guesses llmq-c${number}`);
@@ -34,7 +35,7 @@ const describe = (position) => {
   if (!token) return;
   const [text, kl, rank, mine, yours] = token;
   const top = rank === 1 ? "same first choice" : `the baseline's first choice is number ${rank} here`;
-  part("about").textContent = `Token ${position}, “${visible(text)}”: KL ${kl.toPrecision(3)} nats, ${top}.`;
+  part("about").textContent = `Token ${position}, “${visible(text)}”: KL ${nats(kl)}, ${top}.`;
   part("lists").replaceChildren(guesses(props.value.labels[0], mine, 0), guesses(props.value.labels[1], yours, 1));
 };
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from llmq.inspect.agreement import Guess, TokenAgreement
 from llmq.inspect.reading import Read
 from llmq.inspect.wording import summary_of
 
 
 def reading_value(read: Read) -> dict:
-    """The value of `reading_view`: labels, one row a token, and a summary."""
+    """The value of `reading_view`: labels, one row a token, and a summary. A KL that is infinite is None."""
     agreement = read.agreement
     return {
         "labels": [read.reading.baseline.label, read.reading.contestant.label],
@@ -22,7 +24,8 @@ def reading_value(read: Read) -> dict:
 
 def _row(read: Read, token: TokenAgreement) -> list:
     lists = ([_guess(read, guess) for guess in side] for side in (token.baseline, token.other))
-    return [read.texts[token.position], float(f"{token.kl:.4g}"), token.rank, *lists]
+    kl = float(f"{token.kl:.4g}") if math.isfinite(token.kl) else None  # a browser's JSON has no infinity
+    return [read.texts[token.position], kl, token.rank, *lists]
 
 
 def _guess(read: Read, guess: Guess) -> list:
