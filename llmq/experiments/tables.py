@@ -73,9 +73,12 @@ def _harm_line(rows: list[dict]) -> str:
     if not found:
         return ""
     entry = found[0]
+    times = f", {entry['ratio']:,.3g} times as much" if math.isfinite(entry["ratio"]) else ""
+    which = "channel" if entry["count"] == 1 else f"{entry['count']} channels"
+    other = "a random one changes" if entry["count"] == 1 else "as many random ones change"
     return (
-        f"Silencing the {entry['count']} strongest of the channels raises perplexity by {entry['strongest']:,.4g}; as "
-        f"many random ones change it by {entry['random']:+.3g} (median of the draws)."
+        f"Silencing the strongest {which} raises perplexity by {entry['strongest']:,.4g}{times}; {other} it by "
+        f"{entry['random']:+.3g} (median of the draws)."
     )
 
 
@@ -93,11 +96,16 @@ def _amplified_line(rows: list[dict]) -> str:
 
 
 def _threshold_line(rows: list[dict]) -> str:
-    if len(rows) < 2:
+    on = sorted((float(row["threshold"]), row) for row in rows if row["threshold"] not in ("off", "∞"))
+    if len(on) < 2:
         return ""
+    (_, low), (_, high) = on[0], on[-1]
+    off = next((row for row in rows if row["threshold"] == "off"), None)
+    end = f"; off, none stay and it is {off['kl_to_fp16']:.3g}" if off else ""
     return (
-        "A lower threshold keeps more columns in 16 bit and comes nearer to FP16; 'off' is not the lowest but the "
-        "highest there is: no column is kept."
+        f"At threshold {low['threshold']} {format_share(low['outlier_share'])} of columns stay in 16 bit and KL to "
+        f"FP16 is {low['kl_to_fp16']:.3g}; at {high['threshold']} it is {format_share(high['outlier_share'])} and "
+        f"{high['kl_to_fp16']:.3g}{end}."
     )
 
 

@@ -22,8 +22,8 @@ class FiguresPanel:
         self.features = figure_view(elem_id="features-figure")
         self.peaks = figure_view(elem_id="peaks-figure")
         gr.Markdown(
-            "**Massive activations** are something else: a few numbers hundreds of times larger than the rest, mostly "
-            "at the first token, made by one `down_proj` and carried in the residual stream."
+            "**Massive activations** are something else: a few numbers many times larger than the rest, in the "
+            "residual stream and in what `down_proj` reads. The table says at which token; it is often the first."
         )
         self.massive = table("Massive activations", MASSIVE_HEADERS, "massive")
 
