@@ -1,5 +1,7 @@
 """What a user may be shown. The library raises these; only `ui/` and `cli.py` translate them for their audience."""
 
+NOT_A_NUMBER = "the model's output is not a number (an overflow in 16 bit?); try bf16 or fp32"
+
 
 class UserError(Exception):
     """A failure whose message is written for the person at the screen: what happened, and what to do about it."""
@@ -15,10 +17,6 @@ class ModelUnavailable(UserError):
 
 class OutOfMemory(UserError):
     """Memory ran out, or would; the message gives predicted and free bytes."""
-
-
-class DeviceBusy(UserError):
-    """Another run holds the device and did not give it back in time."""
 
 
 def is_allocation_failure(error: Exception) -> bool:

@@ -2,13 +2,14 @@
 
 The text is cut into windows of 512 tokens that do not overlap; each window is one forward call without earlier context,
 and its first token is not scored. Perplexity is exp of the mean negative log-likelihood over all scored tokens. KL is
-KL(FP16 || method), in nats per token. Intervals are 95 %: mean ± 1.96 standard errors over windows, because tokens of
-one window are not independent.
+KL(FP16 || method), in nats per token, `reverse_kl` the other direction. `perplexity_change` is the relative change
+against FP16. Intervals are 95 % t-intervals over windows; those of differences are paired, window by window.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from llmq.engine.residents import Key, Residents
 from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.models.loading import load_config, load_tokenizer, prepare, resolve
+from llmq.scores import LARGEST_LOSS, TextScore, mean_interval, perplexity, score_text
 
 if TYPE_CHECKING:
     import torch
@@ -67,12 +69,12 @@ def bench_quality(bench: QualityBench, report: Callable[[str], None] = lambda li
         if contestant.threshold is not None:
             engine.set_threshold(contestant.threshold)
         engines[contestant] = engine
-    scores = {contestant: [] for contestant in bench.contestants}
+    scores: dict[Contestant, list[TextScore]] = {contestant: [] for contestant in needed}
     for number, window in enumerate(windows, 1):
-        baseline = _log_probabilities(engines[BASELINE], window)
-        for contestant in bench.contestants:
-            own = baseline if contestant == BASELINE else _log_probabilities(engines[contestant], window)
-            scores[contestant].append(_score(own, baseline, window))
+        baseline = _logits(engines[BASELINE], window)
+        for contestant in needed:
+            own = baseline if contestant == BASELINE else _logits(engines[contestant], window)
+            scores[contestant].append(score_text(own, baseline, window))
         report(f"window {number} of {len(windows)}")
     return {
         "kind": "quality",
@@ -81,42 +83,34 @@ def bench_quality(bench: QualityBench, report: Callable[[str], None] = lambda li
         "device": bench.device,
         "model": bench.model,
         "conditions": {"window": WINDOW, "windows": len(windows), **describe(bench.device, source)},
-        "results": [{"method": c.label, "engine": engines[c].name, **_summarise(rows)} for c, rows in scores.items()],
+        "results": [
+            {"method": c.label, "engine": engines[c].name, **_summarise(scores[c], scores[BASELINE])}
+            for c in bench.contestants
+        ],
     }
 
 
-def _log_probabilities(engine, window: list[int]) -> torch.Tensor:
-    """(window - 1, vocabulary) float32 natural-log probabilities of the next token."""
+def _logits(engine, window: list[int]) -> torch.Tensor:
+    """(window, vocabulary) float32 next-token logits."""
     import torch
 
     with torch.inference_mode():
-        return engine.logits(window)[:-1].float().log_softmax(-1)
+        return engine.logits(window).float()
 
 
-def _score(own: torch.Tensor, baseline: torch.Tensor, window: list[int]) -> tuple[float, float, float]:
-    """Means over one window: negative log-likelihood, KL(baseline || own), share of equal top-1 tokens."""
-    import torch
-
-    targets = torch.tensor(window[1:], device=own.device)
-    loss = -own.gather(1, targets[:, None]).mean()
-    divergence = (baseline.exp() * (baseline - own)).sum(-1).mean()
-    agreement = (own.argmax(-1) == baseline.argmax(-1)).float().mean()
-    return loss.item(), divergence.item(), agreement.item()
-
-
-def _summarise(rows: list[tuple[float, float, float]]) -> dict:
-    loss, divergence, agreement = (_mean_and_interval(column) for column in zip(*rows, strict=True))
+def _summarise(rows: list[TextScore], baseline: list[TextScore]) -> dict:
+    """One method's row from its windows: means with their intervals, and the change of perplexity in pairs: each
+    window's loss against the baseline's loss of the same window."""
+    losses = [row.loss for row in rows]
+    changes = [row.loss - other.loss for row, other in zip(rows, baseline, strict=True)]
     return {
-        "perplexity": math.exp(loss[0]),
-        "perplexity_interval": [math.exp(end) for end in loss[1]],
-        "kl_to_fp16": divergence[0],
-        "kl_to_fp16_interval": divergence[1],
-        "top1_agreement": agreement[0],
-        "top1_agreement_interval": agreement[1],
+        **_with_interval("perplexity", losses, perplexity),
+        **_with_interval("perplexity_change", changes, lambda change: math.expm1(min(change, LARGEST_LOSS))),
+        **_with_interval("kl_to_fp16", [row.kl for row in rows]),
+        **_with_interval("reverse_kl", [row.reverse_kl for row in rows]),
+        **_with_interval("top1_agreement", [row.top1 for row in rows]),
     }
 
 
-def _mean_and_interval(values: tuple[float, ...]) -> tuple[float, list[float]]:
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return mean, [mean - 1.96 * spread, mean + 1.96 * spread]
+def _with_interval(name: str, values: list[float], shown: Callable[[float], float] = float) -> dict:
+    return {name: shown(statistics.fmean(values)), f"{name}_interval": [shown(end) for end in mean_interval(values)]}

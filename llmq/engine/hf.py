@@ -10,16 +10,14 @@ call, so what a call needed beyond what was allocated before it is this engine's
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llmq.engine.interface import Interrupted, Token
+from llmq.engine.interface import Interrupted, Token, token_of
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import timer_for
-from llmq.errors import UserError
 from llmq.quant.handler import Handler, stored_bytes
 
 if TYPE_CHECKING:
@@ -153,10 +151,9 @@ class Generation:
             token_id, logprob = self._sampler.choose(logits).tolist()
         self.logits = logits
         self._account(kv_before, timer.growth_bytes)
-        if math.isnan(logprob):
-            raise UserError("the model's output is not a number (an overflow in 16 bit?); try bf16 or fp32")
-        self._last = int(token_id)
-        return Token(self._last, logprob, timer.seconds)
+        token = token_of(token_id, logprob, timer.seconds)
+        self._last = token.token_id
+        return token
 
     def _account(self, kv_before: int, growth: int) -> None:
         kv_growth = self.kv_bytes - kv_before

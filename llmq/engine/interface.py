@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from llmq.errors import UserError
+from llmq.errors import NOT_A_NUMBER, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from llmq.engine.sampling import SamplingSettings
     from llmq.quant import Handler
 
-
 SHORTEST_CAPACITY = 256
-NOT_A_NUMBER = "the model's output is not a number (an overflow in 16 bit?); try bf16 or fp32"
 
 
 def capacity_for(tokens: int, context: int) -> int:

@@ -130,17 +130,16 @@ class Amplifying(Experiment):
         require_channels(channels, lab.width)
         with lab.engine(BASELINE) as engine:
             yield lab.progress("FP16 reads the text", 0.0)
-            logits = [engine.logits(ids, lab.stop.is_set).float().cpu() for ids in lab.texts]
-        truth = [table[:-1].log_softmax(-1) for table in logits]
+            truth = lab.read(engine)
         total = len(self.factors) * len(self.contestants)
         for number, (factor, contestant) in enumerate(self._pairs()):
             yield lab.progress(f"{contestant.label} at s = {factor:g}", 0.05 + 0.95 * number / total)
             edit = Amplify(channels, factor) if factor != 1 else None
             with lab.engine(contestant, edit) as engine:
-                found = [engine.logits(ids, lab.stop.is_set).float().cpu() for ids in lab.texts]
-            change = max((a - b).abs().max().item() for a, b in zip(found, logits, strict=True))
+                found = lab.read(engine)
+            change = max((a - b).abs().max().item() for a, b in zip(found, truth, strict=True))
             row = {"factor": factor, "method": contestant.label, "channels": list(channels)}
-            yield row | lab.score([t[:-1].log_softmax(-1) for t in found], truth) | {"largest_logit_change": change}
+            yield row | lab.score(found, truth) | {"largest_logit_change": change}
 
     def _pairs(self) -> Iterator[tuple[float, Contestant]]:
         return ((factor, contestant) for factor in self.factors for contestant in self.contestants)

@@ -7,13 +7,12 @@ reference text, each one call, the first token of each not scored, as in the qua
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llmq.bench.quality import WINDOW, reference_text
@@ -29,6 +28,7 @@ from llmq.events import Event
 from llmq.models.edits import Edit
 from llmq.models.loading import ids_within, load_config, load_tokenizer, resolve
 from llmq.preparation import Working, await_turn, make_ready
+from llmq.scores import perplexity, score_text
 
 if TYPE_CHECKING:
     import torch
@@ -172,28 +172,18 @@ class Lab:
                 self.residents.drop(key)
 
     def read(self, engine: Engine) -> list[torch.Tensor]:
-        """For each window (tokens - 1, vocabulary) float32 natural-log probabilities of the next token, on the host."""
-        return [engine.logits(ids, self.stop.is_set)[:-1].float().log_softmax(-1).cpu() for ids in self.texts]
+        """For each window (tokens, vocabulary) float32 next-token logits, on the host."""
+        return [engine.logits(ids, self.stop.is_set).float().cpu() for ids in self.texts]
 
     def score(self, own: list[torch.Tensor], baseline: list[torch.Tensor]) -> dict:
-        """Perplexity of `own`, its KL(baseline || own) in nats and its top-1 agreement; means over all tokens. Where
-        `own` is not a number it holds nothing possible and agrees with nothing."""
-        import torch
-
-        losses, divergences, agreements = [], [], []
-        for mine, truth, ids in zip(own, baseline, self.texts, strict=True):
-            mine = mine.masked_fill(mine.isnan(), -math.inf)
-            losses.append(-mine.gather(1, torch.tensor(ids[1:])[:, None]))
-            terms = truth.exp() * (truth - mine)
-            divergences.append(terms.masked_fill_(truth.isneginf(), 0.0).sum(-1))  # a probability of 0 adds nothing
-            possible = mine.amax(-1) > -math.inf
-            agreements.append((possible & (mine.argmax(-1) == truth.argmax(-1))).float())
-        loss = torch.cat(losses).double().mean().item()
-        return {
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "kl_to_fp16": torch.cat(divergences).double().mean().item(),
-            "top1_agreement": torch.cat(agreements).mean().item(),
-        }
+        """Score the logits `own` of every window against `baseline`; means over all tokens. Where an edited model's
+        output is not a number, its perplexity and KL are infinite and it agrees with nothing."""
+        scores = [
+            score_text(*logits, ids, allow_overflow=True)
+            for *logits, ids in zip(own, baseline, self.texts, strict=True)
+        ]
+        loss, kl, _, top1 = (sum(column) / len(scores) for column in zip(*map(astuple, scores), strict=True))
+        return {"perplexity": perplexity(loss), "kl_to_fp16": kl, "top1_agreement": top1}
 
     def write(self, engine: Engine) -> str:
         """What `engine` writes greedily after the prompt; '' where there is no prompt."""

@@ -7,18 +7,16 @@ its own. KL is KL(baseline || other), in nats, as in the quality figures.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmq.engine.interface import NOT_A_NUMBER
-from llmq.errors import BadChoice, UserError
+from llmq.errors import BadChoice
+from llmq.scores import ROWS, kl_divergence, log_probabilities, perplexity
 
 if TYPE_CHECKING:
     import torch
 
 LIKELIEST = 5  # tokens of each list
-ROWS = 64  # positions at a time in float64, whose rows are as wide as the vocabulary
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Agreement:
     def perplexities(self) -> tuple[float, float]:
         """Of the text's tokens under the baseline and the other."""
         means = (sum(token.logprobs[side] for token in self.tokens) / len(self.tokens) for side in (0, 1))
-        return tuple(math.exp(-mean) if mean > -700 else math.inf for mean in means)
+        return tuple(perplexity(-mean) for mean in means)
 
     @property
     def diverging(self) -> list[TokenAgreement]:
@@ -108,26 +106,21 @@ class Agreement:
 def compare_logits(baseline: torch.Tensor, other: torch.Tensor, ids: list[int], first: int = 1) -> list[TokenAgreement]:
     """Agreement on `ids` from position `first` on. `baseline`, `other`: (tokens, vocabulary) logits after each token.
 
-    Probabilities are computed in float64, so that a small divergence is not the rounding of its own computation. Raises
-    UserError where the logits are not numbers: nothing agrees with that.
+    Raises UserError where the logits are not numbers: nothing agrees with that.
     """
     if len(ids) < 2:
         raise BadChoice(f"the text has {len(ids)} token; at least 2 are needed, the first predicts the second")
     found = []
     for start in range(first - 1, len(ids) - 1, ROWS):
         stop = min(start + ROWS, len(ids) - 1)
-        a, b = (logits[start:stop].double().log_softmax(-1) for logits in (baseline, other))
-        b = b.to(a.device)
-        if bool(a.isnan().any() | b.isnan().any()):
-            raise UserError(NOT_A_NUMBER)
-        found += _rows(a, b, ids[start + 1 : stop + 1], start + 1)
+        a, b = (log_probabilities(logits[start:stop]) for logits in (baseline, other))
+        found += _rows(a, b.to(a.device), ids[start + 1 : stop + 1], start + 1)
     return found
 
 
 def _rows(a: torch.Tensor, b: torch.Tensor, targets: list[int], first: int) -> list[TokenAgreement]:
     import torch
 
-    kl = (a.exp() * (a - b)).masked_fill_(a.isneginf(), 0.0).sum(-1)  # a probability of 0 adds nothing
     best = a.argmax(-1, keepdim=True)
     own = b.gather(1, best)
     before = torch.arange(b.shape[1], device=b.device) < best
@@ -135,9 +128,9 @@ def _rows(a: torch.Tensor, b: torch.Tensor, targets: list[int], first: int) -> l
     index = torch.tensor(targets, device=a.device)[:, None]
     logprobs = torch.cat((a.gather(1, index), b.gather(1, index)), 1).tolist()
     lists = [_guesses(side) for side in (a, b)]
-    rows = zip(targets, kl.tolist(), rank.tolist(), logprobs, *lists, strict=True)
+    rows = zip(targets, kl_divergence(a, b).tolist(), rank.tolist(), logprobs, *lists, strict=True)
     return [
-        TokenAgreement(first + i, token, max(kl, 0.0), rank, tuple(logs), mine, yours)
+        TokenAgreement(first + i, token, kl, rank, tuple(logs), mine, yours)
         for i, (token, kl, rank, logs, mine, yours) in enumerate(rows)
     ]
 

@@ -1,0 +1,119 @@
+"""How near one method's predictions are to another's on the same text: one definition for every command and table.
+
+Inputs are logits, (tokens, vocabulary): row i predicts token i + 1. Everything is computed in float64, `ROWS` positions
+at a time, so that a small divergence is not the rounding of its own computation. KL is in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmq.errors import NOT_A_NUMBER, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS = 64  # positions at a time: a float64 row is as wide as the vocabulary
+LARGEST_LOSS = 700.0  # exp of more overflows a float64
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Means over the scored tokens of one text.
+
+    `loss`: negative log-likelihood of the text in nats a token. `kl`: KL(baseline || own); `reverse_kl`: KL(own ||
+    baseline). `top1`: share of positions where both hold the same token likeliest.
+    """
+
+    loss: float
+    kl: float
+    reverse_kl: float
+    top1: float
+
+
+def score_text(
+    own: torch.Tensor, baseline: torch.Tensor, ids: Sequence[int], *, allow_overflow: bool = False
+) -> TextScore:
+    """Score `own` logits of the text `ids` against `baseline` logits; the first token is predicted by nobody.
+
+    Raises UserError where logits are not numbers. With `allow_overflow` such a row of `own` predicts nothing: its loss
+    and divergence are infinite and it agrees with nothing.
+    """
+    import torch
+
+    found = []
+    for p, q, targets in _pairs(baseline, own, ids, allow_overflow):
+        same = (p.argmax(-1) == q.argmax(-1)) & (q.amax(-1) > -math.inf)
+        loss = -q.gather(1, targets[:, None])[:, 0]
+        found.append(torch.stack((loss, kl_divergence(p, q), kl_divergence(q, p), same.double())).cpu())
+    return TextScore(*torch.cat(found, 1).mean(1).tolist())
+
+
+def _pairs(baseline, own, ids, allow_overflow: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(baseline, own) log-probabilities and the next tokens, `ROWS` positions at a time, on the baseline's device."""
+    import torch
+
+    for start in range(0, len(ids) - 1, ROWS):
+        stop = min(start + ROWS, len(ids) - 1)
+        p = log_probabilities(baseline[start:stop])
+        q = log_probabilities(own[start:stop], allow_overflow=allow_overflow).to(p.device)
+        yield p, q, torch.tensor(ids[start + 1 : stop + 1], device=p.device)
+
+
+def log_probabilities(logits: torch.Tensor, *, allow_overflow: bool = False) -> torch.Tensor:
+    """(rows, vocabulary) logits as float64 natural-log probabilities. Raises UserError where they are not numbers; with
+    `allow_overflow` such a row is -inf throughout."""
+    found = logits.double().log_softmax(-1)
+    if not bool(found.isnan().any()):
+        return found
+    if not allow_overflow:
+        raise UserError(NOT_A_NUMBER)
+    return found.masked_fill(found.isnan().any(-1, keepdim=True), -math.inf)
+
+
+def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """(rows,) KL(p || q) in nats from (rows, vocabulary) natural-log probabilities; infinite where q excludes what p
+    holds possible. A probability of 0 in p adds nothing. Rounding never makes it negative."""
+    weights = p.exp()
+    return (weights * (p - q)).masked_fill(weights == 0, 0.0).sum(-1).clamp_min(0.0)
+
+
+def perplexity(loss: float) -> float:
+    """Exponential of the mean negative log-likelihood in nats; infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % t-interval of the mean of independent `values`, at least two (windows of a text, not its tokens: the
+    tokens of one window are not independent)."""
+    mean, n = sum(values) / len(values), len(values)
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    reach = t_quantile(n - 1) * error
+    return mean - reach, mean + reach
+
+
+def t_quantile(degrees: int, level: float = 0.95) -> float:
+    """The number that |t| stays under with probability `level`, for Student's t with `degrees` of freedom.
+
+    By bisection of the distribution's finite series (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
+    """
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, degrees) < level else (low, middle)
+    return high
+
+
+def _within(t: float, degrees: int) -> float:
+    """P(|T| < t) for Student's t."""
+    angle = math.atan(t / math.sqrt(degrees))
+    odd, term, total = degrees % 2, 1.0, 0.0
+    for k in range(1 + odd, degrees, 2):
+        total += term
+        term *= k / (k + 1) * math.cos(angle) ** 2
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
+    return math.sin(angle) * total
