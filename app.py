@@ -55,13 +55,14 @@ def make_session(options: argparse.Namespace, run=run_job) -> Session:
     from llmq.contestants import Contestant
     from llmq.environment import device_label, device_named
     from llmq.models.choice import choose_model
-    from llmq.models.loading import quiet_libraries, resolve
+    from llmq.models.loading import quiet_libraries
+    from llmq.models.opening import open_model
 
     quiet_libraries()
     device = device_named(options.device)
     choice = choose_model(options.model, device)
     methods = options.methods or default_methods(device)
-    resolve(choice.model)
+    open_model(choice.model)
     return Session(
         run=run,
         stop=JOBS.stop,
@@ -103,10 +104,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def fetch(model: str, methods: tuple[str, ...]) -> None:
     """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries."""
-    from llmq.models.loading import prepare, resolve
+    from llmq.models.opening import open_model
 
     last = None
-    for progress in prepare(resolve(model)):
+    for progress in open_model(model).prepare():
         filled = round(30 * progress.fraction)
         last = f"\r[{'#' * filled}{'.' * (30 - filled)}] {progress.message:<70}"
         print(last, end="", file=sys.stderr, flush=True)
@@ -117,10 +118,10 @@ def fetch(model: str, methods: tuple[str, ...]) -> None:
 
 def warm_up(model: str, methods: tuple[str, ...]) -> None:
     """Import and open what the first run needs (seconds) while the visitor reads the page."""
-    from llmq.models.loading import load_tokenizer, resolve
+    from llmq.models.opening import open_model
 
     with suppress(UserError):  # the first run says it where it is read
-        load_tokenizer(resolve(model))
+        open_model(model).tokenizer  # noqa: B018
     if not any(method.startswith("bnb-") for method in methods):
         from llmq.engine import native  # noqa: F401
 

@@ -6,10 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from llmq.errors import UserError
-from llmq.events import Event, Run
+from llmq.events import Event, Progress, Run
 from llmq.reporting import memory_lines, progress_line, run_as_json, table
 from llmq.summary import Summary
 
@@ -17,12 +18,11 @@ EXIT_FAILED = 1
 
 
 def run_compare(options) -> int:
-    from llmq.compare import compare
-    from llmq.contestants import Comparison
-    from llmq.engine.residents import Residents
+    from llmq.compare import Comparison
     from llmq.engine.sampling import SamplingSettings
     from llmq.environment import describe
-    from llmq.models.loading import resolve
+    from llmq.machine.door import Machine
+    from llmq.models.opening import open_model
 
     comparison = Comparison(
         prompt=options.prompt,
@@ -40,10 +40,10 @@ def run_compare(options) -> int:
         random_weights=options.random_weights,
         engine=options.engine,
     )
-    source = resolve(comparison.model, random_weights=comparison.random_weights)
+    model = open_model(comparison.model, random_weights=comparison.random_weights)
     run = Run(comparison.settings(), {})
-    summary = _consume(run.record(compare(comparison, Residents()), time.monotonic))
-    run.environment = describe(comparison.device, source)
+    summary = _consume(run.record(Machine().run(comparison), time.monotonic))
+    run.environment = describe(comparison.device, model.source)
     if options.save:
         run.save(options.save)
     return _print_run(run, summary, as_json=options.json)
@@ -57,20 +57,31 @@ def run_replay(options) -> int:
 
 def _consume(events: Iterable[Event]) -> Summary:
     summary = Summary()
-    for event in _reported(events):
+    for event in reported(events):
         summary.add(event)
     return summary
 
 
-def _reported(events: Iterable[Event]) -> Iterator[Event]:
-    """Pass events through, telling the person at the terminal what is going on."""
-    last = ""
-    for event in events:
-        line = progress_line(event)
-        if line and line != last:
+def answer(question, machine=None):
+    """What `question` comes to at last, with its progress told at the terminal."""
+    from llmq.machine.door import Machine
+
+    *_, last = reported((machine or Machine()).run(question))
+    return last
+
+
+def reported(items: Iterable) -> Iterator:
+    """Pass everything through, telling the person at the terminal what is going on; of many small steps every tenth
+    of the whole."""
+    last, told = "", -1.0
+    for item in items:
+        line = progress_line(item)
+        fraction = item.fraction if isinstance(item, Progress) else None
+        small = fraction is not None and told <= fraction < told + 0.1
+        if line and line != last and not small:
             print(f"llmq: {line}", file=sys.stderr)
-            last = line
-        yield event
+            last, told = line, told if fraction is None else fraction
+        yield item
 
 
 def _print_run(run: Run, summary: Summary, *, as_json: bool) -> int:
@@ -85,7 +96,7 @@ def _print_run(run: Run, summary: Summary, *, as_json: bool) -> int:
 
 
 def run_quality(options) -> int:
-    from llmq.bench.quality import QualityBench, bench_quality
+    from llmq.bench.quality import QualityBench
 
     bench = QualityBench(
         model=options.model,
@@ -95,56 +106,17 @@ def run_quality(options) -> int:
         tokens=options.tokens,
         engine=options.engine,
     )
-    result = bench_quality(bench, _report)
-    return _print_result(result, options, ("method", "perplexity", "kl_to_fp16", "top1_agreement"))
+    return _print_result(answer(bench), options, ("method", "perplexity", "kl_to_fp16", "top1_agreement"))
 
 
 def run_bench(options) -> int:
-    shared = {
-        "model": options.model,
-        "contestants": _contestants(options),
-        "device": device_of(options),
-        "random_weights": options.random_weights,
-        "prompt_tokens": options.prompt_tokens,
-        "repeats": options.repeats,
-        "engine": options.engine,
-    }
-    if options.what == "prefill":
-        from llmq.bench.prefill import Bench, bench_prefill
+    from llmq.bench import bench_named
 
-        columns = ("method", "engine", "seconds", "tokens_per_second", "workspace_bytes")
-        return _print_result(bench_prefill(Bench(**shared), _report), options, columns)
-    if options.what == "load":
-        from llmq.bench.load import Bench, bench_load
-
-        columns = ("method", "engine", "load_seconds", "ready_seconds", "weight_bytes", "peak_load_bytes")
-        return _print_result(bench_load(Bench(**shared), _report), options, columns)
-    if options.what == "peers":
-        from llmq.bench.peers import PeersBench, bench_peers
-
-        bench = PeersBench(**shared, new_tokens=options.new_tokens, busy=options.busy)
-        columns = ("method", "tokens_per_second", "prefill_tokens_per_second", "against", "decode_ratio")
-        columns += ("prefill_ratio", "bandwidth_fraction", "weight_bytes")
-        return _print_result(bench_peers(bench, _report), options, columns)
-    if options.what == "hooks":
-        from llmq.bench.hooks import HooksBench, bench_hooks
-
-        bench = HooksBench(**shared, new_tokens=options.new_tokens)
-        columns = ("method", "prefill_ratio", "decode_ratio", "prefill_seconds", "decode_seconds_per_token")
-        return _print_result(bench_hooks(bench, _report), options, (*columns, "held_bytes"))
-    from llmq.bench.decode import DecodeBench, bench_decode
-
-    bench = DecodeBench(**shared, new_tokens=options.new_tokens)
-    columns = (
-        "method",
-        "engine",
-        "tokens_per_second",
-        "prefill_seconds",
-        "bandwidth_fraction",
-        "weight_bytes",
-        "peak_bytes",
-    )
-    return _print_result(bench_decode(bench, _report), options, columns)
+    cls = bench_named(options.what)
+    names = {field.name for field in fields(cls)} & vars(options).keys()
+    given = {name: getattr(options, name) for name in names}
+    bench = cls(**given | {"contestants": _contestants(options), "device": device_of(options)})
+    return _print_result(answer(bench), options, bench.columns)
 
 
 def _contestants(options) -> tuple:
@@ -160,10 +132,6 @@ def device_of(options) -> str:
 
     quiet_libraries()
     return device_named(options.device)
-
-
-def _report(line: str) -> None:
-    print(f"llmq: {line}", file=sys.stderr)
 
 
 def read_text(path: Path) -> str:
@@ -217,18 +185,19 @@ def _show_progress(steps: Iterable) -> None:
 
 
 def run_models(options) -> int:
-    from llmq.models.loading import prepare, resolve
+    from llmq.models.opening import open_model
     from llmq.models.presets import PRESETS
     from llmq.quant import METHODS
 
     if options.fetch:
-        _show_progress(prepare(resolve(options.fetch)))
+        _show_progress(open_model(options.fetch).prepare())
     if options.save_int8:
         from llmq.models.int8_checkpoint import save_int8
 
         name, folder = options.save_int8
-        _show_progress(prepare(resolve(name)))
-        _show_progress(save_int8(resolve(name), Path(folder)))
+        model = open_model(name)
+        _show_progress(model.prepare())
+        _show_progress(save_int8(model.source, Path(folder)))
         return 0
     result = {
         "models": [

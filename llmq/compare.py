@@ -11,49 +11,73 @@ generated stays. Closing the generator gives the device back.
 from __future__ import annotations
 
 import logging
-import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from llmq import memory, telemetry
-from llmq.contestants import Comparison, Contestant
-from llmq.engine.choice import choose_engines
+from llmq.contestants import Contestant
+from llmq.engine.choice import ENGINES, choose_engines
 from llmq.engine.interface import Engine, Generation, Interrupted, capacity_for
-from llmq.engine.residents import Key, Residents, reclaim
-from llmq.engine.text import TextStream, encode_prompt
-from llmq.errors import OutOfMemory, UserError, is_allocation_failure
+from llmq.engine.sampling import SamplingSettings
+from llmq.errors import BadChoice, OutOfMemory, UserError, unknown
 from llmq.events import (
     Event,
     Failed,
     Finished,
     Freed,
-    Loaded,
-    Loading,
     Memory,
     Planned,
     Prefilled,
     Step,
 )
-from llmq.models.loading import Source, ids_within, load_config, load_tokenizer, range_note, resolve
-from llmq.preparation import await_turn, make_ready
-from llmq.quant import method_named
+from llmq.machine.door import Lease, out_of_memory, shortage
+from llmq.machine.pool import Key
+from llmq.models.loading import range_note
+from llmq.models.opening import Model
+from llmq.models.text import TextStream
+from llmq.quant import METHODS, method_named
+from llmq.quant.handler import DEFAULT_THRESHOLD
 
+SCHEDULES = ("interleave", "in-turn")
+MAX_CONTESTANTS = 3
 log = logging.getLogger(__name__)
 
 
-def compare(
-    comparison: Comparison,
-    residents: Residents,
-    *,
-    stop: threading.Event | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Event]:
-    """Run `comparison`, yielding events. Raises UserError only before the plan (bad model, bad prompt)."""
-    stop = stop or threading.Event()
-    with residents.turnstile.turn() as turn:
-        if (yield from await_turn(turn, stop, clock)):
-            yield from residents.thread.run(_Race(comparison, residents, stop, clock).run())
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that decides a run. `device`: 'cpu' or 'cuda:N'."""
+
+    prompt: str
+    model: str = "demo"
+    contestants: tuple[Contestant, ...] = (Contestant("fp16"), Contestant("bnb-int8", DEFAULT_THRESHOLD))
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    schedule: str = "interleave"
+    device: str = "cpu"
+    random_weights: bool = False
+    engine: str = "auto"
+
+    def __post_init__(self):
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        if not 1 <= len(self.contestants) <= MAX_CONTESTANTS:
+            raise BadChoice(
+                f"{len(self.contestants)} methods given; choose 1 to {MAX_CONTESTANTS} of {', '.join(METHODS)}"
+            )
+        labels = [c.label for c in self.contestants]
+        if len(set(labels)) < len(labels):
+            raise BadChoice(f"the methods {', '.join(labels)} repeat one; choose different methods or thresholds")
+
+    def settings(self) -> dict:
+        """As stored in a run: plain JSON."""
+        plain = asdict(self)
+        plain["contestants"] = [c.label for c in self.contestants]
+        return plain
+
+    def run(self, lease: Lease) -> Iterator[Event]:
+        """Yield the events of the comparison. Raises UserError only before the plan (bad model, bad prompt)."""
+        yield from _Race(self, lease).run()
 
 
 @dataclass
@@ -103,16 +127,14 @@ class _Lane:
 class _Race:
     """The body of one comparison, with the device held."""
 
-    def __init__(self, comparison: Comparison, residents: Residents, stop: threading.Event, clock):
-        self.comparison, self.residents, self.stop, self.clock = comparison, residents, stop, clock
+    def __init__(self, comparison: Comparison, lease: Lease):
+        self.comparison, self.lease, self.pool = comparison, lease, lease.pool
         self.lanes: list[_Lane] = []
         self._peak = 0
 
     def run(self) -> Iterator[Event]:
-        source = resolve(self.comparison.model, random_weights=self.comparison.random_weights)
-        if not (yield from make_ready(source, self.stop)):
-            return
-        plan = yield from self._plan(source)
+        self.model = yield from self.lease.open(self.comparison.model, random_weights=self.comparison.random_weights)
+        plan = yield from self._plan(self.model)
         with telemetry.Sampler(self.comparison.device) as self.sampler:
             try:
                 yield from (self._interleave() if plan.schedule == "interleave" else self._in_turn(plan))
@@ -120,24 +142,18 @@ class _Race:
             finally:
                 for lane in self.lanes:
                     lane.close()
-                reclaim(self.comparison.device)
 
-    def _plan(self, source: Source) -> Iterator[Event]:
+    def _plan(self, model: Model) -> Iterator[Event]:
         """Predict memory before anything is loaded; decide the schedule; make the lanes."""
-        comparison, config = self.comparison, load_config(source)
-        self.tokenizer = load_tokenizer(source)
-        context = int(getattr(config, "max_position_embeddings", 2**31))
-        self.prompt_ids = ids_within(config, encode_prompt(self.tokenizer, comparison.prompt, context=context))
-        tokens = min(context, len(self.prompt_ids) + comparison.sampling.max_new_tokens)
-        shape = memory.meta_model(config)
+        comparison = self.comparison
+        self.prompt_ids = model.encode(comparison.prompt)
+        tokens = min(model.context, len(self.prompt_ids) + comparison.sampling.max_new_tokens)
         methods = [contestant.method for contestant in comparison.contestants]
-        engines = choose_engines(comparison.engine, methods, config.to_dict(), comparison.device)
-        for contestant, engine in zip(comparison.contestants, engines, strict=True):
-            key = Key(source, contestant.label, contestant.method, comparison.device, engine)
-            room = capacity_for(tokens, context) if engine == "lean" else tokens
-            prediction = memory.predict(shape, method_named(contestant.method).handler, tokens=room)
-            self.lanes.append(_Lane(contestant, key, prediction))
-        self.config = config
+        loops = choose_engines(comparison.engine, methods, model.config.to_dict(), comparison.device)
+        for contestant, loop in zip(comparison.contestants, loops, strict=True):
+            room = capacity_for(tokens, model.context) if loop == "lean" else tokens
+            prediction = memory.predict_contestant(model, contestant, tokens=room)
+            self.lanes.append(_Lane(contestant, Key.of(model, contestant, comparison.device, loop), prediction))
         plan = self._make_room()
         yield Planned(
             schedule=plan.schedule,
@@ -156,14 +172,14 @@ class _Race:
         plan = memory.plan(
             self.comparison.schedule,
             [lane.prediction for lane in self.lanes],
-            free_now + self.residents.bytes_on(device),
+            free_now + self.pool.bytes_on(device),
         )
-        missing = [lane.prediction for lane in self.lanes if lane.key not in self.residents]
+        missing = [lane.prediction for lane in self.lanes if lane.key not in self.pool]
         self.fits_together = memory.fit_together([lane.prediction for lane in self.lanes], plan.free_bytes)
         if not self.fits_together:
-            self.residents.drop_others(set())
+            self.pool.drop_others(set())
         elif not memory.fit_together(missing, free_now):
-            self.residents.drop_others({lane.key for lane in self.lanes})
+            self.pool.drop_others({lane.key for lane in self.lanes})
         return plan
 
     def _interleave(self) -> Iterator[Event]:
@@ -188,30 +204,16 @@ class _Race:
         return [lane for lane in self.lanes if not lane.over]
 
     def _load(self, lane: _Lane) -> Iterator[Event]:
-        note = range_note(self.config, method_named(lane.contestant.method).handler)
-        yield Loading(contestant=lane.name, message=note)
-        free = telemetry.free_bytes(lane.key.device)
-        resident = lane.key in self.residents
-        if not resident and lane.prediction.total > free:
-            raise OutOfMemory(f"{lane.name} needs {_both(lane.prediction.total, free)}")
-        lane.engine, seconds = self.residents.get(lane.key)
-        if lane.contestant.threshold is not None:
-            lane.engine.set_threshold(lane.contestant.threshold)
-        yield Loaded(
-            contestant=lane.name,
-            weight_bytes=lane.engine.weight_bytes,
-            seconds=seconds,
-            resident=resident,
-            engine=lane.engine.name,
-        )
+        note = range_note(self.model.config, method_named(lane.contestant.method).handler)
+        lane.engine = yield from self.lease.load(lane.key, lane.contestant, lane.prediction, note)
         lane.engine.warm_up(self.prompt_ids)
 
     def _prefill(self, lane: _Lane) -> Iterator[Event]:
         sampling = self.comparison.sampling
-        lane.text = TextStream(self.tokenizer)
+        lane.text = TextStream(self.model.tokenizer)
         lane.generation = lane.engine.start(self.prompt_ids, sampling)
-        lane.ends_at = self.clock() + sampling.max_seconds
-        token = lane.generation.prefill(self.stop.is_set)
+        lane.ends_at = self.lease.clock() + sampling.max_seconds
+        token = lane.generation.prefill(self.lease.stop.is_set)
         yield Prefilled(contestant=lane.name, prompt_tokens=len(self.prompt_ids), seconds=token.seconds)
         yield from self._emit(lane, token, seconds=0.0)
 
@@ -239,50 +241,35 @@ class _Race:
             return "length"
         if len(self.prompt_ids) + lane.tokens >= lane.engine.context:
             return "context"
-        return "time" if self.clock() >= lane.ends_at else None
+        return "time" if self.lease.clock() >= lane.ends_at else None
 
     def _guarded(self, lane: _Lane, stage: Callable[[_Lane], Iterator[Event]]) -> Iterator[Event]:
         """Run one stage of one lane: a stop ends it quietly, a failure ends only this lane."""
-        import torch
-
-        if self.stop.is_set():
-            yield lane.finish("stopped")
-            return
         try:
-            yield from stage(lane)
+            self.lease.check()
+            with out_of_memory():
+                yield from stage(lane)
         except Interrupted:
             yield lane.finish("stopped")
-        except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:
-            yield self._out_of_memory(lane, error)
+        except OutOfMemory:
+            self._free(lane)
+            message = shortage(lane.name, lane.prediction.total, telemetry.free_bytes(lane.key.device))
+            yield Failed(contestant=lane.name, message=message)
         except UserError as error:
             yield self._fail(lane, str(error))
         except Exception as error:  # the boundary: whatever breaks one contestant must not take the others along
-            if is_allocation_failure(error):
-                yield self._out_of_memory(lane, error)
-            else:
-                log.exception("%s failed", lane.name)
-                yield self._fail(lane, f"{type(error).__name__}: {error}")
+            log.exception("%s failed", lane.name)
+            yield self._fail(lane, f"{type(error).__name__}: {error}")
         yield from self._memory()
 
     def _fail(self, lane: _Lane, message: str) -> Failed:
         lane.close()
         return Failed(contestant=lane.name, message=message)
 
-    def _out_of_memory(self, lane: _Lane, error: BaseException) -> Failed:
-        error.__traceback__ = None  # the frames hold the tensors that did not fit
-        lane.close()
-        lane.engine = None
-        self.residents.drop(lane.key)
-        free = telemetry.free_bytes(lane.key.device)
-        message = f"out of memory: {lane.name} needs {_both(lane.prediction.total, free)}"
-        return Failed(
-            contestant=lane.name, message=f"{message}. Choose a smaller model, or a shorter prompt and answer."
-        )
-
     def _free(self, lane: _Lane) -> Freed:
         lane.close()
         lane.engine = None
-        freed = self.residents.drop(lane.key)
+        freed = self.pool.drop(lane.key)
         return Freed(contestant=lane.name, **asdict(freed))
 
     def _memory(self) -> Iterator[Memory]:
@@ -293,8 +280,3 @@ class _Race:
             self._peak = max([self._peak, sample.allocated_bytes or 0, *seen])
             peak = self._peak if sample.allocated_bytes is not None else None
             yield Memory(**asdict(sample), peak_allocated_bytes=peak, ledger=ledger)
-
-
-def _both(predicted: int, free: int) -> str:
-    needed = f"about {predicted / 1e9:.2f} GB ({predicted:,} bytes predicted)"
-    return f"{needed} and {free / 1e9:.2f} GB ({free:,} bytes) are free"

@@ -33,6 +33,14 @@ class Waiting:
     position: int = 0
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a long piece of work is: what it does now, and the share of it that is done (0 to 1; None: unknown)."""
+
+    message: str
+    fraction: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """What will happen and why, before anything is loaded."""

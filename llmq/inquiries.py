@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llmq.actions import device_of, read_text, write_text
+from llmq.actions import answer, device_of, read_text, write_text
 from llmq.errors import BadChoice
 from llmq.formatting import plain_json
-from llmq.preparation import Working
-from llmq.reporting import outlier_lines, progress_line
+from llmq.reporting import outlier_lines
 
 
 def run_outliers(options) -> int:
     from llmq.contestants import Contestant
-    from llmq.engine.residents import Residents
     from llmq.inspect.emergence import emergence
-    from llmq.inspect.run import Inspection, inspect_outliers
+    from llmq.inspect.run import Inspection
     from llmq.inspect.wording import account_line, emergence_line
 
     if options.sweep:
@@ -32,7 +28,7 @@ def run_outliers(options) -> int:
         new_tokens=options.new_tokens,
         device=device_of(options),
     )
-    *_, report = _reported(inspect_outliers(inspection, Residents()))
+    report = answer(inspection)
     if options.html:
         from llmq.ui.pages import outliers_page
 
@@ -47,12 +43,10 @@ def run_outliers(options) -> int:
 
 
 def _run_sweep(options) -> int:
-    from llmq.engine.residents import Residents
-    from llmq.experiments.sweep import sweep
+    from llmq.experiments.sweep import Sweep
 
     names = tuple(name.strip() for name in options.sweep.split(","))
-    *_, outcome = _reported(sweep(names, Residents(), device=device_of(options)))
-    return _print_experiment(outcome.result, options)
+    return _print_experiment(answer(Sweep(models=names, device=device_of(options))).result, options)
 
 
 def run_agreement(options) -> int:
@@ -78,12 +72,12 @@ def run_agreement(options) -> int:
 
 
 def run_explain(options) -> int:
-    from llmq.engine.residents import Residents
-    from llmq.inspect.explaining import Explanation, explain
+    from llmq.inspect.explaining import Explanation
     from llmq.inspect.wording import cause_json, cause_line, patch_rows
+    from llmq.machine.door import Machine
 
-    residents = Residents()
-    read = _read(options, residents)
+    machine = Machine()
+    read = _read(options, machine)
     position = options.token
     if position is None:
         diverging = read.agreement.diverging
@@ -97,7 +91,7 @@ def run_explain(options) -> int:
         patch=not options.no_patch,
         device=read.reading.device,
     )
-    *_, cause = _reported(explain(explanation, residents))
+    cause = answer(explanation, machine)
     if options.html:
         from llmq.ui.pages import cause_page
 
@@ -116,10 +110,9 @@ def run_explain(options) -> int:
     return 0
 
 
-def _read(options, residents=None):
+def _read(options, machine=None):
     from llmq.contestants import Contestant
-    from llmq.engine.residents import Residents
-    from llmq.inspect.reading import Read, Reading, read_both
+    from llmq.inspect.reading import Read, Reading
 
     if (options.text is None) == (options.file is None):
         raise BadChoice("give either a text or --file FILE")
@@ -132,17 +125,13 @@ def _read(options, residents=None):
         new_tokens=options.new_tokens,
         device=device_of(options),
     )
-    *_, read = _reported(read_both(reading, residents or Residents()))
+    read = answer(reading, machine)
     assert isinstance(read, Read), "a reading that nobody stops ends with a Read"
     return read
 
 
 def run_experiment(options) -> int:
-    from llmq.engine.residents import Residents
-    from llmq.experiments.lab import run_experiment as run
-
-    *_, outcome = _reported(run(_experiment(options), Residents()))
-    return _print_experiment(outcome.result, options)
+    return _print_experiment(answer(_experiment(options)).result, options)
 
 
 def _experiment(options):
@@ -201,20 +190,6 @@ def _print_experiment(result: dict, options) -> int:
     if said := finding(result):
         print("\n" + said)
     return 0
-
-
-def _reported(items: Iterable) -> Iterator:
-    """Pass everything through, telling the person at the terminal what is going on; of many small steps every tenth
-    of the whole."""
-    last, told = "", -1.0
-    for item in items:
-        line = item.message if isinstance(item, Working) else progress_line(item)
-        small = isinstance(item, Working) and item.fraction is not None and told <= item.fraction < told + 0.1
-        if line and line != last and not small:
-            print(f"llmq: {line}", file=sys.stderr)
-            last = line
-            told = item.fraction if isinstance(item, Working) and item.fraction is not None else told
-        yield item
 
 
 def _plain(markdown: str) -> str:

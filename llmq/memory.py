@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmq.contestants import Contestant
 from llmq.errors import BadChoice
-from llmq.models.architecture import architecture_of
-from llmq.models.config import PlainConfig
-from llmq.models.loading import load_config, resolve
+from llmq.models.opening import Model, open_model
 from llmq.models.presets import PRESETS
 from llmq.quant import Handler, WeightBytes, method_named
 
@@ -48,22 +46,8 @@ class Plan:
     free_bytes: int
 
 
-def meta_model(config: PretrainedConfig | PlainConfig) -> nn.Module:
-    """The model of `config` with shapes and no storage."""
-    import torch
-
-    with torch.device("meta"):
-        if isinstance(config, PlainConfig):
-            from llmq.models.skeleton import Skeleton
-
-            return Skeleton(architecture_of(config.to_dict()), config)
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
 def predict(shape: nn.Module, handler: Handler, *, tokens: int, batch: int = 1) -> Prediction:
-    """Bytes for one contestant; `shape` comes from `meta_model`, `tokens` counts prompt and answer."""
+    """Bytes for one contestant; `shape` is the model's (`Model.shape`), `tokens` counts prompt and answer."""
     weights: WeightBytes = handler.predict(shape)
     config = shape.config.get_text_config()
     return Prediction(
@@ -72,6 +56,11 @@ def predict(shape: nn.Module, handler: Handler, *, tokens: int, batch: int = 1) 
         kv_bytes(config, tokens=tokens, batch=batch, itemsize=_itemsize(handler)),
         _workspace(config, tokens=tokens, batch=batch, itemsize=_itemsize(handler)),
     )
+
+
+def predict_contestant(model: Model, contestant: Contestant, *, tokens: int = 512, batch: int = 1) -> Prediction:
+    """Bytes for `contestant` on `model` at `tokens` of context."""
+    return predict(model.shape, method_named(contestant.method).handler, tokens=tokens, batch=batch)
 
 
 def forecast(
@@ -85,11 +74,10 @@ def forecast(
         raise BadChoice(f"context is {tokens} and batch is {batch}; both must be at least 1")
     if device_bytes is not None and not 0 < device_bytes <= 1e18:
         raise BadChoice(f"device memory is {device_bytes / 1e9!r} GB; choose a number over 0")
-    source = resolve(model, random_weights=model in PRESETS)
-    shape = meta_model(load_config(source))
+    opened = open_model(model, random_weights=model in PRESETS)
     rows = []
     for contestant in contestants:
-        found = predict(shape, method_named(contestant.method).handler, tokens=tokens, batch=batch)
+        found = predict_contestant(opened, contestant, tokens=tokens, batch=batch)
         row = {"method": contestant.label, **asdict(found), "total": found.total}
         fits = None if device_bytes is None else found.total <= HEADROOM * device_bytes
         rows.append(row | {"fits": fits})

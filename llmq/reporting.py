@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Run, Waiting
+from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Progress, Run, Waiting
 from llmq.inspect.report import OutlierReport
 from llmq.summary import Outcome, Summary
 
 
-def progress_line(event: Event) -> str:
+def progress_line(event: Event | Progress) -> str:
     match event:
+        case Progress():
+            return event.message
         case Waiting(position=position) if position:
             return "waiting for another run to leave the device"
         case Planned():

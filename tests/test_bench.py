@@ -57,8 +57,8 @@ def test_settings_are_whole_and_large_enough():
 
 def test_the_prompt_is_as_long_as_asked():
     class Bytes:
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": list(text.encode())}
+        def tokenize(self, text):
+            return list(text.encode())
 
     assert len(fixed_prompt(Bytes(), 77)) == 77
 

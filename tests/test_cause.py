@@ -14,14 +14,13 @@ from tiny_runs import engine_of, light
 from torch import nn
 
 from llmq.contestants import Contestant
-from llmq.engine.residents import Residents
 from llmq.errors import BadChoice
-from llmq.events import Loaded
+from llmq.events import Loaded, Progress
 from llmq.inspect.cause import Cause
-from llmq.inspect.explaining import Explanation, explain
+from llmq.inspect.explaining import Explanation
 from llmq.inspect.hooks import kind_and_layer, linear_modules
 from llmq.inspect.patching import explain_token, patched, sqnr_db
-from llmq.preparation import Working
+from llmq.machine.door import Machine
 from llmq.quant import METHODS
 from llmq.quant.naive import Naive
 from llmq.quant.naive_linear import NaiveLinear
@@ -285,13 +284,13 @@ def test_only_a_dense_baseline_has_modules_to_put_back(method):
 @pytest.mark.parametrize("contestant", ["bnb-int8", "bnb-int8@0", "llm-int8@inf", "vectorwise"])
 def test_the_job_is_the_same_question_put_to_loaded_engines(tiny_folder, contestant):
     """Thresholds at which nothing is an outlier included."""
-    residents = Residents()
+    machine = Machine()
     asked = Explanation(
         token_ids=tuple(IDS), position=30, model=str(tiny_folder), contestant=Contestant.parse(contestant)
     )
-    events = list(explain(asked, residents))
+    events = list(machine.run(asked))
     assert [event.contestant for event in events if isinstance(event, Loaded)] == ["fp16", asked.contestant.label]
-    assert any(isinstance(event, Working) for event in events)
-    models = (engine_of(residents, tiny_folder, name).model for name in ("fp16", contestant))
+    assert any(isinstance(event, Progress) for event in events)
+    models = (engine_of(machine, tiny_folder, name).model for name in ("fp16", contestant))
     assert events[-1] == last(explain_token(*models, IDS, 30, threshold=asked.threshold))
-    assert [hooks_left(engine.model) for engine in residents._engines.values()] == [0, 0]
+    assert [hooks_left(engine.model) for engine in machine.pool._engines.values()] == [0, 0]

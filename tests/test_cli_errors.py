@@ -134,9 +134,9 @@ def test_a_file_that_cannot_be_written_is_named(option, run, tiny_folder, tmp_pa
 
 
 def test_a_result_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
-    from llmq.bench import decode
+    from llmq.machine.door import Machine
 
-    monkeypatch.setattr(decode, "bench_decode", lambda bench, report: {"results": []})
+    monkeypatch.setattr(Machine, "run", lambda self, bench: iter([{"results": []}]))
     (tmp_path / "file").write_text("")
     assert_one_line(*run("bench", "decode", "--save", tmp_path / "file" / "out.json"), [str(tmp_path / "file")])
 

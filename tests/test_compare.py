@@ -16,12 +16,12 @@ from tiny_runs import (
     token_ids,
 )
 
-from llmq.compare import compare
-from llmq.contestants import Comparison, Contestant
+from llmq.compare import Comparison
+from llmq.contestants import Contestant
 from llmq.engine.hf import HFEngine
-from llmq.engine.residents import Residents
 from llmq.errors import BadChoice
 from llmq.events import Finished, Loaded, Memory, Planned, Prefilled, Step, Waiting
+from llmq.machine.door import Machine
 from llmq.models.presets import PRESETS
 from llmq.quant import METHODS
 from llmq.summary import Summary
@@ -36,8 +36,8 @@ def lightly():
 
 
 @pytest.fixture(scope="module")
-def residents() -> Residents:
-    return Residents()
+def machine() -> Machine:
+    return Machine()
 
 
 def opening(*names: str) -> list[tuple[str, str]]:
@@ -49,8 +49,8 @@ def prefill(name: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("methods", ["fp32,bf16", "fp16,bnb-int8", "bf16,fp32,fp16"])
-def test_interleave_loads_then_prefills_then_alternates_steps(methods, tiny_folder, residents):
-    events = list(compare(comparison(tiny_folder, methods), residents))
+def test_interleave_loads_then_prefills_then_alternates_steps(methods, tiny_folder, machine):
+    events = list(machine.run(comparison(tiny_folder, methods)))
     names = methods.split(",")
     expected = [("Waiting", ""), ("Planned", ""), *opening(*names)]
     expected += [pair for name in names for pair in prefill(name)]
@@ -59,8 +59,8 @@ def test_interleave_loads_then_prefills_then_alternates_steps(methods, tiny_fold
     assert outline(events) == expected
 
 
-def test_in_turn_finishes_one_before_the_next_is_loaded(tiny_folder, residents):
-    events = list(compare(comparison(tiny_folder, "fp32,bf16", schedule="in-turn"), residents))
+def test_in_turn_finishes_one_before_the_next_is_loaded(tiny_folder, machine):
+    events = list(machine.run(comparison(tiny_folder, "fp32,bf16", schedule="in-turn")))
     expected = [("Waiting", ""), ("Planned", "")]
     for name in ("fp32", "bf16"):
         expected += [*opening(name), *prefill(name), *[("Step", name)] * (STEPS - 1), ("Finished", name)]
@@ -68,19 +68,19 @@ def test_in_turn_finishes_one_before_the_next_is_loaded(tiny_folder, residents):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "seed": 8, "top_p": 0.9}], ids=["greedy", "sampled"])
-def test_both_schedules_generate_the_same(sampling, tiny_folder, residents):
+def test_both_schedules_generate_the_same(sampling, tiny_folder, machine):
     steps = []
     for schedule in ("interleave", "in-turn"):
-        outcomes = Summary(compare(comparison(tiny_folder, schedule=schedule, **sampling), residents)).outcomes
+        outcomes = Summary(machine.run(comparison(tiny_folder, schedule=schedule, **sampling))).outcomes
         steps.append({name: (o.token_ids, o.logprobs, o.text) for name, o in outcomes.items()})
     assert steps[0] == steps[1]
     assert [len(ids) for ids, _, _ in steps[0].values()] == [STEPS, STEPS]
 
 
-def test_every_figure_of_a_run_is_exact(tiny_folder, residents):
-    events = list(compare(comparison(tiny_folder, "fp32,bnb-int8"), residents))
+def test_every_figure_of_a_run_is_exact(tiny_folder, machine):
+    events = list(machine.run(comparison(tiny_folder, "fp32,bnb-int8")))
     for method in ("fp32", "bnb-int8"):
-        engine = engine_of(residents, tiny_folder, method)
+        engine = engine_of(machine, tiny_folder, method)
         mine = [event for event in events if getattr(event, "contestant", "") == method]
         kv = KV_BYTES_A_TOKEN[method] * (len(PROMPT) + STEPS - 1)
         peak = engine.weight_bytes + engine.scale_bytes + kv
@@ -96,11 +96,11 @@ def test_every_figure_of_a_run_is_exact(tiny_folder, residents):
         assert text == byte_tokenizer().decode([e.token_id for e in steps], skip_special_tokens=True)
 
 
-def test_memory_samples_carry_the_ledger_of_the_moment(tiny_folder, residents):
-    events = list(compare(comparison(tiny_folder, "fp32,bnb-int8", max_new_tokens=60), residents))
+def test_memory_samples_carry_the_ledger_of_the_moment(tiny_folder, machine):
+    events = list(machine.run(comparison(tiny_folder, "fp32,bnb-int8", max_new_tokens=60)))
     samples = [event for event in events if isinstance(event, Memory)]
     assert samples and all(sample.process_bytes > 0 for sample in samples)
-    weights = {name: engine_of(residents, tiny_folder, name).weight_bytes for name in ("fp32", "bnb-int8")}
+    weights = {name: engine_of(machine, tiny_folder, name).weight_bytes for name in ("fp32", "bnb-int8")}
     for sample in samples:
         assert sample.ledger.keys() == weights.keys()
         for name, ledger in sample.ledger.items():
@@ -110,37 +110,37 @@ def test_memory_samples_carry_the_ledger_of_the_moment(tiny_folder, residents):
 
 
 def test_a_second_run_finds_the_models_loaded(tiny_folder):
-    residents, loads = Residents(), []
+    machine, loads = Machine(), []
     for _ in range(2):
-        events = list(compare(comparison(tiny_folder, "bf16", max_new_tokens=1), residents))
+        events = list(machine.run(comparison(tiny_folder, "bf16", max_new_tokens=1)))
         loads.append([(e.resident, e.seconds > 0) for e in events if isinstance(e, Loaded)])
     assert loads == [[(False, True)], [(True, False)]]
 
 
-def test_two_thresholds_of_one_method_keep_their_own(tiny_folder, residents):
-    events = list(compare(comparison(tiny_folder, "bnb-int8,bnb-int8@0.5"), residents))
+def test_two_thresholds_of_one_method_keep_their_own(tiny_folder, machine):
+    events = list(machine.run(comparison(tiny_folder, "bnb-int8,bnb-int8@0.5")))
     assert reasons(events) == {"bnb-int8": "length", "bnb-int8@0.5": "length"}
     thresholds = [
-        {m.state.threshold for m in engine_of(residents, tiny_folder, name).model.modules() if hasattr(m, "state")}
+        {m.state.threshold for m in engine_of(machine, tiny_folder, name).model.modules() if hasattr(m, "state")}
         for name in ("bnb-int8", "bnb-int8@0.5")
     ]
     assert thresholds == [{6.0}, {0.5}]
 
 
 @pytest.mark.parametrize("schedule", ["interleave", "in-turn"])
-def test_a_full_context_ends_the_answer(schedule, tiny_folder, residents):
+def test_a_full_context_ends_the_answer(schedule, tiny_folder, machine):
     prompt = "x" * 120  # of 128
-    events = list(compare(comparison(tiny_folder, prompt=prompt, schedule=schedule, max_new_tokens=99), residents))
+    events = list(machine.run(comparison(tiny_folder, prompt=prompt, schedule=schedule, max_new_tokens=99)))
     assert reasons(events) == {"fp32": "context", "bf16": "context"}
     assert [len(token_ids(events, name)) for name in ("fp32", "bf16")] == [8, 8]
 
 
 @pytest.mark.parametrize("schedule", ["interleave", "in-turn"])
-def test_the_time_limit_counts_from_each_contestants_prefill(schedule, tiny_folder, residents):
+def test_the_time_limit_counts_from_each_contestants_prefill(schedule, tiny_folder, machine):
     """The clock moves one second with every step that is shown, whoever made it."""
     now, events = [50.0], []
     asked = comparison(tiny_folder, schedule=schedule, max_new_tokens=50, max_seconds=4)
-    for event in compare(asked, residents, clock=lambda: now[0]):
+    for event in Machine(clock=lambda: now[0]).run(asked):
         events.append(event)
         now[0] += isinstance(event, Step)
     assert reasons(events) == {"fp32": "time", "bf16": "time"}
@@ -148,36 +148,36 @@ def test_the_time_limit_counts_from_each_contestants_prefill(schedule, tiny_fold
     assert [len(token_ids(events, name)) for name in ("fp32", "bf16")] == expected
 
 
-def test_an_end_of_text_token_ends_only_its_contestant(tiny_folder, residents, monkeypatch):
-    ordinary = list(compare(comparison(tiny_folder), residents))
+def test_an_end_of_text_token_ends_only_its_contestant(tiny_folder, machine, monkeypatch):
+    ordinary = list(machine.run(comparison(tiny_folder)))
     end = token_ids(ordinary, "fp32")[0]
     monkeypatch.setattr(
         HFEngine, "eos_ids", property(lambda self: {end} if self.handler.dtype == "float32" else frozenset())
     )
-    events = list(compare(comparison(tiny_folder), residents))
+    events = list(machine.run(comparison(tiny_folder)))
     assert reasons(events) == {"fp32": "eos", "bf16": "length"}
     assert token_ids(events, "fp32") == [end]
     assert token_ids(events, "bf16") == token_ids(ordinary, "bf16")
 
 
-def test_html_in_a_prompt_is_text_like_any_other(tiny_folder, residents):
+def test_html_in_a_prompt_is_text_like_any_other(tiny_folder, machine):
     prompt = '<script>alert("1")</script> &amp; <b>'
     asked = comparison(tiny_folder, "fp32", prompt=prompt)
-    planned = next(event for event in compare(asked, residents) if isinstance(event, Planned))
+    planned = next(event for event in machine.run(asked) if isinstance(event, Planned))
     assert planned.prompt_tokens == len(prompt.encode())
     assert asked.settings()["prompt"] == prompt
 
 
-def test_the_first_event_comes_before_anything_is_opened(tmp_path, residents):
-    events = compare(comparison(tmp_path / "nowhere"), residents)
+def test_the_first_event_comes_before_anything_is_opened(tmp_path, machine):
+    events = machine.run(comparison(tmp_path / "nowhere"))
     assert next(events) == Waiting(seconds=0.0, position=0)
     with pytest.raises(BadChoice, match="unknown model .*nowhere"):
         next(events)
 
 
-def test_an_unknown_model_names_the_choices(residents):
+def test_an_unknown_model_names_the_choices(machine):
     with pytest.raises(BadChoice) as caught:
-        list(compare(Comparison(prompt="Hi", model="nope"), residents))
+        list(machine.run(Comparison(prompt="Hi", model="nope")))
     assert "'nope'" in str(caught.value)
     assert all(choice in str(caught.value) for choice in [*PRESETS, "hub id", "local folder"])
 

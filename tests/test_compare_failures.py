@@ -11,11 +11,11 @@ from conftest import byte_tokenizer, tiny_llama
 from tiny_runs import PROMPT, comparison, engine_of, key_of, light, outline, reasons, sampler_threads, token_ids
 
 from llmq import telemetry
-from llmq.compare import compare
 from llmq.engine.hf import Generation
-from llmq.engine.residents import Residents, load_engine
+from llmq.engine.loading import load_engine
 from llmq.errors import ModelUnavailable
 from llmq.events import Failed, Freed, Loaded, Planned
+from llmq.machine.door import Machine
 from llmq.quant.handler import stored_bytes
 from llmq.summary import Summary
 
@@ -35,8 +35,8 @@ def lightly():
 
 
 @pytest.fixture
-def residents() -> Residents:
-    return Residents()
+def machine() -> Machine:
+    return Machine()
 
 
 def failing(monkeypatch, error: BaseException, *, method: str, dtype: str = "bfloat16", after: int = 3):
@@ -59,11 +59,11 @@ def failures(events) -> dict[str, str]:
 
 @pytest.mark.parametrize("schedule", ["interleave", "in-turn"])
 @pytest.mark.parametrize("methods", ["fp32,bf16", "bf16,fp32"])
-def test_what_breaks_one_contestant_leaves_the_other(methods, schedule, tiny_folder, residents, monkeypatch, caplog):
-    whole = Summary(compare(comparison(tiny_folder, methods), residents)).outcomes
+def test_what_breaks_one_contestant_leaves_the_other(methods, schedule, tiny_folder, machine, monkeypatch, caplog):
+    whole = Summary(machine.run(comparison(tiny_folder, methods))).outcomes
     failing(monkeypatch, RuntimeError("boom"), method="step", after=3 + 2)  # two of the steps are the warm-up's
-    residents = Residents()
-    events = list(compare(comparison(tiny_folder, methods, schedule=schedule), residents))
+    machine = Machine()
+    events = list(machine.run(comparison(tiny_folder, methods, schedule=schedule)))
     assert failures(events) == {"bf16": "RuntimeError: boom"}
     assert reasons(events) == {"fp32": "length"}
     outcomes = Summary(events).outcomes
@@ -71,23 +71,23 @@ def test_what_breaks_one_contestant_leaves_the_other(methods, schedule, tiny_fol
     assert outcomes["bf16"].token_ids == whole["bf16"].token_ids[:4]
     assert whole["bf16"].text.startswith(outcomes["bf16"].text)
     assert "bf16 failed" in caplog.text
-    assert key_of(tiny_folder, "bf16") in residents
+    assert key_of(tiny_folder, "bf16") in machine.pool
     assert sampler_threads() == []
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
 @pytest.mark.parametrize(("method", "tokens"), [("step", 2), ("prefill", 0)])
-def test_memory_that_runs_out_is_said_in_bytes(method, tokens, error, tiny_folder, residents, monkeypatch, caplog):
+def test_memory_that_runs_out_is_said_in_bytes(method, tokens, error, tiny_folder, machine, monkeypatch, caplog):
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: FREE)
     failing(monkeypatch, error, method=method, after={"step": 1 + 2, "prefill": 1}[method])  # warm-up included
-    events = list(compare(comparison(tiny_folder), residents))
+    events = list(machine.run(comparison(tiny_folder)))
     predicted = next(event for event in events if isinstance(event, Planned)).predicted_bytes["bf16"]
     message = failures(events)["bf16"]
     assert message.startswith("out of memory: bf16 needs about")
     assert f"({predicted:,} bytes predicted)" in message and f"({FREE:,} bytes) are free" in message
     assert failures(events).keys() == {"bf16"} and reasons(events) == {"fp32": "length"}
     assert len(token_ids(events, "bf16")) == tokens
-    assert key_of(tiny_folder, "bf16") not in residents and key_of(tiny_folder, "fp32") in residents
+    assert key_of(tiny_folder, "bf16") not in machine.pool and key_of(tiny_folder, "fp32") in machine.pool
     assert caplog.text == ""
 
 
@@ -97,7 +97,7 @@ def test_memory_that_runs_out_while_loading_is_said_too(tiny_folder):
             raise torch.OutOfMemoryError("no room")
         return load_engine(key)
 
-    events = list(compare(comparison(tiny_folder), Residents(load)))
+    events = list(Machine(load).run(comparison(tiny_folder)))
     assert "bytes predicted" in failures(events)["bf16"]
     assert reasons(events) == {"fp32": "length"}
 
@@ -108,20 +108,20 @@ def test_a_model_that_cannot_be_opened_is_said_in_its_own_words(tiny_folder):
             raise ModelUnavailable("cannot open the weights of tiny")
         return load_engine(key)
 
-    events = list(compare(comparison(tiny_folder), Residents(load)))
+    events = list(Machine(load).run(comparison(tiny_folder)))
     assert failures(events) == {"fp32": "cannot open the weights of tiny"}
     assert reasons(events) == {"bf16": "length"}
 
 
-def test_output_that_is_not_a_number_fails_its_contestant(tiny_folder, residents):
-    engine_of(residents, tiny_folder, "bf16").model.lm_head.weight.fill_(float("nan"))
-    events = list(compare(comparison(tiny_folder), residents))
+def test_output_that_is_not_a_number_fails_its_contestant(tiny_folder, machine):
+    engine_of(machine, tiny_folder, "bf16").model.lm_head.weight.fill_(float("nan"))
+    events = list(machine.run(comparison(tiny_folder)))
     assert failures(events).keys() == {"bf16"} and "not a number" in failures(events)["bf16"]
     assert reasons(events) == {"fp32": "length"}
 
 
 def predicted(tiny_folder, methods: str) -> dict[str, int]:
-    stream = compare(comparison(tiny_folder, methods), Residents())
+    stream = Machine().run(comparison(tiny_folder, methods))
     plan = next(event for event in stream if isinstance(event, Planned))
     stream.close()
     return plan.predicted_bytes
@@ -144,12 +144,12 @@ def room(tiny_folder, monkeypatch):
 
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: size - used())
     monkeypatch.setattr(telemetry, "used_bytes", lambda device: (used(),))
-    return size, Residents(load), alive
+    return size, Machine(load), alive
 
 
 def test_two_that_do_not_fit_run_in_turn_each_freed_before_the_next(room, tiny_folder):
-    size, residents, alive = room
-    events = list(compare(comparison(tiny_folder), residents))
+    size, machine, alive = room
+    events = list(machine.run(comparison(tiny_folder)))
     plan = next(event for event in events if isinstance(event, Planned))
     assert (plan.schedule, plan.free_bytes) == ("in-turn", size)
     assert f"{sum(plan.predicted_bytes.values()) / 1e9:.2f} GB" in plan.reason and "in turn" in plan.reason
@@ -164,9 +164,9 @@ def test_two_that_do_not_fit_run_in_turn_each_freed_before_the_next(room, tiny_f
 
 
 def test_a_model_somebody_holds_is_not_called_freed(room, tiny_folder):
-    _, residents, alive = room
+    _, machine, alive = room
     held, freed = [], []
-    for event in compare(comparison(tiny_folder), residents):
+    for event in machine.run(comparison(tiny_folder)):
         if isinstance(event, Loaded) and event.contestant == "fp32":
             held.extend(alive)
         if isinstance(event, Freed):
@@ -174,10 +174,10 @@ def test_a_model_somebody_holds_is_not_called_freed(room, tiny_folder):
     assert freed[0] == ("fp32", False, False)
 
 
-def test_too_little_for_any_fails_each_with_bytes_and_loads_nothing(tiny_folder, residents, monkeypatch):
+def test_too_little_for_any_fails_each_with_bytes_and_loads_nothing(tiny_folder, machine, monkeypatch):
     totals = predicted(tiny_folder, "fp32,bf16")
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: 10)
-    events = list(compare(comparison(tiny_folder), residents))
+    events = list(machine.run(comparison(tiny_folder)))
     messages = failures(events)
     assert messages.keys() == totals.keys()
     for name, total in totals.items():
@@ -185,38 +185,38 @@ def test_too_little_for_any_fails_each_with_bytes_and_loads_nothing(tiny_folder,
     assert not any(isinstance(event, Loaded) for event in events)
 
 
-def test_room_for_one_only_runs_that_one(tiny_folder, residents, monkeypatch):
+def test_room_for_one_only_runs_that_one(tiny_folder, machine, monkeypatch):
     totals = predicted(tiny_folder, "fp32,bf16")
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: (totals["fp32"] + totals["bf16"]) // 2)
-    events = list(compare(comparison(tiny_folder), residents))
+    events = list(machine.run(comparison(tiny_folder)))
     assert failures(events).keys() == {"fp32"} and reasons(events) == {"bf16": "length"}
 
 
-def test_in_turn_that_fits_frees_nothing(tiny_folder, residents):
-    events = list(compare(comparison(tiny_folder, schedule="in-turn"), residents))
+def test_in_turn_that_fits_frees_nothing(tiny_folder, machine):
+    events = list(machine.run(comparison(tiny_folder, schedule="in-turn")))
     assert not any(isinstance(event, Freed) for event in events)
-    assert key_of(tiny_folder, "fp32") in residents and key_of(tiny_folder, "bf16") in residents
+    assert key_of(tiny_folder, "fp32") in machine.pool and key_of(tiny_folder, "bf16") in machine.pool
 
 
 def test_models_of_another_run_leave_only_when_their_room_is_needed(room, tiny_folder):
-    _, residents, _ = room
-    list(compare(replace(comparison(tiny_folder, "bf16"), engine="hf"), residents))
-    list(compare(replace(comparison(tiny_folder, "fp16", max_new_tokens=1), engine="hf"), residents))
-    assert key_of(tiny_folder, "bf16") in residents and key_of(tiny_folder, "fp16") in residents
-    events = list(compare(comparison(tiny_folder, "fp32"), residents))
+    _, machine, _ = room
+    list(machine.run(replace(comparison(tiny_folder, "bf16"), engine="hf")))
+    list(machine.run(replace(comparison(tiny_folder, "fp16", max_new_tokens=1), engine="hf")))
+    assert key_of(tiny_folder, "bf16") in machine.pool and key_of(tiny_folder, "fp16") in machine.pool
+    events = list(machine.run(comparison(tiny_folder, "fp32")))
     assert reasons(events) == {"fp32": "length"} and failures(events) == {}
-    assert key_of(tiny_folder, "bf16") not in residents and key_of(tiny_folder, "fp16") not in residents
+    assert key_of(tiny_folder, "bf16") not in machine.pool and key_of(tiny_folder, "fp16") not in machine.pool
 
 
 def test_freeing_gives_real_memory_back(tmp_path):
     """No stand-in here: 48 MB of weights, read once, and the process's own resident size, time after time."""
     tiny_llama(torch.float16, hidden_size=512, intermediate_size=1024, num_hidden_layers=5).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    residents, freed, resident_sizes = Residents(), [], []
+    machine, freed, resident_sizes = Machine(), [], []
     for _ in range(4):
-        assert reasons(compare(comparison(tmp_path, "fp32", max_new_tokens=1), residents)) == {"fp32": "length"}
+        assert reasons(machine.run(comparison(tmp_path, "fp32", max_new_tokens=1))) == {"fp32": "length"}
         before = telemetry.MemoryReader()()["process_bytes"]
-        freed.append(residents.drop(key_of(tmp_path, "fp32")))
+        freed.append(machine.pool.drop(key_of(tmp_path, "fp32")))
         resident_sizes.append(before - telemetry.MemoryReader()()["process_bytes"])
     assert [memory.verified for memory in freed] == [True] * 4
     assert min(memory.freed_bytes for memory in freed) > 0.9 * 48e6

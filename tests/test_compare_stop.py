@@ -8,10 +8,9 @@ import pytest
 from test_engine import hooks_left
 from tiny_runs import comparison, engine_of, light, outline, reasons, sampler_threads, stopped_when, token_ids
 
-from llmq.compare import compare
 from llmq.engine.hf import Generation
-from llmq.engine.residents import Residents
 from llmq.events import Finished, Loaded, Loading, Planned, Prefilled, Step, Waiting
+from llmq.machine.door import Machine
 
 SOON = 20.0  # seconds a busy machine may need for a tiny run
 NAMES = ("fp32", "bf16")
@@ -24,24 +23,24 @@ def lightly():
 
 
 @pytest.fixture(scope="module")
-def residents(tiny_folder) -> Residents:
-    residents = Residents()
-    list(compare(comparison(tiny_folder), residents))
-    return residents
+def machine(tiny_folder) -> Machine:
+    machine = Machine()
+    list(machine.run(comparison(tiny_folder)))
+    return machine
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_folder, residents) -> dict[str, list[int]]:
+def whole(tiny_folder, machine) -> dict[str, list[int]]:
     """The tokens of a run that nobody stops."""
-    events = list(compare(comparison(tiny_folder), residents))
+    events = list(machine.run(comparison(tiny_folder)))
     return {name: token_ids(events, name) for name in NAMES}
 
 
-def assert_free(tiny_folder, residents, whole):
+def assert_free(tiny_folder, machine, whole):
     """The device is free at once, no sampler runs, no hook is left, and the next run is whole."""
     assert sampler_threads() == []
-    assert [hooks_left(engine_of(residents, tiny_folder, name).model) for name in NAMES] == [0, 0]
-    events = list(compare(comparison(tiny_folder), residents))
+    assert [hooks_left(engine_of(machine, tiny_folder, name).model) for name in NAMES] == [0, 0]
+    events = list(machine.run(comparison(tiny_folder)))
     assert [event for event in events if isinstance(event, Waiting)] == [Waiting(seconds=0.0, position=0)]
     assert {name: token_ids(events, name) for name in NAMES} == whole
 
@@ -60,8 +59,8 @@ def assert_free(tiny_folder, residents, whole):
     ],
     ids=["planned", "loading", "loaded", "prefilled", "first token", "fourth token", "the second's first token"],
 )
-def test_a_stop_ends_every_contestant_and_keeps_its_tokens(condition, tokens, schedule, tiny_folder, residents, whole):
-    events = stopped_when(comparison(tiny_folder, schedule=schedule), residents, condition)
+def test_a_stop_ends_every_contestant_and_keeps_its_tokens(condition, tokens, schedule, tiny_folder, machine, whole):
+    events = stopped_when(comparison(tiny_folder, schedule=schedule), machine, condition)
     counts = tokens[schedule]
     assert {name: token_ids(events, name) for name in NAMES} == {
         name: whole[name][:count] for name, count in zip(NAMES, counts, strict=True)
@@ -69,32 +68,32 @@ def test_a_stop_ends_every_contestant_and_keeps_its_tokens(condition, tokens, sc
     ended = ["length" if count == len(whole["fp32"]) else "stopped" for count in counts]
     assert list(reasons(events).values()) == ended
     assert isinstance(events[-1], Finished) or outline(events)[-1][0] == "Finished"
-    assert_free(tiny_folder, residents, whole)
+    assert_free(tiny_folder, machine, whole)
 
 
-def test_a_stop_while_standing_in_line_ends_quietly(tiny_folder, residents, whole):
-    with residents.turnstile.turn():
-        events = stopped_when(comparison(tiny_folder), residents, lambda event: isinstance(event, Waiting))
+def test_a_stop_while_standing_in_line_ends_quietly(tiny_folder, machine, whole):
+    with machine.queue.turn():
+        events = stopped_when(comparison(tiny_folder), machine, lambda event: isinstance(event, Waiting))
     assert events == [Waiting(seconds=0.0, position=1)]
-    assert_free(tiny_folder, residents, whole)
+    assert_free(tiny_folder, machine, whole)
 
 
-def test_a_run_stopped_before_it_begins_opens_nothing(tiny_folder, residents, whole):
+def test_a_run_stopped_before_it_begins_opens_nothing(tiny_folder, machine, whole):
     stop = threading.Event()
     stop.set()
-    assert outline(compare(comparison(tiny_folder), residents, stop=stop)) == [("Waiting", "")]
-    assert_free(tiny_folder, residents, whole)
+    assert outline(machine.run(comparison(tiny_folder), stop=stop)) == [("Waiting", "")]
+    assert_free(tiny_folder, machine, whole)
 
 
 @pytest.mark.parametrize("schedule", ["interleave", "in-turn"])
-def test_a_stop_inside_the_prefill_ends_without_a_token(schedule, tiny_folder, residents, whole):
+def test_a_stop_inside_the_prefill_ends_without_a_token(schedule, tiny_folder, machine, whole):
     """Set from inside the forward pass of the second layer: the next linear layer sees it."""
     stop, events = threading.Event(), []
-    layer = engine_of(residents, tiny_folder, "bf16").model.model.layers[0]
+    layer = engine_of(machine, tiny_folder, "bf16").model.model.layers[0]
     hook = layer.register_forward_hook(lambda *_: stop.set() if events and isinstance(events[-1], armed) else None)
     armed = {"interleave": Step, "in-turn": Loaded}[schedule]  # what comes right before this prefill
     try:
-        for event in compare(comparison(tiny_folder, schedule=schedule), residents, stop=stop):
+        for event in machine.run(comparison(tiny_folder, schedule=schedule), stop=stop):
             if outline([event]):
                 events.append(event)
     finally:
@@ -102,44 +101,44 @@ def test_a_stop_inside_the_prefill_ends_without_a_token(schedule, tiny_folder, r
     kinds = [kind for kind, name in outline(events) if name == "bf16"]
     assert kinds == ["Loading", "Loaded", "Finished"]
     assert reasons(events)["bf16"] == "stopped"
-    assert_free(tiny_folder, residents, whole)
+    assert_free(tiny_folder, machine, whole)
 
 
 @pytest.mark.parametrize("events_taken", [1, 2, 3, 5, 8, 12])
-def test_closing_the_stream_early_gives_the_device_back(events_taken, tiny_folder, residents, whole):
-    stream = compare(comparison(tiny_folder), residents)
+def test_closing_the_stream_early_gives_the_device_back(events_taken, tiny_folder, machine, whole):
+    stream = machine.run(comparison(tiny_folder))
     for _ in range(events_taken):
         next(stream)
-    assert len(residents.turnstile._line) == 1
+    assert len(machine.queue._line) == 1
     stream.close()
-    assert_free(tiny_folder, residents, whole)
+    assert_free(tiny_folder, machine, whole)
 
 
-def test_a_keyboard_interrupt_passes_and_gives_the_device_back(tiny_folder, residents, whole, monkeypatch):
+def test_a_keyboard_interrupt_passes_and_gives_the_device_back(tiny_folder, machine, whole, monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Generation, "step", interrupted)
-        list(compare(comparison(tiny_folder), residents))
-    assert_free(tiny_folder, residents, whole)
+        list(machine.run(comparison(tiny_folder)))
+    assert_free(tiny_folder, machine, whole)
 
 
-def test_twenty_stops_and_restarts_leave_no_thread(tiny_folder, residents, whole):
+def test_twenty_stops_and_restarts_leave_no_thread(tiny_folder, machine, whole):
     before = threading.active_count()
     for cycle in range(20):
         taken = []
-        stopped_when(comparison(tiny_folder), residents, lambda e, at=cycle, t=taken: t.append(e) or len(t) > at)
+        stopped_when(comparison(tiny_folder), machine, lambda e, at=cycle, t=taken: t.append(e) or len(t) > at)
         assert threading.active_count() == before
-    assert_free(tiny_folder, residents, whole)
+    assert_free(tiny_folder, machine, whole)
 
 
-def test_two_runs_at_once_never_overlap(tiny_folder, residents):
+def test_two_runs_at_once_never_overlap(tiny_folder, machine):
     """The first holds the device until the second stands in line; then each runs to its end alone."""
     log, lock, second_waits = [], threading.Lock(), threading.Event()
 
     def run(owner: str):
-        for event in compare(comparison(tiny_folder), residents):
+        for event in machine.run(comparison(tiny_folder)):
             with lock:
                 log.append((owner, event))
             if owner == "second" and isinstance(event, Waiting) and event.position:
@@ -163,16 +162,18 @@ def test_two_runs_at_once_never_overlap(tiny_folder, residents):
         assert reasons(event for name, event in log if name == owner) == dict.fromkeys(NAMES, "length")
 
 
-def test_positions_in_line_are_told_as_they_change(tiny_folder, residents):
+def test_positions_in_line_are_told_as_they_change(tiny_folder):
     """Two in front; the nearer leaves."""
-    turnstile = residents.turnstile
-    with turnstile.turn():
-        nearer = turnstile.turn()
+    machine = Machine()
+    queue = machine.queue
+    with queue.turn():
+        nearer = queue.turn()
         nearer.__enter__()
-        stream = compare(comparison(tiny_folder), residents, clock=iter(range(100)).__next__)
+        machine.clock = iter(range(100)).__next__
+        stream = machine.run(comparison(tiny_folder))
         seen = [next(stream), next(stream)]
         nearer.__exit__(None, None, None)
         seen.append(next(stream))
         stream.close()
     assert seen == [Waiting(seconds=0.0, position=2), Waiting(seconds=1, position=2), Waiting(seconds=2, position=1)]
-    assert turnstile._line == []
+    assert queue._line == []

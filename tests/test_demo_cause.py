@@ -7,25 +7,26 @@ import threading
 
 import pytest
 import torch
+from tiny_runs import key_of
 
 from llmq.contestants import Contestant
-from llmq.engine.residents import Key, Residents
 from llmq.environment import default_device
 from llmq.inspect.cause import Cause
-from llmq.inspect.explaining import Explanation, explain
-from llmq.inspect.reading import Reading, read_both
+from llmq.inspect.explaining import Explanation
+from llmq.inspect.reading import Reading
+from llmq.machine.door import Machine
 
 pytestmark = pytest.mark.demo
 
 
 def test_the_repairing_module_alone_gives_fp16s_token(demo):
-    device, residents = default_device(), Residents()
-    *_, read = read_both(Reading(prompt="Plan a 3-day itinerary in Paris.", text="prompt", device=device), residents)
+    device, machine = default_device(), Machine()
+    *_, read = machine.run(Reading(prompt="Plan a 3-day itinerary in Paris.", text="prompt", device=device))
     diverging = read.agreement.diverging
     assert diverging, "bnb-int8 has another first choice somewhere in the chat template's tokens"
     stop, cause = threading.Event(), None
     wanted = Explanation(token_ids=read.agreement.token_ids, position=diverging[0].position, device=device)
-    for item in explain(wanted, residents, stop=stop):
+    for item in machine.run(wanted, stop=stop):
         if isinstance(item, Cause):
             cause = item
             if cause.repairs:
@@ -33,7 +34,7 @@ def test_the_repairing_module_alone_gives_fp16s_token(demo):
     assert cause.diverges and cause.margin < 0 < cause.repairs[0].margin
 
     labels = ("fp16", Contestant.parse("bnb-int8").label)
-    baseline, model = (residents.get(Key(demo, name, name, device))[0].model for name in labels)
+    baseline, model = (machine.pool.get(key_of(demo, name, device))[0].model for name in labels)
     ids = torch.tensor([read.agreement.token_ids[: cause.position]], device=device)
     parent, _, child = cause.repairs[0].module.rpartition(".")
     holder, replacement = model.get_submodule(parent), copy.deepcopy(baseline.get_submodule(cause.repairs[0].module))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_runs import key_of
 
 from llmq.contestants import Contestant
 from llmq.engine.interface import Engine
-from llmq.engine.residents import Key, Residents, load_engine
+from llmq.engine.loading import load_engine
 from llmq.environment import default_device
 from llmq.inspect.outliers import observe
 from llmq.inspect.report import agreement_with_kernel
-from llmq.inspect.run import Inspection, inspect_outliers
+from llmq.inspect.run import Inspection
+from llmq.machine.door import Machine
+from llmq.machine.pool import Key
 from llmq.quant.bnb_int8 import int8_linears
 
 pytestmark = pytest.mark.demo
@@ -24,7 +27,7 @@ PROMPTS = {
 
 
 @pytest.fixture(scope="module")
-def residents():
+def machine():
     """One model serves both thresholds: every run sets its own."""
     loaded: dict[str, Engine] = {}
 
@@ -33,16 +36,16 @@ def residents():
             loaded[key.method] = load_engine(key)
         return loaded[key.method]
 
-    return Residents(load)
+    return Machine(load)
 
 
 @pytest.mark.parametrize("threshold", [6.0, 3.0])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
-def test_columns_equal_bitsandbytes_at_every_layer(demo, residents, prompt, threshold):
+def test_columns_equal_bitsandbytes_at_every_layer(demo, machine, prompt, threshold):
     """And the layers' own account, as the report has it, is the same list once more."""
     contestant = Contestant("bnb-int8", threshold)
     inspection = Inspection(prompt=prompt, contestant=contestant, new_tokens=NEW_TOKENS, device=default_device())
-    engine, _ = residents.get(Key(demo, contestant.label, contestant.method, default_device()))
+    engine, _ = machine.pool.get(key_of(demo, contestant.label, default_device()), contestant)
     names = {id(module): name for name, module in engine.model.named_modules()}
     seen: dict[str, list[list[int]]] = {}
 
@@ -52,7 +55,7 @@ def test_columns_equal_bitsandbytes_at_every_layer(demo, residents, prompt, thre
 
     hooks = [module.register_forward_hook(note) for module in int8_linears(engine.model)]
     try:
-        *_, report = inspect_outliers(inspection, residents)
+        *_, report = machine.run(inspection)
     finally:
         for hook in hooks:
             hook.remove()
@@ -66,10 +69,10 @@ def test_columns_equal_bitsandbytes_at_every_layer(demo, residents, prompt, thre
     assert sum(len(columns) for phases in ours.values() for columns in phases) > 100
 
 
-def test_watching_changes_nothing(demo, residents):
+def test_watching_changes_nothing(demo, machine):
     """The same logits with and without hooks, and no hook left."""
     contestant = Contestant.parse("bnb-int8")
-    engine, _ = residents.get(Key(demo, contestant.label, contestant.method, default_device()))
+    engine, _ = machine.pool.get(key_of(demo, contestant.label, default_device()), contestant)
     ids = torch.tensor([[1, 4093, 198, 504, 1194]], device=default_device())
     with torch.inference_mode():
         before = engine.model(ids).logits

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_llama
+from tiny_runs import key_of
 
-from llmq.engine.residents import Key, Residents
 from llmq.errors import BadChoice
+from llmq.machine.door import Machine
 from llmq.models.edits import Amplify, EditedTensors, Silence, edit_model_
 from llmq.models.loading import load_model, resolve
 from llmq.quant import METHODS
@@ -73,11 +74,9 @@ def test_every_method_gets_the_edited_model(tiny_folder, method):
 
 def test_both_loops_read_the_same_edited_model(tiny_folder):
     source = replace(resolve(str(tiny_folder)), edit=Silence((0, 4)))
-    residents = Residents()
-    lean, hf = (
-        residents.get(Key(source, "fp16", "fp16", "cpu", loop))[0].logits(IDS).float() for loop in ("lean", "hf")
-    )
-    plain = residents.get(Key(replace(source, edit=None), "fp16", "fp16", "cpu", "lean"))[0].logits(IDS)
+    machine = Machine()
+    lean, hf = (machine.pool.get(key_of(source, "fp16", loop=loop))[0].logits(IDS).float() for loop in ("lean", "hf"))
+    plain = machine.pool.get(key_of(replace(source, edit=None), "fp16", loop="lean"))[0].logits(IDS)
     assert torch.allclose(lean, hf, atol=2e-2)
     assert (lean - plain).abs().max() > 5 * (lean - hf).abs().max()
 

@@ -13,19 +13,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_config
-from tiny_runs import light
+from tiny_runs import key_of, light
 from transformers import LlamaForCausalLM
 
 from llmq.contestants import Contestant
-from llmq.engine.residents import Key, Residents, load_engine
+from llmq.engine.loading import load_engine
 from llmq.errors import BadChoice
+from llmq.events import Progress
 from llmq.experiments.ablation import Ablation
 from llmq.experiments.channels import BASELINE, Amplifying, Silencing, harm, strongest_channels
-from llmq.experiments.lab import Experiment, Lab, Outcome, run_experiment
+from llmq.experiments.lab import Experiment, Lab, Outcome
 from llmq.experiments.thresholds import Thresholds, name_of
+from llmq.machine.door import Lease, Machine
+from llmq.machine.pool import Key
 from llmq.models.edits import Silence, edit_model_
 from llmq.models.loading import load_model, resolve
-from llmq.preparation import Working
+from llmq.models.opening import open_model
 from llmq.quant import METHODS
 
 WINDOW = 128  # the tiny model's context
@@ -54,7 +57,7 @@ def folder(tmp_path_factory):
     return str(folder)
 
 
-class Watching(Residents):
+class Watching(Machine):
     """Keeps a word with every model that was loaded: how many edited ones were alive when the next one came."""
 
     def __init__(self):
@@ -65,25 +68,25 @@ class Watching(Residents):
         alive = [edited for edited, model in self.models if edited and model() is not None]
         self.crowd = max(self.crowd, len(alive))
         engine = load_engine(key)
-        self.models.append((key.source.edit is not None, weakref.ref(engine.model)))
+        self.models.append((key.model.source.edit is not None, weakref.ref(engine.model)))
         return engine
 
 
 @pytest.fixture(scope="module")
-def residents() -> Watching:
+def machine() -> Watching:
     return Watching()
 
 
-def lab_of(experiment: Experiment, residents) -> Lab:
-    return Lab(experiment, residents, threading.Event())
+def lab_of(experiment: Experiment, machine) -> Lab:
+    return Lab(experiment, open_model(experiment.model), Lease(machine, "cpu", threading.Event()))
 
 
-def run(experiment: Experiment, residents) -> dict:
-    *events, last = run_experiment(experiment, residents)
+def run(experiment: Experiment, machine) -> dict:
+    *events, last = machine.run(experiment)
     rows = [event.result["results"] for event in events if isinstance(event, Outcome)]
     assert [len(found) for found in rows] == list(range(1, len(last.result["results"]) + 1)), "a row at a time"
     assert last.done and not last.result["stopped"] and last.result["kind"] == experiment.kind
-    shares = [event.fraction for event in events if isinstance(event, Working) and event.fraction is not None]
+    shares = [event.fraction for event in events if isinstance(event, Progress) and event.fraction is not None]
     assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] < 1
     return last.result
 
@@ -110,8 +113,8 @@ def read(model, texts) -> list[torch.Tensor]:
         return [model(torch.tensor([ids]), use_cache=False).logits[0].float() for ids in texts]
 
 
-def test_the_score_is_the_formula_and_windows_fit_the_context(folder, residents):
-    lab = lab_of(Experiment(model=folder, windows=3), residents)
+def test_the_score_is_the_formula_and_windows_fit_the_context(folder, machine):
+    lab = lab_of(Experiment(model=folder, windows=3), machine)
     assert [len(ids) for ids in lab.texts] == [WINDOW] * 3
     own, truth = ([torch.randn(WINDOW, 259) * 2 for _ in range(3)] for _ in range(2))
     tables = [[logits[:-1].log_softmax(-1) for logits in side] for side in (own, truth)]
@@ -120,8 +123,8 @@ def test_the_score_is_the_formula_and_windows_fit_the_context(folder, residents)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_an_output_that_excludes_the_text_or_is_no_number_scores_worst(folder, residents, value):
-    lab = lab_of(Experiment(model=folder), residents)
+def test_an_output_that_excludes_the_text_or_is_no_number_scores_worst(folder, machine, value):
+    lab = lab_of(Experiment(model=folder), machine)
     truth = torch.randn(WINDOW - 1, 259).log_softmax(-1)
     own = truth.clone()
     own[5] = value
@@ -138,11 +141,11 @@ def test_a_number_of_windows_that_is_none_is_refused(windows):
 
 @pytest.mark.parametrize("loop", ["hf", "lean"])
 @pytest.mark.parametrize("method", ["fp16", "int8-weight-only", "llm-int8", "llm-int8@2", "llm-int8@0", "bnb-int8@2"])
-def test_the_share_in_sixteen_bit_is_counted_from_the_inputs(folder, residents, method, loop):
+def test_the_share_in_sixteen_bit_is_counted_from_the_inputs(folder, machine, method, loop):
     """Over the seven linear layers of each block: what reaches the threshold at any token, as the kernel compares."""
     if method.startswith("bnb") and loop == "lean":
         pytest.skip("bitsandbytes runs through transformers only")
-    lab, contestant = lab_of(Experiment(model=folder), residents), Contestant.parse(method)
+    lab, contestant = lab_of(Experiment(model=folder), machine), Contestant.parse(method)
     ids, threshold = lab.texts[0], contestant.threshold
     if threshold:
         with lab.engine(contestant, loop=loop) as engine:
@@ -166,8 +169,8 @@ def test_the_share_in_sixteen_bit_is_counted_from_the_inputs(folder, residents, 
     assert (found > 0.02) == bool(threshold)
 
 
-def test_the_ranking_is_by_the_largest_number_behind_a_norm(folder, residents):
-    lab = lab_of(Silencing(model=folder), residents)
+def test_the_ranking_is_by_the_largest_number_behind_a_norm(folder, machine):
+    lab = lab_of(Silencing(model=folder), machine)
     ranking, peaks = strongest_channels(lab)
     model, seen = load_model(resolve(folder), METHODS["fp16"].handler, "cpu"), []
     for name, module in model.named_modules():
@@ -179,10 +182,10 @@ def test_the_ranking_is_by_the_largest_number_behind_a_norm(folder, residents):
     assert ranking[0] == 7 and sorted(ranking) == list(range(WIDTH))
 
 
-def test_silencing_scores_the_model_with_those_channels_zeroed(folder, residents):
+def test_silencing_scores_the_model_with_those_channels_zeroed(folder, machine):
     experiment = Silencing(model=folder, counts=(1, 4), draws=2, seed=3, prompt="abc")
-    result = run(experiment, residents)
-    lab, rows = lab_of(experiment, residents), result["results"]
+    result = run(experiment, machine)
+    lab, rows = lab_of(experiment, machine), result["results"]
     ranking, _ = strongest_channels(lab)
     drawn = random.Random(3)
     expected = [("none", 0, [])]
@@ -198,9 +201,9 @@ def test_silencing_scores_the_model_with_those_channels_zeroed(folder, residents
         own = read(edit_model_(model, Silence(tuple(row["channels"]))), lab.texts)
         assert {key: row[key] for key in SCORES} == pytest.approx(scored(own, truth, lab.texts), rel=0.01, abs=0.02)
     assert all(isinstance(row["text"], str) for row in rows) and len({row["text"] for row in rows}) > 1
-    again = run(experiment, residents)["results"]
+    again = run(experiment, machine)["results"]
     assert [row["channels"] for row in again] == [row["channels"] for row in rows]
-    other = run(replace(experiment, seed=4, prompt=""), residents)["results"]
+    other = run(replace(experiment, seed=4, prompt=""), machine)["results"]
     assert [r["channels"] for r in other if r["silenced"] == "random"] != [c for n, _, c in expected if n == "random"]
     assert {row["text"] for row in other} == {""}
 
@@ -214,8 +217,8 @@ def test_harm_is_the_rise_over_the_median_of_the_draws():
     assert harm([]) == harm(rows[:1]) == []
 
 
-def test_amplifying_leaves_fp16_alone_and_hurts_what_shares_a_scale(folder, residents):
-    rows = run(Amplifying(model=folder, factors=(1, 64), channels=(3, 20)), residents)["results"]
+def test_amplifying_leaves_fp16_alone_and_hurts_what_shares_a_scale(folder, machine):
+    rows = run(Amplifying(model=folder, factors=(1, 64), channels=(3, 20)), machine)["results"]
     methods = ["fp16", "llm-int8", "vectorwise", "absmax"]
     assert [(row["factor"], row["method"]) for row in rows] == [(f, m) for f in (1, 64) for m in methods]
     by = {(row["factor"], row["method"]): row for row in rows}
@@ -234,10 +237,10 @@ def test_channels_are_spread_evenly(spread):
     assert max(gaps) - min(gaps) <= 2
 
 
-def test_thresholds_that_nothing_reaches_are_equal_and_lower_ones_nearer(folder, residents):
+def test_thresholds_that_nothing_reaches_are_equal_and_lower_ones_nearer(folder, machine):
     thresholds = (0.0, 1.0, 6.0, math.inf)
     for method in ("llm-int8", "bnb-int8"):
-        rows = run(Thresholds(model=folder, method=method, thresholds=thresholds), residents)["results"]
+        rows = run(Thresholds(model=folder, method=method, thresholds=thresholds), machine)["results"]
         assert [row["threshold"] for row in rows] == ["off", "1", "6", "∞"] == [name_of(t) for t in thresholds]
         off, low, usual, never = rows
         assert {key: off[key] for key in SCORES} == {key: never[key] for key in SCORES}
@@ -248,12 +251,12 @@ def test_thresholds_that_nothing_reaches_are_equal_and_lower_ones_nearer(folder,
             assert 0 < speeds[0] <= speeds[1] <= speeds[2] < math.inf and row["method"] == method
 
 
-def test_ablation_scores_every_half(folder, residents):
+def test_ablation_scores_every_half(folder, machine):
     experiment = Ablation(model=folder, windows=2)
-    result = run(experiment, residents)
+    result = run(experiment, machine)
     names = ["W32A32", "W8A32", "W32A8", "W8A8", "W8A8, a scale a row", "LLM.int8()"]
     assert [row["name"] for row in result["results"]] == names and result["tokens"] == 2 * (WINDOW - 1)
-    texts, source = lab_of(experiment, residents).texts, resolve(folder)
+    texts, source = lab_of(experiment, machine).texts, resolve(folder)
     truth = read(load_model(source, METHODS["fp32"].handler, "cpu"), texts)
     for row in result["results"][:5]:
         own = read(load_model(source, METHODS[row["method"]].handler, "cpu"), texts)
@@ -263,31 +266,31 @@ def test_ablation_scores_every_half(folder, residents):
 
 
 def test_an_edited_model_is_gone_before_the_next_one_comes(folder):
-    residents = Watching()
-    run(Silencing(model=folder, counts=(1, 2), draws=1), residents)
-    run(Amplifying(model=folder, factors=(4,)), residents)
-    assert sum(edited for edited, _ in residents.models) == 8 and residents.crowd == 0
+    machine = Watching()
+    run(Silencing(model=folder, counts=(1, 2), draws=1), machine)
+    run(Amplifying(model=folder, factors=(4,)), machine)
+    assert sum(edited for edited, _ in machine.models) == 8 and machine.crowd == 0
     gc.collect()
-    assert not [model for edited, model in residents.models if edited and model() is not None]
-    assert {key.source.edit for key in residents._engines} == {None}
-    base = Key(resolve(folder), "fp16", "fp16", "cpu", "lean")
-    assert base in residents and replace(base, engine="hf") in residents, "engines without an edit stay"
+    assert not [model for edited, model in machine.models if edited and model() is not None]
+    assert {key.model.source.edit for key in machine.pool._engines} == {None}
+    base = key_of(folder, "fp16", loop="lean")
+    assert base in machine.pool and replace(base, loop="hf") in machine.pool, "engines without an edit stay"
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_a_stop_keeps_the_rows_so_far(folder, rows):
-    residents, stop, last = Watching(), threading.Event(), None
+    machine, stop, last = Watching(), threading.Event(), None
     stop.set() if not rows else None
-    for event in run_experiment(Silencing(model=folder, counts=(1, 2), draws=2), residents, stop=stop):
+    for event in machine.run(Silencing(model=folder, counts=(1, 2), draws=2), stop=stop):
         last = event
         if isinstance(event, Outcome) and len(event.result["results"]) == rows:
             stop.set()
     if not rows:
-        assert not isinstance(last, Outcome) and residents.bytes_on("cpu") == 0
+        assert not isinstance(last, Outcome) and machine.pool.bytes_on("cpu") == 0
         return
     assert last.done and last.result["stopped"] and len(last.result["results"]) == rows
-    assert {key.source.edit for key in residents._engines} == {None}
-    assert run(Silencing(model=folder, counts=(1,), draws=1), residents)["results"]
+    assert {key.model.source.edit for key in machine.pool._engines} == {None}
+    assert run(Silencing(model=folder, counts=(1,), draws=1), machine)["results"]
 
 
 @pytest.mark.parametrize(
@@ -323,9 +326,9 @@ def test_settings_that_mean_nothing_are_refused(make, reason):
         (Amplifying(channels=(True,)), "channel is True"),
     ],
 )
-def test_channels_that_the_model_has_not_are_refused_before_anything_is_measured(folder, residents, changes, reason):
+def test_channels_that_the_model_has_not_are_refused_before_anything_is_measured(folder, machine, changes, reason):
     with pytest.raises(BadChoice, match=reason):
-        list(run_experiment(replace(changes, model=folder), residents))
+        list(machine.run(replace(changes, model=folder)))
 
 
 def test_every_threshold_is_one_contestant():

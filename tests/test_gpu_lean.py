@@ -9,12 +9,13 @@ import os
 
 import pytest
 import torch
+from tiny_runs import key_of
 
 from llmq.contestants import Contestant
-from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
 from llmq.kernels import reference
 from llmq.kernels.primitives import Int8Weight
+from llmq.machine.door import Machine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,12 +36,12 @@ def kernels():
 
 
 @pytest.fixture(scope="module")
-def residents():
-    return Residents()
+def machine():
+    return Machine()
 
 
-def engine(residents, source, method: str, loop: str):
-    found, _ = residents.get(Key(source, Contestant.parse(method).label, method, GPU, loop))
+def engine(machine, source, method: str, loop: str):
+    found, _ = machine.pool.get(key_of(source, method, GPU, loop))
     return found
 
 
@@ -53,9 +54,9 @@ def generate(engine, ids: list[int], tokens: int, **sampling) -> list[int]:
 
 def reference_ids(source, tokens: int) -> list[int]:
     from llmq.bench.setup import fixed_prompt
-    from llmq.models.loading import load_tokenizer
+    from llmq.models.opening import Model
 
-    return fixed_prompt(load_tokenizer(source), tokens)
+    return fixed_prompt(Model(source), tokens)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 512])
@@ -115,10 +116,10 @@ def outliers(kernels, x, weight) -> set[int]:
 
 @pytest.mark.demo
 @pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head"])
-def test_the_graph_replays_what_the_kernels_compute_for_500_tokens(method, demo, residents, monkeypatch):
+def test_the_graph_replays_what_the_kernels_compute_for_500_tokens(method, demo, machine, monkeypatch):
     from llmq.engine.captured import Runner
 
-    lean, ids = engine(residents, demo, method, "lean"), reference_ids(demo, 40)
+    lean, ids = engine(machine, demo, method, "lean"), reference_ids(demo, 40)
     replayed = generate(lean, ids, 500)
     monkeypatch.setattr(Runner, "step", Runner._step)
     assert replayed == generate(lean, ids, 500)
@@ -126,11 +127,11 @@ def test_the_graph_replays_what_the_kernels_compute_for_500_tokens(method, demo,
 
 @pytest.mark.demo
 @pytest.mark.parametrize("tokens", [1, 7, 512])
-def test_every_layer_of_a_model_is_bitsandbytes_layer(tokens, demo, residents, kernels):
+def test_every_layer_of_a_model_is_bitsandbytes_layer(tokens, demo, machine, kernels):
     """Each linear layer fed what it gets in bitsandbytes' model: the same outlier columns, the same output."""
     import bitsandbytes as bnb
 
-    model = engine(residents, demo, "bnb-int8", "hf").model
+    model = engine(machine, demo, "bnb-int8", "hf").model
     seen = []
 
     def check(module, inputs, output):
@@ -158,17 +159,16 @@ def test_without_triton_or_a_graph_the_tokens_come_slower_and_one_line_says_so(m
     from llmq.kernels import backend
 
     ids = reference_ids(demo, 40)
-    expected = generate(engine(Residents(), demo, method, "lean"), ids, 8)
+    expected = generate(engine(Machine(), demo, method, "lean"), ids, 8)
     monkeypatch.setattr(backend, "_why_not_triton", lambda device: "triton is not installed")
-    assert generate(engine(Residents(), demo, method, "lean"), ids, 8) == expected
+    assert generate(engine(Machine(), demo, method, "lean"), ids, 8) == expected
     assert [record.message.split(",")[0] for record in caplog.records] == ["triton is not installed", "no CUDA graph"]
     torch.cuda.synchronize()
 
 
 @pytest.mark.demo
 def test_out_of_memory_in_capture_fails_its_contestants_alone(demo, monkeypatch):
-    from llmq.compare import compare
-    from llmq.contestants import Comparison
+    from llmq.compare import Comparison
     from llmq.engine.captured import Runner
     from llmq.events import Failed, Finished
 
@@ -179,7 +179,7 @@ def test_out_of_memory_in_capture_fails_its_contestants_alone(demo, monkeypatch)
     contestants = tuple(map(Contestant.parse, ("fp16", "bnb-int8", "llm-int8")))
     few = SamplingSettings(max_new_tokens=3)
     comparison = Comparison(model="demo", prompt="Hello", contestants=contestants, device=GPU, sampling=few)
-    events = list(compare(comparison, Residents()))
+    events = list(Machine().run(comparison))
     failed, finished = ([e for e in events if isinstance(e, kind)] for kind in (Failed, Finished))
     assert [e.contestant for e in failed] == ["fp16", "llm-int8"]
     assert all(e.message.startswith(f"out of memory: {e.contestant}") for e in failed)
@@ -187,9 +187,9 @@ def test_out_of_memory_in_capture_fails_its_contestants_alone(demo, monkeypatch)
 
 
 @pytest.mark.demo
-def test_a_generation_ends_with_the_context(demo, residents):
+def test_a_generation_ends_with_the_context(demo, machine):
     """The room of a captured graph ends where the context does."""
-    lean = engine(residents, demo, "llm-int8", "lean")
+    lean = engine(machine, demo, "llm-int8", "lean")
     ids = (reference_ids(demo, 512) * 16)[: lean.context - 3]
     generation = lean.start(ids, SamplingSettings(max_new_tokens=50))
     tokens = [generation.prefill(), *(generation.step() for _ in range(3))]
@@ -202,37 +202,37 @@ def test_a_generation_ends_with_the_context(demo, residents):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 @pytest.mark.parametrize("loop", ["lean", "hf"])
 @pytest.mark.parametrize("method", ["fp16", "llm-int8"])
-def test_a_second_gpu_is_chosen_by_its_name(method, loop, demo, residents):
+def test_a_second_gpu_is_chosen_by_its_name(method, loop, demo, machine):
     ids, before = reference_ids(demo, 40), torch.cuda.memory_allocated("cuda:1")
-    second, _ = Residents().get(Key(demo, method, method, "cuda:1", loop))
+    second, _ = Machine().pool.get(key_of(demo, method, "cuda:1", loop))
     assert torch.cuda.memory_allocated("cuda:1") - before >= second.weight_bytes
-    assert generate(second, ids, 40) == generate(engine(residents, demo, method, loop), ids, 40)
+    assert generate(second, ids, 40) == generate(engine(machine, demo, method, loop), ids, 40)
 
 
 @pytest.mark.demo
-def test_sampling_draws_what_transformers_engine_draws(demo, residents):
+def test_sampling_draws_what_transformers_engine_draws(demo, machine):
     """The same generator, the same filter: captured or not. FP16 rounds differently, so texts may part later."""
     ids = reference_ids(demo, 40)
     drawing = {"temperature": 0.8, "top_k": 20, "seed": 3}
-    drawn = [generate(engine(residents, demo, "fp16", loop), ids, 8, **drawing) for loop in ("lean", "hf")]
+    drawn = [generate(engine(machine, demo, "fp16", loop), ids, 8, **drawing) for loop in ("lean", "hf")]
     assert drawn[0] == drawn[1]
 
 
 @pytest.mark.demo
-def test_sampling_in_the_graph_repeats_with_its_seed(demo, residents):
-    lean, ids = engine(residents, demo, "fp16", "lean"), reference_ids(demo, 40)
+def test_sampling_in_the_graph_repeats_with_its_seed(demo, machine):
+    lean, ids = engine(machine, demo, "fp16", "lean"), reference_ids(demo, 40)
     drawn = [generate(lean, ids, 40, temperature=0.9, top_k=50, top_p=0.95, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.demo
-def test_fp16_agrees_with_transformers_under_teacher_forcing(demo, residents):
+def test_fp16_agrees_with_transformers_under_teacher_forcing(demo, machine):
     """Mean KL of at most 1e-3 and the same likeliest token at 99 % of positions, over 2,048 tokens."""
     ids = reference_ids(demo, 2048)
     scores = []
     for start in range(0, len(ids), 512):
         hf, lean = (
-            engine(residents, demo, "fp16", loop).logits(ids[start : start + 512]).float().log_softmax(-1)
+            engine(machine, demo, "fp16", loop).logits(ids[start : start + 512]).float().log_softmax(-1)
             for loop in ("hf", "lean")
         )
         scores.append(torch.stack(((hf.exp() * (hf - lean)).sum(-1), (hf.argmax(-1) == lean.argmax(-1)).float())))
@@ -242,9 +242,9 @@ def test_fp16_agrees_with_transformers_under_teacher_forcing(demo, residents):
 
 
 @pytest.mark.demo
-def test_decode_steps_agree_with_the_prompt_path(demo, residents):
+def test_decode_steps_agree_with_the_prompt_path(demo, machine):
     """Step by step through DP4A and split attention, or all at once: the same distributions up to rounding."""
-    ids, lean = reference_ids(demo, 300), engine(residents, demo, "fp16", "lean")
+    ids, lean = reference_ids(demo, 300), engine(machine, demo, "fp16", "lean")
     generation = lean.start(ids[:200], SamplingSettings(max_new_tokens=100))
     generation.prefill()
     expected, decoder = lean.logits(ids).float(), generation._runner.decoder
@@ -257,11 +257,11 @@ def test_decode_steps_agree_with_the_prompt_path(demo, residents):
 
 @pytest.mark.demo
 @pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head", "int8-weight-only"])
-def test_a_captured_prompt_is_a_prompt(method, demo, residents, monkeypatch):
+def test_a_captured_prompt_is_a_prompt(method, demo, machine, monkeypatch):
     """Rows that only fill the graph's shape change nothing: same likelihoods, same text, whatever was there before."""
     from llmq.engine.captured import Runner
 
-    lean, ids = engine(residents, demo, method, "lean"), reference_ids(demo, 300)
+    lean, ids = engine(machine, demo, method, "lean"), reference_ids(demo, 300)
     lengths = [300, 5, 64, 65, 1, 200]
     captured = [first_token(lean, ids[:n]) for n in lengths]
     monkeypatch.setattr(Runner, "prompt_of", lambda runner, tokens: None)

@@ -12,12 +12,12 @@ import pytest
 from hub_stand_in import COMMIT, Hub
 from huggingface_hub import constants
 
-from llmq.compare import compare
-from llmq.contestants import Comparison, Contestant
-from llmq.engine.residents import Residents
+from llmq.compare import Comparison
+from llmq.contestants import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import ModelUnavailable
 from llmq.events import Loading
+from llmq.machine.door import Machine
 from llmq.models import hub as hub_module
 from llmq.models.choice import hub_has
 from llmq.models.loading import folder_of, load_config, load_tokenizer, prepare, resolve, revision_of
@@ -91,7 +91,7 @@ def test_a_comparison_downloads_first_and_says_so(hub):
         contestants=(Contestant("fp32"),),
         sampling=SamplingSettings(max_new_tokens=2),
     )
-    events = list(compare(asked, Residents()))
+    events = list(Machine().run(asked))
     assert [o.reason for o in Summary(events).outcomes.values()] == ["length"]
     messages = [event.message for event in events if isinstance(event, Loading) and not event.contestant]
     assert all("owner/tiny" in message for message in messages)

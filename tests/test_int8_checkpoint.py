@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 from safetensors import safe_open
+from tiny_runs import key_of
 
 from llmq.cli import main
-from llmq.engine.residents import Key, Residents
 from llmq.errors import BadChoice
+from llmq.machine.door import Machine
 from llmq.models import int8_checkpoint
 from llmq.models.int8_checkpoint import save_int8
 from llmq.models.loading import resolve
@@ -51,7 +52,7 @@ def theirs(origin, tmp_path_factory):
 
 
 def engine(folder, method: str, loop: str = "hf"):
-    return Residents().get(Key(resolve(str(folder)), method, method, "cpu", loop))[0]
+    return Machine().pool.get(key_of(folder, method, loop=loop))[0]
 
 
 def contents(folder) -> dict[str, torch.Tensor]:

@@ -227,17 +227,17 @@ def test_an_engine_by_hand():
 def test_a_bf16_checkpoint_in_fp16_says_what_that_means(tmp_path):
     from conftest import byte_tokenizer
 
-    from llmq.compare import compare
-    from llmq.contestants import Comparison, Contestant
-    from llmq.engine.residents import Residents
+    from llmq.compare import Comparison
+    from llmq.contestants import Contestant
     from llmq.events import Failed, Loading
+    from llmq.machine.door import Machine
 
     tiny_llama(torch.bfloat16).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     contestants = tuple(map(Contestant.parse, ("bf16", "fp16")))
     few = SamplingSettings(max_new_tokens=2)
     comparison = Comparison(model=str(tmp_path), prompt="Hi", contestants=contestants, sampling=few)
-    events = list(compare(comparison, Residents()))
+    events = list(Machine().run(comparison))
     notes = {event.contestant: event.message for event in events if isinstance(event, Loading) and event.contestant}
     assert not any(isinstance(event, Failed) for event in events)
     assert notes["bf16"] == "" and "65,504" in notes["fp16"]

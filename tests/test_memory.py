@@ -10,10 +10,11 @@ from transformers import DynamicCache
 
 from llmq import memory
 from llmq.engine.hf import HFEngine
-from llmq.engine.residents import Residents
+from llmq.machine.door import Machine
 from llmq.memory import Prediction
 from llmq.models.loading import load_config, load_model, resolve
 from llmq.models.presets import PRESETS, Preset, Shape
+from llmq.models.skeleton import meta_model
 from llmq.quant import METHODS
 
 GB = 10**9
@@ -72,8 +73,8 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("shape", ["plain", "tied", "biased", "odd"])
 def test_predicted_weights_are_those_of_the_loaded_model(shape, method, folders, tiny_folder):
     folder = (folders | {"plain": tiny_folder})[shape]
-    predicted = memory.predict(memory.meta_model(load_config(source_of(folder))), METHODS[method].handler, tokens=10)
-    engine = engine_of(Residents(), folder, method)
+    predicted = memory.predict(meta_model(load_config(source_of(folder))), METHODS[method].handler, tokens=10)
+    engine = engine_of(Machine(), folder, method)
     assert (predicted.weights, predicted.scales) == (engine.weight_bytes, engine.scale_bytes)
     assert (predicted.scales > 0) == (method not in ("fp16", "bf16", "fp32", "absmax-w32a8"))
 
@@ -84,7 +85,7 @@ def test_predicted_weights_are_those_of_a_model_with_random_weights(method, monk
     shape = Shape(32, 64, 2, 4, 2, 259, 128)
     monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", "nobody/tiny", "", "", shape))
     source, handler = resolve("tiny", random_weights=True), METHODS[method].handler
-    predicted = memory.predict(memory.meta_model(load_config(source)), handler, tokens=10)
+    predicted = memory.predict(meta_model(load_config(source)), handler, tokens=10)
     engine = HFEngine(load_model(source, handler, "cpu"), handler, "cpu")
     assert (predicted.weights, predicted.scales) == (engine.weight_bytes, engine.scale_bytes)
     assert {buffer.dtype for buffer in engine.model.buffers()} == {torch.float32}  # rotary frequencies stay exact
@@ -92,13 +93,13 @@ def test_predicted_weights_are_those_of_a_model_with_random_weights(method, monk
 
 def test_a_shape_takes_no_memory():
     """Seventy billion parameters, in an instant."""
-    shape = memory.meta_model(tiny_config(hidden_size=8192, intermediate_size=28672, num_hidden_layers=8))
+    shape = meta_model(tiny_config(hidden_size=8192, intermediate_size=28672, num_hidden_layers=8))
     assert all(parameter.is_meta for parameter in shape.parameters())
     assert memory.predict(shape, METHODS["fp16"].handler, tokens=1).weights > 10 * GB
 
 
 def test_a_prediction_grows_with_tokens_and_batch():
-    shape, handler = memory.meta_model(tiny_config()), METHODS["fp16"].handler
+    shape, handler = meta_model(tiny_config()), METHODS["fp16"].handler
     small, long, wide = (
         memory.predict(shape, handler, tokens=tokens, batch=batch) for tokens, batch in [(10, 1), (20, 1), (10, 2)]
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmq import memory, telemetry
+from llmq import telemetry
 from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.models import choice
 from llmq.models.choice import choose_model
@@ -26,6 +26,7 @@ from llmq.models.loading import (
     revision_of,
 )
 from llmq.models.presets import PRESETS
+from llmq.models.skeleton import meta_model
 from llmq.quant import METHODS
 
 HUB_PRESETS = [preset for preset in PRESETS.values() if preset.hub_id]
@@ -169,7 +170,7 @@ def test_a_configuration_that_cannot_be_read_is_the_models_fault(damage, damaged
 def test_a_model_that_writes_no_text_is_refused(damaged):
     """A known architecture, but no causal language model: found out when its shape is built."""
     with pytest.raises(ModelUnavailable, match="t5"):
-        memory.meta_model(load_config(damaged(changed_config(model_type="t5"))))
+        meta_model(load_config(damaged(changed_config(model_type="t5"))))
 
 
 @pytest.mark.parametrize(

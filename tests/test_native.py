@@ -444,14 +444,17 @@ def test_a_cache_that_cannot_be_written_is_no_library(empty_cache, monkeypatch):
 @pytest.mark.demo
 def test_fp16_chooses_the_tokens_that_transformers_chooses_in_float32(demo):
     """128 greedy tokens of five prompts; where one differs, the two likeliest are closer than 0.01."""
-    from llmq.engine.residents import Key, Residents
-    from llmq.engine.text import encode_prompt
+    from tiny_runs import key_of
+
+    from llmq.machine.door import Machine
     from llmq.models.loading import load_tokenizer
+    from llmq.models.text import encode_prompt
 
     prompts = ["Plan a 3-day itinerary in Paris.", "Why is the sky blue?", "Write a haiku about rain.",
                "List three uses of a paper clip.", "Explain recursion to a child."]  # fmt: skip
-    tokenizer, residents = load_tokenizer(demo), Residents()
-    native, exact = (residents.get(Key(demo, m, m, "cpu", loop))[0] for m, loop in (("fp16", "lean"), ("fp32", "hf")))
+    tokenizer, machine = load_tokenizer(demo), Machine()
+    keys = (key_of(demo, m, loop=loop) for m, loop in (("fp16", "lean"), ("fp32", "hf")))
+    native, exact = (machine.pool.get(key)[0] for key in keys)
     for prompt in prompts:
         ids = encode_prompt(tokenizer, prompt, context=native.context)
         chosen = generate_from(native, ids, 128)
@@ -468,12 +471,13 @@ def test_fp16_chooses_the_tokens_that_transformers_chooses_in_float32(demo):
 def test_every_layer_of_a_model_is_bitsandbytes_layer(demo):
     """Each linear layer fed what it gets in bitsandbytes' model: the same outlier columns, the same output."""
     import bitsandbytes as bnb
+    from tiny_runs import key_of
 
     from llmq.bench.setup import fixed_prompt
-    from llmq.engine.residents import Key, load_engine
-    from llmq.models.loading import load_tokenizer
+    from llmq.engine.loading import load_engine
+    from llmq.models.opening import Model
 
-    model = load_engine(Key(demo, "bnb-int8", "bnb-int8", "cpu", "hf")).model
+    model = load_engine(key_of(demo, "bnb-int8")).model
     seen = []
 
     def check(module, inputs, output):
@@ -486,7 +490,7 @@ def test_every_layer_of_a_model_is_bitsandbytes_layer(demo):
 
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
     hooks = [layer.register_forward_hook(check) for layer in layers]
-    ids = fixed_prompt(load_tokenizer(demo), 48)
+    ids = fixed_prompt(Model(demo), 48)
     with torch.inference_mode():
         for count in (1, 7, 48):
             model(torch.tensor([ids[:count]]))
@@ -529,11 +533,10 @@ def multiplied(x: torch.Tensor, weight: Int8Weight) -> tuple[set[int], torch.Ten
 def test_a_comparison_on_a_cpu_runs_through_the_library(schedule, tiny_folder):
     from tiny_runs import comparison, reasons
 
-    from llmq.compare import compare
-    from llmq.engine.residents import Residents
     from llmq.events import Finished, Loaded, Memory
+    from llmq.machine.door import Machine
 
-    events = list(compare(comparison(tiny_folder, "fp16,llm-int8,int8-weight-only", schedule=schedule), Residents()))
+    events = list(Machine().run(comparison(tiny_folder, "fp16,llm-int8,int8-weight-only", schedule=schedule)))
     assert {event.engine for event in events if isinstance(event, Loaded)} == {"lean"}
     assert set(reasons(events).values()) == {"length"}
     held = {name: sum(parts.values()) for e in events if isinstance(e, Memory) for name, parts in e.ledger.items()}

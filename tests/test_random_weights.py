@@ -7,8 +7,8 @@ import torch
 from conftest import tiny_config
 from torch import nn
 
-from llmq import memory
 from llmq.models.random_weights import random_llama
+from llmq.models.skeleton import meta_model
 
 TOKENS = 24
 
@@ -17,7 +17,7 @@ TOKENS = 24
 def test_random_weights_have_the_shape_of_their_configuration(tied):
     config = tiny_config(tie_word_embeddings=tied, num_key_value_heads=1, intermediate_size=48)
     model = random_llama(config, "cpu")
-    shapes = {name: tuple(tensor.shape) for name, tensor in memory.meta_model(config).named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model(config).named_parameters()}
     assert {name: tuple(tensor.shape) for name, tensor in model.named_parameters()} == shapes
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert not any(parameter.isnan().any() for parameter in model.parameters())

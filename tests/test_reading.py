@@ -12,12 +12,11 @@ from planted import StopAfter, hooks_left
 from tiny_runs import engine_of, light
 
 from llmq.contestants import Contestant
-from llmq.engine.residents import Residents
 from llmq.errors import BadChoice, OutOfMemory
-from llmq.events import Loaded, Waiting
+from llmq.events import Loaded, Progress, Waiting
 from llmq.inspect.agreement import Agreement, compare_logits
-from llmq.inspect.reading import Read, Reading, read_both
-from llmq.preparation import Working
+from llmq.inspect.reading import Read, Reading
+from llmq.machine.door import Machine
 
 PROMPT = "The quick fox"
 NEW = 24
@@ -42,8 +41,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def residents() -> Residents:
-    return Residents()
+def machine() -> Machine:
+    return Machine()
 
 
 def reading(folder, contestant: str = "bnb-int8", baseline: str = "fp16", **changes) -> Reading:
@@ -51,8 +50,8 @@ def reading(folder, contestant: str = "bnb-int8", baseline: str = "fp16", **chan
     return Reading(**({"prompt": PROMPT, "model": str(folder), "new_tokens": NEW} | pair | changes))
 
 
-def models_of(residents, folder, asked: Reading) -> list:
-    return [engine_of(residents, folder, c.label).model for c in (asked.baseline, asked.contestant)]
+def models_of(machine, folder, asked: Reading) -> list:
+    return [engine_of(machine, folder, c.label).model for c in (asked.baseline, asked.contestant)]
 
 
 def logits_of(model, ids: list[int]) -> torch.Tensor:
@@ -61,11 +60,11 @@ def logits_of(model, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("contestant", ["bnb-int8", "llm-int8", "vectorwise", "absmax", "bf16", "fp32"])
-def test_a_continuation_is_what_the_library_generates_and_parts_where_it_does(folder, residents, contestant):
+def test_a_continuation_is_what_the_library_generates_and_parts_where_it_does(folder, machine, contestant):
     asked = reading(folder, contestant)
-    *events, found = read_both(asked, residents)
+    *events, found = machine.run(asked)
     ids, tables = [], []
-    for model in models_of(residents, folder, asked):
+    for model in models_of(machine, folder, asked):
         made = model.generate(
             torch.tensor([TOKENIZED]),
             max_new_tokens=NEW,
@@ -89,79 +88,79 @@ def test_a_continuation_is_what_the_library_generates_and_parts_where_it_does(fo
         assert drift.margins is None
     text = [*TOKENIZED, *ids[0]]
     assert (found.agreement.token_ids, found.agreement.continuation) == (tuple(text), len(TOKENIZED))
-    tables = [logits_of(model, text).float() for model in models_of(residents, folder, asked)]
+    tables = [logits_of(model, text).float() for model in models_of(machine, folder, asked)]
     assert found.agreement.tokens == tuple(compare_logits(*tables, text))
     assert found.texts == tuple(found.text_of(token) for token in text)
-    shares = [event.fraction for event in events if isinstance(event, Working)]
+    shares = [event.fraction for event in events if isinstance(event, Progress)]
     assert shares == sorted(shares) and len(shares) == 2 * NEW + 1 and 0 < shares[0] and shares[-1] < 1
 
 
-def test_some_of_these_methods_part(folder, residents):
+def test_some_of_these_methods_part(folder, machine):
     """Or the test above would compare nothing."""
-    ends = [list(read_both(reading(folder, method), residents))[-1].agreement for method in ("absmax", "bnb-int8")]
+    ends = [list(machine.run(reading(folder, method)))[-1].agreement for method in ("absmax", "bnb-int8")]
     assert all(end.drift.position is not None for end in ends) and all(end.mean_kl > 1e-5 for end in ends)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("prompt", f"<{PROMPT}>"), ("text", PROMPT)])
-def test_a_prompt_is_read_in_its_template_and_a_text_as_it_is(folder, residents, kind, expected):
+def test_a_prompt_is_read_in_its_template_and_a_text_as_it_is(folder, machine, kind, expected):
     asked = reading(folder, "llm-int8", text=kind)
-    found = list(read_both(asked, residents))[-1]
+    found = list(machine.run(asked))[-1]
     ids = byte_tokenizer()(expected)["input_ids"]
-    tables = [logits_of(model, ids).float() for model in models_of(residents, folder, asked)]
+    tables = [logits_of(model, ids).float() for model in models_of(machine, folder, asked)]
     assert found.agreement == Agreement(tuple(ids), tuple(compare_logits(*tables, ids)))
     assert "".join(found.texts) == expected
 
 
-def test_nearer_methods_agree_more(folder, residents):
+def test_nearer_methods_agree_more(folder, machine):
     """Two that compute the same agree to the last bit; BF16 is nearer to FP32 than naive 8 bit is."""
     ends = {}
     for pair in (("llm-int8@inf", "llm-int8@0"), ("bf16", "fp32"), ("absmax", "fp32")):
-        ends[pair] = list(read_both(reading(folder, *pair), residents))[-1].agreement
+        ends[pair] = list(machine.run(reading(folder, *pair)))[-1].agreement
     same, near, far = ends.values()
     assert (same.mean_kl, same.top1_agreement, same.drift.position) == (0.0, 1.0, None)
     assert 0 < near.mean_kl < far.mean_kl / 3 and near.top1_agreement >= far.top1_agreement
     assert math.isclose(*near.perplexities, rel_tol=0.05) and near.perplexities[0] != near.perplexities[1]
 
 
-def greedy(residents, folder, count: int) -> list[int]:
-    model = engine_of(residents, folder, "fp16").model
+def greedy(machine, folder, count: int) -> list[int]:
+    model = engine_of(machine, folder, "fp16").model
     return model.generate(torch.tensor([TOKENIZED]), max_new_tokens=count, do_sample=False, eos_token_id=None)[
         0, -count:
     ].tolist()
 
 
-def test_an_end_of_text_ends_a_continuation_and_is_no_part_of_it(folder, residents, monkeypatch):
-    asked, written = reading(folder, "fp32"), greedy(residents, folder, 6)
+def test_an_end_of_text_ends_a_continuation_and_is_no_part_of_it(folder, machine, monkeypatch):
+    asked, written = reading(folder, "fp32"), greedy(machine, folder, 6)
     assert written[3] not in written[:3]
-    list(read_both(asked, residents))
-    settings = [model.generation_config for model in models_of(residents, folder, asked)]
+    list(machine.run(asked))
+    settings = [model.generation_config for model in models_of(machine, folder, asked)]
     monkeypatch.setattr(settings[1], "eos_token_id", written[3])
-    agreement = list(read_both(asked, residents))[-1].agreement
+    agreement = list(machine.run(asked))[-1].agreement
     assert agreement.drift.other_ids == tuple(written[:3]) and len(agreement.drift.baseline_ids) == NEW
     assert (agreement.drift.position, agreement.drift.margins) == (None, None)
     monkeypatch.setattr(settings[0], "eos_token_id", written[3])
-    agreement = list(read_both(asked, residents))[-1].agreement
+    agreement = list(machine.run(asked))[-1].agreement
     assert agreement.drift.baseline_ids == agreement.token_ids[agreement.continuation :] == tuple(written[:3])
     asked = reading(folder, "fp16", "fp32")
     monkeypatch.setattr(settings[1], "eos_token_id", written[0])
     with pytest.raises(BadChoice, match="fp32 ends the text at once"):
-        list(read_both(asked, residents))
+        list(machine.run(asked))
 
 
 def test_stopped_before_it_began_nothing_is_read(folder):
-    stop, fresh = threading.Event(), Residents()
+    stop, fresh = threading.Event(), Machine()
     stop.set()
-    assert [type(event) for event in read_both(reading(folder), fresh, stop=stop)] == [Waiting]
-    assert fresh.bytes_on("cpu") == 0
+    assert [type(event) for event in fresh.run(reading(folder), stop=stop)] == [Waiting]
+    assert fresh.pool.bytes_on("cpu") == 0
 
 
 @pytest.mark.parametrize("when", ["first loaded", "first token", "last token of the other", "reading"])
-def test_a_stop_ends_it_without_a_result_and_the_next_one_runs(folder, residents, when):
+def test_a_stop_ends_it_without_a_result_and_the_next_one_runs(folder, machine, when):
     stop, seen = threading.Event(), []
     asked = reading(folder)
-    for event in read_both(asked, residents, stop=stop):
+    for event in machine.run(asked, stop=stop):
         seen.append(event)
-        written = sum(isinstance(entry, Working) for entry in seen)
+        written = sum(isinstance(entry, Progress) for entry in seen)
         if (when, isinstance(event, Loaded), written) in {
             ("first loaded", True, 0),
             ("first token", False, 1),
@@ -170,29 +169,29 @@ def test_a_stop_ends_it_without_a_result_and_the_next_one_runs(folder, residents
         }:
             stop.set()
     assert stop.is_set() and not isinstance(seen[-1], Read)
-    assert [hooks_left(model) for model in models_of(residents, folder, asked)] == [0, 0]
-    assert isinstance(list(read_both(asked, residents))[-1], Read)
+    assert [hooks_left(model) for model in models_of(machine, folder, asked)] == [0, 0]
+    assert isinstance(list(machine.run(asked))[-1], Read)
 
 
-def test_a_stop_ends_a_long_text_within_one_layer(folder, residents):
-    list(read_both(reading(folder, text="prompt"), residents))
+def test_a_stop_ends_a_long_text_within_one_layer(folder, machine):
+    list(machine.run(reading(folder, text="prompt")))
     stop = StopAfter(12)
-    events = list(read_both(reading(folder, text="prompt"), residents, stop=stop))
-    assert isinstance(events[-1], Working) and stop.calls == -1, "it was not asked again"
+    events = list(machine.run(reading(folder, text="prompt"), stop=stop))
+    assert isinstance(events[-1], Progress) and stop.calls == -1, "it was not asked again"
 
 
-def test_memory_that_runs_out_is_said(folder, residents, monkeypatch):
+def test_memory_that_runs_out_is_said(folder, machine, monkeypatch):
     asked = reading(folder, text="prompt")
-    list(read_both(asked, residents))
+    list(machine.run(asked))
 
     def too_much(*_):
         raise MemoryError
 
-    monkeypatch.setattr(engine_of(residents, folder, "bnb-int8"), "logits", too_much)
+    monkeypatch.setattr(engine_of(machine, folder, "bnb-int8"), "logits", too_much)
     with pytest.raises(OutOfMemory, match="shorter"):
-        list(read_both(asked, residents))
+        list(machine.run(asked))
     monkeypatch.undo()
-    assert isinstance(list(read_both(asked, residents))[-1], Read)
+    assert isinstance(list(machine.run(asked))[-1], Read)
 
 
 @pytest.mark.parametrize(
@@ -222,13 +221,13 @@ def test_settings_that_mean_nothing_are_refused(changes, reason):
         ("continuation", "a" * 103, "105 tokens long; give at most 104"),
     ],
 )
-def test_texts_that_cannot_be_read_are_refused(folder, residents, kind, prompt, reason):
+def test_texts_that_cannot_be_read_are_refused(folder, machine, kind, prompt, reason):
     with pytest.raises(BadChoice, match=reason):
-        list(read_both(reading(folder, text=kind, prompt=prompt), residents))
+        list(machine.run(reading(folder, text=kind, prompt=prompt)))
 
 
 @pytest.mark.parametrize(("kind", "prompt"), [("text", "a" * 128), ("text", "ab"), ("continuation", "a" * 102)])
-def test_the_longest_and_the_shortest_texts_can_be_read(folder, residents, kind, prompt):
-    found = list(read_both(reading(folder, "bf16", text=kind, prompt=prompt), residents))[-1]
+def test_the_longest_and_the_shortest_texts_can_be_read(folder, machine, kind, prompt):
+    found = list(machine.run(reading(folder, "bf16", text=kind, prompt=prompt)))[-1]
     assert len(found.agreement.token_ids) == len(prompt) + (2 + NEW if kind == "continuation" else 0)
     assert len(found.agreement.tokens) == len(found.agreement.token_ids) - 1

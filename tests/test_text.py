@@ -9,8 +9,8 @@ from conftest import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from llmq.engine.text import TextStream, encode_prompt
 from llmq.errors import BadChoice, UserError
+from llmq.models.text import TextStream, encode_prompt
 
 REPLACEMENT = "\ufffd"
 TEXTS = [

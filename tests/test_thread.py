@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from llmq.engine.thread import ComputeThread
+from llmq.machine.thread import ComputeThread
 
 
 def where(count: int):

@@ -7,11 +7,11 @@ from urllib.parse import parse_qsl
 
 import pytest
 
-from llmq.contestants import Comparison, Contestant
-from llmq.engine.residents import Residents
+from llmq.compare import Comparison
+from llmq.contestants import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.inspect.run import Inspection
-from llmq.ui import session
+from llmq.machine.door import Machine
 from llmq.ui.link import LONGEST_PROMPT, query_of, wishes_of
 from llmq.ui.session import KEPT_FINDINGS, Jobs, Session
 
@@ -89,15 +89,14 @@ def test_a_hostile_link_is_only_a_wish(query, expected):
 def jobs(monkeypatch):
     """Jobs whose runs count until they are told to stop."""
 
-    def counting(job, residents, *, stop):
+    def counting(self, job, stop):
         number = 0
         while not stop.is_set():
             yield number
             number += 1
 
-    monkeypatch.setattr(session, "compare", counting)
-    monkeypatch.setattr(session, "inspect_outliers", counting)
-    return Jobs(Residents())
+    monkeypatch.setattr(Machine, "run", counting)
+    return Jobs(Machine())
 
 
 @pytest.mark.parametrize("job", [comparison(), Inspection(prompt="Hi")], ids=["compare", "outliers"])

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 import torch
 
 from llmq.cli import main
-from llmq.compare import compare
-from llmq.contestants import Comparison, Contestant
+from llmq.compare import Comparison
+from llmq.contestants import Contestant
 from llmq.engine.hf import HFEngine
-from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
 from llmq.events import Event, Finished, Memory, Step
+from llmq.machine.door import Machine
+from llmq.machine.pool import Key
 from llmq.models.loading import Source, resolve
+from llmq.models.opening import Model
 
 RUN_KEYS = {"model", "device", "schedule", "contestants", "agreement"}  # of `compare --json`, at least
 CONTESTANT_KEYS = {
@@ -69,12 +71,14 @@ def source_of(folder) -> Source:
     return resolve(str(folder))
 
 
-def key_of(folder, method: str) -> Key:
-    return Key(source_of(folder), Contestant.parse(method).label, method.partition("@")[0], "cpu")
+def key_of(model, method: str, device: str = "cpu", loop: str = "hf") -> Key:
+    """Of a folder or of what a name was resolved to."""
+    source = model if isinstance(model, Source) else source_of(model)
+    return Key.of(Model(source), Contestant.parse(method), device, loop)
 
 
-def engine_of(residents: Residents, folder, method: str) -> HFEngine:
-    return residents.get(key_of(folder, method))[0]
+def engine_of(machine: Machine, folder, method: str) -> HFEngine:
+    return machine.pool.get(key_of(folder, method))[0]
 
 
 def without_memory(events) -> list[Event]:
@@ -94,10 +98,10 @@ def token_ids(events, contestant: str) -> list[int]:
     return [event.token_id for event in events if isinstance(event, Step) and event.contestant == contestant]
 
 
-def stopped_when(comparison: Comparison, residents: Residents, condition) -> list[Event]:
+def stopped_when(comparison: Comparison, machine: Machine, condition) -> list[Event]:
     """Every event of a run that is stopped right after the first event for which `condition(event)` holds."""
     stop, seen = threading.Event(), []
-    for event in compare(comparison, residents, stop=stop):
+    for event in machine.run(comparison, stop=stop):
         seen.append(event)
         if condition(event):
             stop.set()

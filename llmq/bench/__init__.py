@@ -1,1 +1,14 @@
-"""Repeatable measurements, one method after the other, as JSON with their conditions."""
+"""Repeatable figures of speed and memory, one method after the other, through the same door as everything else."""
+
+from __future__ import annotations
+
+
+def bench_named(kind: str) -> type:
+    """The benchmark called `kind`."""
+    from llmq.bench.decode import DecodeBench
+    from llmq.bench.hooks import HooksBench
+    from llmq.bench.load import LoadBench
+    from llmq.bench.peers import PeersBench
+    from llmq.bench.prefill import PrefillBench
+
+    return {bench.kind: bench for bench in (DecodeBench, PrefillBench, LoadBench, PeersBench, HooksBench)}[kind]

@@ -2,82 +2,85 @@
 
 Every figure is a median over repeats of the same generation after an uncounted warm-up; the number of tokens is fixed
 (end-of-text does not stop a repeat), so every method does the same work. The read bandwidth is measured in the same
-run, because a fraction of a datasheet's figure says nothing about a shared machine.
+run, because a fraction of a datasheet's figure says nothing about a shared machine: before the first method and again
+after each, and the faster one counts.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmq import memory
-from llmq.bench.setup import Bench, read_bandwidth, require_whole
+from llmq.bench.setup import Bench, Setup, bandwidth_fraction, read_bandwidth, require_whole
 from llmq.contestants import Contestant
 from llmq.engine.interface import Engine, capacity_for
-from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
-from llmq.models.loading import Source, load_config
+from llmq.machine.door import Lease
+from llmq.machine.pool import Key
+from llmq.models.opening import Model
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeBench(Bench):
     """The prompt is `prompt_tokens` tokens of a fixed text, fed as they are; `new_tokens` follow."""
 
+    kind = "decode"
+    columns = ("method", "engine", "tokens_per_second", "prefill_seconds", "bandwidth_fraction", "weight_bytes")
+    columns += ("peak_bytes",)
     new_tokens: int = 64
 
     def __post_init__(self):
         super().__post_init__()
         require_whole("new_tokens", self.new_tokens, 2)
 
+    @property
+    def positions(self) -> int:
+        return self.prompt_tokens + self.new_tokens
 
-def bench_decode(bench: DecodeBench, report: Callable[[str], None] = lambda line: None) -> dict:
-    """Run `bench`; the result has the stable keys of `bench --json`. `report` gets a line per finished method."""
-    setup = bench.prepare(report, positions=bench.prompt_tokens + bench.new_tokens)
-    bandwidth = read_bandwidth(bench.device)
-    results = []
-    for contestant, key in setup.entries:
-        results.append(_measure(bench, key, contestant, setup.prompt_ids, bandwidth))
-        report(f"{contestant.label}: {results[-1]['tokens_per_second']:.2f} tok/s")
-    conditions = {"new_tokens": bench.new_tokens, "schedule": "in-turn"}
-    return bench.result("decode", setup, results, **conditions) | {"read_bandwidth_bytes_per_second": bandwidth}
+    def conditions(self) -> dict:
+        return {"new_tokens": self.new_tokens, "schedule": "in-turn"}
 
+    def facts(self) -> dict:
+        return {"read_bandwidth_bytes_per_second": read_bandwidth(self.device)}
 
-def _measure(bench: DecodeBench, key: Key, contestant: Contestant, prompt_ids: list[int], bandwidth: float) -> dict:
-    residents = Residents()
-    started = time.perf_counter()
-    engine, load_seconds = residents.get(key)
-    if contestant.threshold is not None:
-        engine.set_threshold(contestant.threshold)
-    engine.warm_up(prompt_ids)
-    ready_seconds = time.perf_counter() - started
-    runs = [_Repeat.of(engine, prompt_ids, bench.new_tokens) for _ in range(bench.repeats)]
-    speeds = [run.tokens_per_second for run in runs]
-    bytes_per_token = engine.read_bytes_per_token + _mean_kv_bytes(bench, key.source, engine)
-    result = {
-        "method": contestant.label,
-        "engine": engine.name,
-        "arithmetic": engine.handler.arithmetic(bench.device, engine.name),
-        "tokens_per_second": statistics.median(speeds),
-        "tokens_per_second_min": min(speeds),
-        "tokens_per_second_max": max(speeds),
-        "wall_tokens_per_second": statistics.median(run.wall_tokens_per_second for run in runs),
-        "prefill_seconds": statistics.median(run.prefill_seconds for run in runs),
-        "bytes_per_token": bytes_per_token,
-        "bandwidth_fraction": bytes_per_token * statistics.median(speeds) / bandwidth,
-        "weight_bytes": engine.weight_bytes,
-        "scale_bytes": engine.scale_bytes,
-        "kv_bytes": runs[0].kv_bytes,
-        "workspace_bytes": max(run.workspace_bytes for run in runs),
-        "peak_bytes": engine.weight_bytes + engine.scale_bytes + max(run.peak_bytes for run in runs),
-        "load_seconds": load_seconds,
-        "ready_seconds": ready_seconds,
-    }
-    result |= _allocation(engine, key.source, prompt_ids)
-    del engine
-    freed = residents.drop(key)
-    return result | {"memory_freed": freed.verified}
+    def told(self, row: dict) -> str:
+        return f"{row['tokens_per_second']:.2f} tok/s"
+
+    def measure(self, lease: Lease, contestant: Contestant, key: Key, setup: Setup) -> dict:
+        started = lease.clock()
+        engine, load_seconds = lease.pool.get(key, contestant)
+        engine.warm_up(setup.prompt_ids)
+        ready_seconds = lease.clock() - started
+        runs = [_Repeat.of(engine, setup.prompt_ids, self.new_tokens, lease.clock) for _ in range(self.repeats)]
+        speeds = [run.tokens_per_second for run in runs]
+        bytes_per_token = engine.read_bytes_per_token + self._mean_kv_bytes(setup.model, engine)
+        bandwidth = max(setup.facts["read_bandwidth_bytes_per_second"], read_bandwidth(self.device))
+        return {
+            "engine": engine.name,
+            "arithmetic": engine.handler.arithmetic(self.device, engine.name),
+            "tokens_per_second": statistics.median(speeds),
+            "tokens_per_second_min": min(speeds),
+            "tokens_per_second_max": max(speeds),
+            "wall_tokens_per_second": statistics.median(run.wall_tokens_per_second for run in runs),
+            "prefill_seconds": statistics.median(run.prefill_seconds for run in runs),
+            "bytes_per_token": bytes_per_token,
+            "bandwidth_fraction": bandwidth_fraction(bytes_per_token, statistics.median(speeds), bandwidth),
+            "weight_bytes": engine.weight_bytes,
+            "scale_bytes": engine.scale_bytes,
+            "kv_bytes": runs[0].kv_bytes,
+            "workspace_bytes": max(run.workspace_bytes for run in runs),
+            "peak_bytes": engine.weight_bytes + engine.scale_bytes + max(run.peak_bytes for run in runs),
+            "load_seconds": load_seconds,
+            "ready_seconds": ready_seconds,
+            **_allocation(engine, setup.model, setup.prompt_ids),
+        }
+
+    def _mean_kv_bytes(self, model: Model, engine: Engine) -> int:
+        """Bytes of keys and values read per token: those of the positions in use, halfway through the new tokens."""
+        itemsize = 4 if engine.handler.dtype == "float32" else 2
+        return memory.kv_bytes(model.config, tokens=self.prompt_tokens + self.new_tokens // 2, itemsize=itemsize)
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,12 @@ class _Repeat:
     peak_bytes: int
 
     @classmethod
-    def of(cls, engine: Engine, prompt_ids: list[int], new_tokens: int) -> _Repeat:
+    def of(cls, engine: Engine, prompt_ids: list[int], new_tokens: int, clock: Callable[[], float]) -> _Repeat:
         generation = engine.start(prompt_ids, SamplingSettings(max_new_tokens=new_tokens))
         prefill = generation.prefill()
-        started = time.perf_counter()
+        started = clock()
         seconds = [generation.step().seconds for _ in range(new_tokens - 1)]
-        wall = time.perf_counter() - started
+        wall = clock() - started
         repeat = cls(
             prefill.seconds,
             len(seconds) / sum(seconds),
@@ -108,20 +111,14 @@ class _Repeat:
         return repeat
 
 
-def _mean_kv_bytes(bench: DecodeBench, source: Source, engine: Engine) -> int:
-    """Bytes of keys and values read per token: those of the positions in use, halfway through the new tokens."""
-    itemsize = 4 if engine.handler.dtype == "float32" else 2
-    return memory.kv_bytes(load_config(source), tokens=bench.prompt_tokens + bench.new_tokens // 2, itemsize=itemsize)
-
-
-def _allocation(engine: Engine, source: Source, prompt_ids: list[int]) -> dict:
+def _allocation(engine: Engine, model: Model, prompt_ids: list[int]) -> dict:
     """With the prompt in the cache: the bytes predicted from the configuration, and torch's own count.
 
     `library_workspace_bytes` is scratch that cuBLAS keeps inside torch's allocator (about 32 MB a process, whatever
     the model), told apart by asking torch to drop it.
     """
     tokens = capacity_for(len(prompt_ids) + 1, engine.context) if engine.name == "lean" else len(prompt_ids)
-    predicted = memory.predict(memory.meta_model(load_config(source)), engine.handler, tokens=tokens)
+    predicted = memory.predict(model.shape, engine.handler, tokens=tokens)
     found = {"predicted_bytes": predicted.weights + predicted.scales + predicted.kv}
     if not engine.device.startswith("cuda"):
         return found | {"allocated_bytes": None, "library_workspace_bytes": None}

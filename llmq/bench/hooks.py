@@ -8,18 +8,20 @@ reductions, and the statistics' way to the host.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING
 
 from llmq.bench.decode import DecodeBench
+from llmq.bench.setup import Setup
 from llmq.contestants import Contestant
 from llmq.engine.hf import HFEngine
-from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice
+from llmq.machine.door import Lease
+from llmq.machine.pool import Key
+from llmq.models.opening import Model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,43 +33,42 @@ if TYPE_CHECKING:
 class HooksBench(DecodeBench):
     """`repeats` rounds, in each of which the same generation runs once unwatched and once watched."""
 
+    kind = "hooks"
+    columns = ("method", "prefill_ratio", "decode_ratio", "prefill_seconds", "decode_seconds_per_token", "held_bytes")
+
     def __post_init__(self):
         super().__post_init__()
         if self.engine not in ("auto", "hf"):
             raise BadChoice(f"engine {self.engine!r} has no layers to hook; choose auto or hf")
 
+    def conditions(self) -> dict:
+        return {"new_tokens": self.new_tokens, "schedule": "with and without in turn, round by round"}
 
-def bench_hooks(bench: HooksBench, report: Callable[[str], None] = lambda line: None) -> dict:
-    """Run `bench`; the result has the stable keys of `bench --json`. `report` gets a line per finished method."""
-    setup = replace(bench, engine="hf").prepare(report, positions=bench.prompt_tokens + bench.new_tokens)
-    results = []
-    for contestant, key in setup.entries:
-        results.append(row := _measure(bench, contestant, key, setup.prompt_ids))
-        report(f"{contestant.label}: {row['prefill_ratio']:.2f}x in prefill, {row['decode_ratio']:.2f}x in decode")
-    schedule = "with and without in turn, round by round"
-    return bench.result("hooks", setup, results, new_tokens=bench.new_tokens, schedule=schedule)
+    def facts(self) -> dict:
+        return {}
 
+    def loop_of(self, contestant: Contestant, model: Model) -> str:
+        return "hf"
 
-def _measure(bench: HooksBench, contestant: Contestant, key: Key, prompt_ids: list[int]) -> dict:
-    from llmq.inspect.recorder import OutlierRecorder
+    def told(self, row: dict) -> str:
+        return f"{row['prefill_ratio']:.2f}x in prefill, {row['decode_ratio']:.2f}x in decode"
 
-    residents = Residents()
-    engine, _ = residents.get(key)
-    if contestant.threshold is not None:
-        engine.set_threshold(contestant.threshold)
-    rounds = []
-    for number in range(bench.repeats + 1):  # the first is not counted
-        recorder = OutlierRecorder(engine.model, account=engine.handler.sixteen_bit_columns)
-        sides = (None, recorder) if number % 2 else (recorder, None)  # who comes second may find warmer caches
-        rounds.append({bool(side): _seconds(engine, prompt_ids, bench.new_tokens, side) for side in sides})
-    held = held_bytes(recorder.report(model=bench.model, method=contestant.label))
-    plain, watched = ([seconds[side] for seconds in rounds[1:]] for side in (False, True))
-    row = {"method": contestant.label, "engine": engine.name, "held_bytes": held}
-    for phase, name in enumerate(("prefill_seconds", "decode_seconds_per_token")):
-        pairs = [(one[phase], other[phase]) for one, other in zip(plain, watched, strict=True)]
-        row |= _compared(name.partition("_")[0], name, pairs)
-    del engine, recorder, sides  # they hold the model
-    return row | {"memory_freed": residents.drop(key).verified}
+    def measure(self, lease: Lease, contestant: Contestant, key: Key, setup: Setup) -> dict:
+        from llmq.inspect.recorder import OutlierRecorder
+
+        engine, _ = lease.pool.get(key, contestant)
+        rounds = []
+        for number in range(self.repeats + 1):  # the first is not counted
+            recorder = OutlierRecorder(engine.model, account=engine.handler.sixteen_bit_columns)
+            sides = (None, recorder) if number % 2 else (recorder, None)  # who comes second may find warmer caches
+            rounds.append({bool(s): _seconds(engine, setup.prompt_ids, self.new_tokens, s, lease.clock) for s in sides})
+        held = held_bytes(recorder.report(model=self.model, method=contestant.label))
+        plain, watched = ([seconds[side] for seconds in rounds[1:]] for side in (False, True))
+        row = {"engine": engine.name, "held_bytes": held}
+        for phase, name in enumerate(("prefill_seconds", "decode_seconds_per_token")):
+            pairs = [(one[phase], other[phase]) for one, other in zip(plain, watched, strict=True)]
+            row |= _compared(name.partition("_")[0], name, pairs)
+        return row
 
 
 def _compared(phase: str, name: str, pairs: list[tuple[float, float]]) -> dict:
@@ -84,22 +85,26 @@ def _compared(phase: str, name: str, pairs: list[tuple[float, float]]) -> dict:
 
 
 def _seconds(
-    engine: HFEngine, prompt_ids: list[int], new_tokens: int, recorder: OutlierRecorder | None
+    engine: HFEngine,
+    prompt_ids: list[int],
+    new_tokens: int,
+    recorder: OutlierRecorder | None,
+    clock: Callable[[], float],
 ) -> tuple[float, float]:
     """Seconds of the prefill and of one decode step (their mean), by the host's clock; both end with the chosen token
     on the host. With a recorder each phase also ends with its statistics there."""
     phase = recorder.phase if recorder else lambda name: None
     generation = engine.start(prompt_ids, SamplingSettings(max_new_tokens=new_tokens))
-    started = time.perf_counter()
+    started = clock()
     with recorder or nullcontext():
         phase("prefill")
         generation.prefill()
         phase("decode")
-        between = time.perf_counter()
+        between = clock()
         for _ in range(new_tokens - 1):
             generation.step()
             phase("decode")
-        ended = time.perf_counter()
+        ended = clock()
     generation.close()
     return between - started, (ended - between) / (new_tokens - 1)
 

@@ -3,52 +3,49 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-from llmq.bench.setup import Bench
+from llmq.bench.setup import Bench, Setup
 from llmq.contestants import Contestant
-from llmq.engine.residents import Key, Residents
+from llmq.machine.door import Lease
+from llmq.machine.pool import Key
 
 
-def bench_load(bench: Bench, report: Callable[[str], None] = lambda line: None) -> dict:
+class LoadBench(Bench):
     """Load each method once, in a process that has loaded nothing before the first; `repeats` is not used.
 
     `ready_seconds` is loading and everything a first token needs besides: kernels compiled or read from their cache,
     the graph captured. `kernel_cache` says which, by whether Triton's cache had anything in it at the start.
     """
-    cache = _kernel_cache()
-    setup = bench.prepare(report)
-    results = []
-    for contestant, key in setup.entries:
-        results.append(_measure(bench, contestant, key, setup.prompt_ids))
-        report(f"{contestant.label}: ready in {results[-1]['ready_seconds']:.1f} s")
-    return bench.result("load", setup, results, kernel_cache=cache)
+
+    kind = "load"
+    columns = ("method", "engine", "load_seconds", "ready_seconds", "weight_bytes", "peak_load_bytes")
+
+    def conditions(self) -> dict:
+        return {"kernel_cache": _kernel_cache()}
+
+    def told(self, row: dict) -> str:
+        return f"ready in {row['ready_seconds']:.1f} s"
+
+    def measure(self, lease: Lease, contestant: Contestant, key: Key, setup: Setup) -> dict:
+        level = _restart_peak(self.device)
+        started = lease.clock()
+        engine, load_seconds = lease.pool.get(key, contestant)
+        peak = _peak(self.device)
+        engine.warm_up(setup.prompt_ids)
+        return {
+            "engine": engine.name,
+            "load_seconds": load_seconds,
+            "ready_seconds": lease.clock() - started,
+            "weight_bytes": engine.weight_bytes,
+            "scale_bytes": engine.scale_bytes,
+            "peak_load_bytes": None if peak is None else peak - level,
+        }
 
 
 def _kernel_cache() -> str:
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     return "warm" if folder.is_dir() and any(folder.iterdir()) else "cold"
-
-
-def _measure(bench: Bench, contestant: Contestant, key: Key, prompt_ids: list[int]) -> dict:
-    residents, level = Residents(), _restart_peak(bench.device)
-    started = time.perf_counter()
-    engine, load_seconds = residents.get(key)
-    peak = _peak(bench.device)
-    engine.warm_up(prompt_ids)
-    row = {
-        "method": contestant.label,
-        "engine": engine.name,
-        "load_seconds": load_seconds,
-        "ready_seconds": time.perf_counter() - started,
-        "weight_bytes": engine.weight_bytes,
-        "scale_bytes": engine.scale_bytes,
-        "peak_load_bytes": None if peak is None else peak - level,
-    }
-    del engine
-    return row | {"memory_freed": residents.drop(key).verified}
 
 
 def _restart_peak(device: str) -> int:

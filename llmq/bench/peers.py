@@ -12,16 +12,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmq.bench.setup import Bench, read_bandwidth, require_whole
+from llmq.bench.setup import Bench, bandwidth_fraction, read_bandwidth, require_whole
 from llmq.engine.interface import Engine
-from llmq.engine.residents import Key, Residents
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError
+from llmq.events import Event, Progress
+from llmq.machine.door import Lease
+from llmq.machine.pool import Key
 from llmq.models.demo import fetch_gguf, gguf_path
 
 LONG_PROMPT = 512
@@ -34,6 +36,9 @@ class PeersBench(Bench):
     """`repeats` rounds, in each of which everybody decodes once and reads a long prompt once. With `busy` another
     process computes without end meanwhile."""
 
+    kind = "peers"
+    columns = ("method", "tokens_per_second", "prefill_tokens_per_second", "against", "decode_ratio", "prefill_ratio")
+    columns += ("bandwidth_fraction", "weight_bytes")
     new_tokens: int = 128
     busy: bool = False
 
@@ -43,33 +48,40 @@ class PeersBench(Bench):
         if self.device != "cpu" or self.model != "demo":
             raise BadChoice("peers are compared on the demo model and the CPU: --model demo --device cpu")
 
+    @property
+    def positions(self) -> int:
+        return max(LONG_PROMPT, self.prompt_tokens) + self.new_tokens
 
-def bench_peers(bench: PeersBench, report: Callable[[str], None] = lambda line: None) -> dict:
-    """Run `bench`; the result has the stable keys of `bench --json`, and llama.cpp's rows beside ours."""
-    llama = _llama_cpp()
-    setup = bench.prepare(report, positions=max(LONG_PROMPT, bench.prompt_tokens) + bench.new_tokens)
-    long_prompt = (setup.prompt_ids * LONG_PROMPT)[:LONG_PROMPT]
-    residents = Residents()
-    with tempfile.TemporaryDirectory(prefix="llmq-peers-") as folder:
-        runners = [_ours(residents, contestant, key) for contestant, key in setup.entries]
-        for name, file in _files(llama, Path(folder), report):
-            runners.append(_Peer(llama, f"llama.cpp {name}", file, LONG_PROMPT + bench.new_tokens))
-        bandwidth = read_bandwidth("cpu")
-        times = {runner.label: _Times([], []) for runner in runners}
-        with _another_process() if bench.busy else nullcontext():
-            for number in range(bench.repeats + 1):  # the first is not counted
-                for runner in runners:
-                    decode = runner.decode(setup.prompt_ids, bench.new_tokens)
-                    prefill = LONG_PROMPT / runner.read(long_prompt)
-                    if number:
-                        times[runner.label].add(decode, prefill)
-                report(f"round {number} of {bench.repeats}")
-        results = [_row(runner, times, bandwidth) for runner in runners]
-        for runner in runners:
-            runner.close()
-    conditions = {"new_tokens": bench.new_tokens, "long_prompt_tokens": LONG_PROMPT, "busy_process": bench.busy}
-    conditions |= {"schedule": "everybody in turn, round by round", "llama_cpp_python": llama.__version__}
-    return bench.result("peers", setup, results, **conditions) | {"read_bandwidth_bytes_per_second": bandwidth}
+    def facts(self) -> dict:
+        return {"read_bandwidth_bytes_per_second": read_bandwidth("cpu")}
+
+    def run(self, lease: Lease) -> Iterator[Event | Progress | dict]:
+        """Everybody in turn, round by round; last comes the result, llama.cpp's rows beside ours."""
+        llama = _llama_cpp()
+        setup = yield from self.prepare(lease)
+        long_prompt = (setup.prompt_ids * LONG_PROMPT)[:LONG_PROMPT]
+        with tempfile.TemporaryDirectory(prefix="llmq-peers-") as folder:
+            runners = [_ours(lease, contestant, key) for contestant, key in setup.entries]
+            for progress in fetch_gguf():
+                yield lease.progress(progress.message)
+            for name, file in _files(llama, Path(folder)):
+                runners.append(_Peer(llama, f"llama.cpp {name}", file, LONG_PROMPT + self.new_tokens))
+            times = {runner.label: _Times([], []) for runner in runners}
+            with _another_process() if self.busy else nullcontext():
+                for number in range(self.repeats + 1):  # the first is not counted
+                    for runner in runners:
+                        decode = runner.decode(setup.prompt_ids, self.new_tokens)
+                        prefill = LONG_PROMPT / runner.read(long_prompt)
+                        if number:
+                            times[runner.label].add(decode, prefill)
+                    yield lease.progress(f"round {number} of {self.repeats}")
+            bandwidth = setup.facts["read_bandwidth_bytes_per_second"]
+            results = [_row(runner, times, bandwidth) for runner in runners]
+            for runner in runners:
+                runner.close()
+        conditions = {"new_tokens": self.new_tokens, "long_prompt_tokens": LONG_PROMPT, "busy_process": self.busy}
+        conditions |= {"schedule": "everybody in turn, round by round", "llama_cpp_python": llama.__version__}
+        yield self.result(setup, results, conditions)
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,7 @@ def _row(runner, times: dict[str, _Times], bandwidth: float) -> dict:
         "prefill_ratio": _ratio(own.prefill, peer.prefill),
         "over_fp16": _ratio(own.decode, times["fp16"].decode) if "fp16" in times else None,
         "weight_bytes": runner.weight_bytes,
-        "bandwidth_fraction": runner.read_bytes * decode / bandwidth,
+        "bandwidth_fraction": bandwidth_fraction(runner.read_bytes, decode, bandwidth),
     }
 
 
@@ -110,10 +122,8 @@ def _ratio(own: list[float], peer: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(own, peer, strict=True))
 
 
-def _ours(residents: Residents, contestant, key: Key) -> _Ours:
-    engine, _ = residents.get(key)
-    if contestant.threshold is not None:
-        engine.set_threshold(contestant.threshold)
+def _ours(lease: Lease, contestant, key: Key) -> _Ours:
+    engine, _ = lease.pool.get(key, contestant)
     return _Ours(contestant.label, engine, SAME_PRECISION.get(contestant.method, "Q8_0"))
 
 
@@ -156,7 +166,7 @@ class _Ours:
         return seconds
 
     def close(self) -> None:
-        """The engine goes with its residents."""
+        """The engine goes with the pool."""
 
 
 class _Peer:
@@ -219,10 +229,8 @@ def _llama_cpp():
     return llama_cpp
 
 
-def _files(llama, folder: Path, report: Callable[[str], None]) -> Iterator[tuple[str, Path]]:
+def _files(llama, folder: Path) -> Iterator[tuple[str, Path]]:
     """The demo model's weights as llama.cpp stores each type: made from one file by its own tool."""
-    for progress in fetch_gguf():
-        report(progress.message)
     for name, kind in PEERS.items():
         file = folder / f"{name}.gguf"
         settings = llama.llama_model_quantize_default_params()

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llmq.contestants import Contestant
 from llmq.engine.choice import choose_engines
-from llmq.engine.residents import Key, Residents
+from llmq.engine.interface import Engine
 from llmq.environment import describe
 from llmq.errors import BadChoice
-from llmq.models.loading import load_config, load_tokenizer, prepare, resolve
+from llmq.events import Event, Progress
+from llmq.machine.door import Lease
+from llmq.machine.pool import Key
+from llmq.models.opening import Model
+from llmq.models.reference_text import reference_text
 from llmq.scores import LARGEST_LOSS, TextScore, mean_interval, perplexity, score_text
-
-if TYPE_CHECKING:
-    import torch
 
 WINDOW = 512
 BASELINE = Contestant("fp16")
@@ -42,60 +42,41 @@ class QualityBench:
         if not isinstance(self.tokens, int) or self.tokens < 2 * WINDOW:
             raise BadChoice(f"tokens is {self.tokens!r}; choose at least {2 * WINDOW}, two windows, for an interval")
 
+    def run(self, lease: Lease) -> Iterator[Event | Progress | dict]:
+        """Let every method and FP16 read the text; last comes the result with the stable keys of `quality --json`."""
+        model = yield from lease.open(self.model)
+        ids = model.tokenize(self.text or reference_text())
+        windows = [ids[i : i + WINDOW] for i in range(0, min(len(ids), self.tokens) - WINDOW + 1, WINDOW)]
+        if len(windows) < 2:
+            raise BadChoice(f"the text has {len(ids)} tokens; at least {2 * WINDOW} are needed")
+        engines = yield from self._load(lease, model)
+        scores: dict[Contestant, list[TextScore]] = {contestant: [] for contestant in engines}
+        for number, window in enumerate(windows, 1):
+            baseline = engines[BASELINE].logits(window).float()
+            for contestant, engine in engines.items():
+                own = baseline if contestant == BASELINE else engine.logits(window).float()
+                scores[contestant].append(score_text(own, baseline, window))
+            yield lease.progress(f"window {number} of {len(windows)}", number / len(windows))
+        yield {
+            "kind": "quality",
+            "text": "CPython pydoc_data.topics" if self.text is None else "a given file",
+            "tokens": len(windows) * (WINDOW - 1),
+            "device": self.device,
+            "model": self.model,
+            "conditions": {"window": WINDOW, "windows": len(windows), **describe(self.device, model.source)},
+            "results": [
+                {"method": c.label, "engine": engines[c].name, **_summarise(scores[c], scores[BASELINE])}
+                for c in self.contestants
+            ],
+        }
 
-def reference_text() -> str:
-    """CPython's own documentation topics, sorted by name and joined by newlines: technical English in every install."""
-    import pydoc_data.topics
-
-    topics = pydoc_data.topics.topics
-    return "\n".join(topics[name] for name in sorted(topics))
-
-
-def bench_quality(bench: QualityBench, report: Callable[[str], None] = lambda line: None) -> dict:
-    """Perplexity and agreement of every method against FP16; the result has the stable keys of `quality --json`."""
-    source = resolve(bench.model)
-    for progress in prepare(source):
-        report(progress.message)
-    ids = load_tokenizer(source)(bench.text or reference_text(), add_special_tokens=False)["input_ids"]
-    windows = [ids[i : i + WINDOW] for i in range(0, min(len(ids), bench.tokens) - WINDOW + 1, WINDOW)]
-    if len(windows) < 2:
-        raise BadChoice(f"the text has {len(ids)} tokens; at least {2 * WINDOW} are needed")
-    residents = Residents()
-    engines = {}
-    needed = list(dict.fromkeys((BASELINE, *bench.contestants)))
-    loops = choose_engines(bench.engine, [c.method for c in needed], load_config(source).to_dict(), bench.device)
-    for contestant, loop in zip(needed, loops, strict=True):
-        engine, _ = residents.get(Key(source, contestant.label, contestant.method, bench.device, loop))
-        if contestant.threshold is not None:
-            engine.set_threshold(contestant.threshold)
-        engines[contestant] = engine
-    scores: dict[Contestant, list[TextScore]] = {contestant: [] for contestant in needed}
-    for number, window in enumerate(windows, 1):
-        baseline = _logits(engines[BASELINE], window)
-        for contestant in needed:
-            own = baseline if contestant == BASELINE else _logits(engines[contestant], window)
-            scores[contestant].append(score_text(own, baseline, window))
-        report(f"window {number} of {len(windows)}")
-    return {
-        "kind": "quality",
-        "text": "CPython pydoc_data.topics" if bench.text is None else "a given file",
-        "tokens": len(windows) * (WINDOW - 1),
-        "device": bench.device,
-        "model": bench.model,
-        "conditions": {"window": WINDOW, "windows": len(windows), **describe(bench.device, source)},
-        "results": [
-            {"method": c.label, "engine": engines[c].name, **_summarise(scores[c], scores[BASELINE])}
-            for c in bench.contestants
-        ],
-    }
-
-
-def _logits(engine, window: list[int]) -> torch.Tensor:
-    """(window, vocabulary) float32 next-token logits."""
-    import torch
-
-    with torch.inference_mode():
-        return engine.logits(window).float()
+    def _load(self, lease: Lease, model: Model) -> Generator[Event, None, dict[Contestant, Engine]]:
+        needed = list(dict.fromkeys((BASELINE, *self.contestants)))
+        loops = choose_engines(self.engine, [c.method for c in needed], model.config.to_dict(), self.device)
+        engines = {}
+        for contestant, loop in zip(needed, loops, strict=True):
+            engines[contestant] = yield from lease.load(Key.of(model, contestant, self.device, loop), contestant)
+        return engines
 
 
 def _summarise(rows: list[TextScore], baseline: list[TextScore]) -> dict:

@@ -95,7 +95,7 @@ def strongest_channels(lab: Lab) -> tuple[list[int], list[float]]:
 
     ids = torch.tensor([lab.texts[0][:RANKING_TOKENS]], device=lab.experiment.device)
     with lab.engine(BASELINE, loop="hf") as engine:
-        report = observe(engine.model, ids, stop=lab.stop)
+        report = observe(engine.model, ids, stop=lab.lease.stop)
     lab.progress("")  # leaves where the reading was stopped
     peaks = np.max([m.prefill.absmax for modules in stream_inputs(report).values() for m in modules], axis=0)
     order = np.argsort(-peaks, kind="stable")

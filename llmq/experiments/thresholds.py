@@ -80,7 +80,7 @@ class Thresholds(Experiment):
                 engine.warm_up(ids)
                 generation = engine.start(ids, SamplingSettings(max_new_tokens=SPEED_TOKENS + 1))
                 try:
-                    generation.prefill(lab.stop.is_set)
+                    generation.prefill(lab.lease.stop.is_set)
                     seconds = sum(generation.step().seconds for _ in range(SPEED_TOKENS))
                 finally:
                     generation.close()

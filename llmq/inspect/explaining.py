@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmq.contestants import Contestant
-from llmq.engine.residents import Residents
-from llmq.errors import BadChoice, OutOfMemory
-from llmq.events import Event
+from llmq.errors import BadChoice
+from llmq.events import Event, Progress
 from llmq.inspect.cause import Cause
-from llmq.inspect.reading import engines_of
-from llmq.preparation import Working, await_turn
+from llmq.inspect.reading import load_pair
+from llmq.machine.door import Lease
 from llmq.quant import METHODS, method_named
 from llmq.quant.handler import DEFAULT_THRESHOLD
 
@@ -41,46 +38,23 @@ class Explanation:
         """What counts as an outlier: the method's own threshold, the usual one where it has none."""
         return DEFAULT_THRESHOLD if self.contestant.threshold is None else self.contestant.threshold
 
+    def run(self, lease: Lease) -> Iterator[Event | Progress | Cause]:
+        """Yield events, progress, and a Cause whenever more is known; the last is whole unless it says `stopped`."""
+        from llmq.inspect.patching import explain_token
+
+        model = yield from lease.open(self.model)
+        pair = yield from load_pair(self, model, lease)
+        yield from explain_token(
+            pair[0].model,
+            pair[1].model,
+            list(self.token_ids),
+            self.position,
+            threshold=self.threshold,
+            patch=self.patch,
+            stop=lease.stop,
+        )
+
 
 def is_dense(method: str) -> bool:
     """Whether a method keeps its weights in floating point."""
     return method_named(method).handler.lean_weights == "dense" or method == "fp32"
-
-
-def explain(
-    explanation: Explanation,
-    residents: Residents,
-    *,
-    stop: threading.Event | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Event | Working | Cause]:
-    """Yields events, progress, and a Cause whenever more is known; the last one is whole unless it says `stopped`."""
-    stop = stop or threading.Event()
-    with residents.turnstile.turn() as turn:
-        if (yield from await_turn(turn, stop, clock)):
-            yield from residents.thread.run(_explain(explanation, residents, stop))
-
-
-def _explain(
-    explanation: Explanation, residents: Residents, stop: threading.Event
-) -> Iterator[Event | Working | Cause]:
-    import torch
-
-    from llmq.inspect.patching import explain_token
-
-    pair = yield from engines_of(explanation, residents, stop)
-    if pair is None:
-        return
-    try:
-        yield from explain_token(
-            pair[0].model,
-            pair[1].model,
-            list(explanation.token_ids),
-            explanation.position,
-            threshold=explanation.threshold,
-            patch=explanation.patch,
-            stop=stop,
-        )
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        error.__traceback__ = None
-        raise OutOfMemory("out of memory while a token was explained; choose a shorter text") from None

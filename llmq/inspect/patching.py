@@ -18,10 +18,10 @@ from torch import nn
 
 from llmq.engine.interface import Interrupted
 from llmq.errors import BadChoice, unknown
+from llmq.events import Progress
 from llmq.inspect.cause import Cause, LayerError, Patch
 from llmq.inspect.hooks import Watched, decoder_blocks, kind_and_layer, linear_modules
 from llmq.inspect.report import cutoff
-from llmq.preparation import Working
 
 STRONGEST = 3  # outliers named a module
 
@@ -35,7 +35,7 @@ def explain_token(
     threshold: float,
     patch: bool = True,
     stop: threading.Event | None = None,
-) -> Iterator[Working | Cause]:
+) -> Iterator[Progress | Cause]:
     """Yields progress, a Cause whenever a module is found to do better than all before it, and at last the whole one.
 
     Both models are transformers causal LMs of one architecture in eval mode.
@@ -47,7 +47,7 @@ def explain_token(
     if isinstance(position, bool) or not isinstance(position, int) or not 1 <= position < len(ids):
         raise BadChoice(f"token is {position!r}; choose a position of the text from 1 to {len(ids) - 1}")
     read = ids[:position]
-    yield Working("both methods read the text up to the token", 0.0)
+    yield Progress("both methods read the text up to the token", 0.0)
     try:
         truth, own = _trace(baseline, read, threshold, stop), _trace(model, read, threshold, stop)
     except Interrupted:
@@ -59,13 +59,13 @@ def explain_token(
         yield found
         return
     patches: list[Patch] = []
-    yield Working("which modules matter most", 0.05)
+    yield Progress("which modules matter most", 0.05)
     names = _by_promise(baseline, model, read, (wanted, got))
     forecast = _forecaster(model, read, own)
     for number, name in enumerate(names):
         if stop.is_set():
             break
-        yield Working(f"{name} in 16 bit ({number + 1} of {len(names)})", 0.1 + 0.9 * number / len(names))
+        yield Progress(f"{name} in 16 bit ({number + 1} of {len(names)})", 0.1 + 0.9 * number / len(names))
         with patched(model, name, baseline.get_submodule(name)):
             logits = forecast(kind_and_layer(name)[1])
         token, margin = int(logits.argmax()), float(logits[wanted] - logits[got])

@@ -1,11 +1,27 @@
-"""A LLaMA's tensors without storage: the shapes and names of transformers' model, made without transformers."""
+"""A model's tensors without storage; a LLaMA's are made without transformers, whose import takes seconds."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from llmq.models.architecture import Architecture
+from llmq.models.architecture import Architecture, architecture_of
+from llmq.models.config import PlainConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def meta_model(config: PretrainedConfig | PlainConfig) -> nn.Module:
+    """Build the model of `config` on the meta device: shapes and no storage."""
+    with torch.device("meta"):
+        if isinstance(config, PlainConfig):
+            return Skeleton(architecture_of(config.to_dict()), config)
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 class Skeleton(nn.Module):

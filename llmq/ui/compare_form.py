@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llmq.contestants import Comparison, Contestant
+from llmq.compare import Comparison
+from llmq.contestants import Contestant
 from llmq.engine.sampling import MAX_NEW_TOKENS, SamplingSettings
 from llmq.errors import BadChoice
 

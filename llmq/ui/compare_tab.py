@@ -9,11 +9,11 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.contestants import SCHEDULES
+from llmq.compare import SCHEDULES
 from llmq.environment import describe
 from llmq.errors import UserError
 from llmq.events import Run
-from llmq.models.loading import resolve
+from llmq.models.opening import open_model
 from llmq.models.presets import PRESETS
 from llmq.quant import METHODS
 from llmq.ui.compare_form import NONE, comparison_of, labels_in
@@ -208,7 +208,7 @@ class CompareTab:
                 self.session.device, prompt, model, left, right, third, threshold, max_new_tokens, schedule,
                 temperature, top_k, top_p, seed,
             )  # fmt: skip
-            source = resolve(comparison.model)
+            source = open_model(comparison.model).source
         except UserError as error:
             yield {self.status: f"Not started: {error}"}
             raise notice(error) from error

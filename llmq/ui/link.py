@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from urllib.parse import urlencode
 
-from llmq.contestants import SCHEDULES, Contestant
+from llmq.compare import SCHEDULES
+from llmq.contestants import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from llmq.events import Loading
-from llmq.preparation import Working
+from llmq.events import Loading, Progress
 from llmq.ui.compare_view import status_line as line_of
 
 
 def progress_of(item: object) -> dict | str:
     """The line with its bar; '' for what is not worth a line."""
-    if isinstance(item, Working):
+    if isinstance(item, Progress):
         message = item.message[:1].upper() + item.message[1:]
         return {"text": message, "fraction": item.fraction} if message else ""
     line = line_of(item)

@@ -15,15 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmq.compare import compare
-from llmq.contestants import Comparison
-from llmq.engine.residents import Residents
-from llmq.experiments.lab import Experiment, run_experiment
-from llmq.inspect.explaining import Explanation, explain
-from llmq.inspect.reading import Reading, read_both
-from llmq.inspect.run import Inspection, Preparation, inspect_outliers, prepare_engine
+from llmq.machine.door import Machine, Question
 
-Job = Comparison | Inspection | Preparation | Reading | Explanation | Experiment
 KEPT_FINDINGS = 32  # outlier reports and readings stay on the server; the browser gets pictures of them
 KEPT_OUTCOMES = 64  # of runs whose page has yet to ask for them
 
@@ -31,15 +24,15 @@ KEPT_OUTCOMES = 64  # of runs whose page has yet to ask for them
 class Jobs:
     """Runs jobs and stops them by name. One object serves every visitor."""
 
-    def __init__(self, residents: Residents | None = None):
-        self.residents = residents or Residents()
+    def __init__(self, machine: Machine | None = None):
+        self.machine = machine or Machine()
         self._stops: dict[str, set[threading.Event]] = {}
         self._lock = threading.Lock()
 
-    def run(self, job: Job, owner: str) -> Iterator[object]:
+    def run(self, job: Question, owner: str) -> Iterator[object]:
         """Run `job` for `owner` (a browser session); `stop(owner)` ends it."""
         with self._stoppable(owner) as stop:
-            yield from _runner_of(job)(job, self.residents, stop=stop)
+            yield from self.machine.run(job, stop)
 
     def stop(self, owner: str) -> int:
         """Ask every job of `owner` to end; how many there were. Asking twice is harmless."""
@@ -63,27 +56,11 @@ class Jobs:
                     del self._stops[owner]
 
 
-def _runner_of(job: Job) -> Callable[..., Iterator[object]]:
-    match job:
-        case Comparison():
-            return compare
-        case Inspection():
-            return inspect_outliers
-        case Preparation():
-            return prepare_engine
-        case Reading():
-            return read_both
-        case Explanation():
-            return explain
-        case _:
-            return run_experiment
-
-
 @dataclass
 class Session:
     """What the tabs need: how to run and stop, what to offer first, and where files for download go."""
 
-    run: Callable[[Job, str], Iterator[object]]
+    run: Callable[[Question, str], Iterator[object]]
     stop: Callable[[str], int]
     device: str
     device_label: str

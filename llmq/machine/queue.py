@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Turnstile:
+class DeviceQueue:
     """Hands the device to one `turn()` after the other, in the order they were asked for."""
 
     def __init__(self):
@@ -35,16 +35,16 @@ class Turnstile:
 class Turn:
     """One place in the line."""
 
-    def __init__(self, turnstile: Turnstile):
-        self._turnstile = turnstile
+    def __init__(self, queue: DeviceQueue):
+        self._queue = queue
 
     @property
     def position(self) -> int:
         """How many are in front, the one running included; 0 when it is our turn."""
-        return self._turnstile._line.index(self)
+        return self._queue._line.index(self)
 
     def wait(self, timeout: float) -> bool:
         """Wait at most `timeout` seconds; whether it is our turn."""
-        changed = self._turnstile._changed
+        changed = self._queue._changed
         with changed:
             return changed.wait_for(lambda: self.position == 0, timeout)

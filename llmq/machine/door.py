@@ -1,0 +1,172 @@
+"""The machine's one door: a question waits in line, fetches and loads what it needs, and computes in the one thread.
+
+A question is a frozen record with a `device` and `run(lease)`, which yields events, progress and results and knows no
+lock. What it yields reaches the caller one item at a time; closing the stream or setting `stop` ends it and gives the
+device back. Running out of memory is caught and worded here, for every question alike.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from llmq import memory, telemetry
+from llmq.contestants import Contestant
+from llmq.engine.interface import Engine, Interrupted
+from llmq.errors import OutOfMemory, is_allocation_failure
+from llmq.events import Event, Loaded, Loading, Progress, Waiting
+from llmq.machine.pool import Key, Pool
+from llmq.machine.queue import DeviceQueue, Turn
+from llmq.machine.thread import ComputeThread
+from llmq.models.opening import Model, open_model
+
+if TYPE_CHECKING:
+    from llmq.memory import Prediction
+
+POLL_SECONDS = 0.2
+ADVICE = "Choose a smaller model, or a shorter prompt and answer."
+
+
+class Question(Protocol):
+    """What the door lets in. `device`: a torch device; `patient`: waits while somebody else computes."""
+
+    device: str
+    patient: bool
+
+    def run(self, lease: Lease) -> Iterator[object]:
+        """Yield events, progress and results. Raises UserError for what a person should read."""
+
+
+class Machine:
+    """The queue, the thread and the loaded engines of one process. `load` makes an engine; tests pass their own."""
+
+    def __init__(self, load: Callable[[Key], Engine] | None = None, *, clock: Callable[[], float] = time.monotonic):
+        self.pool, self.queue, self.thread, self.clock = Pool(load), DeviceQueue(), ComputeThread(), clock
+
+    def run(self, question: Question, stop: threading.Event | None = None) -> Iterator[object]:
+        """Yield `Waiting` until it is the question's turn, then all that it yields; nothing more once `stop` is set.
+
+        The first event comes before any waiting, so that whoever listens can already stop it.
+        """
+        stop = stop or threading.Event()
+        with self.queue.turn() as turn:
+            if (turn.position == 0 or getattr(question, "patient", True)) and (yield from self._wait(turn, stop)):
+                yield from self.thread.run(self._answer(question, Lease(self, question.device, stop)))
+
+    def _wait(self, turn: Turn, stop: threading.Event) -> Generator[Waiting, None, bool]:
+        """Returns False when stopped before it is the question's turn."""
+        started = self.clock()
+        yield Waiting(seconds=0.0, position=turn.position)
+        while not turn.wait(POLL_SECONDS):
+            if stop.is_set():
+                return False
+            yield Waiting(seconds=round(self.clock() - started, 1), position=turn.position)
+        return not stop.is_set()
+
+    def _answer(self, question: Question, lease: Lease) -> Iterator[object]:
+        try:
+            with out_of_memory(lambda: f"out of memory on {lease.device}: {_free(lease.device)}. {ADVICE}"):
+                yield from question.run(lease)
+        except Interrupted:
+            return
+        except OutOfMemory:
+            for key in lease.loaded:
+                self.pool.drop(key)
+            raise
+
+
+@dataclass
+class Lease:
+    """The device while a question holds it: what the question opens, loads and asks for."""
+
+    machine: Machine
+    device: str
+    stop: threading.Event
+    loaded: list[Key] = field(default_factory=list)  # engines that this question brought into memory
+
+    @property
+    def pool(self) -> Pool:
+        return self.machine.pool
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        return self.machine.clock
+
+    def check(self) -> None:
+        """Raise Interrupted when the question was stopped."""
+        if self.stop.is_set():
+            raise Interrupted
+
+    def progress(self, message: str, fraction: float | None = None) -> Progress:
+        """Progress to yield before a piece of work; raises Interrupted when the question was stopped."""
+        self.check()
+        return Progress(message, fraction)
+
+    def open(self, name: str, *, random_weights: bool = False) -> Generator[Loading, None, Model]:
+        """Open a model, fetching or converting what is missing. Raises Interrupted when stopped, UserError else."""
+        model = open_model(name, random_weights=random_weights)
+        for progress in model.prepare():
+            self.check()
+            yield Loading(contestant="", message=f"{progress.message} · {progress.fraction:.0%}")
+        self.check()
+        return model
+
+    def load(
+        self, key: Key, contestant: Contestant, prediction: Prediction | None = None, note: str = ""
+    ) -> Generator[Event, None, Engine]:
+        """Bring an engine into memory, or find it there. Raises OutOfMemory with predicted and free bytes before
+        anything is loaded that will not fit."""
+        self.check()
+        yield Loading(contestant=contestant.label, message=note)
+        resident = key in self.pool
+        if not resident:
+            free = telemetry.free_bytes(key.device)
+            prediction = prediction or memory.predict_contestant(key.model, contestant)
+            if prediction.total > free:
+                raise OutOfMemory(shortage(contestant.label, prediction.total, free))
+            self.loaded.append(key)
+        with out_of_memory(lambda: shortage(contestant.label, prediction.total, telemetry.free_bytes(key.device))):
+            engine, seconds = self.pool.get(key, contestant)
+        yield Loaded(
+            contestant=contestant.label,
+            weight_bytes=engine.weight_bytes,
+            seconds=seconds,
+            resident=resident,
+            engine=engine.name,
+        )
+        return engine
+
+
+@contextmanager
+def out_of_memory(describe: Callable[[], str] = lambda: f"out of memory. {ADVICE}") -> Iterator[None]:
+    """Turn whatever is raised inside when memory runs out into OutOfMemory with `describe()` as its message.
+
+    The failed call's frames hold the tensors that did not fit, so they are let go before the message is made.
+    """
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not is_allocation_failure(error):
+            raise
+        error.__traceback__ = None
+        raise OutOfMemory(describe()) from None
+
+
+def shortage(what: str, predicted: int, free: int) -> str:
+    """What is missing, in bytes."""
+    needed = f"{what} needs about {predicted / 1e9:.2f} GB ({predicted:,} bytes predicted)"
+    return f"out of memory: {needed} and {_free_bytes(free)}. {ADVICE}"
+
+
+def _free(device: str) -> str:
+    return _free_bytes(telemetry.free_bytes(device))
+
+
+def _free_bytes(free: int) -> str:
+    return f"{free / 1e9:.2f} GB ({free:,} bytes) are free"

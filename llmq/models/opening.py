@@ -1,0 +1,90 @@
+"""A model opened once: everything that a name means, for whoever computes with it or counts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from llmq.models import loading
+from llmq.models.demo import Progress
+from llmq.models.edits import Edit
+from llmq.models.loading import Source
+from llmq.models.text import encode_prompt
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from llmq.models.config import PlainConfig
+
+ENDLESS = 2**31  # positions of a model whose configuration states no limit
+
+
+def open_model(name: str, *, random_weights: bool = False) -> Model:
+    """Find the model that `name` means: a preset, a hub id or a local folder; with `random_weights` a preset's shape.
+
+    Its files are read when they are asked for; `prepare()` fetches what is missing. Raises BadChoice for a name that
+    means nothing.
+    """
+    return Model(loading.resolve(name, random_weights=random_weights))
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model. Equal where source and edit are; everything else is read once."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def prepare(self) -> Iterator[Progress]:
+        """Fetch or convert what is missing, yielding progress. Raises UserError naming what to do."""
+        return loading.prepare(self.source)
+
+    def edited(self, edit: Edit | None) -> Model:
+        """The same model with changed weights."""
+        return Model(replace(self.source, edit=edit))
+
+    @cached_property
+    def config(self) -> PretrainedConfig | PlainConfig:
+        """The configuration. Raises ModelUnavailable where the files are missing or make no model."""
+        return loading.load_config(self.source)
+
+    @property
+    def context(self) -> int:
+        """The most tokens, prompt and answer together, that the model's positions allow."""
+        return int(getattr(self.config, "max_position_embeddings", ENDLESS))
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return loading.load_tokenizer(self.source)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a text."""
+        return loading.eos_ids_of(self.source, self.config)
+
+    def encode(self, prompt: str, *, new_tokens: int = 0) -> list[int]:
+        """Token ids of `prompt` as the user's turn of the chat template. Raises BadChoice where it is empty or leaves
+        no room for `new_tokens` in the context."""
+        ids = encode_prompt(self.tokenizer, prompt, context=self.context - new_tokens)
+        return loading.ids_within(self.config, ids)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text` as it is, without a template or special tokens."""
+        return loading.ids_within(self.config, self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def tensors(self):
+        """The weights, one at a time, by their names in the checkpoint: `name in t`, `t.get(name, device)`."""
+        return loading.open_tensors(self.source)
+
+    @cached_property
+    def shape(self) -> nn.Module:
+        """The model on the meta device: shapes and no storage."""
+        from llmq.models.skeleton import meta_model
+
+        return meta_model(self.config)
