@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_session(options: argparse.Namespace, run=run_job) -> Session:
     """What the page works with; raises UserError for a wrong device, method or model."""
-    from llmq.contestants import Contestant
+    from llmq.contestant import Contestant
     from llmq.environment import device_label, device_named
     from llmq.models.choice import choose_model
     from llmq.models.loading import quiet_libraries

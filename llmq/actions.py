@@ -120,9 +120,9 @@ def run_bench(options) -> int:
 
 
 def _contestants(options) -> tuple:
-    from llmq.contestants import Contestant
+    from llmq.contestant import Contestant
 
-    return tuple(Contestant.parse(name, options.threshold) for name in options.methods.split(","))
+    return Contestant.parse_all(options.methods, options.threshold)
 
 
 def device_of(options) -> str:
@@ -185,9 +185,9 @@ def _show_progress(steps: Iterable) -> None:
 
 
 def run_models(options) -> int:
+    from llmq.methods import METHODS
     from llmq.models.opening import open_model
     from llmq.models.presets import PRESETS
-    from llmq.quant import METHODS
 
     if options.fetch:
         _show_progress(open_model(options.fetch).prepare())

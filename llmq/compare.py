@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from llmq import memory, telemetry
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.choice import ENGINES, choose_engines
 from llmq.engine.interface import Engine, Generation, Interrupted, capacity_for
+from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, OutOfMemory, UserError, unknown
 from llmq.events import (
@@ -31,12 +32,10 @@ from llmq.events import (
     Step,
 )
 from llmq.machine.door import Lease, out_of_memory, shortage
-from llmq.machine.pool import Key
+from llmq.methods import METHODS
 from llmq.models.loading import range_note
 from llmq.models.opening import Model
 from llmq.models.text import TextStream
-from llmq.quant import METHODS, method_named
-from llmq.quant.handler import DEFAULT_THRESHOLD
 
 SCHEDULES = ("interleave", "in-turn")
 MAX_CONTESTANTS = 3
@@ -49,7 +48,7 @@ class Comparison:
 
     prompt: str
     model: str = "demo"
-    contestants: tuple[Contestant, ...] = (Contestant("fp16"), Contestant("bnb-int8", DEFAULT_THRESHOLD))
+    contestants: tuple[Contestant, ...] = (Contestant.parse("fp16"), Contestant.parse("bnb-int8"))
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     schedule: str = "interleave"
     device: str = "cpu"
@@ -152,8 +151,8 @@ class _Race:
         loops = choose_engines(comparison.engine, methods, model.config.to_dict(), comparison.device)
         for contestant, loop in zip(comparison.contestants, loops, strict=True):
             room = capacity_for(tokens, model.context) if loop == "lean" else tokens
-            prediction = memory.predict_contestant(model, contestant, tokens=room)
-            self.lanes.append(_Lane(contestant, Key.of(model, contestant, comparison.device, loop), prediction))
+            prediction = memory.predict(model.shape, contestant.method, tokens=room)
+            self.lanes.append(_Lane(contestant, Key.of(model, contestant.method, comparison.device, loop), prediction))
         plan = self._make_room()
         yield Planned(
             schedule=plan.schedule,
@@ -167,19 +166,19 @@ class _Race:
 
     def _make_room(self) -> memory.Plan:
         """Plan as if nothing of ours were loaded; drop other models only when this run needs their room."""
-        device = self.comparison.device
+        device, keys = self.comparison.device, [lane.key for lane in self.lanes]
         free_now = telemetry.free_bytes(device)
-        plan = memory.plan(
-            self.comparison.schedule,
-            [lane.prediction for lane in self.lanes],
-            free_now + self.pool.bytes_on(device),
-        )
-        missing = [lane.prediction for lane in self.lanes if lane.key not in self.pool]
-        self.fits_together = memory.fit_together([lane.prediction for lane in self.lanes], plan.free_bytes)
+        needs = [
+            replace(lane.prediction, weights=0, scales=0) if lane.key in keys[:place] else lane.prediction
+            for place, lane in enumerate(self.lanes)  # contestants that share their weights need them once
+        ]
+        plan = memory.plan(self.comparison.schedule, needs, free_now + self.pool.bytes_on(device))
+        missing = [need for key, need in zip(keys, needs, strict=True) if key not in self.pool]
+        self.fits_together = memory.fit_together(needs, plan.free_bytes)
         if not self.fits_together:
             self.pool.drop_others(set())
         elif not memory.fit_together(missing, free_now):
-            self.pool.drop_others({lane.key for lane in self.lanes})
+            self.pool.drop_others(set(keys))
         return plan
 
     def _interleave(self) -> Iterator[Event]:
@@ -197,14 +196,14 @@ class _Race:
                     yield from self._guarded(lane, stage)
             while not lane.over:
                 yield from self._guarded(lane, self._step)
-            if not self.fits_together:
+            if not self.fits_together and not any(other.key == lane.key for other in self._running()):
                 yield self._free(lane)
 
     def _running(self) -> list[_Lane]:
         return [lane for lane in self.lanes if not lane.over]
 
     def _load(self, lane: _Lane) -> Iterator[Event]:
-        note = range_note(self.model.config, method_named(lane.contestant.method).handler)
+        note = range_note(self.model.config, lane.contestant.method)
         lane.engine = yield from self.lease.load(lane.key, lane.contestant, lane.prediction, note)
         lane.engine.warm_up(self.prompt_ids)
 

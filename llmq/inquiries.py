@@ -12,7 +12,7 @@ from llmq.reporting import outlier_lines
 
 
 def run_outliers(options) -> int:
-    from llmq.contestants import Contestant
+    from llmq.contestant import Contestant
     from llmq.inspect.emergence import emergence
     from llmq.inspect.run import Inspection
     from llmq.inspect.wording import account_line, emergence_line
@@ -111,7 +111,7 @@ def run_explain(options) -> int:
 
 
 def _read(options, machine=None):
-    from llmq.contestants import Contestant
+    from llmq.contestant import Contestant
     from llmq.inspect.reading import Read, Reading
 
     if (options.text is None) == (options.file is None):
@@ -135,7 +135,7 @@ def run_experiment(options) -> int:
 
 
 def _experiment(options):
-    from llmq.contestants import Contestant
+    from llmq.contestant import Contestant
     from llmq.experiments.ablation import Ablation
     from llmq.experiments.channels import Amplifying, Silencing
     from llmq.experiments.thresholds import Thresholds

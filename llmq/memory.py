@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.errors import BadChoice
-from llmq.models.opening import Model, open_model
+from llmq.methods import Method, WeightBytes
+from llmq.models.opening import open_model
 from llmq.models.presets import PRESETS
-from llmq.quant import Handler, WeightBytes, method_named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,21 +46,16 @@ class Plan:
     free_bytes: int
 
 
-def predict(shape: nn.Module, handler: Handler, *, tokens: int, batch: int = 1) -> Prediction:
+def predict(shape: nn.Module, method: Method, *, tokens: int, batch: int = 1) -> Prediction:
     """Bytes for one contestant; `shape` is the model's (`Model.shape`), `tokens` counts prompt and answer."""
-    weights: WeightBytes = handler.predict(shape)
+    weights: WeightBytes = method.predict(shape)
     config = shape.config.get_text_config()
     return Prediction(
         weights.weights,
         weights.scales,
-        kv_bytes(config, tokens=tokens, batch=batch, itemsize=_itemsize(handler)),
-        _workspace(config, tokens=tokens, batch=batch, itemsize=_itemsize(handler)),
+        kv_bytes(config, tokens=tokens, batch=batch, itemsize=_itemsize(method)),
+        _workspace(config, tokens=tokens, batch=batch, itemsize=_itemsize(method)),
     )
-
-
-def predict_contestant(model: Model, contestant: Contestant, *, tokens: int = 512, batch: int = 1) -> Prediction:
-    """Bytes for `contestant` on `model` at `tokens` of context."""
-    return predict(model.shape, method_named(contestant.method).handler, tokens=tokens, batch=batch)
 
 
 def forecast(
@@ -77,7 +72,7 @@ def forecast(
     opened = open_model(model, random_weights=model in PRESETS)
     rows = []
     for contestant in contestants:
-        found = predict_contestant(opened, contestant, tokens=tokens, batch=batch)
+        found = predict(opened.shape, contestant.method, tokens=tokens, batch=batch)
         row = {"method": contestant.label, **asdict(found), "total": found.total}
         fits = None if device_bytes is None else found.total <= HEADROOM * device_bytes
         rows.append(row | {"fits": fits})
@@ -108,10 +103,10 @@ def fit_together(predictions: Sequence[Prediction], free_bytes: int) -> bool:
     return sum(p.total for p in predictions) <= HEADROOM * free_bytes
 
 
-def _itemsize(handler: Handler) -> int:
+def _itemsize(method: Method) -> int:
     import torch
 
-    return getattr(torch, handler.dtype).itemsize
+    return getattr(torch, method.dtype).itemsize
 
 
 def _workspace(config: PretrainedConfig, *, tokens: int, batch: int, itemsize: int) -> int:

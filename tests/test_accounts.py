@@ -1,5 +1,7 @@
 """What layers sent to 16 bit by their own account, where the criterion is met, and the peaks of the stream."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,22 +10,22 @@ from torch import nn
 
 from llmq.inspect.outliers import OutlierRecorder, observe
 from llmq.inspect.report import CRITERION, agreement_with_kernel, columns_at
-from llmq.quant import METHODS
+from llmq.methods import METHODS
 
 
 def converted(method):
-    """(the tiny model under a method, the method's handler)"""
-    handler = METHODS[method].handler
-    return handler.convert_(planted_llama(getattr(torch, handler.dtype)), "cpu").eval(), handler
+    """(the tiny model under a method, the method)"""
+    method = METHODS[method]
+    return method.quantize_(planted_llama(getattr(torch, method.dtype)), "cpu").eval(), method
 
 
 @pytest.mark.parametrize("threshold", [2.1, 6.0])
 @pytest.mark.parametrize("method", ["bnb-int8", "llm-int8"])
 def test_the_layers_own_account_is_what_the_hooks_found(method, threshold):
     """Of the prompt and of every generated token, layer by layer."""
-    model, handler = converted(method)
-    handler.set_threshold(model, threshold)
-    report = observe(model, PROMPT, new_tokens=4, threshold=threshold, account=handler.sixteen_bit_columns)
+    model, method = converted(method)
+    replace(method, threshold=threshold).apply_(model)
+    report = observe(model, PROMPT, new_tokens=4, threshold=threshold, account=method.outlier_columns)
     *layers, head = report.modules
     for module in layers:
         assert [sent.tolist() for sent in module.sent] == [columns_at(module, moment, threshold) for moment in range(5)]
@@ -41,10 +43,10 @@ def test_the_layers_own_account_is_what_the_hooks_found(method, threshold):
 @pytest.mark.parametrize("method", ["bnb-int8", "llm-int8"])
 def test_the_account_is_of_the_last_call_and_empty_with_the_decomposition_off(method):
     """Also in a model that had outliers a moment ago; and it disagrees with the hooks, which see them."""
-    model, handler = converted(method)
+    model, method = converted(method)
     observe(model, PROMPT)
-    handler.set_threshold(model, 0)
-    report = observe(model, PROMPT, new_tokens=2, account=handler.sixteen_bit_columns)
+    replace(method, threshold=0).apply_(model)
+    report = observe(model, PROMPT, new_tokens=2, account=method.outlier_columns)
     assert {len(sent) for module in report.modules[:-1] for sent in module.sent} == {0}
     quiet = sum(not columns_at(module, moment, 6.0) for module in report.modules[:-1] for moment in range(3))
     assert agreement_with_kernel(report) == (quiet, 21 * 3) and quiet < 21 * 3
@@ -52,15 +54,15 @@ def test_the_account_is_of_the_last_call_and_empty_with_the_decomposition_off(me
 
 @pytest.mark.parametrize("method", ["fp16", "int8-weight-only", "vectorwise"])
 def test_a_layer_without_a_decomposition_keeps_no_account(method):
-    model, handler = converted(method)
-    report = observe(model, PROMPT, new_tokens=1, account=handler.sixteen_bit_columns)
+    model, method = converted(method)
+    report = observe(model, PROMPT, new_tokens=1, account=method.outlier_columns)
     assert {module.sent for module in report.modules} == {None} and agreement_with_kernel(report) is None
 
 
 @pytest.mark.parametrize(("layers_run", "accounts"), [(0, []), (5, [1] * 5), (22 + 10, [1] * 21), (22 * 3, [3] * 21)])
 def test_a_stop_keeps_the_account_of_whole_calls_and_of_the_prompt_as_far_as_it_came(layers_run, accounts):
-    model, handler = converted("llm-int8")
-    stop, account = StopAfter(layers_run), handler.sixteen_bit_columns
+    model, method = converted("llm-int8")
+    stop, account = StopAfter(layers_run), method.outlier_columns
     report = observe(model, PROMPT, new_tokens=4, stop=stop, account=account)
     assert [len(module.sent) for module in report.modules if module.sent is not None] == accounts
     assert agreement_with_kernel(report) == ((sum(accounts), sum(accounts)) if accounts else None)

@@ -10,7 +10,7 @@ from conftest import tiny_config
 
 from llmq.bench.setup import Bench, fixed_prompt, require_whole
 from llmq.cli import main
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.kernels import backend, reference
 from llmq.memory import kv_bytes
@@ -50,7 +50,7 @@ def test_a_benchmark_has_its_stable_keys(what, engine, tiny_folder, capsys):
 def test_settings_are_whole_and_large_enough():
     for value in (0, 2.5, "3"):
         with pytest.raises(BadChoice, match="prompt_tokens"):
-            Bench(contestants=(Contestant("fp16"),), prompt_tokens=value)
+            Bench(contestants=(Contestant.parse("fp16"),), prompt_tokens=value)
     with pytest.raises(BadChoice, match="new_tokens is 1; .* at least 2"):
         require_whole("new_tokens", 1, 2)
 

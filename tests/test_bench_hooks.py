@@ -12,7 +12,7 @@ from torch import nn
 
 from llmq.bench.hooks import HooksBench, held_bytes
 from llmq.cli import main
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.inspect import reductions
 from llmq.inspect.outliers import OutlierRecorder, OutlierReport, observe
@@ -48,7 +48,7 @@ def test_a_table_for_people(tiny_folder, capsys):
 
 def test_only_the_library_s_loop_can_be_watched():
     with pytest.raises(BadChoice, match="'lean'.*auto or hf"):
-        HooksBench(contestants=(Contestant("fp16"),), engine="lean")
+        HooksBench(contestants=(Contestant.parse("fp16"),), engine="lean")
 
 
 def owned(array: np.ndarray) -> tuple[int, int]:

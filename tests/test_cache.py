@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from llmq import cache
+from llmq.cache import cache_folder, require_space
 from llmq.errors import UserError
-from llmq.models import cache
-from llmq.models.cache import cache_folder, require_space
 from llmq.models.demo import prepare_demo
 
 

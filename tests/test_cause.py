@@ -13,20 +13,28 @@ from planted import StopAfter, hooks_left
 from tiny_runs import engine_of, light
 from torch import nn
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.events import Loaded, Progress
+from llmq.hooks import kind_and_layer, linear_modules
 from llmq.inspect.cause import Cause
 from llmq.inspect.explaining import Explanation
-from llmq.inspect.hooks import kind_and_layer, linear_modules
 from llmq.inspect.patching import explain_token, patched, sqnr_db
 from llmq.machine.door import Machine
-from llmq.quant import METHODS
-from llmq.quant.naive import Naive
-from llmq.quant.naive_linear import NaiveLinear
+from llmq.methods import METHODS
+from llmq.methods.layers.naive_linear import NaiveLinear
+from llmq.methods.naive import Vectorwise
 
 IDS = torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(0)).tolist()
-EXACT = Naive(vectorwise=True, weights=False, activations=False)  # rounds neither: the layer that it stands for
+
+
+class Exact(Vectorwise):
+    """Rounds neither half: the layer that it stands for."""
+
+    weights = activations = False
+
+
+EXACT = Exact()
 LAYERS = 3
 SHAPE = {"num_hidden_layers": LAYERS, "initializer_range": 0.3}  # blocks that matter: methods part within ten tokens
 
@@ -97,9 +105,9 @@ def whole() -> nn.Module:
 def case(request):
     """(baseline, model, position): a real method against FP16, at a token where they part."""
     baseline = tiny_llama(torch.float16, **SHAPE)
-    handler = METHODS[request.param].handler
-    model = tiny_llama(getattr(torch, handler.dtype), **SHAPE)
-    model = handler.convert_(model, "cpu").requires_grad_(False).eval()
+    method = METHODS[request.param]
+    model = tiny_llama(getattr(torch, method.dtype), **SHAPE)
+    model = method.quantize_(model, "cpu").requires_grad_(False).eval()
     return SimpleNamespace(baseline=baseline, model=model, position=parting_at(baseline, model), method=request.param)
 
 
@@ -128,7 +136,7 @@ def test_every_patch_is_a_plain_forward_pass_with_that_module_swapped(case):
     assert (wanted, got) == (int(truth.argmax()), int(own.argmax())) and wanted != got
     assert found.margin == float(own[wanted] - own[got]) <= 0
     linears = linear_modules(case.model)
-    others = set(linears) if METHODS[case.method].handler.dtype != "float16" else set(linears) - {"lm_head"}
+    others = set(linears) if METHODS[case.method].dtype != "float16" else set(linears) - {"lm_head"}
     assert {patch.module for patch in found.patches} == others and len(found.patches) == len(others)
     for patch in found.patches:
         logits = swapped(case.baseline, case.model, patch.module, read)

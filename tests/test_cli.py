@@ -8,8 +8,8 @@ import pytest
 from tiny_runs import CONTESTANT_KEYS, PROMPT, RUN_KEYS, compare_options, light
 
 from llmq import telemetry
+from llmq.methods import METHODS
 from llmq.models.presets import PRESETS
-from llmq.quant import METHODS
 
 OUTLIER_KEYS = {"model", "method", "threshold", "prompt_tokens", "modules"}
 MODULE_KEYS = {"name", "in_features", "absmax", "prefill_columns", "decode_columns"}

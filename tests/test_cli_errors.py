@@ -10,8 +10,8 @@ import pytest
 from tiny_runs import PROMPT, compare_options, light
 
 from llmq import actions
+from llmq.methods import METHODS
 from llmq.models.presets import PRESETS
-from llmq.quant import METHODS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,7 +36,7 @@ WRONG_SETTINGS = {
     "--methods fp16,": ["''", *METHODS],
     "--methods fp16,fp16": ["fp16, fp16"],
     "--methods fp16,fp32,bf16,bnb-int8": ["4 methods", *METHODS],
-    "--methods fp16@3": ["fp16", "threshold", "3"],
+    "--methods fp16@3": ["fp16", "'3'", "no settings"],
     "--methods bnb-int8@hot": ["'hot'", "0 (off) to 65504"],
     "--threshold -2": ["-2", "0 (off) to 65504"],
     "--threshold nan": ["nan", "0 (off) to 65504"],

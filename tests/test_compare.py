@@ -17,13 +17,14 @@ from tiny_runs import (
 )
 
 from llmq.compare import Comparison
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.hf import HFEngine
+from llmq.engine.loading import load_engine
 from llmq.errors import BadChoice
 from llmq.events import Finished, Loaded, Memory, Planned, Prefilled, Step, Waiting
 from llmq.machine.door import Machine
+from llmq.methods import METHODS
 from llmq.models.presets import PRESETS
-from llmq.quant import METHODS
 from llmq.summary import Summary
 
 STEPS = 6
@@ -117,14 +118,25 @@ def test_a_second_run_finds_the_models_loaded(tiny_folder):
     assert loads == [[(False, True)], [(True, False)]]
 
 
-def test_two_thresholds_of_one_method_keep_their_own(tiny_folder, machine):
-    events = list(machine.run(comparison(tiny_folder, "bnb-int8,bnb-int8@0.5")))
-    assert reasons(events) == {"bnb-int8": "length", "bnb-int8@0.5": "length"}
-    thresholds = [
-        {m.state.threshold for m in engine_of(machine, tiny_folder, name).model.modules() if hasattr(m, "state")}
-        for name in ("bnb-int8", "bnb-int8@0.5")
-    ]
-    assert thresholds == [{6.0}, {0.5}]
+@pytest.mark.parametrize("method", ["bnb-int8", "llm-int8"])
+def test_two_thresholds_of_one_method_share_the_weights_and_keep_their_own(method, tiny_folder):
+    """One load, and in turn at every step each computes what it computes alone."""
+    loads, pair = [], (method, f"{method}@0.01")
+    machine = Machine(lambda key: loads.append(key) or load_engine(key))
+    together = list(machine.run(comparison(tiny_folder, ",".join(pair))))
+    assert reasons(together) == dict.fromkeys(pair, "length")
+    steps = {name: [(e.token_id, e.logprob) for e in together if steps_of(e, name)] for name in pair}
+    for name in pair:
+        alone = list(Machine().run(comparison(tiny_folder, name)))
+        loop = next(e.engine for e in alone if isinstance(e, Loaded))
+        assert loop == next(e.engine for e in together if isinstance(e, Loaded))
+        assert [(e.token_id, e.logprob) for e in alone if steps_of(e, name)] == steps[name]
+    assert steps[pair[0]] != steps[pair[1]]
+    assert len(loads) == 1 and [e.resident for e in together if isinstance(e, Loaded)] == [False, True]
+
+
+def steps_of(event, name: str) -> bool:
+    return isinstance(event, Step) and event.contestant == name
 
 
 @pytest.mark.parametrize("schedule", ["interleave", "in-turn"])
@@ -152,7 +164,7 @@ def test_an_end_of_text_token_ends_only_its_contestant(tiny_folder, machine, mon
     ordinary = list(machine.run(comparison(tiny_folder)))
     end = token_ids(ordinary, "fp32")[0]
     monkeypatch.setattr(
-        HFEngine, "eos_ids", property(lambda self: {end} if self.handler.dtype == "float32" else frozenset())
+        HFEngine, "eos_ids", property(lambda self: {end} if self.method.dtype == "float32" else frozenset())
     )
     events = list(machine.run(comparison(tiny_folder)))
     assert reasons(events) == {"fp32": "eos", "bf16": "length"}
@@ -187,9 +199,12 @@ def test_an_unknown_model_names_the_choices(machine):
     [
         ({"schedule": "sideways"}, ["'sideways'", "interleave", "in-turn"]),
         ({"contestants": ()}, ["0 methods", *METHODS]),
-        ({"contestants": tuple(map(Contestant, ("fp32", "bf16", "fp16", "fp32")))}, ["4 methods", *METHODS]),
-        ({"contestants": (Contestant("fp16"), Contestant("fp16"))}, ["fp16, fp16", "repeat"]),
-        ({"contestants": (Contestant("bnb-int8", 3), Contestant("bnb-int8", 3.0))}, ["bnb-int8@3, bnb-int8@3"]),
+        ({"contestants": Contestant.parse_all("fp32,bf16,fp16,fp32")}, ["4 methods", *METHODS]),
+        ({"contestants": (Contestant.parse("fp16"), Contestant.parse("fp16"))}, ["fp16, fp16", "repeat"]),
+        (
+            {"contestants": (Contestant.parse("bnb-int8@3"), Contestant.parse("bnb-int8@3.0"))},
+            ["bnb-int8@3, bnb-int8@3"],
+        ),
     ],
 )
 def test_what_cannot_be_compared_names_value_and_choices(changes, words):
@@ -208,7 +223,9 @@ def test_an_unknown_method_names_the_choices(text):
 @pytest.mark.parametrize("text", ["bnb-int8@", "bnb-int8@x", "bnb-int8@-1", "bnb-int8@nan", "bnb-int8@65505", "fp16@6"])
 def test_an_impossible_threshold_is_named(text):
     value = text.partition("@")[2]
-    with pytest.raises(BadChoice, match=f"(threshold is .*{value}|no outlier threshold to set to {value})"):
+    with pytest.raises(
+        BadChoice, match=f"(threshold is .*{value}|fp16 cannot be set to '{value}'; it has no settings)"
+    ):
         Contestant.parse(text)
 
 

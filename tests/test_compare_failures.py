@@ -16,7 +16,7 @@ from llmq.engine.loading import load_engine
 from llmq.errors import ModelUnavailable
 from llmq.events import Failed, Freed, Loaded, Planned
 from llmq.machine.door import Machine
-from llmq.quant.handler import stored_bytes
+from llmq.methods.swap import stored_bytes
 from llmq.summary import Summary
 
 FREE = 12_345_678_901
@@ -44,7 +44,7 @@ def failing(monkeypatch, error: BaseException, *, method: str, dtype: str = "bfl
     original, calls = getattr(Generation, method), []
 
     def call(self, *args):
-        if self._engine.handler.dtype == dtype and len(self._prompt_ids) == len(PROMPT):
+        if self._engine.method.dtype == dtype and len(self._prompt_ids) == len(PROMPT):
             calls.append(self)
             if len(calls) > after:
                 raise error
@@ -93,7 +93,7 @@ def test_memory_that_runs_out_is_said_in_bytes(method, tokens, error, tiny_folde
 
 def test_memory_that_runs_out_while_loading_is_said_too(tiny_folder):
     def load(key):
-        if key.method == "bf16":
+        if key.method.name == "bf16":
             raise torch.OutOfMemoryError("no room")
         return load_engine(key)
 
@@ -104,7 +104,7 @@ def test_memory_that_runs_out_while_loading_is_said_too(tiny_folder):
 
 def test_a_model_that_cannot_be_opened_is_said_in_its_own_words(tiny_folder):
     def load(key):
-        if key.method == "fp32":
+        if key.method.name == "fp32":
             raise ModelUnavailable("cannot open the weights of tiny")
         return load_engine(key)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_runs import key_of
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.environment import default_device
 from llmq.inspect.cause import Cause
 from llmq.inspect.explaining import Explanation

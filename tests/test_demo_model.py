@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,14 +16,14 @@ from tiny_runs import CONTESTANT_KEYS, RUN_KEYS, key_of
 
 from llmq import telemetry
 from llmq.compare import Comparison
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import default_device
 from llmq.machine.door import Machine
+from llmq.methods.swap import stored_tensors
 from llmq.models.loading import load_tokenizer
 from llmq.models.skeleton import meta_model
 from llmq.models.text import encode_prompt
-from llmq.quant.handler import stored_tensors
 from llmq.summary import Summary
 
 pytestmark = pytest.mark.demo
@@ -69,19 +70,19 @@ def test_ledger_counts_every_stored_byte(demo, machine, summary, method):
 
 def test_prediction_is_exact_for_weights(demo, machine, summary):
     from llmq import memory
+    from llmq.methods import METHODS
     from llmq.models.loading import load_config
-    from llmq.quant import METHODS
 
     shape = meta_model(load_config(demo))
     for method in ("fp16", "bnb-int8"):
         engine = engine_of(demo, machine, method)
-        predicted = memory.predict(shape, METHODS[method].handler, tokens=41 + NEW_TOKENS - 1)
+        predicted = memory.predict(shape, METHODS[method], tokens=41 + NEW_TOKENS - 1)
         assert (predicted.weights, predicted.scales) == (engine.weight_bytes, engine.scale_bytes)
         assert predicted.kv == summary.outcomes[method].kv_bytes
 
 
 def test_int8_runs_the_decomposition_not_the_training_path(demo, machine, summary):
-    from llmq.quant.bnb_int8 import int8_linears
+    from llmq.methods.bnb_int8 import int8_linears
 
     found = [m.state.idx for m in int8_linears(engine_of(demo, machine, "bnb-int8").model)]
     assert len(found) == 210
@@ -94,8 +95,8 @@ def test_threshold_zero_changes_the_result(demo, machine):
     ids = encode_prompt(load_tokenizer(demo), PARIS, context=8192)
     logprobs = []
     for threshold in (6.0, 0.0, 6.0):
-        engine.set_threshold(threshold)
-        logprobs.append(engine.start(ids, SamplingSettings()).prefill().logprob)
+        view = engine.under(replace(engine.method, threshold=threshold))
+        logprobs.append(view.start(ids, SamplingSettings()).prefill().logprob)
     assert logprobs[0] == logprobs[2] != logprobs[1]
 
 

@@ -6,16 +6,13 @@ import pytest
 import torch
 from tiny_runs import key_of
 
-from llmq.contestants import Contestant
-from llmq.engine.interface import Engine
-from llmq.engine.loading import load_engine
+from llmq.contestant import Contestant
 from llmq.environment import default_device
 from llmq.inspect.outliers import observe
 from llmq.inspect.report import agreement_with_kernel
 from llmq.inspect.run import Inspection
 from llmq.machine.door import Machine
-from llmq.machine.pool import Key
-from llmq.quant.bnb_int8 import int8_linears
+from llmq.methods.bnb_int8 import int8_linears
 
 pytestmark = pytest.mark.demo
 NEW_TOKENS = 3
@@ -28,24 +25,16 @@ PROMPTS = {
 
 @pytest.fixture(scope="module")
 def machine():
-    """One model serves both thresholds: every run sets its own."""
-    loaded: dict[str, Engine] = {}
-
-    def load(key: Key) -> Engine:
-        if key.method not in loaded:
-            loaded[key.method] = load_engine(key)
-        return loaded[key.method]
-
-    return Machine(load)
+    return Machine()
 
 
 @pytest.mark.parametrize("threshold", [6.0, 3.0])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 def test_columns_equal_bitsandbytes_at_every_layer(demo, machine, prompt, threshold):
     """And the layers' own account, as the report has it, is the same list once more."""
-    contestant = Contestant("bnb-int8", threshold)
+    contestant = Contestant.parse(f"bnb-int8@{threshold}")
     inspection = Inspection(prompt=prompt, contestant=contestant, new_tokens=NEW_TOKENS, device=default_device())
-    engine, _ = machine.pool.get(key_of(demo, contestant.label, default_device()), contestant)
+    engine, _ = machine.pool.get(key_of(demo, contestant.label, default_device()), contestant.method)
     names = {id(module): name for name, module in engine.model.named_modules()}
     seen: dict[str, list[list[int]]] = {}
 
@@ -72,7 +61,7 @@ def test_columns_equal_bitsandbytes_at_every_layer(demo, machine, prompt, thresh
 def test_watching_changes_nothing(demo, machine):
     """The same logits with and without hooks, and no hook left."""
     contestant = Contestant.parse("bnb-int8")
-    engine, _ = machine.pool.get(key_of(demo, contestant.label, default_device()), contestant)
+    engine, _ = machine.pool.get(key_of(demo, contestant.label, default_device()), contestant.method)
     ids = torch.tensor([[1, 4093, 198, 504, 1194]], device=default_device())
     with torch.inference_mode():
         before = engine.model(ids).logits

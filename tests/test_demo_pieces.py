@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmq.cache import cache_folder
 from llmq.errors import ModelUnavailable, UserError
 from llmq.models import demo
-from llmq.models.cache import cache_folder
 from llmq.models.demo import GGUF_NAME, MANIFEST, Progress, demo_folder, is_ready, prepare_demo
 from llmq.models.gguf_convert import _separate_halves
 

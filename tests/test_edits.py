@@ -11,9 +11,9 @@ from tiny_runs import key_of
 
 from llmq.errors import BadChoice
 from llmq.machine.door import Machine
+from llmq.methods import METHODS
 from llmq.models.edits import Amplify, EditedTensors, Silence, edit_model_
 from llmq.models.loading import load_model, resolve
-from llmq.quant import METHODS
 
 IDS = list(b"The quick brown fox")
 
@@ -65,7 +65,7 @@ def test_every_method_gets_the_edited_model(tiny_folder, method):
     """From a checkpoint on disk: amplified weights arrive in each method's layers, and the key is another key."""
     source = resolve(str(tiny_folder))
     edited = replace(source, edit=Amplify((1,), 8))
-    handler = METHODS[method].handler
+    handler = METHODS[method]
     plain, changed = (load_model(s, handler, "cpu") for s in (source, edited))
     norm = [m.model.layers[0].input_layernorm.weight for m in (plain, changed)]
     assert torch.equal(norm[0][1] * 8, norm[1][1]) and torch.equal(norm[0][2:], norm[1][2:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from torch import nn
 
 from llmq.engine.hf import WARM_UP_TOKENS, HFEngine, Interrupted
 from llmq.engine.sampling import SamplingSettings
-from llmq.errors import BadChoice, UserError
-from llmq.quant import METHODS
+from llmq.errors import UserError
+from llmq.methods import METHODS
 
 PROMPT = list(b"The quick brown fox")
 GREEDY = SamplingSettings()
@@ -23,9 +24,9 @@ LINEARS = 2 * 7 + 1  # seven in each layer, and the head
 
 
 def engine_for(method: str = "fp32", *, model=None, clock=None, **shape) -> HFEngine:
-    handler = METHODS[method].handler
-    model = handler.convert_(model or tiny_llama(**shape), "cpu")
-    return HFEngine(model, handler, "cpu", **({"clock": clock} if clock else {}))
+    method = METHODS[method]
+    model = method.quantize_(model or tiny_llama(**shape), "cpu")
+    return HFEngine(model, method, "cpu", **({"clock": clock} if clock else {}))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -219,9 +220,26 @@ def test_context_is_the_models(engine):
     assert engine.context == 128
 
 
-def test_a_method_without_threshold_refuses_one(engine):
-    with pytest.raises(BadChoice, match="FP32 has no outlier threshold to set to 3.5"):
-        engine.set_threshold(3.5)
+def test_a_view_has_its_own_threshold_over_the_same_weights():
+    """Two generations in turn, each as if it were alone; and one that is never asked again changes nothing."""
+    usual = engine_for("llm-int8", initializer_range=0.3)
+    low = usual.under(replace(usual.method, threshold=0.05))
+    assert low.model is usual.model and low.weight_bytes == usual.weight_bytes
+    alone = {}
+    for view in (usual, low):
+        alone[view] = [(t.token_id, t.logprob) for t in tokens_of(view)]
+    assert alone[usual] != alone[low]
+    generations = {view: view.start(PROMPT, GREEDY) for view in (usual, low)}
+    turns = {view: [generation.prefill()] for view, generation in generations.items()}
+    for _ in range(3):
+        for view, generation in generations.items():
+            turns[view].append(generation.step())
+    assert {view: [(t.token_id, t.logprob) for t in found] for view, found in turns.items()} == alone
+
+
+def tokens_of(engine, steps: int = 3):
+    generation = engine.start(PROMPT, GREEDY)
+    return [generation.prefill(), *(generation.step() for _ in range(steps))]
 
 
 def test_misuse_is_refused(engine):

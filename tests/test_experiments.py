@@ -16,8 +16,8 @@ from conftest import byte_tokenizer, tiny_config
 from tiny_runs import key_of, light
 from transformers import LlamaForCausalLM
 
-from llmq.contestants import Contestant
-from llmq.engine.loading import load_engine
+from llmq.contestant import Contestant
+from llmq.engine.loading import Key, load_engine
 from llmq.errors import BadChoice
 from llmq.events import Progress
 from llmq.experiments.ablation import Ablation
@@ -25,11 +25,10 @@ from llmq.experiments.channels import BASELINE, Amplifying, Silencing, harm, str
 from llmq.experiments.lab import Experiment, Lab, Outcome
 from llmq.experiments.thresholds import Thresholds, name_of
 from llmq.machine.door import Lease, Machine
-from llmq.machine.pool import Key
+from llmq.methods import METHODS
 from llmq.models.edits import Silence, edit_model_
 from llmq.models.loading import load_model, resolve
 from llmq.models.opening import open_model
-from llmq.quant import METHODS
 
 WINDOW = 128  # the tiny model's context
 WIDTH = 32
@@ -149,8 +148,8 @@ def test_the_share_in_sixteen_bit_is_counted_from_the_inputs(folder, machine, me
     ids, threshold = lab.texts[0], contestant.threshold
     if threshold:
         with lab.engine(contestant, loop=loop) as engine:
-            engine.set_threshold(0.5)
-            engine.sixteen_bit_share(ids)  # what an earlier threshold marked must not stay
+            low = engine.under(replace(engine.method, threshold=0.5))
+            low.sixteen_bit_share(ids)  # what an earlier threshold marked must not stay
     with lab.engine(contestant, loop=loop) as engine:
         found = engine.sixteen_bit_share(ids)
     with lab.engine(contestant, loop="hf") as engine:
@@ -172,7 +171,7 @@ def test_the_share_in_sixteen_bit_is_counted_from_the_inputs(folder, machine, me
 def test_the_ranking_is_by_the_largest_number_behind_a_norm(folder, machine):
     lab = lab_of(Silencing(model=folder), machine)
     ranking, peaks = strongest_channels(lab)
-    model, seen = load_model(resolve(folder), METHODS["fp16"].handler, "cpu"), []
+    model, seen = load_model(resolve(folder), METHODS["fp16"], "cpu"), []
     for name, module in model.named_modules():
         if name.endswith(("q_proj", "gate_proj")):
             module.register_forward_pre_hook(lambda m, args: seen.append(args[0][0].abs().amax(0).float()))
@@ -194,10 +193,10 @@ def test_silencing_scores_the_model_with_those_channels_zeroed(folder, machine):
         expected += [("random", count, drawn.sample(range(WIDTH), count)) for _ in range(2)]
     assert [(row["silenced"], row["count"], row["channels"]) for row in rows] == expected
     assert (result["tokens"], result["conditions"]["window"]) == (WINDOW - 1, WINDOW)
-    plain = load_model(resolve(folder), METHODS["fp32"].handler, "cpu")
+    plain = load_model(resolve(folder), METHODS["fp32"], "cpu")
     truth = read(plain, lab.texts)
     for row in rows:
-        model = load_model(resolve(folder), METHODS["fp32"].handler, "cpu")
+        model = load_model(resolve(folder), METHODS["fp32"], "cpu")
         own = read(edit_model_(model, Silence(tuple(row["channels"]))), lab.texts)
         assert {key: row[key] for key in SCORES} == pytest.approx(scored(own, truth, lab.texts), rel=0.01, abs=0.02)
     assert all(isinstance(row["text"], str) for row in rows) and len({row["text"] for row in rows}) > 1
@@ -257,9 +256,9 @@ def test_ablation_scores_every_half(folder, machine):
     names = ["W32A32", "W8A32", "W32A8", "W8A8", "W8A8, a scale a row", "LLM.int8()"]
     assert [row["name"] for row in result["results"]] == names and result["tokens"] == 2 * (WINDOW - 1)
     texts, source = lab_of(experiment, machine).texts, resolve(folder)
-    truth = read(load_model(source, METHODS["fp32"].handler, "cpu"), texts)
+    truth = read(load_model(source, METHODS["fp32"], "cpu"), texts)
     for row in result["results"][:5]:
-        own = read(load_model(source, METHODS[row["method"]].handler, "cpu"), texts)
+        own = read(load_model(source, METHODS[row["method"]], "cpu"), texts)
         assert {key: row[key] for key in SCORES} == pytest.approx(scored(own, truth, texts), rel=0.02, abs=0.01)
     kl = {row["name"]: row["kl_to_fp16"] for row in result["results"]}
     assert kl["W32A32"] < kl["W8A32"] < kl["W32A8"] and kl["LLM.int8()"] < kl["W8A8"] / 3
@@ -332,4 +331,4 @@ def test_channels_that_the_model_has_not_are_refused_before_anything_is_measured
 
 
 def test_every_threshold_is_one_contestant():
-    assert Thresholds().contestants()[-1] == Contestant("llm-int8", math.inf) and BASELINE == Contestant("fp16")
+    assert Thresholds().contestants()[-1] == Contestant.parse("llm-int8@inf") and BASELINE == Contestant.parse("fp16")

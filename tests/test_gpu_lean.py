@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_runs import key_of
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.kernels import reference
 from llmq.kernels.primitives import Int8Weight

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmq.inspect.hooks import Watched, decoder_blocks, is_quantized, kind_and_layer, linear_modules
+from llmq.hooks import Watched, decoder_blocks, is_quantized, kind_and_layer, linear_modules
 
 
 class Int8Linear(nn.Module):

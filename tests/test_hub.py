@@ -13,7 +13,7 @@ from hub_stand_in import COMMIT, Hub
 from huggingface_hub import constants
 
 from llmq.compare import Comparison
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import ModelUnavailable
 from llmq.events import Loading
@@ -88,7 +88,7 @@ def test_a_comparison_downloads_first_and_says_so(hub):
     asked = Comparison(
         prompt="Hi",
         model="owner/tiny",
-        contestants=(Contestant("fp32"),),
+        contestants=(Contestant.parse("fp32"),),
         sampling=SamplingSettings(max_new_tokens=2),
     )
     events = list(Machine().run(asked))

@@ -76,7 +76,7 @@ def test_the_reader_of_imports_sees_all_of_them():
 
 
 def test_every_source_is_read():
-    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.quant", "llmq.ui.layout", "app"} <= SOURCES.keys()
+    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.methods", "llmq.ui.layout", "app"} <= SOURCES.keys()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_every_source_is_read():
         ("plotly", ("llmq.ui",)),
         ("triton", ("llmq.kernels",)),
         ("pynvml", ("llmq.telemetry",)),
-        ("bitsandbytes", ("llmq.quant.bnb_int8", "app")),
+        ("bitsandbytes", ("llmq.methods.bnb_int8", "app")),
         ("spaces", ("app",)),
         ("huggingface_hub", ("llmq.models",)),
         ("gguf", ("llmq.models.gguf_convert",)),
@@ -105,7 +105,7 @@ def test_a_library_stays_behind_its_module(library, allowed):
             (
                 "llmq.engine",
                 "llmq.models",
-                "llmq.quant",
+                "llmq.methods",
                 "llmq.compare",
                 "llmq.machine",
                 "llmq.ui",
@@ -117,7 +117,7 @@ def test_a_library_stays_behind_its_module(library, allowed):
             "llmq.engine",
             (
                 "llmq.compare",
-                "llmq.contestants",
+                "llmq.contestant",
                 "llmq.machine",
                 "llmq.ui",
                 "llmq.inspect",
@@ -130,8 +130,8 @@ def test_a_library_stays_behind_its_module(library, allowed):
             "llmq.machine",
             ("llmq.compare", "llmq.ui", "llmq.inspect", "llmq.bench", "llmq.experiments", "llmq.cli", "app"),
         ),
-        ("llmq.quant", ("llmq.engine", "llmq.models", "llmq.compare", "llmq.contestants", "llmq.ui", "llmq.inspect")),
-        ("llmq.models", ("llmq.engine", "llmq.compare", "llmq.contestants", "llmq.ui", "llmq.inspect", "llmq.bench")),
+        ("llmq.methods", ("llmq.engine", "llmq.models", "llmq.compare", "llmq.contestant", "llmq.ui", "llmq.inspect")),
+        ("llmq.models", ("llmq.engine", "llmq.compare", "llmq.contestant", "llmq.ui", "llmq.inspect", "llmq.bench")),
         ("llmq.inspect", ("llmq.compare", "llmq.ui", "llmq.bench", "llmq.cli")),
         ("llmq.bench", ("llmq.ui", "llmq.cli")),
         ("llmq.compare", ("llmq.ui", "llmq.inspect", "llmq.bench", "llmq.cli", "app")),
@@ -242,7 +242,7 @@ def test_every_operation_the_loop_asks_for_exists():
     asked = {
         node.attr
         for name in SOURCES
-        if within(name, ("llmq.engine", "llmq.quant"))
+        if within(name, ("llmq.engine", "llmq.methods"))
         for node in ast.walk(parse(name))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("kernels")
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -14,8 +16,8 @@ from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError
 from llmq.kernels import reference
+from llmq.methods import METHODS, parse_method
 from llmq.models.architecture import Unsupported, architecture_of
-from llmq.quant import METHODS
 
 PROMPT = list(b"Hello LLaMA, how are you?")
 LLAMA3 = {
@@ -52,13 +54,13 @@ class ModelTensors:
 def pair(method: str = "fp32", **changes) -> tuple[HFEngine, LeanEngine]:
     """The same weights in both loops; FP32 for the dense methods, so that differences are bugs and not rounding."""
     model = tiny_llama(torch.float32, intermediate_size=64, **changes)
-    handler, int8 = METHODS[method].handler, "int8" in method
+    method, int8 = METHODS[method], "int8" in method
     architecture = architecture_of(model.config.to_dict())
     dtype = torch.float16 if int8 else torch.float32
-    kind = {"dtype": dtype, "int8": int8, "int8_head": handler.int8_head}
+    kind = {"dtype": dtype, "int8": int8, "int8_head": method.int8_head}
     weights = load_weights(ModelTensors(model), architecture, **kind, device="cpu", kernels=reference)
-    lean = LeanEngine(weights, architecture, handler, "cpu", kernels=reference)
-    return HFEngine(handler.convert_(model, "cpu").requires_grad_(False).eval(), handler, "cpu"), lean
+    lean = LeanEngine(weights, architecture, method, "cpu", kernels=reference)
+    return HFEngine(method.quantize_(model, "cpu").requires_grad_(False).eval(), method, "cpu"), lean
 
 
 def generate(engine, tokens: int = 12, **sampling) -> list[int]:
@@ -102,18 +104,16 @@ def test_a_decoded_token_is_a_prefilled_token():
 def test_the_threshold_moves_on_the_loaded_model():
     _, lean = pair("llm-int8")
     before = lean.logits(PROMPT)
-    lean.set_threshold(0.01)
-    assert not torch.equal(lean.logits(PROMPT), before)
-    lean.set_threshold(6.0)
+    assert not torch.equal(lean.under(replace(lean.method, threshold=0.01)).logits(PROMPT), before)
     assert torch.equal(lean.logits(PROMPT), before)
-    for method in ("fp16", "int8-weight-only"):
-        with pytest.raises(BadChoice, match="no outlier threshold"):
-            METHODS[method].handler.check_threshold(3.0)
+    for name in ("fp16", "int8-weight-only"):
+        with pytest.raises(BadChoice, match=f"{name} cannot be set to '3'; it has no settings"):
+            parse_method(f"{name}@3")
 
 
 def test_only_where_sums_are_integers_they_are_called_so():
     """On a CPU the products go through FP32, which is exact up to 2^24 only."""
-    handler = METHODS["llm-int8"].handler
+    handler = METHODS["llm-int8"]
     assert "exactly in integers" in handler.arithmetic("cuda:0")
     assert "FP32 matrix products" in handler.arithmetic("cpu") and "exactly" not in handler.arithmetic("cpu")
 
@@ -174,9 +174,9 @@ def test_what_the_lean_loop_cannot_compute_it_says(changes, reason):
     config = tiny_llama(torch.float32).config.to_dict() | changes
     with pytest.raises(Unsupported, match=reason):
         architecture_of(config)
-    assert choose_engines("auto", ["fp16"], config, "cuda:0") == ["hf"]
+    assert choose_engines("auto", [METHODS["fp16"]], config, "cuda:0") == ["hf"]
     with pytest.raises(BadChoice, match=reason):
-        choose_engines("lean", ["fp16"], config, "cuda:0")
+        choose_engines("lean", [METHODS["fp16"]], config, "cuda:0")
 
 
 def test_old_configurations_are_read_too():
@@ -212,23 +212,25 @@ LEAN_CONFIG |= {"num_hidden_layers": 1, "vocab_size": 9}
     ],
 )
 def test_each_takes_the_best_loop_that_is_fair(methods, device, expected):
-    assert choose_engines("auto", methods.split(","), LEAN_CONFIG, device) == expected.split(",")
+    assert choose_engines(
+        "auto", [parse_method(name) for name in methods.split(",")], LEAN_CONFIG, device
+    ) == expected.split(",")
 
 
 def test_an_engine_by_hand():
-    assert choose_engines("hf", ["fp16", "llm-int8"], LEAN_CONFIG, "cuda:0") == ["hf", "hf"]
-    assert choose_engines("lean", ["fp16", "llm-int8"], LEAN_CONFIG, "cpu") == ["lean", "lean"]
+    assert choose_engines("hf", [METHODS["fp16"], METHODS["llm-int8"]], LEAN_CONFIG, "cuda:0") == ["hf", "hf"]
+    assert choose_engines("lean", [METHODS["fp16"], METHODS["llm-int8"]], LEAN_CONFIG, "cpu") == ["lean", "lean"]
     with pytest.raises(BadChoice, match="bnb-int8 runs through transformers"):
-        choose_engines("lean", ["fp16", "bnb-int8"], LEAN_CONFIG, "cpu")
+        choose_engines("lean", [METHODS["fp16"], METHODS["bnb-int8"]], LEAN_CONFIG, "cpu")
     with pytest.raises(BadChoice, match="'fast'.*auto"):
-        choose_engines("fast", ["fp16"], LEAN_CONFIG, "cpu")
+        choose_engines("fast", [METHODS["fp16"]], LEAN_CONFIG, "cpu")
 
 
 def test_a_bf16_checkpoint_in_fp16_says_what_that_means(tmp_path):
     from conftest import byte_tokenizer
 
     from llmq.compare import Comparison
-    from llmq.contestants import Contestant
+    from llmq.contestant import Contestant
     from llmq.events import Failed, Loading
     from llmq.machine.door import Machine
 

@@ -12,10 +12,10 @@ from llmq import memory
 from llmq.engine.hf import HFEngine
 from llmq.machine.door import Machine
 from llmq.memory import Prediction
+from llmq.methods import METHODS
 from llmq.models.loading import load_config, load_model, resolve
 from llmq.models.presets import PRESETS, Preset, Shape
 from llmq.models.skeleton import meta_model
-from llmq.quant import METHODS
 
 GB = 10**9
 
@@ -73,7 +73,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("shape", ["plain", "tied", "biased", "odd"])
 def test_predicted_weights_are_those_of_the_loaded_model(shape, method, folders, tiny_folder):
     folder = (folders | {"plain": tiny_folder})[shape]
-    predicted = memory.predict(meta_model(load_config(source_of(folder))), METHODS[method].handler, tokens=10)
+    predicted = memory.predict(meta_model(load_config(source_of(folder))), METHODS[method], tokens=10)
     engine = engine_of(Machine(), folder, method)
     assert (predicted.weights, predicted.scales) == (engine.weight_bytes, engine.scale_bytes)
     assert (predicted.scales > 0) == (method not in ("fp16", "bf16", "fp32", "absmax-w32a8"))
@@ -84,7 +84,7 @@ def test_predicted_weights_are_those_of_a_model_with_random_weights(method, monk
     """Without a checkpoint the model is converted in place: the same bytes, and the same types, as a loaded one."""
     shape = Shape(32, 64, 2, 4, 2, 259, 128)
     monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", "nobody/tiny", "", "", shape))
-    source, handler = resolve("tiny", random_weights=True), METHODS[method].handler
+    source, handler = resolve("tiny", random_weights=True), METHODS[method]
     predicted = memory.predict(meta_model(load_config(source)), handler, tokens=10)
     engine = HFEngine(load_model(source, handler, "cpu"), handler, "cpu")
     assert (predicted.weights, predicted.scales) == (engine.weight_bytes, engine.scale_bytes)
@@ -95,11 +95,11 @@ def test_a_shape_takes_no_memory():
     """Seventy billion parameters, in an instant."""
     shape = meta_model(tiny_config(hidden_size=8192, intermediate_size=28672, num_hidden_layers=8))
     assert all(parameter.is_meta for parameter in shape.parameters())
-    assert memory.predict(shape, METHODS["fp16"].handler, tokens=1).weights > 10 * GB
+    assert memory.predict(shape, METHODS["fp16"], tokens=1).weights > 10 * GB
 
 
 def test_a_prediction_grows_with_tokens_and_batch():
-    shape, handler = meta_model(tiny_config()), METHODS["fp16"].handler
+    shape, handler = meta_model(tiny_config()), METHODS["fp16"]
     small, long, wide = (
         memory.predict(shape, handler, tokens=tokens, batch=batch) for tokens, batch in [(10, 1), (20, 1), (10, 2)]
     )

@@ -12,6 +12,7 @@ import torch
 
 from llmq import telemetry
 from llmq.errors import BadChoice, ModelUnavailable, UserError
+from llmq.methods import METHODS
 from llmq.models import choice
 from llmq.models.choice import choose_model
 from llmq.models.demo import demo_folder
@@ -27,7 +28,6 @@ from llmq.models.loading import (
 )
 from llmq.models.presets import PRESETS
 from llmq.models.skeleton import meta_model
-from llmq.quant import METHODS
 
 HUB_PRESETS = [preset for preset in PRESETS.values() if preset.hub_id]
 
@@ -188,7 +188,7 @@ def test_a_model_that_writes_no_text_is_refused(damaged):
 def test_weights_that_are_not_whole_are_refused(damage, method, damaged):
     """Never a model with some of its tensors made up: every figure and every word would be a lie."""
     with pytest.raises(ModelUnavailable, match="my-model"):
-        load_model(damaged(damage), METHODS[method].handler, "cpu")
+        load_model(damaged(damage), METHODS[method], "cpu")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_tokenizer_that_cannot_be_opened_is_the_models_fault(damage, damaged):
 
 
 def test_a_loaded_model_only_answers(tiny_folder):
-    model = load_model(resolve(str(tiny_folder)), METHODS["fp16"].handler, "cpu")
+    model = load_model(resolve(str(tiny_folder)), METHODS["fp16"], "cpu")
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
     assert revision_of(resolve(str(tiny_folder))) == "local folder"

@@ -8,9 +8,9 @@ from planted import planted_llama
 from torch import nn
 
 from llmq.kernels.primitives import int8_linear, quantize_rows
-from llmq.quant import METHODS
-from llmq.quant.naive import Naive
-from llmq.quant.naive_linear import NaiveLinear, rounded
+from llmq.methods import METHODS
+from llmq.methods.layers.naive_linear import NaiveLinear, rounded
+from llmq.methods.naive import Absmax, AbsmaxW8A32, AbsmaxW32A8, Vectorwise
 
 SHAPES = [(1, 7, 5), (3, 16, 8), (11, 33, 1), (2, 1, 4)]  # rows, in, out
 
@@ -42,7 +42,7 @@ def test_zeros_stay_zeros():
 def test_the_layer_is_the_formula_in_float64(rows, width, out, vectorwise):
     """Equation 3 (absmax) and section 3.1 of the paper, with integers multiplied as integers."""
     linear, x = layer(width, out), torch.randn(rows, width)
-    found = NaiveLinear.over(linear, Naive(vectorwise))(x)
+    found = NaiveLinear.over(linear, (Vectorwise if vectorwise else Absmax)())(x)
     w = linear.weight.data.double()
     over = {"dim": 1, "keepdim": True} if vectorwise else {"dim": (0, 1), "keepdim": True}
     cx, cw = x.double().abs().amax(**over), w.abs().amax(**over)
@@ -55,10 +55,10 @@ def test_each_half_alone():
     """W8A32 is the product with the rounded weight, W32A8 with the rounded input."""
     linear, x = layer(16, 8, bias=False), torch.randn(4, 16)
     codes, absmax = rounded(linear.weight.data, by_row=False)
-    w8 = NaiveLinear.over(linear, Naive(False, activations=False))(x)
+    w8 = NaiveLinear.over(linear, AbsmaxW8A32())(x)
     assert torch.allclose(w8, x @ (codes * absmax / 127).T, atol=1e-6)
     codes, absmax = rounded(x, by_row=False)
-    a8 = NaiveLinear.over(linear, Naive(False, weights=False))(x)
+    a8 = NaiveLinear.over(linear, AbsmaxW32A8())(x)
     assert torch.allclose(a8, (codes * absmax / 127) @ linear.weight.T, atol=1e-6)
 
 
@@ -68,16 +68,16 @@ def test_with_an_outlier_the_ladder_of_the_paper():
     x[5, 17] = 200.0
     truth = x @ linear.weight.T
     decomposed = error(int8_linear(x, quantize_rows(linear.weight.data), 6.0), truth)
-    by_row, by_tensor = (error(NaiveLinear.over(linear, Naive(way))(x), truth) for way in (True, False))
+    by_row, by_tensor = (error(NaiveLinear.over(linear, way)(x), truth) for way in (Vectorwise(), Absmax()))
     assert decomposed < by_row / 2 < by_tensor / 4
 
 
 @pytest.mark.parametrize("method", ["absmax", "vectorwise", "absmax-w8a32", "absmax-w32a8"])
 def test_every_linear_layer_but_the_head_is_replaced(method):
-    handler = METHODS[method].handler
-    model = handler.convert_(planted_llama(torch.float16), "cpu")
+    method = METHODS[method]
+    model = method.quantize_(planted_llama(torch.float16), "cpu")
     names = [name for name, module in model.named_modules() if isinstance(module, NaiveLinear)]
     assert len(names) == 3 * 7 and "lm_head" not in names
     weight = model.model.layers[0].mlp.up_proj.weight
-    assert weight.dtype == (torch.int8 if handler.weights else torch.float32)
+    assert weight.dtype == (torch.int8 if method.weights else torch.float32)
     assert model(torch.arange(5)[None]).logits.dtype == torch.float32

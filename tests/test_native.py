@@ -7,7 +7,7 @@ import gc
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -25,8 +25,8 @@ from llmq.kernels import primitives, reference
 from llmq.kernels.cpu import build
 from llmq.kernels.cpu.library import why_not_native
 from llmq.kernels.primitives import Int8Weight
+from llmq.methods import METHODS
 from llmq.models.architecture import Architecture, Rope, architecture_of
-from llmq.quant import METHODS
 
 if reason := why_not_native():
     pytest.skip(reason, allow_module_level=True)
@@ -35,7 +35,7 @@ from llmq.engine.native import NativeEngine, usable_threads  # noqa: E402
 from llmq.kernels.cpu import library  # noqa: E402
 from llmq.kernels.cpu.library import Matrix, Packing, open_library, quantize_rows  # noqa: E402
 
-LEAN_METHODS = [name for name, method in METHODS.items() if method.handler.lean_weights]
+LEAN_METHODS = [name for name, method in METHODS.items() if method.packed]
 
 
 @dataclass
@@ -65,21 +65,21 @@ def with_cache_of(dtype: torch.dtype) -> SimpleNamespace:
 
 
 def built(source, architecture, method: str, *, packed: bool, threads: int = 2, quantizer: bool = False):
-    handler = METHODS[method].handler
-    dtype = getattr(torch, handler.dtype)
+    method = METHODS[method]
+    dtype = getattr(torch, method.dtype)
     weights = load_weights(
         source if packed else Rounded(source, dtype),
         architecture,
         dtype=dtype if packed else torch.float32,
-        int8=handler.lean_weights == "int8",
-        int8_head=handler.int8_head,
+        int8=method.packed == "int8",
+        int8_head=method.int8_head,
         device="cpu",
         kernels=library if quantizer else reference,
         form=Packing() if packed else None,
     )
     if packed:
-        return NativeEngine(weights, architecture, handler, threads=threads)
-    return LeanEngine(weights, architecture, handler, "cpu", kernels=with_cache_of(dtype))
+        return NativeEngine(weights, architecture, method, threads=threads)
+    return LeanEngine(weights, architecture, method, "cpu", kernels=with_cache_of(dtype))
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -244,10 +244,9 @@ def tiny(method: str = "llm-int8", **changes) -> NativeEngine:
 def test_the_threshold_moves_on_the_loaded_model():
     native = tiny()
     before = native.logits(PROMPT)
-    native.set_threshold(0.01)
-    assert not torch.equal(native.logits(PROMPT), before)
-    assert all(len(columns) > 10 for columns in native.outlier_columns(PROMPT))
-    native.set_threshold(6.0)
+    low = native.under(replace(native.method, threshold=0.01))
+    assert not torch.equal(low.logits(PROMPT), before)
+    assert all(len(columns) > 10 for columns in low.outlier_columns(PROMPT))
     assert torch.equal(native.logits(PROMPT), before) and not any(native.outlier_columns(PROMPT))
 
 

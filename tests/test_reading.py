@@ -11,7 +11,8 @@ from conftest import byte_tokenizer, tiny_llama
 from planted import StopAfter, hooks_left
 from tiny_runs import engine_of, light
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
+from llmq.engine.hf import HFEngine
 from llmq.errors import BadChoice, OutOfMemory
 from llmq.events import Loaded, Progress, Waiting
 from llmq.inspect.agreement import Agreement, compare_logits
@@ -187,7 +188,7 @@ def test_memory_that_runs_out_is_said(folder, machine, monkeypatch):
     def too_much(*_):
         raise MemoryError
 
-    monkeypatch.setattr(engine_of(machine, folder, "bnb-int8"), "logits", too_much)
+    monkeypatch.setattr(HFEngine, "logits", too_much)
     with pytest.raises(OutOfMemory, match="shorter"):
         list(machine.run(asked))
     monkeypatch.undo()
@@ -198,7 +199,7 @@ def test_memory_that_runs_out_is_said(folder, machine, monkeypatch):
     ("changes", "reason"),
     [
         ({"text": "novel"}, "'novel'.*continuation, prompt, text"),
-        ({"baseline": Contestant("bf16"), "contestant": Contestant("bf16")}, "both methods are bf16"),
+        ({"baseline": Contestant.parse("bf16"), "contestant": Contestant.parse("bf16")}, "both methods are bf16"),
         *(
             ({"new_tokens": value}, f"new tokens is {value!r}.*1 to 128")
             for value in (0, -1, 129, True, "3", 2.0, None)

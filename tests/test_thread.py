@@ -54,3 +54,31 @@ def test_closing_closes_the_iterator_in_its_thread_before_it_returns():
     first = next(stream)
     stream.close()
     assert ended == [first]
+
+
+def test_a_generator_collected_with_its_thread_is_closed_and_nobody_waits():
+    """The thread ends when its object goes; what is still open then is closed where it is collected."""
+    ended = []
+
+    def held():
+        try:
+            yield 1
+        finally:
+            ended.append(threading.get_ident())
+
+    thread = ComputeThread()
+    stream = thread.run(held())
+    next(stream)
+    thread._tasks.put(None)  # as its finalizer does
+    thread._worker.join(20)
+    stream.close()
+    assert ended == [threading.get_ident()]
+
+
+def test_the_thread_ends_with_its_object():
+    thread = ComputeThread()
+    assert list(thread.run(iter(where(1)))) != []
+    worker = thread._worker
+    del thread
+    worker.join(20)
+    assert not worker.is_alive()

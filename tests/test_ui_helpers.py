@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 import pytest
 
 from llmq.compare import Comparison
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.inspect.run import Inspection
 from llmq.machine.door import Machine
@@ -22,7 +22,7 @@ def comparison(**changes) -> Comparison:
     settings = {
         "prompt": PROMPT,
         "model": "tinyllama-1.1b-chat",
-        "contestants": (Contestant("bf16"), Contestant("bnb-int8", 3.5), Contestant("bnb-int8", 0)),
+        "contestants": (Contestant.parse("bf16"), Contestant.parse("bnb-int8@3.5"), Contestant.parse("bnb-int8@0")),
         "sampling": SamplingSettings(max_new_tokens=77, temperature=0.65, top_k=40, top_p=0.92, seed=2**40),
         "schedule": "in-turn",
     }

@@ -11,12 +11,13 @@ import torch
 
 from llmq.cli import main
 from llmq.compare import Comparison
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.hf import HFEngine
+from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.events import Event, Finished, Memory, Step
 from llmq.machine.door import Machine
-from llmq.machine.pool import Key
+from llmq.methods import parse_method
 from llmq.models.loading import Source, resolve
 from llmq.models.opening import Model
 
@@ -74,11 +75,11 @@ def source_of(folder) -> Source:
 def key_of(model, method: str, device: str = "cpu", loop: str = "hf") -> Key:
     """Of a folder or of what a name was resolved to."""
     source = model if isinstance(model, Source) else source_of(model)
-    return Key.of(Model(source), Contestant.parse(method), device, loop)
+    return Key.of(Model(source), parse_method(method), device, loop)
 
 
 def engine_of(machine: Machine, folder, method: str) -> HFEngine:
-    return machine.pool.get(key_of(folder, method))[0]
+    return machine.pool.get(key_of(folder, method), parse_method(method))[0]
 
 
 def without_memory(events) -> list[Event]:

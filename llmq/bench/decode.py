@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from llmq import memory
 from llmq.bench.setup import Bench, Setup, bandwidth_fraction, read_bandwidth, require_whole
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.interface import Engine, capacity_for
+from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.machine.door import Lease
-from llmq.machine.pool import Key
 from llmq.models.opening import Model
 
 
@@ -50,7 +50,7 @@ class DecodeBench(Bench):
 
     def measure(self, lease: Lease, contestant: Contestant, key: Key, setup: Setup) -> dict:
         started = lease.clock()
-        engine, load_seconds = lease.pool.get(key, contestant)
+        engine, load_seconds = lease.pool.get(key, contestant.method)
         engine.warm_up(setup.prompt_ids)
         ready_seconds = lease.clock() - started
         runs = [_Repeat.of(engine, setup.prompt_ids, self.new_tokens, lease.clock) for _ in range(self.repeats)]
@@ -59,7 +59,7 @@ class DecodeBench(Bench):
         bandwidth = max(setup.facts["read_bandwidth_bytes_per_second"], read_bandwidth(self.device))
         return {
             "engine": engine.name,
-            "arithmetic": engine.handler.arithmetic(self.device, engine.name),
+            "arithmetic": engine.method.arithmetic(self.device, engine.name),
             "tokens_per_second": statistics.median(speeds),
             "tokens_per_second_min": min(speeds),
             "tokens_per_second_max": max(speeds),
@@ -79,7 +79,7 @@ class DecodeBench(Bench):
 
     def _mean_kv_bytes(self, model: Model, engine: Engine) -> int:
         """Bytes of keys and values read per token: those of the positions in use, halfway through the new tokens."""
-        itemsize = 4 if engine.handler.dtype == "float32" else 2
+        itemsize = 4 if engine.method.dtype == "float32" else 2
         return memory.kv_bytes(model.config, tokens=self.prompt_tokens + self.new_tokens // 2, itemsize=itemsize)
 
 
@@ -118,7 +118,7 @@ def _allocation(engine: Engine, model: Model, prompt_ids: list[int]) -> dict:
     the model), told apart by asking torch to drop it.
     """
     tokens = capacity_for(len(prompt_ids) + 1, engine.context) if engine.name == "lean" else len(prompt_ids)
-    predicted = memory.predict(model.shape, engine.handler, tokens=tokens)
+    predicted = memory.predict(model.shape, engine.method, tokens=tokens)
     found = {"predicted_bytes": predicted.weights + predicted.scales + predicted.kv}
     if not engine.device.startswith("cuda"):
         return found | {"allocated_bytes": None, "library_workspace_bytes": None}

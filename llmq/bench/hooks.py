@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from llmq.bench.decode import DecodeBench
 from llmq.bench.setup import Setup
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.hf import HFEngine
+from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice
 from llmq.machine.door import Lease
-from llmq.machine.pool import Key
 from llmq.models.opening import Model
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ class HooksBench(DecodeBench):
     def measure(self, lease: Lease, contestant: Contestant, key: Key, setup: Setup) -> dict:
         from llmq.inspect.recorder import OutlierRecorder
 
-        engine, _ = lease.pool.get(key, contestant)
+        engine, _ = lease.pool.get(key, contestant.method)
         rounds = []
         for number in range(self.repeats + 1):  # the first is not counted
-            recorder = OutlierRecorder(engine.model, account=engine.handler.sixteen_bit_columns)
+            recorder = OutlierRecorder(engine.model, account=engine.method.outlier_columns)
             sides = (None, recorder) if number % 2 else (recorder, None)  # who comes second may find warmer caches
             rounds.append({bool(s): _seconds(engine, setup.prompt_ids, self.new_tokens, s, lease.clock) for s in sides})
         held = held_bytes(recorder.report(model=self.model, method=contestant.label))

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from llmq.bench.setup import Bench, Setup
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
+from llmq.engine.loading import Key
 from llmq.machine.door import Lease
-from llmq.machine.pool import Key
 
 
 class LoadBench(Bench):
@@ -30,7 +30,7 @@ class LoadBench(Bench):
     def measure(self, lease: Lease, contestant: Contestant, key: Key, setup: Setup) -> dict:
         level = _restart_peak(self.device)
         started = lease.clock()
-        engine, load_seconds = lease.pool.get(key, contestant)
+        engine, load_seconds = lease.pool.get(key, contestant.method)
         peak = _peak(self.device)
         engine.warm_up(setup.prompt_ids)
         return {

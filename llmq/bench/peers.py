@@ -19,11 +19,11 @@ from pathlib import Path
 
 from llmq.bench.setup import Bench, bandwidth_fraction, read_bandwidth, require_whole
 from llmq.engine.interface import Engine
+from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError
 from llmq.events import Event, Progress
 from llmq.machine.door import Lease
-from llmq.machine.pool import Key
 from llmq.models.demo import fetch_gguf, gguf_path
 
 LONG_PROMPT = 512
@@ -123,8 +123,8 @@ def _ratio(own: list[float], peer: list[float]) -> float:
 
 
 def _ours(lease: Lease, contestant, key: Key) -> _Ours:
-    engine, _ = lease.pool.get(key, contestant)
-    return _Ours(contestant.label, engine, SAME_PRECISION.get(contestant.method, "Q8_0"))
+    engine, _ = lease.pool.get(key, contestant.method)
+    return _Ours(contestant.label, engine, SAME_PRECISION.get(contestant.method.name, "Q8_0"))
 
 
 @dataclass(frozen=True)

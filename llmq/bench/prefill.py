@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 
 from llmq.bench.setup import Bench, Setup
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.interface import Engine
+from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.machine.door import Lease
-from llmq.machine.pool import Key
 
 
 class PrefillBench(Bench):
@@ -22,7 +22,7 @@ class PrefillBench(Bench):
         return f"{row['seconds'] * 1e3:.1f} ms"
 
     def measure(self, lease: Lease, contestant: Contestant, key: Key, setup: Setup) -> dict:
-        engine, _ = lease.pool.get(key, contestant)
+        engine, _ = lease.pool.get(key, contestant.method)
         engine.warm_up(setup.prompt_ids)
         seconds, workspace = zip(*(_once(engine, setup.prompt_ids) for _ in range(self.repeats)), strict=True)
         return {

@@ -13,20 +13,20 @@ import statistics
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.choice import choose_engines
 from llmq.engine.interface import Engine
+from llmq.engine.loading import Key
 from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.machine.door import Lease
-from llmq.machine.pool import Key
 from llmq.models.opening import Model
 from llmq.models.reference_text import reference_text
 from llmq.scores import LARGEST_LOSS, TextScore, mean_interval, perplexity, score_text
 
 WINDOW = 512
-BASELINE = Contestant("fp16")
+BASELINE = Contestant.parse("fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class QualityBench:
         loops = choose_engines(self.engine, [c.method for c in needed], model.config.to_dict(), self.device)
         engines = {}
         for contestant, loop in zip(needed, loops, strict=True):
-            engines[contestant] = yield from lease.load(Key.of(model, contestant, self.device, loop), contestant)
+            engines[contestant] = yield from lease.load(Key.of(model, contestant.method, self.device, loop), contestant)
         return engines
 
 

@@ -8,13 +8,13 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.choice import choose_engines
+from llmq.engine.loading import Key
 from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.machine.door import Lease
-from llmq.machine.pool import Key
 from llmq.models.opening import Model
 from llmq.models.reference_text import reference_text
 
@@ -103,7 +103,7 @@ class Bench:
             raise BadChoice(f"{needed} and {self.model} reads {model.context:,}; choose fewer")
         entries = []
         for contestant in self.contestants:
-            entries.append((contestant, Key.of(model, contestant, self.device, self.loop_of(contestant, model))))
+            entries.append((contestant, Key.of(model, contestant.method, self.device, self.loop_of(contestant, model))))
         return Setup(model, fixed_prompt(model, self.prompt_tokens), entries, self.facts())
 
     def result(self, setup: Setup, results: list[dict], conditions: dict) -> dict:

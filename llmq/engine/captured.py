@@ -49,11 +49,20 @@ class Runner:
             device=engine.device,
         )
         self.engine = engine
-        self.draw, self.sampler = draw_of(settings), Sampler(settings, engine.device)
+        self.kind = (capacity, draw_of(settings), engine.threshold)
+        self.sampler = Sampler(settings, engine.device)
         on_gpu = engine.device.startswith("cuda")
         self.slots = [Flight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
         self.graph = captured(self._capture) if on_gpu else None
         self.prompts: dict[int, PromptGraph | None] = {}
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.decoder.kv_bytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.decoder.workspace_bytes
 
     def prompt_of(self, tokens: int) -> PromptGraph | None:
         """The captured reading of prompts about so long, made now if need be; None where there is none."""

@@ -11,14 +11,14 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from llmq.errors import BadChoice, unknown
+from llmq.methods import Method
 from llmq.models.architecture import Unsupported, architecture_of
-from llmq.quant import method_named
 
 ENGINES = ("auto", "hf", "lean")
 log = logging.getLogger(__name__)
 
 
-def choose_engines(wanted: str, methods: Sequence[str], config: Mapping, device: str) -> list[str]:
+def choose_engines(wanted: str, methods: Sequence[Method], config: Mapping, device: str) -> list[str]:
     """'hf' or 'lean' for each of `methods`. `config` is the model's configuration as a mapping.
 
     Raises BadChoice for an unknown engine, and for 'lean' where it cannot run one of the methods or the model.
@@ -46,10 +46,10 @@ def _why_not_native() -> str:
     return why_not_native()
 
 
-def why_not_lean(method: str, config: Mapping) -> str:
+def why_not_lean(method: Method, config: Mapping) -> str:
     """Why the lean loop cannot run `method` on this model; '' where it can."""
-    if method_named(method).handler.lean_weights is None:
-        return f"{method} runs through transformers only"
+    if method.packed is None:
+        return f"{method.spelled} runs through transformers only"
     try:
         architecture_of(config)
     except Unsupported as reason:

@@ -10,6 +10,7 @@ call, so what a call needed beyond what was allocated before it is this engine's
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 from llmq.engine.interface import Interrupted, Token, token_of
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import timer_for
-from llmq.quant.handler import Handler, stored_bytes
+from llmq.methods import Method
+from llmq.methods.swap import stored_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -38,16 +40,17 @@ class HFEngine:
     room_bytes = 0  # a generation's cache goes with it
 
     def __init__(
-        self, model: PreTrainedModel, handler: Handler, device: str, *, clock: Callable[[], float] = time.perf_counter
+        self, model: PreTrainedModel, method: Method, device: str, *, clock: Callable[[], float] = time.perf_counter
     ):
-        self.model, self.handler, self.device = model, handler, device
+        self.model, self.method, self.device = model, method, device
         self.weight_bytes = stored_bytes(model)
         self._timer = timer_for(device, clock)
-        self._warm_length = 0
+        self._warm: set[int] = set()  # lengths of prompts
+        self._applied = [method.stored()]  # the method whose live fields the layers have, for every view
 
     @property
     def scale_bytes(self) -> int:
-        return self.handler.scale_bytes(self.model)
+        return self.method.scale_bytes(self.model)
 
     @property
     def read_bytes_per_token(self) -> int:
@@ -66,8 +69,18 @@ class HFEngine:
         eos = self.model.generation_config.eos_token_id
         return frozenset([eos] if isinstance(eos, int) else eos or ())
 
-    def set_threshold(self, threshold: float) -> None:
-        self.handler.set_threshold(self.model, threshold)
+    def under(self, method: Method) -> HFEngine:
+        """A view of the same weights with other live fields; its layers are set before every call."""
+        view = copy.copy(self)
+        view.method = method
+        view.settle()
+        return view
+
+    def settle(self) -> None:
+        """Set the layers' live fields to this view's."""
+        if self._applied[0] != self.method:
+            self.method.apply_(self.model)
+            self._applied[0] = self.method
 
     def start(self, prompt_ids: list[int], settings: SamplingSettings) -> Generation:
         """Begin a generation: nothing runs until its `prefill()`."""
@@ -77,6 +90,7 @@ class HFEngine:
         """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
         import torch
 
+        self.settle()
         with torch.inference_mode(), _interruptible(self.model, stopped):
             return self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0]
 
@@ -84,7 +98,7 @@ class HFEngine:
         """Share of its input's columns that a linear layer multiplies in 16 bit while it reads `ids` in one call, by
         its own account: the mean over the layers that keep one; 0 where none does."""
         self.logits(ids)
-        accounts = ((module, self.handler.sixteen_bit_columns(module)) for module in self.model.modules())
+        accounts = ((module, self.method.outlier_columns(module)) for module in self.model.modules())
         shares = [len(columns) / module.in_features for module, columns in accounts if columns is not None]
         return sum(shares) / len(shares) if shares else 0.0
 
@@ -94,13 +108,13 @@ class HFEngine:
         A GPU loads kernels by shape, so there the whole prompt goes through; a CPU has nothing shape-bound to load.
         """
         length = len(prompt_ids) if self.device.startswith("cuda") else min(len(prompt_ids), WARM_UP_TOKENS)
-        if length == self._warm_length:
+        if length in self._warm:
             return
         generation = self.start(prompt_ids[:length], SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
         generation.prefill()
         for _ in range(WARM_UP_STEPS):
             generation.step()
-        self._warm_length = length
+        self._warm.add(length)
 
 
 class Generation:
@@ -144,6 +158,7 @@ class Generation:
         import torch
 
         timer, model = self._engine._timer, self._engine.model
+        self._engine.settle()
         kv_before = self.kv_bytes
         with torch.inference_mode(), timer:
             tokens = torch.tensor([ids], device=self._engine.device)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmq.engine.sampling import SamplingSettings
-    from llmq.quant import Handler
+    from llmq.methods import Method
 
 SHORTEST_CAPACITY = 256
 
@@ -62,6 +62,7 @@ class Generation(Protocol):
 
 class Engine(Protocol):
     """One model under one method on one device. `name` is the loop it runs through; speeds compare within one loop.
+    `under` gives a view of the same weights with other live fields (a threshold), for generations of its own.
 
     `model` holds the weights; `room_bytes` is what stays allocated beside them between generations.
     """
@@ -69,7 +70,7 @@ class Engine(Protocol):
     name: str
     device: str
     model: object
-    handler: Handler
+    method: Method
     weight_bytes: int
     scale_bytes: int
     room_bytes: int
@@ -77,7 +78,7 @@ class Engine(Protocol):
     context: int
     eos_ids: frozenset[int]
 
-    def set_threshold(self, threshold: float) -> None: ...
+    def under(self, method: Method) -> Engine: ...
     def start(self, prompt_ids: list[int], settings: SamplingSettings) -> Generation: ...
     def warm_up(self, prompt_ids: list[int]) -> None: ...
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor: ...

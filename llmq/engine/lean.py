@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Protocol
+
 from llmq.engine.interface import Generation
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.sampling import SamplingSettings
+from llmq.methods import Method
 from llmq.models.architecture import Architecture
 
 WARM_UP_STEPS = 3
+
+
+class Room(Protocol):
+    """The memory of one generation: caches, buffers, and on a GPU the graph that knows them by their addresses."""
+
+    kind: tuple
+    kv_bytes: int
+    workspace_bytes: int
 
 
 class LeanLoop:
@@ -16,12 +29,37 @@ class LeanLoop:
     name = "lean"
 
     def __init__(
-        self, weights: LlamaWeights, architecture: Architecture, handler, device: str, eos_ids: frozenset[int]
+        self, weights: LlamaWeights, architecture: Architecture, method: Method, device: str, eos_ids: frozenset[int]
     ):
-        self.model, self.architecture, self.handler, self.device = weights, architecture, handler, device
-        self.eos_ids, self.context, self.threshold = eos_ids, architecture.context, handler.default_threshold
+        self.model, self.architecture, self.method, self.device = weights, architecture, method, device
+        self.eos_ids, self.context = eos_ids, architecture.context
         self.weight_bytes, self.scale_bytes = weights.weight_bytes, weights.scale_bytes
-        self._warm: tuple | None = None
+        self._warm: set[tuple] = set()  # (tokens of a prompt, threshold)
+        self.spare: list[Room] = []
+
+    @property
+    def threshold(self) -> float | None:
+        return self.method.threshold
+
+    def under(self, method: Method) -> LeanLoop:
+        """A view of the same weights with another threshold; views share their spare rooms."""
+        view = copy.copy(self)
+        view.method = method
+        return view
+
+    def take(self, kind: tuple, make: Callable[[], Room]) -> Room:
+        """A spare room of this kind, or a new one after the others are freed; its user gives it back to `spare`."""
+        found = next((room for room in self.spare if room.kind == kind), None)
+        if found is None:
+            self.spare.clear()
+            return make()
+        self.spare.remove(found)
+        return found
+
+    @property
+    def room_bytes(self) -> int:
+        """Caches and buffers that stay allocated for the next generations."""
+        return sum(room.kv_bytes + room.workspace_bytes for room in self.spare)
 
     @property
     def read_bytes_per_token(self) -> int:
@@ -33,14 +71,14 @@ class LeanLoop:
 
     def warm_up(self, prompt_ids: list[int]) -> None:
         """Run what a generation of this prompt will run, uncounted: kernels compile and load, clocks settle."""
-        if self._warm == (len(prompt_ids), self.threshold):
+        if (len(prompt_ids), self.threshold) in self._warm:
             return
         generation = self.start(prompt_ids, SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
         generation.prefill()
         for _ in range(min(WARM_UP_STEPS, self.context - len(prompt_ids))):  # the context may end sooner
             generation.step()
         generation.close()
-        self._warm = (len(prompt_ids), self.threshold)
+        self._warm.add((len(prompt_ids), self.threshold))
 
 
 def share_of_columns(architecture: Architecture, counts: list[int]) -> float:

@@ -24,6 +24,7 @@ from llmq.engine.timing import timer_for
 from llmq.kernels.backend import current
 from llmq.kernels.buffers import Cache
 from llmq.kernels.primitives import Int8Weight
+from llmq.methods import Method
 from llmq.models.architecture import Architecture
 
 
@@ -34,27 +35,15 @@ class LeanEngine(LeanLoop):
         self,
         weights: LlamaWeights,
         architecture: Architecture,
-        handler,
+        method: Method,
         device: str,
         *,
         kernels,
         eos_ids: frozenset[int] = frozenset(),
         clock: Callable[[], float] = time.perf_counter,
     ):
-        super().__init__(weights, architecture, handler, device, eos_ids)
+        super().__init__(weights, architecture, method, device, eos_ids)
         self.kernels, self.timer, self.here = kernels, timer_for(device, clock), current(device)
-        self._runner: Runner | None = None
-
-    @property
-    def room_bytes(self) -> int:
-        """The last generation's cache and buffers: kept, because a captured graph knows them by their addresses."""
-        decoder = self._runner.decoder if self._runner else None
-        return decoder.kv_bytes + decoder.workspace_bytes if decoder else 0
-
-    def set_threshold(self, threshold: float) -> None:
-        self.handler.check_threshold(threshold)
-        if threshold != self.threshold:
-            self.threshold, self._runner = threshold, None
 
     def start(self, prompt_ids: list[int], settings: SamplingSettings) -> LeanGeneration:
         """Begin a generation: nothing runs until its `prefill()`."""
@@ -62,11 +51,9 @@ class LeanEngine(LeanLoop):
 
     def runner(self, tokens: int, settings: SamplingSettings) -> Runner:
         """The buffers, and on a GPU the graph, for generations of up to `tokens` positions sampled so."""
-        capacity, draw = capacity_for(tokens, self.context), draw_of(settings)
-        if self._runner is None or (self._runner.decoder.capacity, self._runner.draw) != (capacity, draw):
-            self._runner = None  # free the one before first
-            self._runner = Runner(self, capacity, settings)
-        return self._runner
+        capacity = capacity_for(tokens, self.context)
+        kind = (capacity, draw_of(settings), self.threshold)
+        return self.take(kind, lambda: Runner(self, capacity, settings))
 
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
         """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
@@ -198,6 +185,8 @@ class LeanGeneration:
         self.allocator_peak_bytes = max(self.allocator_peak_bytes, allocator_peak)
 
     def close(self) -> None:
-        """Let go of the cache; the object is of no more use. The engine keeps the room for the next generation."""
+        """Give the room back for the next generation; the object is of no more use."""
         self._flights.clear()
+        if self._runner:
+            self._engine.spare.append(self._runner)
         self._runner = None

@@ -7,44 +7,57 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from llmq.engine.hf import HFEngine
 from llmq.engine.interface import Engine
+from llmq.methods import Method
 from llmq.models.loading import load_model, require_method
-from llmq.quant import Handler, method_named
-
-if TYPE_CHECKING:
-    from llmq.machine.pool import Key
+from llmq.models.opening import Model
 
 log = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
+@dataclass(frozen=True)
+class Key:
+    """What makes two loaded engines interchangeable. `method` has its live fields at their defaults, so contestants
+    that differ in a threshold only share their weights. `loop`: 'hf' (transformers) or 'lean' (our own)."""
+
+    model: Model
+    method: Method
+    device: str
+    loop: str = "hf"
+
+    @classmethod
+    def of(cls, model: Model, method: Method, device: str, loop: str = "hf") -> Key:
+        return cls(model, method.stored(), device, loop)
+
+
 def load_engine(key: Key) -> Engine:
     """Load one model under one method on one device, for one loop."""
-    handler = method_named(key.method).handler
-    require_method(key.model.source, key.model.config, handler)
+    require_method(key.model.source, key.model.config, key.method)
     from llmq.kernels.backend import current
 
     with _mapped_blocks(), current(key.device):
         if key.loop == "lean":
-            return _load_lean(key, handler)
-        return HFEngine(load_model(key.model.source, handler, key.device), handler, key.device)
+            return _load_lean(key)
+        return HFEngine(load_model(key.model.source, key.method, key.device), key.method, key.device)
 
 
-def _load_lean(key: Key, handler: Handler) -> Engine:
+def _load_lean(key: Key) -> Engine:
     import torch
 
     from llmq.engine.llama_weights import load_weights
     from llmq.models.architecture import architecture_of
 
+    method = key.method
     architecture, eos_ids = architecture_of(key.model.config.to_dict()), key.model.eos_ids
     wanted = {
-        "dtype": getattr(torch, handler.dtype),
-        "int8": handler.lean_weights == "int8",
-        "int8_head": handler.int8_head,
+        "dtype": getattr(torch, method.dtype),
+        "int8": method.packed == "int8",
+        "int8_head": method.int8_head,
         "device": key.device,
     }
     tensors = key.model.tensors()
@@ -53,7 +66,7 @@ def _load_lean(key: Key, handler: Handler) -> Engine:
         from llmq.kernels.cpu import library
 
         weights = load_weights(tensors, architecture, **wanted, kernels=library, form=library.Packing())
-        return NativeEngine(weights, architecture, handler, eos_ids=eos_ids)
+        return NativeEngine(weights, architecture, method, eos_ids=eos_ids)
     from llmq.engine.llama import LeanEngine
     from llmq.kernels.backend import kernels_for
 
@@ -61,7 +74,7 @@ def _load_lean(key: Key, handler: Handler) -> Engine:
     if slower:
         log.warning("%s", slower)
     weights = load_weights(tensors, architecture, **wanted, kernels=kernels)
-    return LeanEngine(weights, architecture, handler, key.device, kernels=kernels, eos_ids=eos_ids)
+    return LeanEngine(weights, architecture, method, key.device, kernels=kernels, eos_ids=eos_ids)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from llmq.engine.rope import rope_table
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import HostTimer
 from llmq.kernels.cpu.library import KINDS, LANES, STOPPED, Layer, Model, Session, open_library
+from llmq.methods import Method
 from llmq.models.architecture import Architecture
 
 
@@ -32,32 +33,18 @@ class NativeEngine(LeanLoop):
         self,
         weights: LlamaWeights,
         architecture: Architecture,
-        handler,
+        method: Method,
         *,
         eos_ids: frozenset[int] = frozenset(),
         threads: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        super().__init__(weights, architecture, handler, "cpu", eos_ids)
+        super().__init__(weights, architecture, method, "cpu", eos_ids)
         self.timer = HostTimer(clock)
         self.library = open_library()
-        self.shape = _model(weights, architecture, handler.dtype)
-        threads = threads or usable_threads()
-        self.pool = self.library.pool_new(threads, self.library.llmq_regions(self.shape))
-        if not self.pool:
-            raise MemoryError("no memory for the threads of the CPU loop")
-        self._freed = weakref.finalize(self, self.library.pool_free, self.pool)
-        self.threads = self.library.pool_threads(self.pool)
-        self._room: _Room | None = None
-
-    @property
-    def room_bytes(self) -> int:
-        """The last generation's cache and buffers, kept for the next."""
-        return self._room.kv_bytes + self._room.workspace_bytes if self._room else 0
-
-    def set_threshold(self, threshold: float) -> None:
-        self.handler.check_threshold(threshold)
-        self.threshold = threshold
+        self.shape = _model(weights, architecture, method.dtype)
+        self.pool = ThreadPool(self.library, threads or usable_threads(), self.library.llmq_regions(self.shape))
+        self.threads = self.pool.threads
 
     def start(self, prompt_ids: list[int], settings: SamplingSettings) -> NativeGeneration:
         """Begin a generation: nothing runs until its `prefill()`."""
@@ -66,10 +53,7 @@ class NativeEngine(LeanLoop):
     def room(self, tokens: int) -> _Room:
         """Cache and buffers for generations of up to `tokens` positions."""
         capacity = capacity_for(tokens, self.context)
-        if self._room is None or self._room.capacity != capacity:
-            self._room = None  # free the one before first
-            self._room = _Room(self, capacity)
-        return self._room
+        return self.take((capacity, self.threshold is not None), lambda: _Room(self, capacity))
 
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
         """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
@@ -90,13 +74,25 @@ class NativeEngine(LeanLoop):
         return share_of_columns(self.architecture, [len(columns) for columns in self.outlier_columns(ids)])
 
 
+class ThreadPool:
+    """The library's threads, freed with the last engine that computes with them. Raises MemoryError."""
+
+    def __init__(self, library, threads: int, regions: int):
+        self.address = library.pool_new(threads, regions)
+        if not self.address:
+            raise MemoryError("no memory for the threads of the CPU loop")
+        weakref.finalize(self, library.pool_free, self.address)
+        self.threads = library.pool_threads(self.address)
+
+
 class _Room:
     """The memory of one generation at a time, and the library's view of it."""
 
     def __init__(self, engine: NativeEngine, capacity: int, *, watch: bool = False):
         a = engine.architecture
         self.engine, self.capacity = engine, capacity
-        kind = torch.bfloat16 if engine.handler.dtype == "bfloat16" else torch.float16
+        self.kind = (capacity, engine.threshold is not None)
+        kind = torch.bfloat16 if engine.method.dtype == "bfloat16" else torch.float16
         self.cache = torch.empty(2, a.layers, a.groups, capacity, a.width, dtype=kind)
         self.rope = rope_table(a, capacity, "cpu")
         self.logits = torch.empty(_eights(a.vocabulary))
@@ -150,7 +146,7 @@ class _Room:
         keys, values = self.cache
         return Session(
             ctypes.pointer(engine.shape),
-            engine.pool,
+            engine.pool.address,
             keys.data_ptr(),
             values.data_ptr(),
             self.rope.data_ptr(),
@@ -189,6 +185,7 @@ class NativeGeneration:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
         engine = self._engine
         self._room = engine.room(min(engine.context, len(self._prompt_ids) + self._settings.max_new_tokens))
+        self._room.engine = engine  # whose threshold it computes with
         with engine.timer:
             self._room.read(self._prompt_ids, self._room.logits, every=False, stopped=stopped)
             token_id, logprob = self._choose()
@@ -214,7 +211,9 @@ class NativeGeneration:
         return token_of(token_id, logprob, self._engine.timer.seconds)
 
     def close(self) -> None:
-        """The object is of no more use. The engine keeps the room for the next generation."""
+        """Give the room back for the next generation; the object is of no more use."""
+        if self._room:
+            self._engine.spare.append(self._room)
         self._room = None
 
 

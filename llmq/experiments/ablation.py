@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.experiments.channels import BASELINE
 from llmq.experiments.lab import Experiment, Lab, Rows
-from llmq.quant.handler import DEFAULT_THRESHOLD
 
 ROWS = (
-    ("W32A32", Contestant("fp32")),
-    ("W8A32", Contestant("absmax-w8a32")),
-    ("W32A8", Contestant("absmax-w32a8")),
-    ("W8A8", Contestant("absmax")),
-    ("W8A8, a scale a row", Contestant("vectorwise")),
-    ("LLM.int8()", Contestant("llm-int8", DEFAULT_THRESHOLD)),
+    ("W32A32", Contestant.parse("fp32")),
+    ("W8A32", Contestant.parse("absmax-w8a32")),
+    ("W32A8", Contestant.parse("absmax-w32a8")),
+    ("W8A8", Contestant.parse("absmax")),
+    ("W8A8, a scale a row", Contestant.parse("vectorwise")),
+    ("LLM.int8()", Contestant.parse("llm-int8")),
 )
 
 

@@ -12,17 +12,15 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.experiments.lab import Experiment, Lab, Rows
 from llmq.models.edits import LARGEST_FACTOR, Amplify, Silence, require_channels
-from llmq.quant.handler import DEFAULT_THRESHOLD
 
 RANKING_TOKENS = 128
 MOST_SILENCED = 64
-BASELINE = Contestant("fp16")
-DECOMPOSED = Contestant("llm-int8", DEFAULT_THRESHOLD)
-AMPLIFIED_METHODS = (BASELINE, DECOMPOSED, Contestant("vectorwise"), Contestant("absmax"))
+BASELINE = Contestant.parse("fp16")
+AMPLIFIED_METHODS = (BASELINE, *Contestant.parse_all("llm-int8,vectorwise,absmax"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,15 +14,15 @@ from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING
 
 from llmq.bench.quality import WINDOW
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.choice import choose_engines
 from llmq.engine.interface import Engine, Interrupted
+from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.machine.door import Lease
-from llmq.machine.pool import Key
 from llmq.models.edits import Edit
 from llmq.models.opening import Model
 from llmq.models.reference_text import reference_text
@@ -129,8 +129,8 @@ class Lab:
         what is given of it keeps nothing alive: a caller's variable would, until the next edited one was there too."""
         device, pool = self.experiment.device, self.lease.pool
         loop = loop or choose_engines("auto", [contestant.method], self.model.config.to_dict(), device)[0]
-        key = Key.of(self.model.edited(edit) if edit else self.model, contestant, device, loop)
-        engine, _ = pool.get(key, contestant)
+        key = Key.of(self.model.edited(edit) if edit else self.model, contestant.method, device, loop)
+        engine, _ = pool.get(key, contestant.method)
         try:
             yield weakref.proxy(engine) if edit is not None else engine
         finally:

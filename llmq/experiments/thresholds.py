@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.interface import Engine
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice
 from llmq.experiments.channels import BASELINE
 from llmq.experiments.lab import Experiment, Lab, Rows
-from llmq.quant import METHODS, method_named
+from llmq.methods import METHODS, parse_method
 
 ROUNDS = 3  # every threshold once in each, so that a change of the machine's pace meets them all
 SPEED_TOKENS = 16
@@ -33,15 +34,15 @@ class Thresholds(Experiment):
 
     def __post_init__(self):
         super().__post_init__()
-        if not method_named(self.method).handler.has_threshold:
-            able = ", ".join(name for name, method in METHODS.items() if method.handler.has_threshold)
+        if parse_method(self.method).threshold is None:
+            able = ", ".join(name for name, method in METHODS.items() if method.threshold is not None)
             raise BadChoice(f"{self.method} has no outlier threshold; choose one of {able}")
         if not self.thresholds:
             raise BadChoice("no threshold is given; choose numbers from 0 (off) up, and inf")
         self.contestants()
 
     def contestants(self) -> list[Contestant]:
-        return [Contestant(self.method, threshold) for threshold in self.thresholds]
+        return [Contestant(replace(parse_method(self.method), threshold=threshold)) for threshold in self.thresholds]
 
     def conditions(self) -> dict:
         return {"speed_rounds": ROUNDS, "speed_tokens": SPEED_TOKENS, "speed_prompt_tokens": SPEED_PROMPT}
@@ -50,42 +51,45 @@ class Thresholds(Experiment):
         yield lab.progress("FP16 reads the text", 0.0)
         with lab.engine(BASELINE) as engine:
             truth = lab.read(engine)
-        # One model serves all thresholds; it is one key, so that it is loaded once.
-        with lab.engine(Contestant.parse(self.method)) as engine:
-            speeds = yield from self._speeds(lab, engine)
-            for number, threshold in enumerate(self.thresholds):
-                yield lab.progress(f"read the text at {name_of(threshold)}", 0.5 + 0.5 * number / len(self.thresholds))
-                engine.set_threshold(threshold)
-                row = {"threshold": name_of(threshold), "method": self.method, "engine": engine.name}
-                row |= lab.score(lab.read(engine), truth)
-                row |= {
+        speeds = yield from self._speeds(lab)
+        for number, contestant in enumerate(self.contestants()):
+            name = name_of(contestant.threshold)
+            yield lab.progress(f"read the text at {name}", 0.5 + 0.5 * number / len(self.thresholds))
+            with lab.engine(contestant) as engine:
+                yield {
+                    "threshold": name,
+                    "method": self.method,
+                    "engine": engine.name,
+                    **lab.score(lab.read(engine), truth),
                     "outlier_share": engine.sixteen_bit_share(lab.texts[0]),
-                    "tokens_per_second": statistics.median(speeds[threshold]),
-                    "tokens_per_second_min": min(speeds[threshold]),
-                    "tokens_per_second_max": max(speeds[threshold]),
+                    "tokens_per_second": statistics.median(speeds[contestant.threshold]),
+                    "tokens_per_second_min": min(speeds[contestant.threshold]),
+                    "tokens_per_second_max": max(speeds[contestant.threshold]),
                 }
-                yield row
 
-    def _speeds(self, lab: Lab, engine: Engine):
+    def _speeds(self, lab: Lab):
         """Decode tokens a second at each threshold, a figure a round."""
         speeds: dict[float, list[float]] = {threshold: [] for threshold in self.thresholds}
-        ids = lab.texts[0][:SPEED_PROMPT]
         for number in range(ROUNDS):
-            for place, threshold in enumerate(self.thresholds):
+            for place, contestant in enumerate(self.contestants()):
                 share = (number + place / len(self.thresholds)) / ROUNDS
-                yield lab.progress(
-                    f"speed at {name_of(threshold)}, round {number + 1} of {ROUNDS}", 0.05 + 0.45 * share
-                )
-                engine.set_threshold(threshold)
-                engine.warm_up(ids)
-                generation = engine.start(ids, SamplingSettings(max_new_tokens=SPEED_TOKENS + 1))
-                try:
-                    generation.prefill(lab.lease.stop.is_set)
-                    seconds = sum(generation.step().seconds for _ in range(SPEED_TOKENS))
-                finally:
-                    generation.close()
-                speeds[threshold].append(SPEED_TOKENS / seconds)
+                name = name_of(contestant.threshold)
+                yield lab.progress(f"speed at {name}, round {number + 1} of {ROUNDS}", 0.05 + 0.45 * share)
+                with lab.engine(contestant) as engine:
+                    seconds = decode_seconds(engine, lab.texts[0][:SPEED_PROMPT], SPEED_TOKENS, lab.lease.stop.is_set)
+                speeds[contestant.threshold].append(SPEED_TOKENS / seconds)
         return speeds
+
+
+def decode_seconds(engine: Engine, ids: list[int], steps: int, stopped: Callable[[], bool]) -> float:
+    """Seconds of `steps` decode steps after the prompt `ids`, the engine warmed up before."""
+    engine.warm_up(ids)
+    generation = engine.start(ids, SamplingSettings(max_new_tokens=steps + 1))
+    try:
+        generation.prefill(stopped)
+        return sum(generation.step().seconds for _ in range(steps))
+    finally:
+        generation.close()
 
 
 def name_of(threshold: float) -> str:

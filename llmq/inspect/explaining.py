@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.inspect.cause import Cause
 from llmq.inspect.reading import load_pair
 from llmq.machine.door import Lease
-from llmq.quant import METHODS, method_named
-from llmq.quant.handler import DEFAULT_THRESHOLD
+from llmq.methods import METHODS
+from llmq.methods.base import DEFAULT_THRESHOLD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +23,15 @@ class Explanation:
     token_ids: tuple[int, ...]
     position: int
     model: str = "demo"
-    baseline: Contestant = Contestant("fp16")
-    contestant: Contestant = Contestant("bnb-int8", DEFAULT_THRESHOLD)
+    baseline: Contestant = Contestant.parse("fp16")
+    contestant: Contestant = Contestant.parse("bnb-int8")
     patch: bool = True
     device: str = "cpu"
 
     def __post_init__(self):
-        if not is_dense(self.baseline.method):
-            dense = ", ".join(name for name in METHODS if is_dense(name))
-            raise BadChoice(f"{self.baseline.method} has no 16-bit modules to put back; choose one of {dense}")
+        if not self.baseline.method.dense:
+            dense = ", ".join(name for name, method in METHODS.items() if method.dense)
+            raise BadChoice(f"{self.baseline.label} has no 16-bit modules to put back; choose one of {dense}")
 
     @property
     def threshold(self) -> float:
@@ -53,8 +53,3 @@ class Explanation:
             patch=self.patch,
             stop=lease.stop,
         )
-
-
-def is_dense(method: str) -> bool:
-    """Whether a method keeps its weights in floating point."""
-    return method_named(method).handler.lean_weights == "dense" or method == "fp32"

@@ -19,8 +19,8 @@ from torch import nn
 from llmq.engine.interface import Interrupted
 from llmq.errors import BadChoice, unknown
 from llmq.events import Progress
+from llmq.hooks import Watched, decoder_blocks, kind_and_layer, linear_modules
 from llmq.inspect.cause import Cause, LayerError, Patch
-from llmq.inspect.hooks import Watched, decoder_blocks, kind_and_layer, linear_modules
 from llmq.inspect.report import cutoff
 
 STRONGEST = 3  # outliers named a module

@@ -9,17 +9,16 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.interface import Engine
+from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, unknown
 from llmq.events import Event, Progress
 from llmq.inspect.agreement import Agreement, Drift, compare_logits, margins_at, parting
 from llmq.machine.door import Lease
-from llmq.machine.pool import Key
 from llmq.models.opening import Model
 from llmq.models.text import require_text
-from llmq.quant.handler import DEFAULT_THRESHOLD
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +40,8 @@ class Reading:
     prompt: str
     text: str = "continuation"
     model: str = "demo"
-    baseline: Contestant = Contestant("fp16")
-    contestant: Contestant = Contestant("bnb-int8", DEFAULT_THRESHOLD)
+    baseline: Contestant = Contestant.parse("fp16")
+    contestant: Contestant = Contestant.parse("bnb-int8")
     new_tokens: int = 32
     device: str = "cpu"
 
@@ -133,5 +132,5 @@ def load_pair(question, model: Model, lease: Lease) -> Generator[Event, None, tu
     """Load the transformers engines of a question with a `baseline`, a `contestant` and a `device`."""
     engines = []
     for contestant in (question.baseline, question.contestant):
-        engines.append((yield from lease.load(Key.of(model, contestant, question.device), contestant)))
+        engines.append((yield from lease.load(Key.of(model, contestant.method, question.device), contestant)))
     return tuple(engines)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from llmq.inspect.hooks import Watched, decoder_blocks, is_quantized, kind_and_layer, linear_modules
+from llmq.hooks import Watched, decoder_blocks, is_quantized, kind_and_layer, linear_modules
 from llmq.inspect.reductions import (
     Layout,
     PromptStatistics,
@@ -41,7 +41,7 @@ from llmq.inspect.report import (
     cutoff,
 )
 
-Account = Callable[[nn.Module], torch.Tensor | None]  # `quant.Handler.sixteen_bit_columns`
+Account = Callable[[nn.Module], torch.Tensor | None]  # `methods.Method.outlier_columns`
 
 
 class Stopped(Exception):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
+from llmq.engine.loading import Key
 from llmq.errors import BadChoice
 from llmq.events import Event
 from llmq.inspect.report import OutlierReport
 from llmq.machine.door import Lease
-from llmq.machine.pool import Key
-from llmq.quant.handler import DEFAULT_THRESHOLD
+from llmq.methods.base import DEFAULT_THRESHOLD
 
 MAX_NEW_TOKENS = 64
 LOWEST_THRESHOLD = 2.0  # how far down a threshold can be moved afterwards; lower ones keep more numbers
@@ -23,7 +23,7 @@ class Inspection:
 
     prompt: str
     model: str = "demo"
-    contestant: Contestant = Contestant("bnb-int8", DEFAULT_THRESHOLD)
+    contestant: Contestant = Contestant.parse("bnb-int8")
     new_tokens: int = 8
     device: str = "cpu"
 
@@ -47,7 +47,7 @@ class Inspection:
 
         model = yield from lease.open(self.model)
         ids = model.encode(self.prompt, new_tokens=self.new_tokens)
-        engine = yield from lease.load(Key.of(model, self.contestant, self.device), self.contestant)
+        engine = yield from lease.load(Key.of(model, self.contestant.method, self.device), self.contestant)
         yield from observe_in_parts(
             engine.model,
             torch.tensor([ids], device=self.device),
@@ -58,7 +58,7 @@ class Inspection:
             token_text=lambda token: model.tokenizer.decode([token]),
             name=self.model,
             method=self.contestant.label,
-            account=engine.handler.sixteen_bit_columns,
+            account=engine.method.outlier_columns,
         )
 
 
@@ -68,10 +68,10 @@ class Preparation:
     then there is no hurry."""
 
     model: str = "demo"
-    contestant: Contestant = Contestant("bnb-int8", DEFAULT_THRESHOLD)
+    contestant: Contestant = Contestant.parse("bnb-int8")
     device: str = "cpu"
     patient = False
 
     def run(self, lease: Lease) -> Iterator[Event]:
         model = yield from lease.open(self.model)
-        yield from lease.load(Key.of(model, self.contestant, self.device), self.contestant)
+        yield from lease.load(Key.of(model, self.contestant.method, self.device), self.contestant)

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from llmq import memory, telemetry
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.interface import Engine, Interrupted
+from llmq.engine.loading import Key
 from llmq.errors import OutOfMemory, is_allocation_failure
 from llmq.events import Event, Loaded, Loading, Progress, Waiting
-from llmq.machine.pool import Key, Pool
+from llmq.machine.pool import Pool
 from llmq.machine.queue import DeviceQueue, Turn
 from llmq.machine.thread import ComputeThread
 from llmq.models.opening import Model, open_model
@@ -125,12 +126,12 @@ class Lease:
         resident = key in self.pool
         if not resident:
             free = telemetry.free_bytes(key.device)
-            prediction = prediction or memory.predict_contestant(key.model, contestant)
+            prediction = prediction or memory.predict(key.model.shape, contestant.method, tokens=512)
             if prediction.total > free:
                 raise OutOfMemory(shortage(contestant.label, prediction.total, free))
             self.loaded.append(key)
         with out_of_memory(lambda: shortage(contestant.label, prediction.total, telemetry.free_bytes(key.device))):
-            engine, seconds = self.pool.get(key, contestant)
+            engine, seconds = self.pool.get(key, contestant.method)
         yield Loaded(
             contestant=contestant.label,
             weight_bytes=engine.weight_bytes,

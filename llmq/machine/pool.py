@@ -11,28 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llmq import telemetry
-from llmq.contestants import Contestant
 from llmq.engine.interface import Engine
-from llmq.engine.loading import load_engine
-from llmq.models.opening import Model
+from llmq.engine.loading import Key, load_engine
+from llmq.methods import Method
 
 VERIFIED_SHARE = 0.9  # of the expected bytes that must be seen to come back before memory counts as freed
-
-
-@dataclass(frozen=True)
-class Key:
-    """What makes two loaded engines interchangeable. Two contestants with one method and two thresholds are two keys.
-    `loop`: 'hf' (transformers) or 'lean' (our own)."""
-
-    model: Model
-    label: str
-    method: str
-    device: str
-    loop: str = "hf"
-
-    @classmethod
-    def of(cls, model: Model, contestant: Contestant, device: str, loop: str = "hf") -> Key:
-        return cls(model, contestant.label, contestant.method, device, loop)
 
 
 @dataclass(frozen=True)
@@ -60,18 +43,15 @@ class Pool:
     def __iter__(self) -> Iterator[Key]:
         return iter(list(self._engines))
 
-    def get(self, key: Key, contestant: Contestant | None = None) -> tuple[Engine, float]:
-        """The engine for `key`, loaded if need be and set as `contestant` says, and the seconds that took (0 when it
-        was there)."""
+    def get(self, key: Key, method: Method | None = None) -> tuple[Engine, float]:
+        """The engine for `key`, loaded if need be, under `method` where live fields differ from the key's, and the
+        seconds that loading took (0 when it was there)."""
         seconds = 0.0
         if key not in self._engines:
             started = time.perf_counter()
             self._engines[key] = self._load(key)
             seconds = time.perf_counter() - started
-        engine = self._engines[key]
-        if contestant is not None and contestant.threshold is not None:
-            engine.set_threshold(contestant.threshold)
-        return engine, seconds
+        return self._engines[key].under(method or key.method), seconds
 
     def drop_others(self, wanted: set[Key]) -> None:
         """Free every engine that is not wanted."""

@@ -8,25 +8,58 @@ where there were 180 (measured). A web server hands each call to whichever of it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 _END = object()
+LOOK_SECONDS = 1.0  # between two looks whether the thread is still there
 
 
 class ComputeThread:
-    """Runs iterators in a thread of its own, which starts with the first."""
+    """Runs iterators in a thread of its own, which starts with the first and ends with this object."""
 
     def __init__(self):
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._tasks: SimpleQueue = SimpleQueue()
+        self._worker = threading.Thread(target=_work, args=(self._tasks,), name="compute", daemon=True)
+        self._lock = threading.Lock()
+        weakref.finalize(self, self._tasks.put, None)
 
     def run(self, items: Iterator[Item]) -> Iterator[Item]:
-        """What `items` yields or raises, each item when it is asked for. Closing the result closes `items`."""
+        """Yield what `items` yields, each item made in the thread when it is asked for, and raise what it raises.
+        Closing the result closes `items`."""
         try:
-            while (item := self._executor.submit(next, items, _END).result()) is not _END:
+            while (item := self._call(next, items, _END)) is not _END:
                 yield item
         finally:
-            self._executor.submit(items.close).result()
+            self._call(items.close)
+
+    def _call(self, function: Callable, *arguments: Any) -> Any:
+        """What `function` returns or raises in the thread; in this one when the thread has ended, as it has where a
+        generator is collected together with this object."""
+        with self._lock:
+            if self._worker.ident is None:
+                self._worker.start()
+        future: Future = Future()
+        self._tasks.put((future, function, arguments))
+        while wait([future], LOOK_SECONDS).not_done:
+            if not self._worker.is_alive() and future.cancel():
+                return function(*arguments)
+        return future.result()
+
+
+def _work(tasks: SimpleQueue) -> None:
+    while (task := tasks.get()) is not None:
+        future, function, arguments = task
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # whoever waits gets it
+            future.set_exception(error)
+        del task, future, function, arguments  # nothing of a finished call is kept until the next

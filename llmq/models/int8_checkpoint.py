@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmq.cache import require_space
 from llmq.errors import BadChoice, UserError
 from llmq.kernels.primitives import quantize_rows
-from llmq.models.cache import require_space
+from llmq.methods.base import DEFAULT_THRESHOLD
+from llmq.methods.swap import non_head_linears
 from llmq.models.checkpoint import INDEX, CheckpointTensors
 from llmq.models.demo import Progress
 from llmq.models.loading import Source, folder_of, transformers_config
-from llmq.quant.handler import DEFAULT_THRESHOLD, non_head_linears
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -17,14 +17,14 @@ from llmq.models.config import PlainConfig, plain_config
 from llmq.models.demo import Progress, demo_folder, prepare_demo
 from llmq.models.edits import Edit, EditedTensors, edit_model_
 from llmq.models.presets import PRESETS
-from llmq.quant.dense import Dense
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmq.methods import Method
     from llmq.models.checkpoint import CheckpointTensors
     from llmq.models.random_weights import RandomTensors
-    from llmq.quant import Handler
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names for one class
@@ -120,20 +120,20 @@ def transformers_config(source: Source) -> PretrainedConfig:
     return config
 
 
-def require_method(source: Source, config: PretrainedConfig | PlainConfig, handler: Handler) -> None:
-    """Raises BadChoice where a checkpoint is quantized and `handler` would pass its rounded weights off as its own."""
+def require_method(source: Source, config: PretrainedConfig | PlainConfig, method: Method) -> None:
+    """Raises BadChoice where a checkpoint is quantized and `method` would pass its rounded weights off as its own."""
     settings = getattr(config, "quantization_config", None) or {}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
-    if not settings or (settings.get("load_in_8bit") and handler.opens_int8):
+    if not settings or (settings.get("load_in_8bit") and method.opens_int8):
         return
     kind = "int8" if settings.get("load_in_8bit") else str(settings.get("quant_method"))
     advice = "choose bnb-int8, llm-int8 or int8-weight-only" if kind == "int8" else "choose a model in 16 or 32 bit"
     raise BadChoice(f"{source.name} holds {kind} weights: {advice}")
 
 
-def range_note(config: PretrainedConfig | PlainConfig, handler: Handler) -> str:
+def range_note(config: PretrainedConfig | PlainConfig, method: Method) -> str:
     """What to know of a BF16 checkpoint under an FP16 method; '' otherwise."""
-    if str(getattr(config, "dtype", None)).removeprefix("torch.") != "bfloat16" or handler.dtype != "float16":
+    if str(getattr(config, "dtype", None)).removeprefix("torch.") != "bfloat16" or method.dtype != "float16":
         return ""
     return "a BF16 checkpoint in FP16, which ends at 65,504: beyond that a run is stopped, and bf16 would go on"
 
@@ -178,36 +178,42 @@ def ids_within(config: PretrainedConfig | PlainConfig, ids: list[int]) -> list[i
     return [i % config.vocab_size for i in ids]
 
 
-def load_model(source: Source, handler: Handler, device: str) -> PreTrainedModel:
+def load_model(
+    source: Source, method: Method, device: str, statistics: Mapping[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
     """The model under one method on one device, in eval mode, without gradients.
 
-    `device`: 'cpu' or 'cuda:N'. bitsandbytes silently takes another path in training mode, so eval is not optional.
+    `device`: 'cpu' or 'cuda:N'; `statistics`: of the layers' inputs, for a calibrated method. bitsandbytes silently
+    takes another path in training mode, so eval is not optional.
     """
     if source.kind == "random":
         from llmq.models.random_weights import random_llama
 
-        drawn = random_llama(transformers_config(source), device)
-        drawn = edit_model_(drawn, source.edit) if source.edit else drawn
-        return handler.convert_(drawn, device).requires_grad_(False).eval()
+        model = random_llama(transformers_config(source), device)
+    else:
+        dense = {"dtype": method.dtype, "device_map": {"": device}}
+        model = _opened(source, dense if source.edit else method.load_arguments(device))
+    if source.edit:
+        model = edit_model_(model, source.edit)
+    return method.quantize_(model, device, statistics).requires_grad_(False).eval()
+
+
+def _opened(source: Source, arguments: dict) -> PreTrainedModel:
+    """The checkpoint as transformers opens it. Raises ModelUnavailable where weights are missing or of another size."""
     from transformers import AutoModelForCausalLM
 
-    folder, opened_as = folder_of(source), Dense(handler.dtype) if source.edit else handler
     with _blamed_on(source, "open the weights"):
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
+            folder_of(source),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
-            **opened_as.load_arguments(device),
+            **arguments,
         )
     if wrong := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
         raise ModelUnavailable(f"the weights of {source.name} are not whole: {wrong[0]} and {len(wrong) - 1} more")
-    if source.edit:
-        model = handler.convert_(edit_model_(model, source.edit), device)
-    elif handler.converts:
-        model = handler.convert_(model, device)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTensors:

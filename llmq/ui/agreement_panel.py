@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import gradio as gr
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.errors import UserError
 from llmq.inspect.cause import Cause
 from llmq.inspect.explaining import Explanation

@@ -13,9 +13,9 @@ from llmq.compare import SCHEDULES
 from llmq.environment import describe
 from llmq.errors import UserError
 from llmq.events import Run
+from llmq.methods import METHODS
 from llmq.models.opening import open_model
 from llmq.models.presets import PRESETS
-from llmq.quant import METHODS
 from llmq.ui.compare_form import NONE, comparison_of, labels_in
 from llmq.ui.compare_view import PANES, CompareView, labels_of
 from llmq.ui.examples import EXAMPLES

@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.errors import UserError
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Step, Waiting
-from llmq.quant import method_named
 from llmq.summary import Summary
 from llmq.ui.live_state import LiveState
 from llmq.ui.token_alignment import diff_value
@@ -104,7 +103,7 @@ class CompareView:
 def arithmetic(label: str, device: str, loop: str = "hf") -> str:
     """What a contestant stores and multiplies in; empty for a method this version does not know (old recordings)."""
     try:
-        return method_named(Contestant.parse(label).method).handler.arithmetic(device, loop)
+        return Contestant.parse(label).method.arithmetic(device, loop)
     except UserError:
         return ""
 

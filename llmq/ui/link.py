@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from urllib.parse import urlencode
 
 from llmq.compare import SCHEDULES
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
 

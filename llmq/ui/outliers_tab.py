@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import gradio as gr
 
-from llmq.contestants import Contestant
+from llmq.contestant import Contestant
 from llmq.errors import UserError
 from llmq.events import Loading
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.run import MAX_NEW_TOKENS, Inspection, Preparation
+from llmq.methods import METHODS
 from llmq.models.presets import PRESETS
-from llmq.quant import METHODS
 from llmq.ui.agreement_panel import AgreementPanel
 from llmq.ui.examples import EXAMPLES
 from llmq.ui.figures_panel import FiguresPanel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmq.formatting import format_bytes, format_speed
-from llmq.quant import METHODS
+from llmq.methods import METHODS
 from llmq.summary import Outcome, Summary
 
 USUAL = "That is usual for LLM.int8() through bitsandbytes at batch size 1:"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from llmq.models.cache import cache_folder
+from llmq.cache import cache_folder
 
 FOLDER = Path(__file__).parent
 SOURCES = ("pool.c", "matrix.c", "llama.c")

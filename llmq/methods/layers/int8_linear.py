@@ -25,13 +25,6 @@ class Int8Linear(nn.Linear):
         self.marks: torch.Tensor | None = None
         self._kernels, _ = kernels_for(str(weight.codes.device))
 
-    @staticmethod
-    def opened(model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """(name, layer) of the layers an int8 checkpoint was opened into: their weights have scales beside them."""
-        return [
-            (n, m) for n, m in model.named_modules() if getattr(getattr(m, "weight", None), "SCB", None) is not None
-        ]
-
     @classmethod
     def over(cls, linear: nn.Linear, threshold: float | None) -> Int8Linear:
         """The codes of `linear`: its own where it has them, else made on its device."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from llmq.quant.naive import Naive
+    from llmq.methods.naive import Naive
 
 
 class NaiveLinear(nn.Linear):
@@ -30,14 +30,14 @@ class NaiveLinear(nn.Linear):
         """`linear` under `method`, on its device."""
         if not method.weights:
             return cls(linear.weight.data, None, linear.bias, method)
-        codes, absmax = rounded(linear.weight.data, by_row=method.vectorwise)
+        codes, absmax = rounded(linear.weight.data, by_row=method.by_row)
         return cls(codes.to(torch.int8), absmax, linear.bias, method)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out). Without a scale a row, all rows of the call share one."""
         rows, scale = x.reshape(-1, self.in_features).float(), None
         if self.method.activations:
-            rows, scale = rounded(rows, by_row=self.method.vectorwise)
+            rows, scale = rounded(rows, by_row=self.method.by_row)
             scale = scale / 127
         y = functional.linear(rows, self.weight.float())
         if scale is not None:

@@ -1,0 +1,180 @@
+"""What a method is: a frozen record whose fields are its settings, and what follows from them.
+
+A method says how one linear layer is quantized and what that weighs; the walk over the model, the names people type,
+the controls and the JSON are written once, here and in `swap`. It knows nothing about prompts, caches or timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from llmq.errors import BadChoice
+from llmq.fields import Field, Number, check_fields, fields_of
+from llmq.methods import swap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from llmq.methods.calibrate import Observer
+
+DEFAULT_THRESHOLD = 6.0  # LLM.int8() paper, section 3.2; also the default of bitsandbytes through transformers
+LARGEST_FP16 = 65504  # nothing a 16-bit activation holds is above it
+THRESHOLD = Number(
+    0,
+    LARGEST_FP16,
+    "Columns of a layer's input with any |x| of at least this stay in 16 bit. 0 is off.",
+    label="Outlier threshold",
+    infinite=True,
+    zero="off",
+    shown=20,
+    step=0.1,
+)
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes under a method: `weights` counts parameters and buffers, `scales` what is kept beside them."""
+
+    weights: int
+    scales: int = 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method with its settings. A subclass sets the class attributes, declares fields, and overrides what differs.
+
+    `name`: what people type; `label`, `about`, `source`: for readers. `bits`: of a stored linear weight. `dtype`: torch
+    dtype name of embeddings, norms, head and activations. `packed`: what our own loops store for it, 'dense' or 'int8'
+    (None: it runs through transformers only). `int8_head`: embedding and head are int8 too. `opens_int8`: it can start
+    from a checkpoint of int8 weights. `live`: fields that may change on a loaded model. `dense`: weights stay in
+    floating point. `emulated`: its numbers are right and its speed means nothing.
+    """
+
+    name: ClassVar[str] = ""
+    label: ClassVar[str] = ""
+    about: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    bits: ClassVar[int] = 8
+    dtype: ClassVar[str] = "float16"
+    packed: ClassVar[str | None] = None
+    int8_head: ClassVar[bool] = False
+    opens_int8: ClassVar[bool] = False
+    live: ClassVar[frozenset[str]] = frozenset()
+    dense: ClassVar[bool] = False
+    emulated: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
+    threshold: ClassVar[float | None] = None  # a method with outlier columns has a field of this name instead
+
+    def __post_init__(self):
+        check_fields(self)
+
+    # What people type and read
+
+    @classmethod
+    def parse(cls, settings: str, defaults: Mapping[str, Any]) -> Self:
+        """`6` or `threshold=6:bits=4`: settings after the `@` of a name; a bare value is the first field's. `defaults`
+        holds values for fields that are not given; names it has no field for are ignored."""
+        known = {field.name: field for field in fields_of(cls)}
+        given = {name: value for name, value in defaults.items() if name in known}
+        for number, part in enumerate(settings.split(":") if settings else ()):
+            name, equals, text = part.partition("=")
+            if not equals:
+                name, text = (next(iter(known), ""), part) if number == 0 else (part, "")
+            if name not in known:
+                choices = f"its settings are {', '.join(known)}" if known else "it has no settings"
+                raise BadChoice(f"{cls.name} cannot be set to {part!r}; {choices}")
+            given[name] = known[name].kind.parse(name, text)
+        return cls(**given)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields_of(type(self))}
+
+    @property
+    def spelled(self) -> str:
+        """The name as people type it, with the settings that differ from their defaults."""
+        unusual = [(i, f) for i, f in enumerate(fields_of(type(self))) if getattr(self, f.name) != f.default]
+        parts = [self._setting(field, bare=number == 0) for number, field in unusual]
+        return self.name + ("@" + ":".join(parts) if parts else "")
+
+    def _setting(self, field: Field, *, bare: bool) -> str:
+        value = field.kind.spell(getattr(self, field.name))
+        return value if bare else f"{field.name}={value}"
+
+    def arithmetic(self, device: str, loop: str = "hf") -> str:
+        """One plain sentence: what is stored in which type, and in which type it is multiplied on this device in this
+        loop ('hf' or 'lean')."""
+        raise NotImplementedError
+
+    # What becomes of a model
+
+    def load_arguments(self, device: str) -> dict[str, Any]:
+        """Keyword arguments for `AutoModelForCausalLM.from_pretrained`."""
+        return dense_arguments(self.dtype, device)
+
+    def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
+        """The replacement of one linear layer, on its device; `statistics` of its input where it is calibrated."""
+        raise NotImplementedError
+
+    def quantize_(self, model: nn.Module, device: str, statistics: Mapping[str, torch.Tensor] | None = None):
+        """Turn a 16- or 32-bit model into this method's, in place, in eval mode; returns it."""
+        return swap.convert_(model, self, device, statistics or {})
+
+    def apply(self, module: nn.Module) -> None:
+        """Set the live fields of one layer of a loaded model."""
+
+    def apply_(self, model: nn.Module) -> None:
+        """Set the live fields of a loaded model."""
+        for module in model.modules() if self.live else ():
+            self.apply(module)
+
+    def stored(self) -> Self:
+        """The method with its live fields at their defaults: equal where the loaded models are equal."""
+        defaults = {field.name: field.default for field in fields_of(type(self)) if field.name in self.live}
+        return replace(self, **defaults)
+
+    def observer(self, linear: nn.Module) -> Observer:
+        """What collects the statistics of one layer's input during calibration."""
+        raise NotImplementedError
+
+    @property
+    def calibration(self) -> str:
+        """Names the statistics: methods whose statistics are equal share them."""
+        return self.spelled
+
+    def outlier_columns(self, module: nn.Module) -> torch.Tensor | None:
+        """The columns of the input that `module` multiplied in 16 bit in its last call, by its own account: int64,
+        ascending, on its device. None for a layer that keeps no such account."""
+        return None
+
+    # What it weighs
+
+    def bytes(self, shape: tuple[int, int]) -> WeightBytes:
+        """Bytes of one linear weight of `shape` (out, in)."""
+        return WeightBytes(shape[0] * shape[1] * self.bits // 8)
+
+    def predict(self, meta_model: nn.Module) -> WeightBytes:
+        """Bytes this method will need, from a dense model on the meta device."""
+        return swap.predict(meta_model, self)
+
+    def scale_bytes(self, model: nn.Module) -> int:
+        """Bytes of quantization scales that are neither parameters nor buffers of a loaded model."""
+        scales = {id(m.absmax): m.absmax for m in model.modules() if getattr(m, "absmax", None) is not None}
+        return sum(scale.nbytes for scale in scales.values())
+
+
+def dense_arguments(dtype: str, device: str) -> dict[str, Any]:
+    """Keyword arguments that open a checkpoint in one floating-point type on `device`."""
+    import torch
+
+    return {"dtype": getattr(torch, dtype), "device_map": {"": device}}
+
+
+def subclasses(cls: type[Method]) -> Iterator[type[Method]]:
+    """Every class below `cls`, in the order of definition."""
+    for below in cls.__subclasses__():
+        yield below
+        yield from subclasses(below)

@@ -1,0 +1,1 @@
+"""Replacements of linear layers that hold codes and scales."""

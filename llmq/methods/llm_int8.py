@@ -1,0 +1,93 @@
+"""LLM.int8() and int8 weight-only, our own: bitsandbytes' codes and scales, multiplied by `llmq.kernels`.
+
+With int8 weights the decomposition needs no second matrix: an outlier activation keeps its 16 bits and meets the same
+int8 weight as everybody else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method, WeightBytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Int8Weights(Method):
+    """Int8 weights with one scale a row, in the form our own loops take."""
+
+    packed = "int8"  # FP16 activations: bitsandbytes casts to FP16 before it quantizes, and the codes must be the same
+    opens_int8 = True
+
+    @property
+    def _stored(self) -> str:
+        rest = "FP16 norms" if self.int8_head else "FP16 embedding, norms and head"
+        return f"int8 {'embedding, linear and head' if self.int8_head else 'linear'} weights, {rest}"
+
+    def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
+        """A layer over the codes of `linear`: its own where it has them."""
+        from llmq.methods.layers.int8_linear import Int8Linear
+
+        return Int8Linear.over(linear, self.threshold)
+
+    def bytes(self, shape: tuple[int, int]) -> WeightBytes:
+        return WeightBytes(shape[0] * shape[1], 4 * shape[0])
+
+
+@dataclass(frozen=True)
+class LlmInt8(Int8Weights):
+    """LLM.int8(): int8 activations too, with outlier columns apart; a `threshold` of 0 turns the decomposition off."""
+
+    threshold: Annotated[float, THRESHOLD] = DEFAULT_THRESHOLD
+    name, label = "llm-int8", "LLM.int8() · ours"
+    about = (
+        "The same codes, scales and outliers as bitsandbytes, in kernels that never wait for the host: an outlier "
+        "keeps its 16 bits and meets the same int8 weight."
+    )
+    source = "Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 3"
+    live = frozenset({"threshold"})
+
+    def arithmetic(self, device: str, loop: str = "hf") -> str:
+        on_cpu = device.startswith("cpu")
+        products = "done as FP32 matrix products" if on_cpu and loop == "hf" else "summed exactly in integers"
+        return f"{self._stored}; int8 products {products}; outliers keep FP16, summed with them"
+
+    def apply(self, module: nn.Module) -> None:
+        from llmq.methods.layers.int8_linear import Int8Linear
+
+        if isinstance(module, Int8Linear):
+            module.threshold = self.threshold
+
+    def outlier_columns(self, module: nn.Module) -> torch.Tensor | None:
+        """What the kernel marked in the last call."""
+        marks = getattr(module, "marks", None)
+        return None if marks is None else marks.nonzero().view(-1)
+
+
+@dataclass(frozen=True)
+class Int8WeightOnly(Int8Weights):
+    """Int8 weights; activations keep their 16 bits."""
+
+    name, label = "int8-weight-only", "Int8 weights only"
+    about = "Int8 weights with one scale per row; activations stay in FP16, so there is nothing to decompose."
+    source = "the weights of Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 3.1"
+
+    def arithmetic(self, device: str, loop: str = "hf") -> str:
+        kept = "FP32" if device.startswith("cpu") and loop == "lean" else "FP16"
+        return f"{self._stored}; {kept} activations, products summed in FP32"
+
+
+@dataclass(frozen=True)
+class LlmInt8Head(LlmInt8):
+    """LLM.int8() whose embedding and head are int8 as well."""
+
+    name, label = "llm-int8-head", "LLM.int8() · ours, head too"
+    about = (
+        "LLM.int8() with embedding and head in int8 as well, so that the weights are really half of FP16's; they "
+        "usually stay in FP16."
+    )
+    int8_head = True
