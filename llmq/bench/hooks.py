@@ -56,7 +56,7 @@ class HooksBench(DecodeBench):
     def measure(self, lease: Lease, contestant: Contestant, key: Key, setup: Setup) -> dict:
         from llmq.inspect.recorder import OutlierRecorder
 
-        engine, _ = lease.pool.get(key, contestant.method)
+        engine = lease.get(key, contestant.method)
         rounds = []
         for number in range(self.repeats + 1):  # the first is not counted
             recorder = OutlierRecorder(engine.model, account=engine.method.outlier_columns)

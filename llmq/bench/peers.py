@@ -123,7 +123,7 @@ def _ratio(own: list[float], peer: list[float]) -> float:
 
 
 def _ours(lease: Lease, contestant, key: Key) -> _Ours:
-    engine, _ = lease.pool.get(key, contestant.method)
+    engine = lease.get(key, contestant.method)
     return _Ours(contestant.label, engine, SAME_PRECISION.get(contestant.method.name, "Q8_0"))
 
 

@@ -22,7 +22,7 @@ class PrefillBench(Bench):
         return f"{row['seconds'] * 1e3:.1f} ms"
 
     def measure(self, lease: Lease, contestant: Contestant, key: Key, setup: Setup) -> dict:
-        engine, _ = lease.pool.get(key, contestant.method)
+        engine = lease.get(key, contestant.method)
         engine.warm_up(setup.prompt_ids)
         seconds, workspace = zip(*(_once(engine, setup.prompt_ids) for _ in range(self.repeats)), strict=True)
         return {

@@ -22,10 +22,9 @@ from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.machine.door import Lease
 from llmq.models.opening import Model
-from llmq.models.reference_text import reference_text
+from llmq.models.reference_text import WINDOW, reference_text
 from llmq.scores import LARGEST_LOSS, TextScore, mean_interval, perplexity, score_text
 
-WINDOW = 512
 BASELINE = Contestant.parse("fp16")
 
 

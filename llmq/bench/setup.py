@@ -60,6 +60,7 @@ class Bench:
         setup = yield from self.prepare(lease)
         results = []
         for contestant, key in setup.entries:
+            yield from lease.calibrate(key)
             yield lease.progress(f"measuring {contestant.label}")
             row = {"method": contestant.label, **self.measure(lease, contestant, key, setup)}
             results.append(row | {"memory_freed": lease.pool.drop(key).verified})

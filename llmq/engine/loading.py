@@ -8,16 +8,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from llmq.cache import cache_folder
 from llmq.engine.hf import HFEngine
 from llmq.engine.interface import Engine
 from llmq.methods import Method
-from llmq.models.loading import load_model, require_method
+from llmq.methods.calibrate import FOLDER, file_name, load_statistics
+from llmq.models.loading import folder_of, load_model, require_method
 from llmq.models.opening import Model
+from llmq.models.reference_text import WINDOW
 
 log = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+CALIBRATION_WINDOWS = 4  # of the reference text
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,22 @@ def load_engine(key: Key) -> Engine:
     with _mapped_blocks(), current(key.device):
         if key.loop == "lean":
             return _load_lean(key)
-        return HFEngine(load_model(key.model.source, key.method, key.device), key.method, key.device)
+        return _load_hf(key)
+
+
+def _load_hf(key: Key) -> HFEngine:
+    statistics = load_statistics(statistics_file(key)) if key.method.calibrated else None
+    return HFEngine(load_model(key.model.source, key.method, key.device, statistics), key.method, key.device)
+
+
+def statistics_file(key: Key) -> Path:
+    """Where the statistics of a calibrated method are, or will be: beside a checkpoint that brings them, else in the
+    cache, by checkpoint, text and what is collected."""
+    if key.model.source.kind in ("folder", "hub"):
+        brought = folder_of(key.model.source) / FOLDER / file_name(key.method)
+        if brought.is_file():
+            return brought
+    return cache_folder() / FOLDER / f"{key.model.fingerprint}-{CALIBRATION_WINDOWS}x{WINDOW}" / file_name(key.method)
 
 
 def _load_lean(key: Key) -> Engine:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING
 
-from llmq.bench.quality import WINDOW
 from llmq.contestant import Contestant
 from llmq.engine.choice import choose_engines
 from llmq.engine.interface import Engine, Interrupted
@@ -25,7 +24,7 @@ from llmq.events import Event, Progress
 from llmq.machine.door import Lease
 from llmq.models.edits import Edit
 from llmq.models.opening import Model
-from llmq.models.reference_text import reference_text
+from llmq.models.reference_text import windows
 from llmq.scores import perplexity, score_text
 
 if TYPE_CHECKING:
@@ -108,10 +107,7 @@ class Lab:
     texts: list[list[int]] = field(init=False)
 
     def __post_init__(self):
-        windows = self.experiment.windows
-        ids = self.model.tokenize(reference_text()[: 20 * WINDOW * windows])
-        window = min(WINDOW, self.model.context)
-        self.texts = [ids[i : i + window] for i in range(0, window * windows, window)]
+        self.texts = windows(self.model, self.experiment.windows)
         self.environment = describe(self.experiment.device, self.model.source)
 
     @property
@@ -130,7 +126,7 @@ class Lab:
         device, pool = self.experiment.device, self.lease.pool
         loop = loop or choose_engines("auto", [contestant.method], self.model.config.to_dict(), device)[0]
         key = Key.of(self.model.edited(edit) if edit else self.model, contestant.method, device, loop)
-        engine, _ = pool.get(key, contestant.method)
+        engine = self.lease.get(key, contestant.method)
         try:
             yield weakref.proxy(engine) if edit is not None else engine
         finally:

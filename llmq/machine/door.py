@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Protocol
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
 from llmq.engine.interface import Engine, Interrupted
-from llmq.engine.loading import Key
+from llmq.engine.loading import CALIBRATION_WINDOWS, Key, statistics_file
 from llmq.errors import OutOfMemory, is_allocation_failure
 from llmq.events import Event, Loaded, Loading, Progress, Waiting
 from llmq.machine.pool import Pool
 from llmq.machine.queue import DeviceQueue, Turn
 from llmq.machine.thread import ComputeThread
+from llmq.methods import METHODS, Method
+from llmq.methods.calibrate import Calibration, save_statistics
 from llmq.models.opening import Model, open_model
+from llmq.models.reference_text import windows
 
 if TYPE_CHECKING:
     from llmq.memory import Prediction
@@ -122,6 +125,7 @@ class Lease:
         """Bring an engine into memory, or find it there. Raises OutOfMemory with predicted and free bytes before
         anything is loaded that will not fit."""
         self.check()
+        yield from self.calibrate(key)
         yield Loading(contestant=contestant.label, message=note)
         resident = key in self.pool
         if not resident:
@@ -140,6 +144,35 @@ class Lease:
             engine=engine.name,
         )
         return engine
+
+    def get(self, key: Key, method: Method) -> Engine:
+        """An engine without events on the way; what a calibrated method still needs is collected first."""
+        for _ in self.calibrate(key):
+            self.check()
+        return self.pool.get(key, method)[0]
+
+    def calibrate(self, key: Key) -> Generator[Progress, None, None]:
+        """Collect the statistics that a calibrated method needs of this checkpoint, once, in passes over the reference
+        text by the dense model of the method's type."""
+        if not key.method.calibrated or (file := statistics_file(key)).exists():
+            return
+        import torch
+
+        dense = next(method for method in METHODS.values() if method.dense and method.dtype == key.method.dtype)
+        wanted, what = Key.of(key.model, dense, key.device), f"calibrating {key.method.name}"
+        yield self.progress(what, 0.0)
+        resident = wanted in self.pool
+        engine, _ = self.pool.get(wanted)
+        try:
+            with Calibration(engine.model, key.method) as found, torch.inference_mode():
+                for number, ids in enumerate(texts := windows(key.model, CALIBRATION_WINDOWS), 1):
+                    engine.logits(ids, self.stop.is_set)
+                    yield self.progress(f"{what}: window {number} of {len(texts)}", number / len(texts))
+            save_statistics(found.statistics, file)
+        finally:
+            del engine
+            if not resident:
+                self.pool.drop(wanted)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -53,6 +54,15 @@ class Model:
     def config(self) -> PretrainedConfig | PlainConfig:
         """The configuration. Raises ModelUnavailable where the files are missing or make no model."""
         return loading.load_config(self.source)
+
+    @property
+    def fingerprint(self) -> str:
+        """A name for exactly these weights: the same files, the same edit."""
+        facts = [self.source, loading.revision_of(self.source)]
+        if self.source.kind == "folder":
+            files = sorted(loading.folder_of(self.source).glob("*.safetensors"))
+            facts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
     def context(self) -> int:

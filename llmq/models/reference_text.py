@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+WINDOW = 512  # tokens that a model reads in one call
+
 
 def reference_text() -> str:
     """CPython's own documentation topics, sorted by name and joined by newlines: technical English in every install."""
@@ -9,3 +11,10 @@ def reference_text() -> str:
 
     topics = pydoc_data.topics.topics
     return "\n".join(topics[name] for name in sorted(topics))
+
+
+def windows(model, count: int) -> list[list[int]]:
+    """The first `count` windows of the text as ids of `model`, each WINDOW tokens or the model's whole context."""
+    length = min(WINDOW, model.context)
+    ids = model.tokenize(reference_text()[: 20 * WINDOW * count])
+    return [ids[i : i + length] for i in range(0, length * count, length)]

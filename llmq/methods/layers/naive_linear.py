@@ -48,6 +48,23 @@ class NaiveLinear(nn.Linear):
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
+class SmoothedLinear(NaiveLinear):
+    """A `NaiveLinear` whose input is divided by `factors` (in,) float32, and whose weight was multiplied by them."""
+
+    factors: torch.Tensor
+
+    @classmethod
+    def smooth(cls, linear: nn.Linear, method: Naive, factors: torch.Tensor) -> SmoothedLinear:
+        """`linear` under `method` behind smoothing, on its device."""
+        codes, absmax = rounded(linear.weight.data.float() * factors, by_row=method.by_row)
+        made = cls(codes.to(torch.int8), absmax, linear.bias, method)
+        made.factors = factors
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x / self.factors)
+
+
 def rounded(x: torch.Tensor, *, by_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, columns) float32 -> codes in [-127, 127], still float32, and absmax (rows, 1) or (1, 1): x is about
     codes · absmax / 127. Zeros get codes of 0."""
