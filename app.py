@@ -14,7 +14,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from llmq.errors import UserError  # noqa: E402
-from llmq.ui.session import Jobs, Session  # noqa: E402
+from llmq.ui.shell.state import Jobs, Session  # noqa: E402
 
 RUNS = Path(__file__).parent / "assets" / "runs"
 JOBS = Jobs()
@@ -92,10 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"llmq: {error}", file=sys.stderr)
         return 2
-    from llmq.ui.quick_import import without_stub_files
+    from llmq.ui.shell.quick_import import without_stub_files
 
     with without_stub_files():
-        from llmq.ui.launch import launch
+        from llmq.ui.shell.launch import launch
 
     launch(session, host=options.host, port=options.port, share=options.share, auth=auth)
     return 0

@@ -6,7 +6,7 @@ import pytest
 
 from llmq.errors import UserError
 from llmq.events import Failed, Finished, Freed, Loaded, Loading, Planned, Prefilled, Step, Waiting
-from llmq.ui.compare_view import UPDATE_SECONDS, CompareView, arithmetic, labels_of, status_line
+from llmq.ui.tabs.compare_view import UPDATE_SECONDS, CompareView, arithmetic, labels_of, status_line
 
 NAMES = ["fp16", "bnb-int8"]
 HTML = '<script>alert("1")</script>&amp;'

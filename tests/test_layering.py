@@ -76,7 +76,7 @@ def test_the_reader_of_imports_sees_all_of_them():
 
 
 def test_every_source_is_read():
-    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.quant", "llmq.ui.layout", "app"} <= SOURCES.keys()
+    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.quant", "llmq.ui.shell.layout", "app"} <= SOURCES.keys()
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,9 @@ def test_no_core_module_loads_gradio_or_starts_cuda():
 def test_modules_of_the_page_that_promise_no_gradio_load_none():
     """Those whose docstring says so, among them what turns events into updates: tests of it need no server."""
     plain = [name for name in SOURCES if within(name, ("llmq.ui",)) and "no gradio" in docstring(name).lower()]
-    assert {"llmq.ui.session", "llmq.ui.link", "llmq.ui.verdict", "llmq.ui.compare_view"} <= set(plain)
+    assert {"llmq.ui.shell.state", "llmq.ui.shell.link", "llmq.ui.parts.verdict", "llmq.ui.tabs.compare_view"} <= set(
+        plain
+    )
     code = "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in plain)
     assert "gradio" not in loaded_after(code)
 

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from llmq.ui.assets import script
-from llmq.ui.theme import DARK, LIGHT, build_css, build_theme
+from llmq.ui.shell.assets import script
+from llmq.ui.shell.theme import DARK, LIGHT, build_css, build_theme
 
 
 def test_scripts_put_data_into_the_page_as_text_only():

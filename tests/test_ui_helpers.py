@@ -11,9 +11,9 @@ from llmq.contestants import Comparison, Contestant
 from llmq.engine.residents import Residents
 from llmq.engine.sampling import SamplingSettings
 from llmq.inspect.run import Inspection
-from llmq.ui import session
-from llmq.ui.link import LONGEST_PROMPT, query_of, wishes_of
-from llmq.ui.session import KEPT_FINDINGS, Jobs, Session
+from llmq.ui.shell import state
+from llmq.ui.shell.link import LONGEST_PROMPT, query_of, wishes_of
+from llmq.ui.shell.state import KEPT_FINDINGS, Jobs, Session
 
 PROMPT = "Où est l'été ? <b>&amp;</b> 日本 👩‍👧 a=b&c+d%20\n\tend"
 
@@ -95,8 +95,8 @@ def jobs(monkeypatch):
             yield number
             number += 1
 
-    monkeypatch.setattr(session, "compare", counting)
-    monkeypatch.setattr(session, "inspect_outliers", counting)
+    monkeypatch.setattr(state, "compare", counting)
+    monkeypatch.setattr(state, "inspect_outliers", counting)
     return Jobs(Residents())
 
 

@@ -7,9 +7,9 @@ import gradio as gr
 from llmq.inspect.emergence import emergence
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.wording import MASSIVE_HEADERS, emergence_line, massive_rows
-from llmq.ui.figure import figure_view, sent
-from llmq.ui.map_panel import Find, filled, table
 from llmq.ui.observatory_plots import features_figure, peaks_figure
+from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.tabs.map_panel import Find, filled, table
 
 
 class FiguresPanel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.assets import script
+from llmq.ui.shell.assets import script
 
 TEMPLATE = """
 <div class="llmq-diff">

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.assets import script
+from llmq.ui.shell.assets import script
 
 _TEMPLATE = """
 <div class="llmq-reading">

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.assets import script, serve_plotly
+from llmq.ui.shell.assets import script, serve_plotly
 
 TEMPLATE = """
 <div class="llmq-live">

@@ -6,9 +6,9 @@ import gradio as gr
 
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.wording import account_line
-from llmq.ui.figure import figure_view, sent
-from llmq.ui.map_panel import KINDS, Find, kinds_of
 from llmq.ui.observatory_plots import columns_figure
+from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.tabs.map_panel import KINDS, Find, kinds_of
 
 
 class MomentsPanel:

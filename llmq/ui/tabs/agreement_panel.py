@@ -12,15 +12,15 @@ from llmq.inspect.cause import Cause
 from llmq.inspect.explaining import Explanation
 from llmq.inspect.reading import MAX_NEW_TOKENS, Read, Reading
 from llmq.inspect.wording import PATCH_HEADERS, cause_line, drift_line, patch_rows
-from llmq.ui.figure import figure_view, sent
-from llmq.ui.notices import notice
 from llmq.ui.observatory_plots import layer_error_figure
-from llmq.ui.progress import progress_of
+from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.parts.notices import notice
+from llmq.ui.parts.progress import progress_of
+from llmq.ui.parts.reading_view import reading_view
+from llmq.ui.parts.status import status_line
 from llmq.ui.reading_value import reading_value
-from llmq.ui.reading_view import reading_view
-from llmq.ui.session import Session
-from llmq.ui.status import status_line
-from llmq.ui.what_if_panel import whole
+from llmq.ui.shell.state import Session
+from llmq.ui.tabs.what_if_panel import whole
 
 TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
 QUIET = {"show_progress": "hidden", "concurrency_limit": 16, "concurrency_id": "runs"}

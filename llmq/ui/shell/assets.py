@@ -1,4 +1,4 @@
-"""Files the browser needs: this folder's scripts, and plotly.js out of the plotly wheel (no other host is asked)."""
+"""Files the browser needs: the scripts of the parts, and plotly.js out of the plotly wheel (no other host is asked)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from urllib.parse import quote
 
 import gradio as gr
 
+PARTS = Path(__file__).parents[1] / "parts"
+
 
 def script(*names: str) -> str:
-    """The named JavaScript files of this folder, joined in order."""
-    return "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
+    """The named JavaScript files of llmq/ui/parts, joined in order."""
+    return "\n".join((PARTS / name).read_text(encoding="utf-8") for name in names)
 
 
 def serve_plotly() -> str:

@@ -16,16 +16,16 @@ from llmq.events import Run
 from llmq.models.loading import resolve
 from llmq.models.presets import PRESETS
 from llmq.quant import METHODS
-from llmq.ui.compare_form import NONE, comparison_of, labels_in
-from llmq.ui.compare_view import PANES, CompareView, labels_of
-from llmq.ui.examples import EXAMPLES
-from llmq.ui.link import query_of, wishes_of
-from llmq.ui.live import live_panel
-from llmq.ui.notices import notice
-from llmq.ui.session import Session
-from llmq.ui.status import status_line
-from llmq.ui.theme import CONTESTANT_CLASSES
-from llmq.ui.token_diff import token_diff_view
+from llmq.ui.parts.examples import EXAMPLES
+from llmq.ui.parts.live import live_panel
+from llmq.ui.parts.notices import notice
+from llmq.ui.parts.status import status_line
+from llmq.ui.parts.token_diff import token_diff_view
+from llmq.ui.shell.link import query_of, wishes_of
+from llmq.ui.shell.state import Session
+from llmq.ui.shell.theme import CONTESTANT_CLASSES
+from llmq.ui.tabs.compare_form import NONE, comparison_of, labels_in
+from llmq.ui.tabs.compare_view import PANES, CompareView, labels_of
 
 LARGEST_RECORDING = 32_000_000  # bytes
 SIDEBAR_SCRIPT = "() => document.querySelector('.sidebar .toggle-button').click()"

@@ -15,9 +15,9 @@ from llmq.errors import UserError
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Step, Waiting
 from llmq.quant import method_named
 from llmq.summary import Summary
-from llmq.ui.live_state import LiveState
-from llmq.ui.token_alignment import diff_value
-from llmq.ui.verdict import verdict
+from llmq.ui.parts.live_state import LiveState
+from llmq.ui.parts.token_alignment import diff_value
+from llmq.ui.parts.verdict import verdict
 
 UPDATE_SECONDS = 0.25  # the live panel draws four times a second; every update costs the engine a slice of the GIL
 PANES = 3

@@ -14,12 +14,12 @@ from llmq.experiments.channels import Amplifying, Silencing
 from llmq.experiments.lab import Experiment, Outcome
 from llmq.experiments.tables import HEADERS, finding, rows_of
 from llmq.experiments.thresholds import Thresholds
-from llmq.ui.figure import figure_view, sent
-from llmq.ui.notices import notice
 from llmq.ui.observatory_plots import amplifying_figure, silencing_figure, thresholds_figure
-from llmq.ui.progress import progress_of
-from llmq.ui.session import Session
-from llmq.ui.status import status_line
+from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.parts.notices import notice
+from llmq.ui.parts.progress import progress_of
+from llmq.ui.parts.status import status_line
+from llmq.ui.shell.state import Session
 
 THRESHOLD_METHODS = ["llm-int8", "bnb-int8"]
 FIGURES = {"silencing": silencing_figure, "amplifying": amplifying_figure, "thresholds": thresholds_figure}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.ui.layout import build
-from llmq.ui.session import Session
-from llmq.ui.theme import build_css, build_theme
+from llmq.ui.shell.layout import build
+from llmq.ui.shell.state import Session
+from llmq.ui.shell.theme import build_css, build_theme
 
 WAITING_RUNS = 32
 QUEUE_POLL_SECONDS = 0.05  # Gradio's 0.001 keeps its idle loop on the GIL a tenth of the time (profiled)

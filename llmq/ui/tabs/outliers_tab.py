@@ -14,16 +14,16 @@ from llmq.inspect.report import OutlierReport
 from llmq.inspect.run import MAX_NEW_TOKENS, Inspection, Preparation
 from llmq.models.presets import PRESETS
 from llmq.quant import METHODS
-from llmq.ui.agreement_panel import AgreementPanel
-from llmq.ui.examples import EXAMPLES
-from llmq.ui.figures_panel import FiguresPanel
-from llmq.ui.map_panel import MapPanel
-from llmq.ui.moments_panel import MomentsPanel
-from llmq.ui.notices import notice
-from llmq.ui.progress import progress_of
-from llmq.ui.session import Session
-from llmq.ui.status import status_line
-from llmq.ui.what_if_panel import WhatIfPanel
+from llmq.ui.parts.examples import EXAMPLES
+from llmq.ui.parts.notices import notice
+from llmq.ui.parts.progress import progress_of
+from llmq.ui.parts.status import status_line
+from llmq.ui.shell.state import Session
+from llmq.ui.tabs.agreement_panel import AgreementPanel
+from llmq.ui.tabs.figures_panel import FiguresPanel
+from llmq.ui.tabs.map_panel import MapPanel
+from llmq.ui.tabs.moments_panel import MomentsPanel
+from llmq.ui.tabs.what_if_panel import WhatIfPanel
 
 log = logging.getLogger(__name__)
 DARK_SCRIPT = "(...inputs) => [...inputs.slice(0, -1), document.body.classList.contains('dark')]"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.compare_tab import CompareTab
-from llmq.ui.outliers_tab import OutliersTab
-from llmq.ui.session import Session
+from llmq.ui.shell.state import Session
+from llmq.ui.tabs.compare_tab import CompareTab
+from llmq.ui.tabs.outliers_tab import OutliersTab
 
 TITLE = "llmq: what 8-bit quantization does to a LLaMA"
 INTRO = (

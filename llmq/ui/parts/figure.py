@@ -8,7 +8,7 @@ import json
 import gradio as gr
 import plotly.graph_objects as go
 
-from llmq.ui.assets import script, serve_plotly
+from llmq.ui.shell.assets import script, serve_plotly
 
 _TEMPLATE = """
 <figure class="llmq-figure" hidden><figcaption data-part="title"></figcaption><div data-part="figure"></div></figure>

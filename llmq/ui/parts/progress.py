@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmq.events import Loading
 from llmq.preparation import Working
-from llmq.ui.compare_view import status_line as line_of
+from llmq.ui.tabs.compare_view import status_line as line_of
 
 
 def progress_of(item: object) -> dict | str:
