@@ -34,7 +34,7 @@ def run_outliers(options) -> int:
     )
     *_, report = _reported(inspect_outliers(inspection, Residents()))
     if options.html:
-        from llmq.ui.pages import outliers_page
+        from llmq.figures.pages import outliers_page
 
         write_text(options.html, outliers_page(report, options.threshold))
     if options.json:
@@ -60,7 +60,7 @@ def run_agreement(options) -> int:
 
     read = _read(options)
     if options.html:
-        from llmq.ui.pages import agreement_page
+        from llmq.figures.pages import agreement_page
 
         write_text(options.html, agreement_page(read))
     if options.json:
@@ -99,7 +99,7 @@ def run_explain(options) -> int:
     )
     *_, cause = _reported(explain(explanation, residents))
     if options.html:
-        from llmq.ui.pages import cause_page
+        from llmq.figures.pages import cause_page
 
         write_text(options.html, cause_page(cause, read))
     if options.json:
@@ -186,7 +186,7 @@ def _print_experiment(result: dict, options) -> int:
     if options.save:
         write_text(options.save, json.dumps(stored, indent=1, allow_nan=False) + "\n")
     if options.html:
-        from llmq.ui.pages import experiment_page
+        from llmq.figures.pages import experiment_page
 
         write_text(options.html, experiment_page(result))
     if options.json:

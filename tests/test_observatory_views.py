@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from llmq.experiments.tables import HEADERS, finding, rows_of
+from llmq.figures import lines as plots
+from llmq.figures.pages import agreement_page, cause_page, experiment_page, outliers_page
+from llmq.figures.reading_value import reading_value
 from llmq.formatting import plain_json
 from llmq.inspect.agreement import Agreement, Drift, Guess, TokenAgreement
 from llmq.inspect.cause import Cause, LayerError, Patch
@@ -27,9 +30,6 @@ from llmq.inspect.report import (
     TokenMap,
 )
 from llmq.inspect.wording import account_line, agreement_json, cause_json, cause_line, drift_line, patch_rows
-from llmq.ui import observatory_plots as plots
-from llmq.ui.pages import agreement_page, cause_page, experiment_page, outliers_page
-from llmq.ui.reading_value import reading_value
 
 EVIL = '<script>alert(1)</script>&"'
 LARGEST_VIEW = 300_000

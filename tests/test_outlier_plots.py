@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from llmq.ui import outlier_plots
-from llmq.ui.outlier_plots import escape, layer_channel_figure, token_channel_figure
+from llmq.figures import heatmaps
+from llmq.figures.heatmaps import escape, layer_channel_figure, token_channel_figure
 
 
 def numbers(spec):
@@ -163,7 +163,7 @@ def test_escape_leaves_ordinary_text_alone():
 
 
 def test_plots_import_neither_gradio_nor_torch():
-    tree = ast.parse(inspect.getsource(outlier_plots))
+    tree = ast.parse(inspect.getsource(heatmaps))
     names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
     assert names == {"__future__", "collections.abc", "html", "math", "numpy", "plotly.graph_objects"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.ui.palette import DARK, LIGHT
+from llmq.figures.palette import DARK, LIGHT
 
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")

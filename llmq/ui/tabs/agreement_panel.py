@@ -8,17 +8,17 @@ import gradio as gr
 
 from llmq.contestants import Contestant
 from llmq.errors import UserError
+from llmq.figures.lines import layer_error_figure
+from llmq.figures.reading_value import reading_value
 from llmq.inspect.cause import Cause
 from llmq.inspect.explaining import Explanation
 from llmq.inspect.reading import MAX_NEW_TOKENS, Read, Reading
 from llmq.inspect.wording import PATCH_HEADERS, cause_line, drift_line, patch_rows
-from llmq.ui.observatory_plots import layer_error_figure
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.reading_view import reading_view
 from llmq.ui.parts.status import status_line
-from llmq.ui.reading_value import reading_value
 from llmq.ui.shell.state import Session
 from llmq.ui.tabs.what_if_panel import whole
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gradio as gr
 
+from llmq.figures.lines import columns_figure
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.wording import account_line
-from llmq.ui.observatory_plots import columns_figure
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.tabs.map_panel import KINDS, Find, kinds_of
 

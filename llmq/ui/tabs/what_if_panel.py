@@ -14,7 +14,7 @@ from llmq.experiments.channels import Amplifying, Silencing
 from llmq.experiments.lab import Experiment, Outcome
 from llmq.experiments.tables import HEADERS, finding, rows_of
 from llmq.experiments.thresholds import Thresholds
-from llmq.ui.observatory_plots import amplifying_figure, silencing_figure, thresholds_figure
+from llmq.figures.lines import amplifying_figure, silencing_figure, thresholds_figure
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of

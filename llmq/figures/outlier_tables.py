@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from llmq.figures.heatmaps import layer_channel_figure, token_channel_figure
 from llmq.formatting import format_share
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.views import layer_channel_map, strongest_channels
-from llmq.ui.outlier_plots import layer_channel_figure, token_channel_figure
 
 STRONGEST = 15
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from llmq.figures.heatmaps import FONT, escape
+from llmq.figures.palette import DARK, LIGHT
 from llmq.inspect.cause import Cause
 from llmq.inspect.emergence import LAYER_SHARE, POSITION_SHARE, Emergence
 from llmq.inspect.report import OutlierReport, columns_at
-from llmq.ui.outlier_plots import FONT, escape
-from llmq.ui.palette import DARK, LIGHT
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 MARKS = ("circle", "square", "diamond", "cross")

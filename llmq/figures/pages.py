@@ -9,6 +9,19 @@ from collections.abc import Iterable, Sequence
 import plotly.graph_objects as go
 
 from llmq.experiments.tables import HEADERS, finding, rows_of
+from llmq.figures.lines import (
+    amplifying_figure,
+    columns_figure,
+    features_figure,
+    layer_error_figure,
+    peaks_figure,
+    silencing_figure,
+    sweep_figure,
+    thresholds_figure,
+)
+from llmq.figures.outlier_tables import map_figure
+from llmq.figures.palette import LIGHT
+from llmq.figures.reading_value import reading_value
 from llmq.inspect.cause import Cause
 from llmq.inspect.emergence import emergence
 from llmq.inspect.reading import Read
@@ -24,19 +37,6 @@ from llmq.inspect.wording import (
     patch_rows,
     summary_of,
 )
-from llmq.ui.observatory_plots import (
-    amplifying_figure,
-    columns_figure,
-    features_figure,
-    layer_error_figure,
-    peaks_figure,
-    silencing_figure,
-    sweep_figure,
-    thresholds_figure,
-)
-from llmq.ui.outlier_tables import map_figure
-from llmq.ui.palette import LIGHT
-from llmq.ui.reading_value import reading_value
 
 # plotly.js 4 offers a button that uploads the chart; a local file has no business with another host.
 NO_CLOUD = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False, "responsive": True}
