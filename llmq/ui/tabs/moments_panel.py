@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.figures.lines import columns_figure
+from llmq.figures.bars import columns_figure
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.wording import account_line
 from llmq.ui.parts.figure import figure_view, sent

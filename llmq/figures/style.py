@@ -1,0 +1,52 @@
+"""What all figures share: font, colours, dashes and marks, and text made safe for plotly's labels."""
+
+from __future__ import annotations
+
+import html
+
+import plotly.graph_objects as go
+
+from llmq.figures.palette import DARK, LIGHT
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+DASHES = ("solid", "dash", "dot", "dashdot")
+MARKS = ("circle", "square", "diamond", "cross")
+
+
+def escape(text: str) -> str:
+    """Text for a plotly label: no markup, no line breaks, no TeX; plotly turns the entities back into characters."""
+    visible = text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    printable = "".join(c if c.isprintable() else "�" for c in visible)
+    return html.escape(printable, quote=False).replace("$", "&#36;")
+
+
+def colors_of(dark: bool) -> dict[str, str]:
+    return DARK if dark else LIGHT
+
+
+def style(figure: go.Figure, title: str, dark: bool, *, height: int = 400) -> None:
+    colors = colors_of(dark)
+    axis = {"gridcolor": colors["grid"], "zeroline": False, "linecolor": colors["grid"], "automargin": True}
+    figure.update_layout(
+        title={"text": title, "font": {"size": 15}, "x": 0, "xref": "container", "pad": {"l": 12}},
+        template="none",
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "color": colors["ink"], "size": 13},
+        hoverlabel={"bgcolor": colors["surface"], "font": {"family": FONT, "color": colors["ink"]}},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        margin={"l": 60, "r": 20, "t": 84, "b": 64},
+        height=height,
+    )
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    for name in ("xaxis2", "yaxis2", "yaxis3"):
+        if any(name in (trace.xaxis and f"xaxis{trace.xaxis[1:]}", trace.yaxis and f"yaxis{trace.yaxis[1:]}")
+               for trace in figure.data):  # fmt: skip
+            figure.update_layout({name: axis})
+
+
+def decades(figure: go.Figure) -> go.Figure:
+    """Powers of ten alone on a logarithmic axis, as 10, 100, 1,000."""
+    figure.update_layout(yaxis={"dtick": 1, "tickformat": ",~r", "exponentformat": "power"})
+    return figure
