@@ -7,7 +7,7 @@ from pathlib import Path
 import gradio as gr
 
 from llmq.ui.shell.layout import build
-from llmq.ui.shell.state import Session
+from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
 
 WAITING_RUNS = 32
@@ -15,7 +15,7 @@ QUEUE_POLL_SECONDS = 0.05  # Gradio's 0.001 keeps its idle loop on the GIL a ten
 
 
 def launch(
-    session: Session,
+    state: AppState,
     *,
     host: str = "127.0.0.1",
     port: int | None = 7860,
@@ -24,7 +24,7 @@ def launch(
     block: bool = True,
 ) -> gr.Blocks:
     """Build and serve the page; with `block=False` return at once (tests, notebooks)."""
-    page = build(session)
+    page = build(state)
     page.queue(max_size=WAITING_RUNS, default_concurrency_limit=16)
     page._queue.sleep_when_free = QUEUE_POLL_SECONDS  # no public setting
     page.launch(

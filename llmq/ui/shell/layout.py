@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.shell.state import Session
+from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import CompareTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
 
@@ -15,14 +15,14 @@ INTRO = (
 )
 
 
-def build(session: Session) -> gr.Blocks:
-    """The page for one session object; `launch.launch` serves it."""
-    compare, outliers = CompareTab(session), OutliersTab(session)
+def build(state: AppState) -> gr.Blocks:
+    """The page over the state that all visitors share; `launch.launch` serves it."""
+    compare, outliers = CompareTab(state), OutliersTab(state)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         with gr.Sidebar(open=False, elem_id="settings", position="left"):
             compare.sidebar()
         gr.Markdown(f"# llmq\n{INTRO}", elem_id="header")
-        gr.Markdown(_about(session), elem_id="about", elem_classes=["llmq-about"])
+        gr.Markdown(_about(state), elem_id="about", elem_classes=["llmq-about"])
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
                 compare.build()
@@ -33,6 +33,6 @@ def build(session: Session) -> gr.Blocks:
     return page
 
 
-def _about(session: Session) -> str:
-    reason = f" {session.model_reason}" if session.model_reason else ""
-    return f"**Device:** {session.device_label}. **Model:** {session.model}.{reason}"
+def _about(state: AppState) -> str:
+    reason = f" {state.model_reason}" if state.model_reason else ""
+    return f"**Device:** {state.device_label}. **Model:** {state.model}.{reason}"

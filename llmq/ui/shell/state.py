@@ -1,4 +1,4 @@
-"""What the page holds between events: who is running what, and how to stop it. No gradio.
+"""What the server holds for its pages between events: who is running what, and how to stop it. No gradio.
 
 A job runs through one function, `run`, given by the composition root: on a shared-GPU host that function is the one
 wrapped so that everything touching the GPU happens inside it.
@@ -80,8 +80,8 @@ def _runner_of(job: Job) -> Callable[..., Iterator[object]]:
 
 
 @dataclass
-class Session:
-    """What the tabs need: how to run and stop, what to offer first, and where files for download go."""
+class AppState:
+    """What the tabs need, one object for all visitors: how to run and stop, what to offer first, files for download."""
 
     run: Callable[[Job, str], Iterator[object]]
     stop: Callable[[str], int]

@@ -19,7 +19,7 @@ from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.reading_view import reading_view
 from llmq.ui.parts.status import status_line
-from llmq.ui.shell.state import Session
+from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.what_if_panel import whole
 
 TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
@@ -29,8 +29,8 @@ QUIET = {"show_progress": "hidden", "concurrency_limit": 16, "concurrency_id": "
 class AgreementPanel:
     """Builds the part inside an open tab; `wire` connects it to the shared prompt, model, method and theme."""
 
-    def __init__(self, session: Session):
-        self.session = session
+    def __init__(self, state: AppState):
+        self.state = state
 
     def build(self) -> None:
         gr.Markdown(
@@ -93,10 +93,10 @@ class AgreementPanel:
                 model=model,
                 contestant=Contestant.parse(str(method), threshold),
                 new_tokens=whole("tokens of the answer", new_tokens),
-                device=self.session.device,
+                device=self.state.device,
             )
             yield {self.status: "Starting", self.reading: {}, self.drift: gr.Textbox(visible=False)}
-            for item in self.session.run(reading, request.session_hash or "nobody"):
+            for item in self.state.run(reading, request.session_hash or "nobody"):
                 if isinstance(item, Read):
                     read = item
                 elif line := progress_of(item):
@@ -113,7 +113,7 @@ class AgreementPanel:
             "choice; they are underlined.",
             self.reading: reading_value(read),
             self.drift: gr.Textbox(drift, visible=bool(drift)),
-            self.key: self.session.keep(read),
+            self.key: self.state.keep(read),
             self.cause_status: "Click a token, best an underlined one.",
             self.layers: {},
             self.patches: gr.Dataframe(value=[], visible=False),
@@ -121,11 +121,11 @@ class AgreementPanel:
 
     def _explain(self, key, patch, dark, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
         """The chain of cause of the chosen token, growing while modules are tried."""
-        read = self.session.kept(key)
+        read = self.state.kept(key)
         if read is None:
             yield {self.cause_status: "This text is no longer kept; read it again."}
             return
-        self.session.stop(request.session_hash or "nobody")  # another token: the one before is no longer wanted
+        self.state.stop(request.session_hash or "nobody")  # another token: the one before is no longer wanted
         cause = None
         try:
             explanation = Explanation(
@@ -135,9 +135,9 @@ class AgreementPanel:
                 baseline=read.reading.baseline,
                 contestant=read.reading.contestant,
                 patch=bool(patch),
-                device=self.session.device,
+                device=self.state.device,
             )
-            for item in self.session.run(explanation, request.session_hash or "nobody"):
+            for item in self.state.run(explanation, request.session_hash or "nobody"):
                 if isinstance(item, Cause):
                     cause = item
                     yield self._shown(cause, read, dark)

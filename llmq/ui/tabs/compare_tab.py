@@ -22,7 +22,7 @@ from llmq.ui.parts.notices import notice
 from llmq.ui.parts.status import status_line
 from llmq.ui.parts.token_diff import token_diff_view
 from llmq.ui.shell.link import query_of, wishes_of
-from llmq.ui.shell.state import Session
+from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import CONTESTANT_CLASSES
 from llmq.ui.tabs.compare_form import NONE, comparison_of, labels_in
 from llmq.ui.tabs.compare_view import PANES, CompareView, labels_of
@@ -35,8 +35,8 @@ LINK_SCRIPT = "(query) => query ? window.location.origin + window.location.pathn
 class CompareTab:
     """Builds the tab inside an open `gr.Blocks`; `wire()` connects it once every component exists."""
 
-    def __init__(self, session: Session):
-        self.session = session
+    def __init__(self, state: AppState):
+        self.state = state
 
     def sidebar(self) -> None:
         """Settings that most people leave alone."""
@@ -59,7 +59,7 @@ class CompareTab:
         )
 
     def build(self) -> None:
-        session = self.session
+        state = self.state
         self.prompt = gr.Textbox(
             EXAMPLES[0][1], label="Prompt", lines=2, max_lines=8, elem_id="prompt", placeholder="Ask something"
         )
@@ -70,7 +70,7 @@ class CompareTab:
         with gr.Row(equal_height=True):
             self.model = gr.Dropdown(
                 list(PRESETS),
-                value=session.model,
+                value=state.model,
                 label="Model",
                 allow_custom_value=True,
                 info="A name, a hub id (owner/name) or a local folder.",
@@ -108,7 +108,7 @@ class CompareTab:
             self.link = gr.Textbox(label="Link to these settings", buttons=["copy"], elem_id="link", min_width=240)
         self.query = gr.Textbox(visible=False, elem_id="query")
         with gr.Row(elem_classes=["llmq-keep"]):
-            names = list(self.session.recorded_runs)
+            names = list(self.state.recorded_runs)
             self.recording = gr.Dropdown(
                 names, value=names[0] if names else None, label="Recorded run", elem_id="recording", min_width=240
             )
@@ -124,7 +124,7 @@ class CompareTab:
 
     def _method(self, index: int) -> gr.Dropdown:
         choices = [(f"{method.label}", name) for name, method in METHODS.items()]
-        values = [*self.session.methods, NONE, NONE]
+        values = [*self.state.methods, NONE, NONE]
         return gr.Dropdown(
             ([("none", NONE)] if index == 2 else []) + choices,
             value=values[index],
@@ -137,7 +137,7 @@ class CompareTab:
 
     def _pane(self, index: int) -> tuple[gr.Column, gr.Textbox]:
         classes = ["llmq-pane", CONTESTANT_CLASSES[index]]
-        with gr.Column(visible=index < len(self.session.methods), elem_classes=classes, min_width=0) as column:
+        with gr.Column(visible=index < len(self.state.methods), elem_classes=classes, min_width=0) as column:
             text = gr.Textbox(
                 label=self._pane_label(index),
                 lines=9,
@@ -149,7 +149,7 @@ class CompareTab:
         return column, text
 
     def _pane_label(self, index: int) -> str:
-        return [*self.session.methods, " ", " "][index]
+        return [*self.state.methods, " ", " "][index]
 
     def wire(self, page: gr.Blocks) -> None:
         for button, (_, text) in zip(self.examples, EXAMPLES, strict=True):
@@ -190,7 +190,7 @@ class CompareTab:
     def _open(self, *settings) -> Iterator[dict]:
         """Check the settings and clear the page for a new run."""
         try:
-            labels = labels_in(comparison_of(self.session.device, *settings))
+            labels = labels_in(comparison_of(self.state.device, *settings))
         except UserError as error:
             yield {self.status: f"Not started: {error}"}
             raise notice(error) from error
@@ -202,10 +202,10 @@ class CompareTab:
     ) -> Iterator[dict]:  # fmt: skip
         """Run one prompt through two or three methods; stream their texts, memory and speed."""
         owner = request.session_hash or "nobody"
-        self.session.take_outcome(owner)
+        self.state.take_outcome(owner)
         try:
             comparison = comparison_of(
-                self.session.device, prompt, model, left, right, third, threshold, max_new_tokens, schedule,
+                self.state.device, prompt, model, left, right, third, threshold, max_new_tokens, schedule,
                 temperature, top_k, top_p, seed,
             )  # fmt: skip
             source = resolve(comparison.model)
@@ -213,8 +213,8 @@ class CompareTab:
             yield {self.status: f"Not started: {error}"}
             raise notice(error) from error
         run = Run(comparison.settings(), {})
-        events = run.record(self.session.run(comparison, owner), time.monotonic)
-        view = CompareView(labels_in(comparison), self.session.next_run(), comparison.device)
+        events = run.record(self.state.run(comparison, owner), time.monotonic)
+        view = CompareView(labels_in(comparison), self.state.next_run(), comparison.device)
         results: dict = {}
         for update in self._show(view, events):
             if self.verdict in update:  # the last one: the page says 'Finished' when all of it is there
@@ -222,13 +222,13 @@ class CompareTab:
             if update:
                 yield update
         run.environment = describe(comparison.device, source)
-        path = run.save(self.session.download_path(f"llmq-{view.run}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
+        path = run.save(self.state.download_path(f"llmq-{view.run}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
         results[self.download] = gr.DownloadButton(value=str(path), interactive=True)
-        self.session.keep_outcome(owner, results | {self.query: query_of(run.settings)})
+        self.state.keep_outcome(owner, results | {self.query: query_of(run.settings)})
 
     def _close(self, request: gr.Request) -> dict:
         """What is known once a run is over: the verdict, the token diff, the recording, the link."""
-        return self.session.take_outcome(request.session_hash or "nobody") or {self.query: gr.skip()}
+        return self.state.take_outcome(request.session_hash or "nobody") or {self.query: gr.skip()}
 
     def _replay(self, name: str | None, upload: str | None) -> Iterator[dict]:
         """Show a recorded run again at its own pace, labelled as a recording."""
@@ -240,7 +240,7 @@ class CompareTab:
         except UserError as error:
             yield {self.status: f"Not replayed: {error}"}
             raise notice(error) from error
-        view = CompareView(labels, self.session.next_run(), str(run.settings.get("device", "cpu")), opening=about)
+        view = CompareView(labels, self.state.next_run(), str(run.settings.get("device", "cpu")), opening=about)
         yield self._frame(labels)
         yield from self._show(view, run.replay(time.sleep, time.monotonic))
 
@@ -250,9 +250,9 @@ class CompareTab:
             if path.stat().st_size > LARGEST_RECORDING:
                 raise UserError(f"{path.name} is larger than {LARGEST_RECORDING // 1_000_000} MB")
             return path
-        if name not in self.session.recorded_runs:
+        if name not in self.state.recorded_runs:
             raise UserError("choose a recorded run, or upload one")
-        return self.session.recorded_runs[name]
+        return self.state.recorded_runs[name]
 
     def _show(self, view: CompareView, events) -> Iterator[dict]:
         """One view's updates as component updates."""
@@ -277,11 +277,11 @@ class CompareTab:
         }
 
     def _stop(self, request: gr.Request) -> None:
-        if not self.session.stop(request.session_hash or "nobody"):
+        if not self.state.stop(request.session_hash or "nobody"):
             gr.Info("Nothing of yours is running.", duration=3)
 
     def _leave(self, request: gr.Request) -> None:
-        self.session.stop(request.session_hash or "nobody")
+        self.state.stop(request.session_hash or "nobody")
 
     def _from_link(self, request: gr.Request) -> dict:
         """Fill the form from the address; what the address does not name stays."""

@@ -18,7 +18,7 @@ from llmq.ui.parts.examples import EXAMPLES
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line
-from llmq.ui.shell.state import Session
+from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.agreement_panel import AgreementPanel
 from llmq.ui.tabs.figures_panel import FiguresPanel
 from llmq.ui.tabs.map_panel import MapPanel
@@ -33,10 +33,10 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 class OutliersTab:
     """Builds the tab inside an open `gr.Blocks`; `wire()` connects it."""
 
-    def __init__(self, session: Session):
-        self.session = session
+    def __init__(self, state: AppState):
+        self.state = state
         self.map, self.moments, self.figures = MapPanel(), MomentsPanel(), FiguresPanel()
-        self.agreement, self.what_if = AgreementPanel(session), WhatIfPanel(session)
+        self.agreement, self.what_if = AgreementPanel(state), WhatIfPanel(state)
 
     def build(self) -> None:
         gr.Markdown(
@@ -60,7 +60,7 @@ class OutliersTab:
         self.prompt = gr.Textbox(EXAMPLES[0][1], label="Prompt to watch", lines=2, elem_id="outlier-prompt")
         with gr.Row(equal_height=True):
             self.model = gr.Dropdown(
-                list(PRESETS), value=self.session.model, label="Model", allow_custom_value=True,
+                list(PRESETS), value=self.state.model, label="Model", allow_custom_value=True,
                 elem_id="outlier-model", min_width=200,
             )  # fmt: skip
             self.method = gr.Dropdown(
@@ -106,7 +106,7 @@ class OutliersTab:
         tab.select(self._prepare, [self.model, self.method], None, concurrency_limit=1, **QUIET)
 
     def _report(self, key: str | None) -> OutlierReport | None:
-        return self.session.kept(key)
+        return self.state.kept(key)
 
     def _watch(self, prompt, model, method, threshold, new_tokens, request: gr.Request) -> Iterator[dict]:
         """Run the prompt with every linear layer's input watched."""
@@ -117,9 +117,9 @@ class OutliersTab:
                 model=model,
                 contestant=Contestant.parse(str(method), threshold),
                 new_tokens=int(new_tokens),
-                device=self.session.device,
+                device=self.state.device,
             )
-            for item in self.session.run(inspection, request.session_hash or "nobody"):
+            for item in self.state.run(inspection, request.session_hash or "nobody"):
                 if isinstance(item, OutlierReport):
                     report = item
                     if report.generated_tokens < new_tokens and not report.stopped:
@@ -141,7 +141,7 @@ class OutliersTab:
         said = f"{report.prompt_tokens} prompt tokens and {report.generated_tokens} generated tokens watched"
         frame = {
             self.status: f"{'Stopped early: ' if report.stopped else ''}{said} in {len(report.modules)} linear layers.",
-            self.report_key: self.session.keep(report),
+            self.report_key: self.state.keep(report),
         }
         for panel in (self.map, self.moments, self.figures):
             frame |= panel.frame(report)
@@ -152,11 +152,11 @@ class OutliersTab:
         if model != "demo":
             return
         try:
-            job = Preparation(model=model, contestant=Contestant.parse(str(method)), device=self.session.device)
-            for _ in self.session.run(job, request.session_hash or "nobody"):
+            job = Preparation(model=model, contestant=Contestant.parse(str(method)), device=self.state.device)
+            for _ in self.state.run(job, request.session_hash or "nobody"):
                 pass
         except UserError as error:
             log.info("not loaded ahead: %s", error)
 
     def _stop(self, request: gr.Request) -> None:
-        self.session.stop(request.session_hash or "nobody")
+        self.state.stop(request.session_hash or "nobody")

@@ -19,7 +19,7 @@ from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line
-from llmq.ui.shell.state import Session
+from llmq.ui.shell.state import AppState
 
 THRESHOLD_METHODS = ["llm-int8", "bnb-int8"]
 FIGURES = {"silencing": silencing_figure, "amplifying": amplifying_figure, "thresholds": thresholds_figure}
@@ -43,8 +43,8 @@ class Section:
 class WhatIfPanel:
     """Builds the part inside an open tab; `wire` connects it to the shared prompt, model and theme."""
 
-    def __init__(self, session: Session):
-        self.session = session
+    def __init__(self, state: AppState):
+        self.state = state
 
     def build(self) -> None:
         with gr.Accordion("Which half breaks naive 8 bit?", open=True, elem_id="ablation"):
@@ -127,7 +127,7 @@ class WhatIfPanel:
         yield from self._run(self.amplifying, make, list(rows or []), dark, request)
 
     def _shared(self, model) -> dict:
-        return {"model": model, "device": self.session.device}
+        return {"model": model, "device": self.state.device}
 
     def _run(
         self, section: Section, make: Callable[[], Experiment], kept: list[dict], dark, request: gr.Request
@@ -137,7 +137,7 @@ class WhatIfPanel:
         try:
             experiment = make()
             yield {section.status: "Starting"}
-            for item in self.session.run(experiment, request.session_hash or "nobody"):
+            for item in self.state.run(experiment, request.session_hash or "nobody"):
                 if isinstance(item, Outcome):
                     outcome = item
                     yield self._shown(section, outcome.result, kept, dark)
