@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from llmq.contestants import Contestant
 from llmq.errors import UserError
-from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Step, Waiting
+from llmq.events import Event, Finished, Loaded, Loading, Step
 from llmq.quant import method_named
 from llmq.summary import Summary
 from llmq.ui.parts.live_state import LiveState
+from llmq.ui.parts.progress import event_line
 from llmq.ui.parts.token_alignment import diff_value
 from llmq.ui.parts.verdict import verdict
 
@@ -71,7 +72,7 @@ class CompareView:
             self._texts[self.labels.index(event.contestant)] += event.text
         if isinstance(event, Step):
             self._tokens[self.labels.index(event.contestant)].append((event.token_id, event.text))
-        self._status = status_line(event) or self._status
+        self._status = event_line(event) or self._status
 
     def _changes(self, *, first: bool = False) -> dict:
         now = {"status": self._prefix(self._status), "live": self.live.value()}
@@ -107,27 +108,6 @@ def arithmetic(label: str, device: str, loop: str = "hf") -> str:
         return method_named(Contestant.parse(label).method).handler.arithmetic(device, loop)
     except UserError:
         return ""
-
-
-def status_line(event: Event) -> str:
-    """The one line a screen reader hears; empty when nothing worth saying happened."""
-    match event:
-        case Waiting(position=position) if position:
-            runs = "run is" if position == 1 else "runs are"
-            return f"Waiting: {position} {runs} in front of yours"
-        case Planned(reason=reason, schedule=schedule):
-            return f"Running {schedule}: {reason}" if reason else f"Running ({schedule})"
-        case Loading(contestant="", message=message):
-            return message[:1].upper() + message[1:]
-        case Loading(contestant=contestant):
-            return f"Loading {contestant}"
-        case Step(contestant=contestant, index=0):
-            return "Generating"
-        case Failed(contestant=contestant):
-            return f"{contestant} failed; the others go on"
-        case Freed(contestant=contestant, verified=verified):
-            return f"{contestant} freed" + ("" if verified else ", but its memory was not seen to come back")
-    return ""
 
 
 def labels_of(settings: Mapping) -> list[str]:
