@@ -15,29 +15,24 @@ from collections.abc import Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from llmq.figures.style import FONT, escape
+from llmq.figures.palette import STEPS, named
+from llmq.figures.style import escape, ground
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.views import layer_channel_map
 
-TEXT = {False: "#1f2937", True: "#e5e7eb"}
-HOVER = {False: "#ffffff", True: "#111827"}
-UNDER = {False: ("#f4f6f9", "#d9e3ed", "#b3c7dc"), True: ("#111a28", "#1b3351", "#2c4d77")}
-OVER = {False: ("#e07b1a", "#b03a0b", "#4f1704"), True: ("#d17f12", "#f7b944", "#fff4d6")}
 FLOOR = 0.1  # |x| up to here has the first colour
 BYTES = 135_000  # most bytes of a figure's arrays in base64: 32 layers of 512 cells
 NAME_CHARACTERS = 18
 
 
-def map_figure(report: OutlierReport, kind: str, phase: str, threshold: float, *, dark: bool = False):
+def map_figure(report: OutlierReport, kind: str, phase: str, threshold: float) -> go.Figure:
     """The layer × channel heatmap of one kind in one phase."""
     cells = layer_channel_map(report, kind, phase)
     title = f"Input of {kind}, {phase}: largest |x| by layer and channel"
-    return layer_channel_figure(
-        cells.values, cells.channels, threshold, title, dark, layers=cells.layers, width=cells.width
-    )
+    return layer_channel_figure(cells.values, cells.channels, threshold, title, layers=cells.layers, width=cells.width)
 
 
-def token_figure(report: OutlierReport, kind: str, layer: int, threshold: float, *, dark: bool):
+def token_figure(report: OutlierReport, kind: str, layer: int, threshold: float) -> go.Figure | None:
     """Token × channel heatmap of one layer's input over the prompt; None where there is nothing to show."""
     module = next((m for m in report.modules if m.kind == kind and m.layer == layer), None)
     if module is None or module.token_map is None:
@@ -50,7 +45,6 @@ def token_figure(report: OutlierReport, kind: str, layer: int, threshold: float,
         report.token_texts[: report.prompt_tokens],
         threshold,
         f"Input of {kind}, layer {layer}: largest |x| by token and channel",
-        dark,
         width=cells.width,
         height=cells.height,
         first_token=cells.first_token,
@@ -62,7 +56,6 @@ def layer_channel_figure(
     channels: np.ndarray,
     threshold: float,
     title: str,
-    dark: bool | None = None,
     *,
     layers: Sequence[int | None] | None = None,
     width: int | None = None,
@@ -71,12 +64,10 @@ def layer_channel_figure(
 
     `values` (layers, cells) max |x|, NaN where nothing ran; `channels`, same shape, the channel each maximum is in;
     `layers`, one number a row (default 0, 1, …); `width` channels a cell, for the axis (default: from `channels`).
-    `dark`: colours for a dark page (default light).
     """
-    dark = bool(dark)
     values, channels, width = _fit(values, channels, width=width or _cell_width(channels))
     names = [str(row) for row in range(len(values))] if layers is None else [_layer_name(layer) for layer in layers]
-    heatmap = _heatmap(values, threshold, dark)
+    heatmap = _heatmap(values, threshold)
     heatmap.update(
         x0=(width - 1) / 2,
         dx=width,
@@ -84,7 +75,7 @@ def layer_channel_figure(
         customdata=channels,
         hovertemplate="layer %{y}<br>channel %{customdata}<br>|x| %{z:,.5~r}<extra></extra>",
     )
-    return _figure(heatmap, values, threshold, title, "layer", dark)
+    return _figure(heatmap, values, threshold, title, "layer")
 
 
 def token_channel_figure(
@@ -94,7 +85,6 @@ def token_channel_figure(
     texts: Sequence[str],
     threshold: float,
     title: str,
-    dark: bool | None = None,
     *,
     width: int | None = None,
     height: int = 1,
@@ -105,9 +95,8 @@ def token_channel_figure(
     `values`, `channels`, `tokens` (rows, cells): a cell's max |x|, and the channel and the token it is at; `texts`: the
     prompt's tokens from token 0; a cell covers `width` channels × `height` tokens, the first row from `first_token`.
     """
-    dark = bool(dark)
     values, channels, tokens, width = _fit(values, channels, tokens, width=width or _cell_width(channels))
-    heatmap = _heatmap(values, threshold, dark)
+    heatmap = _heatmap(values, threshold)
     heatmap.update(
         x0=(width - 1) / 2,
         dx=width,
@@ -116,7 +105,7 @@ def token_channel_figure(
         text=tokens,
         hovertemplate="%{y}<br>token %{text}, channel %{customdata}<br>|x| %{z:,.5~r}<extra></extra>",
     )
-    return _figure(heatmap, values, threshold, title, "token", dark)
+    return _figure(heatmap, values, threshold, title, "token")
 
 
 def _layer_name(layer: int | None) -> str:
@@ -166,9 +155,9 @@ def _bounds(values: np.ndarray, threshold: float) -> tuple[float, float]:
     return min(FLOOR, threshold / 10), max(float(finite.max(initial=0)), threshold * 10)
 
 
-def _heatmap(values: np.ndarray, threshold: float, dark: bool) -> go.Heatmap:
+def _heatmap(values: np.ndarray, threshold: float) -> go.Heatmap:
     low, high = _bounds(values, threshold)
-    steps = _color_steps(low, high, threshold, dark)
+    steps = _color_steps(low, high, threshold)
     return go.Heatmap(
         z=np.nan_to_num(values.astype(np.float32), nan=np.nan),
         zmin=0,
@@ -179,26 +168,16 @@ def _heatmap(values: np.ndarray, threshold: float, dark: bool) -> go.Heatmap:
     )
 
 
-def _color_steps(low: float, high: float, threshold: float, dark: bool) -> list[tuple[float, str]]:
+def _color_steps(low: float, high: float, threshold: float) -> list[tuple[float, str]]:
     """(|x|, colour) in ascending order, evenly spaced in log |x|, with a jump of hue just under the threshold."""
-    under = np.geomspace(low, threshold * (1 - 1e-6), 12)
-    over = np.geomspace(threshold, high, 12)
-    ramps = (under, UNDER[dark]), (over, OVER[dark])
-    return [(float(v), color) for ramp, ends in ramps for v, color in zip(ramp, _ramp(ends, len(ramp)), strict=True)]
+    ramps = {"under": np.geomspace(low, threshold * (1 - 1e-6), STEPS), "over": np.geomspace(threshold, high, STEPS)}
+    return [(float(v), named(f"{name}-{i}")) for name, ramp in ramps.items() for i, v in enumerate(ramp)]
 
 
-def _ramp(ends: Sequence[str], n: int) -> list[str]:
-    """`n` colours along the straight lines in sRGB between the hex colours `ends`."""
-    points = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in ends])
-    where = np.linspace(0, len(ends) - 1, n)
-    mixed = [np.interp(where, range(len(ends)), points[:, channel]) for channel in range(3)]
-    return ["#{:02x}{:02x}{:02x}".format(*(round(float(part)) for part in color)) for color in zip(*mixed, strict=True)]
-
-
-def _color_bar(low: float, high: float, threshold: float, dark: bool) -> go.Scatter:
+def _color_bar(low: float, high: float, threshold: float) -> go.Scatter:
     """An empty trace that only carries the colour bar: log10 |x|, with the threshold among its ticks."""
     span = math.log10(high / low)
-    scale = [(math.log10(v / low) / span, color) for v, color in _color_steps(low, high, threshold, dark)]
+    scale = [(math.log10(v / low) / span, color) for v, color in _color_steps(low, high, threshold)]
     scale = [(min(max(position, 0.0), 1.0), color) for position, color in scale]
     ticks = _ticks(low, high, threshold)
     bar = {
@@ -223,15 +202,12 @@ def _ticks(low: float, high: float, threshold: float) -> list[float]:
     return sorted([threshold, *decades])
 
 
-def _figure(heatmap: go.Heatmap, values: np.ndarray, threshold: float, title: str, row: str, dark: bool) -> go.Figure:
-    figure = go.Figure([heatmap, _color_bar(*_bounds(values, threshold), threshold, dark)])
+def _figure(heatmap: go.Heatmap, values: np.ndarray, threshold: float, title: str, row: str) -> go.Figure:
+    figure = go.Figure([heatmap, _color_bar(*_bounds(values, threshold), threshold)])
     plain = {"showgrid": False, "zeroline": False}
     figure.update_layout(
+        **ground(),
         title={"text": escape(title)},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": FONT, "color": TEXT[dark]},
-        hoverlabel={"bgcolor": HOVER[dark], "font": {"family": FONT, "color": TEXT[dark]}},
         xaxis={"title": {"text": "channel"}, **plain},
         yaxis={
             "title": {"text": row, "standoff": 12},
@@ -243,6 +219,5 @@ def _figure(heatmap: go.Heatmap, values: np.ndarray, threshold: float, title: st
         showlegend=False,
         height=int(np.clip(150 + 14 * len(values), 300, 900)),
         margin={"l": 60, "r": 20, "t": 50, "b": 50},
-        template="none",
     )
     return figure

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from collections.abc import Iterable, Sequence
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 from llmq.experiments.tables import HEADERS, finding, rows_of
 from llmq.figures.bars import columns_figure, layer_error_figure
 from llmq.figures.heatmaps import map_figure
-from llmq.figures.lines import (
-    amplifying_figure,
-    features_figure,
-    peaks_figure,
-    silencing_figure,
-    sweep_figure,
-    thresholds_figure,
-)
-from llmq.figures.palette import LIGHT
+from llmq.figures.lines import FIGURES, features_figure, peaks_figure, sweep_figure
+from llmq.figures.palette import DARK, KL_EDGES, LIGHT, PAINT, properties
 from llmq.figures.reading_value import reading_value
 from llmq.inspect.cause import Cause
 from llmq.inspect.emergence import emergence
@@ -39,23 +34,36 @@ from llmq.inspect.wording import (
 
 # plotly.js 4 offers a button that uploads the chart; a local file has no business with another host.
 NO_CLOUD = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False, "responsive": True}
-LEVELS = (0.001, 0.01, 0.1, 1.0)  # of KL in nats, where a token's shade changes
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
-body {{ font-family: system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: {ink};
-  line-height: 1.5; }}
+:root {{ color-scheme: light dark; {light} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}
+body {{ font-family: system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5;
+  color: var(--llmq-ink); background: var(--llmq-surface); }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }}
 .scroll {{ overflow-x: auto; }}
-th, td {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid {grid}; vertical-align: top; }}
-.text {{ border: 1px solid {grid}; border-radius: 6px; padding: .8rem 1rem; line-height: 2; overflow-wrap: anywhere; }}
+th, td {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--llmq-grid);
+  vertical-align: top; }}
+.text {{ border: 1px solid var(--llmq-grid); border-radius: 6px; padding: .8rem 1rem; line-height: 2;
+  overflow-wrap: anywhere; }}
 .text span {{ border-radius: 3px; padding: 1px 2px; white-space: pre-wrap; }}
-.k1 {{ background: #fbe9de; }} .k2 {{ background: #f7d3bd; }} .k3 {{ background: #f0b391; }}
-.k4 {{ background: #e8935f; }}
-.other {{ text-decoration: underline 3px {other}; text-underline-offset: 4px; font-weight: 650; }}
+.k1 {{ background: var(--llmq-kl-1); }} .k2 {{ background: var(--llmq-kl-2); }}
+.k3 {{ background: var(--llmq-kl-3); }} .k4 {{ background: var(--llmq-kl-4); }}
+.other {{ text-decoration: underline 3px var(--llmq-text-1); text-underline-offset: 4px; font-weight: 650; }}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>
+"""
+_FIGURE = '<script type="application/json">{json}</script><div class="figure" style="height: {height}px"></div>'
+# Each figure's JSON stands in front of its place.
+_DRAW = """
+const draw = () => document.querySelectorAll(".figure").forEach((place) => {
+  const { data, layout } = painted(JSON.parse(place.previousElementSibling.textContent), place);
+  Plotly.react(place, data, layout, config);
+});
+draw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 """
 
 
@@ -115,8 +123,7 @@ def cause_page(cause: Cause, read: Read) -> str:
 def experiment_page(result: dict) -> str:
     """One experiment, or a sweep over models."""
     rows, kind = result["results"], result["kind"]
-    figures = {"silencing": silencing_figure, "amplifying": amplifying_figure, "thresholds": thresholds_figure}
-    drawn = [figures[kind](rows)] if kind in figures and rows else []
+    drawn = [FIGURES[kind](rows)] if kind in FIGURES and rows else []
     if kind == "sweep" and rows:
         drawn = [sweep_figure(rows, by) for by in ("parameters", "perplexity")]
     missing = [f"{name}: not measured: {reason}" for name, reason in result.get("missing", {}).items()]
@@ -131,18 +138,21 @@ class _Markup(str):
 
 def page(title: str, blocks: Iterable[str | go.Figure | tuple[Sequence[str], Sequence[Sequence[str]]]]) -> str:
     """One file: paragraphs of text, figures, and tables as (headers, rows)."""
-    parts, drawn = [], 0
+    parts, drawn = [], False
     for block in blocks:
         if isinstance(block, go.Figure):
-            parts.append(block.to_html(full_html=False, include_plotlyjs=not drawn, config=NO_CLOUD))
-            drawn += 1
+            parts.append(_FIGURE.format(json=block.to_json(), height=block.layout.height))
+            drawn = True
         elif isinstance(block, tuple):
             parts.append(_table(*block))
         elif isinstance(block, _Markup):
             parts.append(block)
         elif block:
             parts.append(f"<p>{html.escape(block)}</p>")
-    colors = {"ink": LIGHT["ink"], "grid": LIGHT["grid"], "other": LIGHT["text-1"]}
+    if drawn:
+        scripts = get_plotlyjs(), f"const config = {json.dumps(NO_CLOUD)};{PAINT}{_DRAW}"
+        parts += [f"<script>{script}</script>" for script in scripts]
+    colors = {"light": properties(LIGHT), "dark": properties(DARK)}
     return _PAGE.format(title=html.escape(title), body="\n".join(parts), **colors)
 
 
@@ -165,7 +175,7 @@ def _text(read: Read) -> str:
         told = [f"KL {kl:.3g} nats, first choice of {value['labels'][0]} is number {rank} of {value['labels'][1]}"]
         for label, guesses in zip(value["labels"], lists, strict=True):
             told.append(f"{label}: " + ", ".join(f"{guess!r} {probability:.1%}" for guess, probability in guesses))
-        level = sum(kl >= edge for edge in LEVELS)
+        level = sum(kl >= edge for edge in KL_EDGES)
         classes = f"k{level}{'' if rank == 1 else ' other'}"
         shown = text.replace("\n", "⏎\n") or "∅"
         parts.append(f'<span class="{classes}" title="{html.escape(chr(10).join(told))}">{html.escape(shown)}</span>')

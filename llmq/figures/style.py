@@ -6,7 +6,7 @@ import html
 
 import plotly.graph_objects as go
 
-from llmq.figures.palette import DARK, LIGHT
+from llmq.figures.palette import named
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -20,20 +20,22 @@ def escape(text: str) -> str:
     return html.escape(printable, quote=False).replace("$", "&#36;")
 
 
-def colors_of(dark: bool) -> dict[str, str]:
-    return DARK if dark else LIGHT
+def ground() -> dict:
+    """The layout every figure begins with: nothing behind it, and its texts in colours by name."""
+    font = {"family": FONT, "color": named("ink")}
+    clear = "rgba(0,0,0,0)"
+    return {
+        "template": "none", "paper_bgcolor": clear, "plot_bgcolor": clear, "font": font,
+        "hoverlabel": {"bgcolor": named("surface"), "font": font},
+    }  # fmt: skip
 
 
-def style(figure: go.Figure, title: str, dark: bool, *, height: int = 400) -> None:
-    colors = colors_of(dark)
-    axis = {"gridcolor": colors["grid"], "zeroline": False, "linecolor": colors["grid"], "automargin": True}
+def style(figure: go.Figure, title: str, *, height: int = 400) -> None:
+    axis = {"gridcolor": named("grid"), "zeroline": False, "linecolor": named("grid"), "automargin": True}
     figure.update_layout(
+        **ground(),
+        font_size=13,
         title={"text": title, "font": {"size": 15}, "x": 0, "xref": "container", "pad": {"l": 12}},
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": FONT, "color": colors["ink"], "size": 13},
-        hoverlabel={"bgcolor": colors["surface"], "font": {"family": FONT, "color": colors["ink"]}},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         margin={"l": 60, "r": 20, "t": 84, "b": 64},
         height=height,

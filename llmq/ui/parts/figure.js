@@ -1,4 +1,4 @@
-// Draws the plotly figure in `props.value`; a new value changes the same chart, so zoom and scroll position stay.
+// Draws the plotly figure in `props.value`; a new value or theme changes the same chart, so the page does not jump.
 const place = element.querySelector('[data-part="figure"]');
 const title = element.querySelector('[data-part="title"]');
 const frame = element.querySelector(".llmq-figure");
@@ -14,8 +14,9 @@ const draw = async () => {
   title.textContent = figure.title;
   try {
     const library = await loadPlotly();
-    place.style.height = `${figure.layout.height}px`;
-    await library.react(place, figure.data, figure.layout, config);
+    const { data, layout } = painted(figure, element);
+    place.style.height = `${layout.height}px`;
+    await library.react(place, data, layout, config);
   } catch (error) {
     failed.hidden = false;
   }
@@ -25,4 +26,5 @@ new ResizeObserver(() => {
   if (window.Plotly && place.data && place.offsetWidth) window.Plotly.Plots.resize(place);
 }).observe(element);
 watch("value", draw);
+repaintWithTheme(draw);
 draw();

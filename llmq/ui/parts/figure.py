@@ -8,7 +8,8 @@ import json
 import gradio as gr
 import plotly.graph_objects as go
 
-from llmq.ui.shell.assets import script, serve_plotly
+from llmq.figures.palette import PAINT
+from llmq.ui.shell.assets import component, script, serve_plotly
 
 _TEMPLATE = """
 <figure class="llmq-figure" hidden><figcaption data-part="title"></figcaption><div data-part="figure"></div></figure>
@@ -19,15 +20,8 @@ _TEMPLATE = """
 
 def figure_view(*, elem_id: str) -> gr.HTML:
     """The component, empty and without height until it has a figure."""
-    return gr.HTML(
-        value={},
-        html_template=_TEMPLATE,
-        js_on_load=script("plotly.js", "figure.js"),
-        apply_default_css=False,
-        elem_id=elem_id,
-        elem_classes=["llmq-flush"],
-        plotly_path=serve_plotly(),
-    )
+    js = script("plotly.js") + PAINT + script("figure.js")
+    return component(_TEMPLATE, js, elem_id=elem_id, value={}, plotly_path=serve_plotly())
 
 
 def sent(figure: go.Figure | None) -> dict:

@@ -34,16 +34,6 @@ const schedule = () => {
   setTimeout(() => requestAnimationFrame(draw), Math.max(0, lastDraw + redrawPause() - performance.now()));
 };
 
-const observeTheme = () => {
-  const repaint = new MutationObserver(() => {
-    if (!element.isConnected) repaint.disconnect();
-    else redrawPlot(current());
-  });
-  for (const root of [document.body, document.documentElement]) {
-    repaint.observe(root, { attributes: true, attributeFilter: ["class"] });
-  }
-};
-
 const observeSize = () => {
   const resize = new ResizeObserver(() => {
     if (!element.isConnected) resize.disconnect();
@@ -58,7 +48,7 @@ draw();
 loadPlotly().then((library) => {
   plotly = library;
   redrawPlot(current());
-  observeTheme();
+  repaintWithTheme(() => redrawPlot(current()));
   observeSize();
 }).catch((error) => {
   console.error("llmq: no plot", error);

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.shell.assets import script, serve_plotly
+from llmq.ui.shell.assets import component, script, serve_plotly
 
 TEMPLATE = """
 <div class="llmq-live">
@@ -36,18 +36,7 @@ TEMPLATE = """
 """
 
 
-def live_panel(*, elem_id: str = "live-panel", **options) -> gr.HTML:
-    """The component; its value is `LiveState.value()` or `{}`. `options` go to `gr.HTML` (`visible`, `render`, ...).
-
-    A function and not a subclass: Gradio writes a `.pyi` file beside the source of every component class.
-    """
-    return gr.HTML(
-        value=options.pop("value", {}),
-        html_template=TEMPLATE,
-        js_on_load=script("plotly.js", "live_cards.js", "live_plot.js", "live.js"),
-        apply_default_css=False,
-        elem_id=elem_id,
-        elem_classes=["llmq-flush"],
-        plotly_path=serve_plotly(),
-        **options,
-    )
+def live_panel() -> gr.HTML:
+    """The component; its value is `LiveState.value()` or `{}`."""
+    js = script("plotly.js", "live_cards.js", "live_plot.js", "live.js")
+    return component(TEMPLATE, js, elem_id="live-panel", value={}, plotly_path=serve_plotly())

@@ -18,3 +18,14 @@ const loadPlotly = () => {
   });
   return window.llmqPlotly;
 };
+
+// Calls `repaint` when the page turns light or dark, as long as this component is in it.
+const repaintWithTheme = (repaint) => {
+  const theme = new MutationObserver(() => {
+    if (!element.isConnected) theme.disconnect();
+    else repaint();
+  });
+  for (const root of [document.body, document.documentElement]) {
+    theme.observe(root, { attributes: true, attributeFilter: ["class"] });
+  }
+};

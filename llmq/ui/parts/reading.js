@@ -1,6 +1,5 @@
 // The text that both methods read, token by token. Token text reaches the page through textContent only.
 const part = (name) => element.querySelector(`[data-part="${name}"]`);
-const LEVELS = [0.001, 0.01, 0.1, 1];
 let chosen = -1;
 
 const node = (tag, className, text) => {
@@ -14,7 +13,7 @@ const node = (tag, className, text) => {
 const visible = (text) => (text === "" ? "∅" : /^[^\S\n]+$/.test(text)
   ? text.replace(/\t/g, "⇥").replace(/[^\S⇥]/g, "␣") : text.replace(/\r?\n/g, "⏎"));
 const percent = (p) => (p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : `${(100 * p).toPrecision(2)} %`);
-const level = (kl) => (kl === null ? LEVELS.length : LEVELS.filter((edge) => kl >= edge).length);
+const level = (kl) => props.edges.filter((edge) => kl === null || kl >= edge).length;
 const nats = (kl) => (kl === null ? "infinite" : `${kl.toPrecision(3)} nats`);
 
 const guesses = (label, list, number) => {

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.shell.assets import script
+from llmq.figures.palette import KL_EDGES
+from llmq.ui.shell.assets import component, script
 
-_TEMPLATE = """
+_NATS = [f"under {KL_EDGES[0]:g}", *(f"{edge:g}" for edge in KL_EDGES[:-1]), f"{KL_EDGES[-1]:g} and more"]
+_SHADES = " ".join(f'<span class="llmq-token llmq-kl{level}">{text}</span>' for level, text in enumerate(_NATS))
+_TEMPLATE = f"""
 <div class="llmq-reading">
   <p class="llmq-diff-summary" data-part="summary" data-placeholder="The text appears here, each token shaded by how
     much the methods differ on it."></p>
-  <p class="llmq-legend" data-part="legend" hidden>KL in nats:
-    <span class="llmq-token llmq-kl0">under 0.001</span> <span class="llmq-token llmq-kl1">0.001</span>
-    <span class="llmq-token llmq-kl2">0.01</span> <span class="llmq-token llmq-kl3">0.1</span>
-    <span class="llmq-token llmq-kl4">1 and more</span>
+  <p class="llmq-legend" data-part="legend" hidden>KL in nats: {_SHADES}
     <span class="llmq-token llmq-other">another first choice</span></p>
   <p class="llmq-reading-text" data-part="text"></p>
   <p class="llmq-quiet" data-part="help" hidden>Point at a token for both methods' five likeliest; click it for the
@@ -29,11 +29,4 @@ _TEMPLATE = """
 
 def reading_view(*, elem_id: str) -> gr.HTML:
     """The component."""
-    return gr.HTML(
-        value={},
-        html_template=_TEMPLATE,
-        js_on_load=script("reading.js"),
-        apply_default_css=False,
-        elem_id=elem_id,
-        elem_classes=["llmq-flush"],
-    )
+    return component(_TEMPLATE, script("reading.js"), elem_id=elem_id, value={}, edges=KL_EDGES)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gradio as gr
 
+from llmq.ui.shell.assets import component
+
 _TEMPLATE = (
     '<p class="llmq-status" role="status"></p>'
     '<progress class="llmq-progress" max="1" aria-label="Progress" hidden></progress>'
@@ -29,14 +31,7 @@ show();
 
 def status_line(text: str, *, elem_id: str) -> gr.HTML:
     """The component; its value is the text, or `working(...)`."""
-    return gr.HTML(
-        value=text,
-        html_template=_TEMPLATE,
-        js_on_load=_SCRIPT,
-        apply_default_css=False,
-        elem_id=elem_id,
-        elem_classes=["llmq-flush"],
-    )
+    return component(_TEMPLATE, _SCRIPT, elem_id=elem_id, value=text)
 
 
 def working(text: str, fraction: float | None) -> dict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.shell.assets import script
+from llmq.ui.shell.assets import component, script
 
 TEMPLATE = """
 <div class="llmq-diff">
@@ -14,14 +14,6 @@ TEMPLATE = """
 """
 
 
-def token_diff_view(*, elem_id: str = "token-diff", **options) -> gr.HTML:
-    """The component; its value is `diff_value(...)` or `{}`. `options` go to `gr.HTML`."""
-    return gr.HTML(
-        value=options.pop("value", {}),
-        html_template=TEMPLATE,
-        js_on_load=script("token_diff.js"),
-        apply_default_css=False,
-        elem_id=elem_id,
-        elem_classes=["llmq-flush"],
-        **options,
-    )
+def token_diff_view() -> gr.HTML:
+    """The component; its value is `diff_value(...)` or `{}`."""
+    return component(TEMPLATE, script("token_diff.js"), elem_id="token-diff", value={})

@@ -1,4 +1,4 @@
-"""Files the browser needs: the scripts of the parts, and plotly.js out of the plotly wheel (no other host is asked)."""
+"""What the browser runs: the scripts of the parts, and plotly.js out of the plotly wheel (no other host is asked)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ PARTS = Path(__file__).parents[1] / "parts"
 def script(*names: str) -> str:
     """The named JavaScript files of llmq/ui/parts, joined in order."""
     return "\n".join((PARTS / name).read_text(encoding="utf-8") for name in names)
+
+
+def component(template: str, js: str, *, elem_id: str, value="", **props) -> gr.HTML:
+    """A component whose `template` never changes: `js` runs once, and draws `props.value` whenever that changes.
+
+    A function and not a subclass: Gradio writes a `.pyi` file beside the source of every component class.
+    """
+    return gr.HTML(
+        value=value, html_template=template, js_on_load=js, apply_default_css=False, elem_id=elem_id,
+        elem_classes=["llmq-flush"], **props,
+    )  # fmt: skip
 
 
 def serve_plotly() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.figures.palette import DARK, LIGHT
+from llmq.figures.palette import DARK, LIGHT, properties
 
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
@@ -22,19 +22,11 @@ CONTESTANT_CLASSES = ("llmq-c0", "llmq-c1", "llmq-c2")  # on a pane or a card: i
 def build_css() -> str:
     """The page's style sheet: the palettes as custom properties, then theme.css."""
     rules = Path(__file__).with_name("theme.css").read_text(encoding="utf-8")
-    return "\n".join((_properties(":root", LIGHT), _properties(".dark", DARK), rules))
+    return "\n".join((f":root {{ {properties(LIGHT)} }}", f".dark {{ {properties(DARK)} }}", rules))
 
 
-def _properties(selector: str, palette: dict[str, str]) -> str:
-    return f"{selector} {{ {' '.join(f'--llmq-{name}: {value};' for name, value in palette.items())} }}"
-
-
-def _both(name: str, colour: str) -> dict[str, str]:
-    return {name: LIGHT[colour], f"{name}_dark": DARK[colour]}
-
-
-# Gradio's theme variable -> name in the palettes.
-SURFACES = {
+# Gradio's theme variable -> name in the palettes: surfaces, texts, accents.
+COLORS = {
     "body_background_fill": "page",
     "background_fill_primary": "surface",
     "background_fill_secondary": "page",
@@ -57,8 +49,6 @@ SURFACES = {
     "checkbox_border_color": "ink-soft",
     "input_border_color": "ink-soft",
     "input_border_color_focus": "accent",
-}
-TEXTS = {
     "body_text_color": "ink",
     "body_text_color_subdued": "ink-soft",
     "block_label_text_color": "ink-soft",
@@ -75,8 +65,6 @@ TEXTS = {
     "link_text_color_active": "link",
     "link_text_color_hover": "ink",
     "link_text_color_visited": "link",
-}
-ACCENTS = {
     "button_primary_background_fill": "accent",
     "button_primary_background_fill_hover": "accent-strong",
     "button_primary_border_color": "accent",
@@ -94,12 +82,10 @@ def build_theme() -> gr.themes.Base:
     """A quiet theme on Gradio's base: light and dark, flat surfaces, visible borders."""
     theme = gr.themes.Base(primary_hue="slate", secondary_hue="slate", neutral_hue="slate", font=SANS, font_mono=MONO)
     theme.name = "llmq"
-    colours = {}
-    for table in (SURFACES, TEXTS, ACCENTS):
-        for variable, name in table.items():
-            colours |= _both(variable, name)
+    sides = ("", LIGHT), ("_dark", DARK)
+    colors = {f"{variable}{side}": palette[name] for variable, name in COLORS.items() for side, palette in sides}
     return theme.set(
-        **colours,
+        **colors,
         color_accent="var(--llmq-accent)",
         color_accent_soft="var(--llmq-page)",
         input_border_width="1px",

@@ -27,7 +27,7 @@ QUIET = {"show_progress": "hidden", "concurrency_limit": 16, "concurrency_id": "
 
 
 class AgreementPanel:
-    """Builds the part inside an open tab; `wire` connects it to the shared prompt, model, method and theme."""
+    """Builds the part inside an open tab; `wire` connects it to the shared prompt, model and method."""
 
     def __init__(self, state: AppState):
         self.state = state
@@ -61,7 +61,7 @@ class AgreementPanel:
             type="array", elem_id="patches", elem_classes=["llmq-table"], visible=False,
         )  # fmt: skip
 
-    def wire(self, prompt, model, method, threshold, dark, dark_script: str) -> None:
+    def wire(self, prompt, model, method, threshold) -> None:
         self.text.change(
             lambda kind: gr.Textbox(visible=kind == "text"), self.text, self.pasted, show_progress="hidden",
             api_visibility="private",
@@ -75,9 +75,8 @@ class AgreementPanel:
         )
         self.reading.select(
             self._explain,
-            [self.key, self.patch, dark],
+            [self.key, self.patch],
             [self.cause_status, self.layers, self.patches],
-            js=dark_script,
             api_visibility="private",
             trigger_mode="always_last",
             **QUIET,
@@ -119,7 +118,7 @@ class AgreementPanel:
             self.patches: gr.Dataframe(value=[], visible=False),
         }
 
-    def _explain(self, key, patch, dark, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
+    def _explain(self, key, patch, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
         """The chain of cause of the chosen token, growing while modules are tried."""
         read = self.state.kept(key)
         if read is None:
@@ -140,7 +139,7 @@ class AgreementPanel:
             for item in self.state.run(explanation, request.session_hash or "nobody"):
                 if isinstance(item, Cause):
                     cause = item
-                    yield self._shown(cause, read, dark)
+                    yield self._shown(cause, read)
                 elif line := progress_of(item):
                     found = f"{cause_line(cause, read)} " if cause else ""
                     yield {self.cause_status: _after(found, line)}
@@ -152,10 +151,10 @@ class AgreementPanel:
         else:
             yield {self.cause_status: ("Stopped early. " if cause.stopped else "") + cause_line(cause, read)}
 
-    def _shown(self, cause: Cause, read: Read, dark) -> dict:
+    def _shown(self, cause: Cause, read: Read) -> dict:
         return {
             self.cause_status: {"text": cause_line(cause, read), "fraction": None},
-            self.layers: sent(layer_error_figure(cause, dark=bool(dark))),
+            self.layers: sent(layer_error_figure(cause)),
             self.patches: gr.Dataframe(value=patch_rows(cause, read), visible=bool(cause.patches)),
         }
 

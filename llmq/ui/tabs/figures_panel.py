@@ -34,14 +34,14 @@ class FiguresPanel:
     def frame(self, report: OutlierReport) -> dict:
         return {}
 
-    def draw(self, key, threshold, dark) -> dict:
+    def draw(self, key, threshold) -> dict:
         report = self.find(key)
         if report is None:
             return {part: gr.skip() for part in self.outputs}
         found = emergence(report)
         return {
             self.said: emergence_line(found),
-            self.features: sent(features_figure(found, dark=bool(dark))),
-            self.peaks: sent(peaks_figure(report, dark=bool(dark))),
+            self.features: sent(features_figure(found)),
+            self.peaks: sent(peaks_figure(report)),
             self.massive: filled(massive_rows(report)),
         }

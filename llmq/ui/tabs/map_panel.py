@@ -47,14 +47,14 @@ class MapPanel:
             self.layer: gr.Slider(maximum=max(layers, default=0), value=_loudest_layer(report)),
         }
 
-    def draw(self, key, threshold, kind, phase, layer, dark) -> dict:
+    def draw(self, key, threshold, kind, phase, layer) -> dict:
         """Every picture and table of a kept report at one threshold."""
         report = self.find(key)
         if report is None:
             return {part: gr.skip() for part in self.outputs}
-        tokens = token_figure(report, kind, int(layer), threshold, dark=bool(dark))
+        tokens = token_figure(report, kind, int(layer), threshold)
         return {
-            self.map: sent(map_figure(report, kind, phase, threshold, dark=bool(dark))),
+            self.map: sent(map_figure(report, kind, phase, threshold)),
             self.tokens: sent(tokens),
             self.shares: filled(shares_table(report, threshold)),
             self.channels: filled(strongest_table(report, threshold)),

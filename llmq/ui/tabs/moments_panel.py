@@ -38,11 +38,11 @@ class MomentsPanel:
             self.moment: gr.Slider(maximum=max(1, report.generated_tokens), value=0),
         }
 
-    def draw(self, key, threshold, kind, moment, dark) -> dict:
+    def draw(self, key, threshold, kind, moment) -> dict:
         """The columns of one moment."""
         report = self.find(key)
         if report is None:
             return {part: gr.skip() for part in self.outputs}
         moment = min(max(int(moment or 0), 0), report.generated_tokens)
-        figure = columns_figure(report, kind, moment, threshold, dark=bool(dark))
+        figure = columns_figure(report, kind, moment, threshold)
         return {self.figure: sent(figure), self.said: account_line(report, threshold)}

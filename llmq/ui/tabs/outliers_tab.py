@@ -26,7 +26,6 @@ from llmq.ui.tabs.moments_panel import MomentsPanel
 from llmq.ui.tabs.what_if_panel import WhatIfPanel
 
 log = logging.getLogger(__name__)
-DARK_SCRIPT = "(...inputs) => [...inputs.slice(0, -1), document.body.classList.contains('dark')]"
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -80,7 +79,6 @@ class OutliersTab:
             self.stop = gr.Button("Stop", variant="stop", elem_id="outlier-stop", scale=1, min_width=90)
         self.status = status_line("Ready.", elem_id="outlier-status")
         self.report_key = gr.State(None)
-        self.dark = gr.Checkbox(visible=False)
 
     def wire(self, tab: gr.Tab) -> None:
         panels = (self.map, self.moments, self.figures)
@@ -97,11 +95,11 @@ class OutliersTab:
             api_name="outliers",
         )
         for panel in panels:
-            inputs = [self.report_key, self.threshold, *panel.inputs, self.dark]
+            inputs = [self.report_key, self.threshold, *panel.inputs]
             changed = [self.report_key.change, self.threshold.input, *panel.changes]
-            gr.on(changed, panel.draw, inputs, panel.outputs, js=DARK_SCRIPT, trigger_mode="always_last", **QUIET)
-        self.agreement.wire(self.prompt, self.model, self.method, self.threshold, self.dark, DARK_SCRIPT)
-        self.what_if.wire(self.prompt, self.model, self.dark, DARK_SCRIPT)
+            gr.on(changed, panel.draw, inputs, panel.outputs, trigger_mode="always_last", **QUIET)
+        self.agreement.wire(self.prompt, self.model, self.method, self.threshold)
+        self.what_if.wire(self.prompt, self.model)
         self.stop.click(self._stop, None, None, queue=False, **QUIET)
         tab.select(self._prepare, [self.model, self.method], None, concurrency_limit=1, **QUIET)
 

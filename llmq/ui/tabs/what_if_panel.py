@@ -14,7 +14,7 @@ from llmq.experiments.channels import Amplifying, Silencing
 from llmq.experiments.lab import Experiment, Outcome
 from llmq.experiments.tables import HEADERS, finding, rows_of
 from llmq.experiments.thresholds import Thresholds
-from llmq.figures.lines import amplifying_figure, silencing_figure, thresholds_figure
+from llmq.figures.lines import FIGURES
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
@@ -22,7 +22,6 @@ from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
 
 THRESHOLD_METHODS = ["llm-int8", "bnb-int8"]
-FIGURES = {"silencing": silencing_figure, "amplifying": amplifying_figure, "thresholds": thresholds_figure}
 QUIET = {"show_progress": "hidden"}
 
 
@@ -41,7 +40,7 @@ class Section:
 
 
 class WhatIfPanel:
-    """Builds the part inside an open tab; `wire` connects it to the shared prompt, model and theme."""
+    """Builds the part inside an open tab; `wire` connects it to the shared prompt and model."""
 
     def __init__(self, state: AppState):
         self.state = state
@@ -89,48 +88,48 @@ class WhatIfPanel:
         )  # fmt: skip
         return Section(kind, inputs, button, status, said, figure, table, gr.State([]))
 
-    def wire(self, prompt, model, dark, dark_script: str) -> None:
-        self._wire(self.ablation, self._ablation, [model, dark], dark_script)
-        self._wire(self.silencing, self._silencing, [model, prompt, self.count, dark], dark_script)
-        self._wire(self.thresholds, self._thresholds, [model, self.method, dark], dark_script)
-        inputs = [model, self.factor, self.channels, self.amplifying.rows, dark]
-        self._wire(self.amplifying, self._amplifying, inputs, dark_script, self.factor.release)
+    def wire(self, prompt, model) -> None:
+        self._wire(self.ablation, self._ablation, [model])
+        self._wire(self.silencing, self._silencing, [model, prompt, self.count])
+        self._wire(self.thresholds, self._thresholds, [model, self.method])
+        inputs = [model, self.factor, self.channels, self.amplifying.rows]
+        self._wire(self.amplifying, self._amplifying, inputs, self.factor.release)
 
-    def _wire(self, section: Section, handler: Callable, inputs: list, dark_script: str, *more) -> None:
+    def _wire(self, section: Section, handler: Callable, inputs: list, *more) -> None:
         outputs = [section.status, section.finding, section.table, section.rows]
         outputs += [section.figure] if section.figure else []
         gr.on(
-            [section.button.click, *more], handler, inputs, outputs, js=dark_script, concurrency_limit=16,
+            [section.button.click, *more], handler, inputs, outputs, concurrency_limit=16,
             concurrency_id="runs", api_name=section.kind, trigger_mode="always_last", **QUIET,
         )  # fmt: skip
 
-    def _ablation(self, model, dark, request: gr.Request) -> Iterator[dict]:
+    def _ablation(self, model, request: gr.Request) -> Iterator[dict]:
         """W8A8, W32A8 and W8A32 on the reference text."""
-        yield from self._run(self.ablation, lambda: Ablation(**self._shared(model)), [], dark, request)
+        yield from self._run(self.ablation, lambda: Ablation(**self._shared(model)), [], request)
 
-    def _silencing(self, model, prompt, count, dark, request: gr.Request) -> Iterator[dict]:
+    def _silencing(self, model, prompt, count, request: gr.Request) -> Iterator[dict]:
         """Silence the strongest channels, and as many random ones."""
         make = lambda: Silencing(**self._shared(model), prompt=str(prompt or ""), counts=(whole("k", count),))  # noqa: E731
-        yield from self._run(self.silencing, make, [], dark, request)
+        yield from self._run(self.silencing, make, [], request)
 
-    def _thresholds(self, model, method, dark, request: gr.Request) -> Iterator[dict]:
+    def _thresholds(self, model, method, request: gr.Request) -> Iterator[dict]:
         """Every threshold measured anew."""
         make = lambda: Thresholds(**self._shared(model), method=str(method))  # noqa: E731
-        yield from self._run(self.thresholds, make, [], dark, request)
+        yield from self._run(self.thresholds, make, [], request)
 
-    def _amplifying(self, model, factor, channels, rows, dark, request: gr.Request) -> Iterator[dict]:
+    def _amplifying(self, model, factor, channels, rows, request: gr.Request) -> Iterator[dict]:
         """Amplify channels by s. Rows of the same model and channels stay beside the new ones."""
 
         def make() -> Amplifying:
             return Amplifying(**self._shared(model), factors=(float(factor),), channels=channel_numbers(channels))
 
-        yield from self._run(self.amplifying, make, list(rows or []), dark, request)
+        yield from self._run(self.amplifying, make, list(rows or []), request)
 
     def _shared(self, model) -> dict:
         return {"model": model, "device": self.state.device}
 
     def _run(
-        self, section: Section, make: Callable[[], Experiment], kept: list[dict], dark, request: gr.Request
+        self, section: Section, make: Callable[[], Experiment], kept: list[dict], request: gr.Request
     ) -> Iterator[dict]:
         """Stream one experiment: the status with its bar, and the result whenever a row is measured."""
         outcome = None
@@ -140,7 +139,7 @@ class WhatIfPanel:
             for item in self.state.run(experiment, request.session_hash or "nobody"):
                 if isinstance(item, Outcome):
                     outcome = item
-                    yield self._shown(section, outcome.result, kept, dark)
+                    yield self._shown(section, outcome.result, kept)
                 elif line := progress_of(item):
                     yield {section.status: line}
         except (UserError, ValueError, TypeError) as error:
@@ -148,7 +147,7 @@ class WhatIfPanel:
             raise notice(error) from error
         yield {section.status: _ended(outcome)}
 
-    def _shown(self, section: Section, result: dict, kept: list[dict], dark) -> dict:
+    def _shown(self, section: Section, result: dict, kept: list[dict]) -> dict:
         rows = merged(kept, [row | {"model": result["model"]} for row in result["results"]])
         whole = result | {"results": rows}
         said = finding(whole)
@@ -158,7 +157,7 @@ class WhatIfPanel:
             section.rows: rows,
         }
         if section.figure:
-            update[section.figure] = sent(FIGURES[section.kind](rows, dark=bool(dark)))
+            update[section.figure] = sent(FIGURES[section.kind](rows))
         return update
 
 
