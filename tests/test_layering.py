@@ -14,11 +14,33 @@ SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in [*sorted((ROOT / "llmq").rglob("*.py")), ROOT / "app.py"]
 }
-CORE = [
-    name
-    for name in SOURCES
-    if name.startswith("llmq") and not name.startswith(("llmq.ui", "llmq.figures", "llmq.__main__"))
+# From the ground up: a package, or a module beside them, imports only from floors below its own.
+FLOORS = [
+    "llmq llmq.errors llmq.formatting llmq.telemetry",
+    "llmq.events llmq.kernels",
+    "llmq.quant llmq.summary",
+    "llmq.models",
+    "llmq.engine llmq.environment",
+    "llmq.contestants llmq.preparation",
+    "llmq.memory",
+    "llmq.compare llmq.inspect",
+    "llmq.bench llmq.reporting",
+    "llmq.experiments",
+    "llmq.figures",
+    "llmq.ui llmq.actions",
+    "llmq.inquiries",
+    "llmq.cli",
+    "llmq.__main__ app",
 ]
+FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages.split()}
+# The arrows that run up, each of which closes a circle: kernels/cpu/build.py takes the cache's folder from models, and
+# bench/tables.py writes the tables of experiments.
+KNOWN_CYCLES = {("llmq.kernels", "llmq.models"), ("llmq.bench", "llmq.experiments")}
+# Modules of the page that are plain Python, among them whatever turns events into updates: tests of it need no server.
+PLAIN = {"llmq.ui", "llmq.ui.parts", "llmq.ui.shell", "llmq.ui.tabs"}
+PLAIN |= {f"llmq.ui.parts.{name}" for name in ("examples", "live_state", "progress", "token_alignment", "verdict")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("link", "quick_import", "state")}
+PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view")}
 
 
 def imports_of(tree: ast.AST, module: str, *, is_package: bool) -> set[str]:
@@ -52,15 +74,39 @@ def parse(name: str) -> ast.Module:
     return ast.parse(SOURCES[name].read_text(encoding="utf-8"))
 
 
-def docstring(name: str) -> str:
-    return ast.get_docstring(parse(name)) or ""
-
-
 IMPORTS = {name: imports_of(parse(name), name, is_package=SOURCES[name].name == "__init__.py") for name in SOURCES}
 
 
 def within(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def package_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def arrows() -> dict[str, set[str]]:
+    """Package -> the packages it imports from."""
+    found = {package_of(name): set() for name in SOURCES}
+    for name, imported in IMPORTS.items():
+        found[package_of(name)] |= {package_of(module) for module in imported & SOURCES.keys()} - {package_of(name)}
+    return found
+
+
+def reach(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Everything that `start` leads to; itself only when it is on a cycle."""
+    found, ahead = set(), set(graph[start])
+    while ahead:
+        found |= ahead
+        ahead = set().union(*(graph[node] for node in ahead)) - found
+    return found
+
+
+def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The strongly connected components of more than one node."""
+    reached = {node: reach(graph, node) for node in graph}
+    found = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return [set(component) for component in found]
 
 
 def importers(*packages: str) -> set[str]:
@@ -100,34 +146,33 @@ def test_a_library_stays_behind_its_module(library, allowed):
     assert {name for name in importers(library) if not within(name, allowed)} == set()
 
 
+def test_every_package_has_its_floor():
+    assert FLOOR_OF.keys() == arrows().keys()
+
+
+@pytest.mark.parametrize("package", FLOOR_OF)
+def test_arrows_point_down(package):
+    up = {other for other in arrows()[package] if FLOOR_OF[other] >= FLOOR_OF[package]}
+    assert up == {end for start, end in KNOWN_CYCLES if start == package}
+
+
+def test_no_packages_import_each_other_in_a_circle():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a", "d"}}) == [{"b", "c"}]
+    graph = arrows()
+    assert len(cycles(graph)) == len(KNOWN_CYCLES), "one circle for each arrow that is known to run up"
+    assert cycles({node: {end for end in graph[node] if (node, end) not in KNOWN_CYCLES} for node in graph}) == []
+
+
 @pytest.mark.parametrize(
     ("package", "never"),
     [
-        ("llmq.errors", ("llmq",)),
-        (
-            "llmq.events",
-            ("llmq.engine", "llmq.models", "llmq.quant", "llmq.compare", "llmq.ui", "torch", "transformers"),
-        ),
-        (
-            "llmq.engine",
-            ("llmq.compare", "llmq.contestants", "llmq.ui", "llmq.inspect", "llmq.bench", "llmq.cli", "app"),
-        ),
-        ("llmq.quant", ("llmq.engine", "llmq.models", "llmq.compare", "llmq.contestants", "llmq.ui", "llmq.inspect")),
-        ("llmq.models", ("llmq.engine", "llmq.compare", "llmq.contestants", "llmq.ui", "llmq.inspect", "llmq.bench")),
-        ("llmq.inspect", ("llmq.compare", "llmq.ui", "llmq.bench", "llmq.cli")),
-        ("llmq.bench", ("llmq.ui", "llmq.cli")),
-        ("llmq.compare", ("llmq.ui", "llmq.inspect", "llmq.bench", "llmq.cli", "app")),
-        ("llmq.ui", ("llmq.cli", "app")),
+        ("llmq.events", ("torch", "transformers")),
+        ("llmq.figures", ("llmq.compare", "llmq.engine", "llmq.kernels", "llmq.models", "torch", "transformers")),
     ],
 )
-def test_arrows_point_down(package, never):
+def test_what_a_floor_alone_does_not_say(package, never):
     found = {name: sorted(m for m in IMPORTS[name] if within(m, never)) for name in SOURCES if within(name, (package,))}
     assert {name: modules for name, modules in found.items() if modules} == {}
-
-
-def test_the_page_can_be_deleted():
-    """Nothing but the page and the app knows `llmq.ui`."""
-    assert {name for name in importers("llmq.ui") if not within(name, ("llmq.ui", "app"))} == set()
 
 
 def handlers(name: str):
@@ -196,28 +241,28 @@ def test_the_command_line_starts_without_torch():
     assert loaded_after("import llmq, llmq.cli, llmq.__init__\nllmq.cli.build_parser()") & heavy == set()
 
 
+def load(names) -> str:
+    return "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in sorted(names))
+
+
 def test_no_core_module_loads_gradio_or_starts_cuda():
-    code = "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in CORE)
-    loaded = loaded_after(code)
+    shown = ("llmq.ui", "llmq.figures", "llmq.__main__", "app")
+    loaded = loaded_after(load(name for name in SOURCES if not within(name, shown)))
     assert loaded & {"gradio", "plotly", "bitsandbytes"} == set()
     assert {"llmq", "torch"} <= loaded  # inspect's hooks need it; so the check above had something to see
 
 
 def test_figures_load_neither_gradio_nor_torch():
-    code = "import importlib\n"
-    code += "\n".join(f"importlib.import_module({name!r})" for name in SOURCES if within(name, ("llmq.figures",)))
-    loaded = loaded_after(code)
+    loaded = loaded_after(load(name for name in SOURCES if within(name, ("llmq.figures",))))
     assert loaded & {"gradio", "torch"} == set() and "plotly" in loaded
 
 
-def test_modules_of_the_page_that_promise_no_gradio_load_none():
-    """Those whose docstring says so, among them what turns events into updates: tests of it need no server."""
-    plain = [name for name in SOURCES if within(name, ("llmq.ui",)) and "no gradio" in docstring(name).lower()]
-    assert {"llmq.ui.shell.state", "llmq.ui.shell.link", "llmq.ui.parts.verdict", "llmq.ui.tabs.compare_view"} <= set(
-        plain
-    )
-    code = "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in plain)
-    assert "gradio" not in loaded_after(code)
+def test_plain_modules_of_the_page_load_no_gradio():
+    graph = {name: IMPORTS[name] & SOURCES.keys() for name in SOURCES}
+    direct = importers("gradio")
+    free = {name for name in SOURCES if within(name, ("llmq.ui",)) and not ({name} | reach(graph, name)) & direct}
+    assert free == PLAIN
+    assert "gradio" not in loaded_after(load(PLAIN))
 
 
 def test_every_operation_the_loop_asks_for_exists():
