@@ -16,7 +16,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from llmq.figures.palette import STEPS, named
-from llmq.figures.style import escape, ground
+from llmq.figures.style import base_layout, escape
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.views import layer_channel_map
 
@@ -206,7 +206,7 @@ def _figure(heatmap: go.Heatmap, values: np.ndarray, threshold: float, title: st
     figure = go.Figure([heatmap, _color_bar(*_bounds(values, threshold), threshold)])
     plain = {"showgrid": False, "zeroline": False}
     figure.update_layout(
-        **ground(),
+        **base_layout(),
         title={"text": escape(title)},
         xaxis={"title": {"text": "channel"}, **plain},
         yaxis={

@@ -20,7 +20,7 @@ def escape(text: str) -> str:
     return html.escape(printable, quote=False).replace("$", "&#36;")
 
 
-def ground() -> dict:
+def base_layout() -> dict:
     """The layout every figure begins with: nothing behind it, and its texts in colours by name."""
     font = {"family": FONT, "color": named("ink")}
     clear = "rgba(0,0,0,0)"
@@ -31,9 +31,10 @@ def ground() -> dict:
 
 
 def style(figure: go.Figure, title: str, *, height: int = 400) -> None:
+    """Give a figure that has its traces the layout of all, its title and its axes' lines."""
     axis = {"gridcolor": named("grid"), "zeroline": False, "linecolor": named("grid"), "automargin": True}
     figure.update_layout(
-        **ground(),
+        **base_layout(),
         font_size=13,
         title={"text": title, "font": {"size": 15}, "x": 0, "xref": "container", "pad": {"l": 12}},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},

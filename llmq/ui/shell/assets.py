@@ -16,7 +16,7 @@ def script(*names: str) -> str:
     return "\n".join((PARTS / name).read_text(encoding="utf-8") for name in names)
 
 
-def component(template: str, js: str, *, elem_id: str, value="", **props) -> gr.HTML:
+def component(template: str, js: str, *, elem_id: str, value, **props) -> gr.HTML:
     """A component whose `template` never changes: `js` runs once, and draws `props.value` whenever that changes.
 
     A function and not a subclass: Gradio writes a `.pyi` file beside the source of every component class.
