@@ -14,7 +14,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from llmq.errors import UserError  # noqa: E402
-from llmq.ui.session import Jobs, Session  # noqa: E402
+from llmq.ui.shell.state import AppState, Jobs  # noqa: E402
 
 RUNS = Path(__file__).parent / "assets" / "runs"
 JOBS = Jobs()
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_session(options: argparse.Namespace, run=run_job) -> Session:
+def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     """What the page works with; raises UserError for a wrong device, method or model."""
     from llmq.contestant import Contestant
     from llmq.environment import device_label, device_named
@@ -63,7 +63,7 @@ def make_session(options: argparse.Namespace, run=run_job) -> Session:
     choice = choose_model(options.model, device)
     methods = options.methods or default_methods(device)
     open_model(choice.model)
-    return Session(
+    return AppState(
         run=run,
         stop=JOBS.stop,
         device=device,
@@ -87,18 +87,18 @@ def default_methods(device: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        session = make_session(options, on_shared_gpu(run_job))
-        fetch(session.model, session.methods)
+        state = make_state(options, on_shared_gpu(run_job))
+        fetch(state.model, state.methods)
         auth = parse_auth(options.auth)
     except UserError as error:
         print(f"llmq: {error}", file=sys.stderr)
         return 2
-    from llmq.ui.quick_import import without_stub_files
+    from llmq.ui.shell.quick_import import without_stub_files
 
     with without_stub_files():
-        from llmq.ui.launch import launch
+        from llmq.ui.shell.launch import launch
 
-    launch(session, host=options.host, port=options.port, share=options.share, auth=auth)
+    launch(state, host=options.host, port=options.port, share=options.share, auth=auth)
     return 0
 
 

@@ -30,7 +30,7 @@ def run_outliers(options) -> int:
     )
     report = answer(inspection)
     if options.html:
-        from llmq.ui.pages import outliers_page
+        from llmq.figures.pages import outliers_page
 
         write_text(options.html, outliers_page(report, options.threshold))
     if options.json:
@@ -54,7 +54,7 @@ def run_agreement(options) -> int:
 
     read = _read(options)
     if options.html:
-        from llmq.ui.pages import agreement_page
+        from llmq.figures.pages import agreement_page
 
         write_text(options.html, agreement_page(read))
     if options.json:
@@ -93,7 +93,7 @@ def run_explain(options) -> int:
     )
     cause = answer(explanation, machine)
     if options.html:
-        from llmq.ui.pages import cause_page
+        from llmq.figures.pages import cause_page
 
         write_text(options.html, cause_page(cause, read))
     if options.json:
@@ -175,7 +175,7 @@ def _print_experiment(result: dict, options) -> int:
     if options.save:
         write_text(options.save, json.dumps(stored, indent=1, allow_nan=False) + "\n")
     if options.html:
-        from llmq.ui.pages import experiment_page
+        from llmq.figures.pages import experiment_page
 
         write_text(options.html, experiment_page(result))
     if options.json:

@@ -6,7 +6,8 @@ import pytest
 
 from llmq.errors import UserError
 from llmq.events import Failed, Finished, Freed, Loaded, Loading, Planned, Prefilled, Step, Waiting
-from llmq.ui.compare_view import UPDATE_SECONDS, CompareView, arithmetic, labels_of, status_line
+from llmq.ui.parts.progress import event_line
+from llmq.ui.tabs.compare_view import UPDATE_SECONDS, CompareView, arithmetic, labels_of
 
 NAMES = ["fp16", "bnb-int8"]
 HTML = '<script>alert("1")</script>&amp;'
@@ -198,13 +199,11 @@ def test_a_recording_with_an_unknown_method_is_shown():
     ],
 )
 def test_a_screen_reader_hears_what_matters(event, line):
-    assert status_line(event) == line
+    assert event_line(event) == line
 
 
 def test_what_did_not_come_back_is_said():
-    assert "not seen to come back" in status_line(
-        Freed(contestant="a", expected_bytes=1, freed_bytes=0, verified=False)
-    )
+    assert "not seen to come back" in event_line(Freed(contestant="a", expected_bytes=1, freed_bytes=0, verified=False))
 
 
 @pytest.mark.parametrize("label", NAMES)

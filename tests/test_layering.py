@@ -14,7 +14,29 @@ SOURCES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in [*sorted((ROOT / "llmq").rglob("*.py")), ROOT / "app.py"]
 }
-CORE = [name for name in SOURCES if name.startswith("llmq") and not name.startswith(("llmq.ui", "llmq.__main__"))]
+# From the ground up: a package, or a module beside them, imports only from floors below its own.
+FLOORS = [
+    "llmq llmq.errors llmq.formatting llmq.hooks llmq.telemetry",
+    "llmq.cache llmq.events llmq.fields llmq.scores",
+    "llmq.kernels llmq.summary",
+    "llmq.methods",
+    "llmq.contestant llmq.models",
+    "llmq.engine llmq.environment llmq.memory",
+    "llmq.machine",
+    "llmq.compare llmq.inspect",
+    "llmq.experiments llmq.reporting",
+    "llmq.bench llmq.figures",
+    "llmq.actions llmq.ui",
+    "llmq.inquiries",
+    "llmq.cli",
+    "llmq.__main__ app",
+]
+FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages.split()}
+# Modules of the page that are plain Python, among them whatever turns events into updates: tests of it need no server.
+PLAIN = {"llmq.ui", "llmq.ui.parts", "llmq.ui.shell", "llmq.ui.tabs"}
+PLAIN |= {f"llmq.ui.parts.{name}" for name in ("examples", "live_state", "progress", "token_alignment", "verdict")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("link", "quick_import", "state")}
+PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view")}
 
 
 def imports_of(tree: ast.AST, module: str, *, is_package: bool) -> set[str]:
@@ -48,15 +70,39 @@ def parse(name: str) -> ast.Module:
     return ast.parse(SOURCES[name].read_text(encoding="utf-8"))
 
 
-def docstring(name: str) -> str:
-    return ast.get_docstring(parse(name)) or ""
-
-
 IMPORTS = {name: imports_of(parse(name), name, is_package=SOURCES[name].name == "__init__.py") for name in SOURCES}
 
 
 def within(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def package_of(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def arrows() -> dict[str, set[str]]:
+    """Package -> the packages it imports from."""
+    found = {package_of(name): set() for name in SOURCES}
+    for name, imported in IMPORTS.items():
+        found[package_of(name)] |= {package_of(module) for module in imported & SOURCES.keys()} - {package_of(name)}
+    return found
+
+
+def reach(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Everything that `start` leads to; itself only when it is on a cycle."""
+    found, ahead = set(), set(graph[start])
+    while ahead:
+        found |= ahead
+        ahead = set().union(*(graph[node] for node in ahead)) - found
+    return found
+
+
+def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The strongly connected components of more than one node."""
+    reached = {node: reach(graph, node) for node in graph}
+    found = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    return [set(component) for component in found]
 
 
 def importers(*packages: str) -> set[str]:
@@ -76,14 +122,14 @@ def test_the_reader_of_imports_sees_all_of_them():
 
 
 def test_every_source_is_read():
-    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.methods", "llmq.ui.layout", "app"} <= SOURCES.keys()
+    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.methods", "llmq.ui.shell.layout", "app"} <= SOURCES.keys()
 
 
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
         ("gradio", ("llmq.ui", "app")),
-        ("plotly", ("llmq.ui",)),
+        ("plotly", ("llmq.figures", "llmq.ui")),
         ("triton", ("llmq.kernels",)),
         ("pynvml", ("llmq.telemetry",)),
         ("bitsandbytes", ("llmq.methods.bnb_int8", "app")),
@@ -96,62 +142,30 @@ def test_a_library_stays_behind_its_module(library, allowed):
     assert {name for name in importers(library) if not within(name, allowed)} == set()
 
 
+def test_every_package_has_its_floor():
+    assert FLOOR_OF.keys() == arrows().keys()
+
+
+@pytest.mark.parametrize("package", FLOOR_OF)
+def test_arrows_point_down(package):
+    assert {other for other in arrows()[package] if FLOOR_OF[other] >= FLOOR_OF[package]} == set()
+
+
+def test_no_packages_import_each_other_in_a_circle():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a", "d"}}) == [{"b", "c"}]
+    assert cycles(arrows()) == []
+
+
 @pytest.mark.parametrize(
     ("package", "never"),
     [
-        ("llmq.errors", ("llmq",)),
-        (
-            "llmq.events",
-            (
-                "llmq.engine",
-                "llmq.models",
-                "llmq.methods",
-                "llmq.compare",
-                "llmq.machine",
-                "llmq.ui",
-                "torch",
-                "transformers",
-            ),
-        ),
-        (
-            "llmq.engine",
-            (
-                "llmq.compare",
-                "llmq.contestant",
-                "llmq.machine",
-                "llmq.ui",
-                "llmq.inspect",
-                "llmq.bench",
-                "llmq.cli",
-                "app",
-            ),
-        ),
-        (
-            "llmq.machine",
-            ("llmq.compare", "llmq.ui", "llmq.inspect", "llmq.bench", "llmq.experiments", "llmq.cli", "app"),
-        ),
-        ("llmq.methods", ("llmq.engine", "llmq.models", "llmq.compare", "llmq.contestant", "llmq.ui", "llmq.inspect")),
-        ("llmq.models", ("llmq.engine", "llmq.compare", "llmq.contestant", "llmq.ui", "llmq.inspect", "llmq.bench")),
-        ("llmq.inspect", ("llmq.compare", "llmq.ui", "llmq.bench", "llmq.cli")),
-        ("llmq.bench", ("llmq.ui", "llmq.cli")),
-        ("llmq.compare", ("llmq.ui", "llmq.inspect", "llmq.bench", "llmq.cli", "app")),
-        ("llmq.ui", ("llmq.cli", "app")),
+        ("llmq.events", ("torch", "transformers")),
+        ("llmq.figures", ("llmq.compare", "llmq.engine", "llmq.kernels", "llmq.models", "torch", "transformers")),
     ],
 )
-def test_arrows_point_down(package, never):
+def test_what_a_floor_alone_does_not_say(package, never):
     found = {name: sorted(m for m in IMPORTS[name] if within(m, never)) for name in SOURCES if within(name, (package,))}
     assert {name: modules for name, modules in found.items() if modules} == {}
-
-
-def test_the_page_can_be_deleted():
-    """Nothing but the page, the app and the commands that write pages knows `llmq.ui`."""
-    outside = {name for name in importers("llmq.ui") if not within(name, ("llmq.ui", "app"))}
-    assert outside == {"llmq.inquiries"}
-    asked = {module for module in IMPORTS["llmq.inquiries"] if within(module, ("llmq.ui",))}
-    assert {module.removesuffix("_page") for module in asked} == {
-        "llmq.ui.pages",
-        *(f"llmq.ui.pages.{what}" for what in ("outliers", "agreement", "cause", "experiment")),
-    }
 
 
 def handlers(name: str):
@@ -220,19 +234,28 @@ def test_the_command_line_starts_without_torch():
     assert loaded_after("import llmq, llmq.cli, llmq.__init__\nllmq.cli.build_parser()") & heavy == set()
 
 
+def load(names) -> str:
+    return "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in sorted(names))
+
+
 def test_no_core_module_loads_gradio_or_starts_cuda():
-    code = "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in CORE)
-    loaded = loaded_after(code)
+    shown = ("llmq.ui", "llmq.figures", "llmq.__main__", "app")
+    loaded = loaded_after(load(name for name in SOURCES if not within(name, shown)))
     assert loaded & {"gradio", "plotly", "bitsandbytes"} == set()
     assert {"llmq", "torch"} <= loaded  # inspect's hooks need it; so the check above had something to see
 
 
-def test_modules_of_the_page_that_promise_no_gradio_load_none():
-    """Those whose docstring says so, among them what turns events into updates: tests of it need no server."""
-    plain = [name for name in SOURCES if within(name, ("llmq.ui",)) and "no gradio" in docstring(name).lower()]
-    assert {"llmq.ui.session", "llmq.ui.link", "llmq.ui.verdict", "llmq.ui.compare_view"} <= set(plain)
-    code = "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in plain)
-    assert "gradio" not in loaded_after(code)
+def test_figures_load_neither_gradio_nor_torch():
+    loaded = loaded_after(load(name for name in SOURCES if within(name, ("llmq.figures",))))
+    assert loaded & {"gradio", "torch"} == set() and "plotly" in loaded
+
+
+def test_plain_modules_of_the_page_load_no_gradio():
+    graph = {name: IMPORTS[name] & SOURCES.keys() for name in SOURCES}
+    direct = importers("gradio")
+    free = {name for name in SOURCES if within(name, ("llmq.ui",)) and not ({name} | reach(graph, name)) & direct}
+    assert free == PLAIN
+    assert "gradio" not in loaded_after(load(PLAIN))
 
 
 def test_every_operation_the_loop_asks_for_exists():

@@ -11,7 +11,7 @@ from gradio.utils import diff as gradio_diff
 from llmq.errors import BadChoice
 from llmq.events import Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Step, Waiting
 from llmq.formatting import MISSING, format_bytes, format_count, format_seconds, format_speed
-from llmq.ui.live_state import FULL_RATE, SPACING_SECONDS, SPEED_WINDOW, LiveState
+from llmq.ui.parts.live_state import FULL_RATE, SPACING_SECONDS, SPEED_WINDOW, LiveState
 
 THREE = {"fp16": "fp16 × fp16", "bnb-int8": "int8 × int8 + fp16 outliers", "llm-int8@3.5": "int8 × int8"}
 ENVELOPE_BYTES = 330  # what Gradio wraps around one update, measured

@@ -6,6 +6,9 @@ import json
 
 import pytest
 from browser_support import MINUTE, open_page, raw_messages, status
+from colours import rgb
+
+from llmq.figures.palette import DARK, LIGHT
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 LARGEST_VIEW = 300_000  # bytes of one view on its way to the browser
@@ -72,6 +75,15 @@ def test_scrubber_shows_each_token_and_layers_agree_with_hooks(observatory, scre
     assert "outlier feature" in page.locator("#emergence").inner_text()
     drawn(page, "features-figure"), drawn(page, "peaks-figure")
     page.screenshot(path=screenshots / "observatory-figures.png", full_page=True)
+    for palette in (DARK, LIGHT):
+        page.evaluate("document.body.classList.toggle('dark')")
+        page.wait_for_function(
+            "ink => [...document.querySelectorAll('#peaks-figure .xtitle, #outlier-map .xtitle')]"
+            ".every(axis => getComputedStyle(axis).fill === ink)",
+            arg=rgb(palette["ink"]),
+        )
+        first = "document.querySelector('#outlier-map .js-plotly-plot').data[0].colorscale[0][1]"
+        assert page.evaluate(first) == palette["under-0"]
 
 
 def test_a_click_on_a_token_finds_its_cause_and_stop_keeps_it(observatory, screenshots):
@@ -122,7 +134,7 @@ def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, scre
 
 @pytest.mark.parametrize(("name", "inputs"), [
     ("agreement", [PROMPT, "", "continuation", "demo", "bnb-int8", 6.0, 8]),
-    ("ablation", ["demo", False]),
+    ("ablation", ["demo"]),
 ])  # fmt: skip
 def test_what_travels_for_a_view_is_small(address, name, inputs):
     sizes = [size for size, _ in raw_messages(address, name, inputs)]

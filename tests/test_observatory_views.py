@@ -10,8 +10,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from colours import rgb
 
 from llmq.experiments.tables import HEADERS, finding, rows_of
+from llmq.figures import bars, heatmaps, lines
+from llmq.figures.pages import agreement_page, cause_page, experiment_page, outliers_page, page
+from llmq.figures.palette import DARK, LIGHT, STEPS
+from llmq.figures.reading_value import reading_value
 from llmq.formatting import plain_json
 from llmq.inspect.agreement import Agreement, Drift, Guess, TokenAgreement
 from llmq.inspect.cause import Cause, LayerError, Patch
@@ -27,9 +32,6 @@ from llmq.inspect.report import (
     TokenMap,
 )
 from llmq.inspect.wording import account_line, agreement_json, cause_json, cause_line, drift_line, patch_rows
-from llmq.ui import observatory_plots as plots
-from llmq.ui.pages import agreement_page, cause_page, experiment_page, outliers_page
-from llmq.ui.reading_value import reading_value
 
 EVIL = '<script>alert(1)</script>&"'
 LARGEST_VIEW = 300_000
@@ -84,14 +86,14 @@ def series(figure) -> dict:
 
 @pytest.mark.parametrize(("moment", "channels"), [(0, [0, 1]), (1, [1]), (2, [1])])
 def test_the_columns_of_each_moment_as_layers_and_hooks_have_them(moment, channels):
-    found = series(plots.columns_figure(report(), "down", moment, 6.0))
+    found = series(bars.columns_figure(report(), "down", moment, 6.0))
     expected = sorted((channel, str(layer)) for layer in range(3) for channel in channels)
     assert sorted(found["found by the hooks"]) == sorted(found["sent to 16 bit by the layer itself"]) == expected
     assert found[None] == [(0, 6), (1, 3), (2, 3)]
 
 
 def test_another_threshold_moves_the_hooks_and_asks_no_layer():
-    found = series(plots.columns_figure(report(), "down", 1, 2.5))
+    found = series(bars.columns_figure(report(), "down", 1, 2.5))
     assert "sent to 16 bit by the layer itself" not in found
     assert {channel for channel, _ in found["found by the hooks"]} == {1, 3}
     assert "watch again" in account_line(report(), 2.5)
@@ -102,9 +104,9 @@ def test_views_of_a_large_model_stay_small():
     """80 layers of 11,008 channels with 1 % outliers, 64 tokens; a text of 512 tokens."""
     large = report(layers=80, width=11008, steps=64, over=110)
     figures = [
-        plots.columns_figure(large, "down", 0, 6.0),
-        plots.peaks_figure(large),
-        plots.features_figure(emergence(large)),
+        bars.columns_figure(large, "down", 0, 6.0),
+        lines.peaks_figure(large),
+        lines.features_figure(emergence(large)),
     ]
     assert max(len(figure.to_json()) for figure in figures) < LARGEST_VIEW
     value = reading_value(read(512))
@@ -125,7 +127,7 @@ def test_a_cause_names_the_repair_and_what_is_not_finite_is_left_out():
     assert [row[3] for row in patch_rows(cause(), read())] == ["yes", "no"]
     plain = json.loads(json.dumps(plain_json(cause_json(cause(), read())), allow_nan=False))
     assert plain["repairs"] == ["model.layers.0.a"] and plain["layers"][1]["sqnr_db"] is None
-    assert series(plots.layer_error_figure(cause()))["SQNR of the output"] == [(0, 40.0), (1, None)]
+    assert series(bars.layer_error_figure(cause()))["SQNR of the output"] == [(0, 40.0), (1, None)]
     assert "nothing to repair" in cause_line(Cause(2, 5, 5, 0.0, ()), read())
 
 
@@ -184,12 +186,67 @@ RESULT = {
 ], ids=["outliers", "agreement", "cause", "experiment"])  # fmt: skip
 def test_a_page_needs_nothing_else_and_runs_no_ones_text(make, figures):
     text = make()
-    page = Page(text)
-    assert page.fetched == [], "it fetches nothing"
-    assert EVIL not in re.sub(r"<script type=\"text/javascript\">.*?</script>", "", text, flags=re.S)
-    assert any(EVIL[:20] in shown for shown in page.shown), "the text is shown as text"
-    assert text.count("Plotly.newPlot(") == figures
+    seen = Page(text)
+    assert seen.fetched == [], "it fetches nothing"
+    assert EVIL not in text
+    assert any(EVIL[:20] in shown for shown in seen.shown), "the text is shown as text"
+    assert text.count('<script type="application/json">') == figures
     assert bool(figures) == ("plotly.js v" in text), "plotly comes once, where it is needed"
+
+
+def every_figure() -> dict:
+    amplified = [{"method": m, "factor": f, "perplexity": 9.0 + f} for m in "abcd" for f in (1, 4)]
+    speed = {"tokens_per_second": 5.0, "tokens_per_second_min": 4.0, "tokens_per_second_max": 6.0}
+    moved = [{"threshold": name, "perplexity": 9.0, "outlier_share": 0.01, **speed} for name in ("off", "6")]
+    shares = {"layers_touched": 0.5, "positions_touched": 0.1}
+    swept = [{"model": EVIL, "parameters": n, "perplexity": 9.0, **shares} for n in (10, 100)]
+    found = report()
+    return {
+        "columns": bars.columns_figure(found, "down", 1, 6.0),
+        "layer errors": bars.layer_error_figure(cause()),
+        "peaks": lines.peaks_figure(found),
+        "features": lines.features_figure(emergence(found)),
+        "silencing": lines.silencing_figure(SILENCED),
+        "amplifying": lines.amplifying_figure(amplified),
+        "thresholds": lines.thresholds_figure(moved),
+        "sweep": lines.sweep_figure(swept, "parameters"),
+        "map": heatmaps.map_figure(found, "down", "prefill", 6.0),
+        "tokens": heatmaps.token_figure(found, "down", 1, 6.0),
+    }
+
+
+def test_a_figure_names_its_colours_and_both_palettes_know_them():
+    assert LIGHT.keys() == DARK.keys()
+    for name, figure in every_figure().items():
+        drawn = figure.to_json()
+        used = set(re.findall(r"var\(--llmq-([\w-]+)\)", drawn))
+        assert {"ink", "surface"} <= used <= LIGHT.keys(), name
+        assert not re.search(r'"#[0-9a-fA-F]{3,8}"|rgba?\((?!0,0,0,0\))', drawn), f"{name} has a colour of its own"
+
+
+@pytest.mark.browser
+def test_a_written_page_follows_the_readers_theme(browser, tmp_path):
+    """Both palettes travel in the file; turning the reader's screen dark paints the figures again."""
+    path = tmp_path / "out.html"
+    path.write_text(page(EVIL, [figure for figure in every_figure().values()]), encoding="utf-8")
+    shown = browser.new_page(color_scheme="dark")
+    errors = []
+    shown.on("pageerror", lambda error: errors.append(error))
+    shown.goto(path.as_uri())
+    for scheme, palette in (("dark", DARK), ("light", LIGHT)):
+        shown.emulate_media(color_scheme=scheme)
+        shown.wait_for_function(
+            "([count, ink]) => { const axes = [...document.querySelectorAll('.figure .xtitle')];"
+            " return axes.length >= count && axes.every(axis => getComputedStyle(axis).fill === ink); }",
+            arg=[len(every_figure()), rgb(palette["ink"])],
+        )
+        assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == rgb(palette["surface"])
+        scale = shown.evaluate("[...document.querySelectorAll('.figure')].at(-1).data[0].colorscale.map(s => s[1])")
+        assert scale == [palette[f"under-{i}"] for i in (0, *range(STEPS))] + [
+            palette[f"over-{i}"] for i in range(STEPS)
+        ]
+    assert not errors
+    shown.close()
 
 
 def test_rows_and_findings_of_every_kind():

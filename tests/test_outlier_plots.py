@@ -1,15 +1,15 @@
 """Figures say exactly what they were given: numbers, channels, tokens as text, and where the threshold is."""
 
-import ast
 import base64
-import inspect
 import json
 
 import numpy as np
 import pytest
+from colours import contrast, luminance, painted
 
-from llmq.ui import outlier_plots
-from llmq.ui.outlier_plots import escape, layer_channel_figure, token_channel_figure
+from llmq.figures.heatmaps import layer_channel_figure, token_channel_figure
+from llmq.figures.palette import DARK, LIGHT
+from llmq.figures.style import escape
 
 
 def numbers(spec):
@@ -28,17 +28,6 @@ def pooled(layers, channels, cells=512, seed=0):
     x = np.abs(np.random.default_rng(seed).standard_normal((layers, cells, width))).astype(np.float32) * 3
     best = x.argmax(2)
     return x.max(2), (best + np.arange(cells) * width).astype(np.int32)
-
-
-def luminance(color):
-    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(a, b):
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("layers", [32, 80])
@@ -120,12 +109,12 @@ def test_equal_tokens_keep_their_own_rows():
     assert heatmap["data"][0]["y"] == ["3–4  the the", "5–6  the the", "7–8  the the", "9  the"]
 
 
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
 @pytest.mark.parametrize("threshold", [0.5, 2.0, 6.0, 6.1, 20.0])
 @pytest.mark.parametrize("peak", [0.05, 6.0, 22547.0])
-def test_the_scale_breaks_at_the_threshold_and_lightness_runs_one_way(threshold, peak, dark):
+def test_the_scale_breaks_at_the_threshold_and_lightness_runs_one_way(threshold, peak, palette):
     values = np.array([[0.0, peak]], np.float32)
-    heatmap, bar = sent(layer_channel_figure(values, np.array([[0, 1]]), threshold, "t", dark))["data"]
+    heatmap, bar = painted(layer_channel_figure(values, np.array([[0, 1]]), threshold, "t"), palette)["data"]
     stops = [(position * heatmap["zmax"], color) for position, color in heatmap["colorscale"]]
     positions = [position for position, _ in heatmap["colorscale"]]
     assert positions[0] == 0 and positions[-1] == 1 and positions == sorted(positions)
@@ -133,7 +122,7 @@ def test_the_scale_breaks_at_the_threshold_and_lightness_runs_one_way(threshold,
     assert any(threshold * 0.99999 < value < threshold * (1 - 1e-9) for value, _ in stops), "no sharp break"
     over = [color for value, color in stops if value >= threshold * (1 - 1e-9)]
     light = [luminance(color) for color in under + over]
-    assert light == sorted(light, reverse=not dark)
+    assert light == sorted(light, reverse=palette is LIGHT)
     assert contrast(under[-1], over[0]) > 1.6, "the break must show without colour"
     blue, orange = (tuple(int(c[i : i + 2], 16) for i in (1, 5)) for c in (under[-1], over[0]))
     assert blue[1] > blue[0] and orange[0] > orange[1]
@@ -149,21 +138,13 @@ def test_the_color_bar_names_the_threshold_and_powers_of_ten():
     assert np.allclose(bar["tickvals"], np.log10([0.1, 1, 6, 10, 100]))
 
 
-def test_text_can_be_read_on_light_and_dark_pages():
-    values, channels = np.ones((1, 1)), np.zeros((1, 1), int)
-    for dark, pages in ((False, ("#ffffff", "#f3f4f6")), (True, ("#0b0f19", "#1f2937"))):
-        layout = sent(layer_channel_figure(values, channels, 6.0, "t", dark))["layout"]
-        assert layout["paper_bgcolor"] == layout["plot_bgcolor"] == "rgba(0,0,0,0)"
-        assert all(contrast(layout["font"]["color"], page) >= 4.5 for page in pages)
-        assert contrast(layout["hoverlabel"]["font"]["color"], layout["hoverlabel"]["bgcolor"]) >= 4.5
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+def test_text_can_be_read_on_light_and_dark_pages(palette):
+    layout = painted(layer_channel_figure(np.ones((1, 1)), np.zeros((1, 1), int), 6.0, "t"), palette)["layout"]
+    assert layout["paper_bgcolor"] == layout["plot_bgcolor"] == "rgba(0,0,0,0)"
+    assert all(contrast(layout["font"]["color"], palette[under]) >= 4.5 for under in ("page", "surface"))
+    assert contrast(layout["hoverlabel"]["font"]["color"], layout["hoverlabel"]["bgcolor"]) >= 4.5
 
 
 def test_escape_leaves_ordinary_text_alone():
     assert escape('Paris, 4½ «jours» "là" it\'s 日本') == 'Paris, 4½ «jours» "là" it\'s 日本'
-
-
-def test_plots_import_neither_gradio_nor_torch():
-    tree = ast.parse(inspect.getsource(outlier_plots))
-    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    assert names == {"__future__", "collections.abc", "html", "math", "numpy", "plotly.graph_objects"}

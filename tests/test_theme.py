@@ -5,26 +5,18 @@ from __future__ import annotations
 import re
 
 import pytest
+from colours import contrast
 
-from llmq.ui.assets import script
-from llmq.ui.theme import DARK, LIGHT, build_css, build_theme
+from llmq.figures.palette import DARK, KL_EDGES, LIGHT, PAINT
+from llmq.ui.shell.assets import PARTS, script
+from llmq.ui.shell.theme import build_css, build_theme
 
 
 def test_scripts_put_data_into_the_page_as_text_only():
-    for name in ("live_cards.js", "live_plot.js", "live.js", "token_diff.js"):
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script(name)), name
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of '#rrggbb' (WCAG 2.2)."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
+    scripts = {path.name: path.read_text(encoding="utf-8") for path in PARTS.glob("*.js")} | {"PAINT": PAINT}
+    assert {"live_cards.js", "token_diff.js", "reading.js", "figure.js"} <= scripts.keys()
+    for name, source in scripts.items():
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", source), name
 
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
@@ -36,6 +28,10 @@ def test_texts_and_curves_stand_out_from_their_surfaces(palette):
             assert contrast(palette[line], palette[surface]) >= 3, (line, surface)
     assert contrast(palette["on-accent"], palette["accent"]) >= 4.5
     assert contrast(palette["on-accent"], palette["accent-strong"]) >= 4.5
+    shades = [palette["surface"], *(palette[f"kl-{level}"] for level in range(1, len(KL_EDGES) + 1))]
+    assert all(contrast(palette["ink"], shade) >= 4.5 for shade in shades)
+    steps = [contrast(shade, shades[0]) for shade in shades]
+    assert steps == sorted(set(steps)), "each shade is further from the surface than the one before"
 
 
 @pytest.mark.parametrize("dark", ["", "_dark"], ids=["light", "dark"])

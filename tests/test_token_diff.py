@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from llmq.ui.token_alignment import ALIGN_AT_MOST, diff_tokens, diff_value
+from llmq.ui.parts.token_alignment import ALIGN_AT_MOST, diff_tokens, diff_value
 
 
 def tokens(ids) -> list[tuple[int, str]]:

@@ -12,8 +12,8 @@ from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.inspect.run import Inspection
 from llmq.machine.door import Machine
-from llmq.ui.link import LONGEST_PROMPT, query_of, wishes_of
-from llmq.ui.session import KEPT_FINDINGS, Jobs, Session
+from llmq.ui.shell.link import LONGEST_PROMPT, query_of, wishes_of
+from llmq.ui.shell.state import KEPT_FINDINGS, AppState, Jobs
 
 PROMPT = "Où est l'été ? <b>&amp;</b> 日本 👩‍👧 a=b&c+d%20\n\tend"
 
@@ -172,20 +172,20 @@ def test_jobs_of_many_threads_are_all_stopped(jobs):
 
 
 @pytest.fixture
-def plain_session() -> Session:
-    return Session(run=lambda job, owner: iter(()), stop=lambda owner: 0, device="cpu", device_label="a CPU")
+def plain_state() -> AppState:
+    return AppState(run=lambda job, owner: iter(()), stop=lambda owner: 0, device="cpu", device_label="a CPU")
 
 
-def test_run_names_never_repeat(plain_session):
-    assert len({plain_session.next_run() for _ in range(50)}) == 50
+def test_run_names_never_repeat(plain_state):
+    assert len({plain_state.next_run() for _ in range(50)}) == 50
 
 
-def test_downloads_go_to_a_folder_of_their_own(plain_session):
-    path = plain_session.download_path("run.jsonl")
+def test_downloads_go_to_a_folder_of_their_own(plain_state):
+    path = plain_state.download_path("run.jsonl")
     assert path.parent.is_dir() and path.name == "run.jsonl" and path.parent.name.startswith("llmq-downloads-")
 
 
-def test_only_the_latest_reports_are_kept(plain_session):
-    keys = [plain_session.keep(number) for number in range(KEPT_FINDINGS + 3)]
-    assert [plain_session.kept(key) for key in keys] == [None] * 3 + list(range(3, KEPT_FINDINGS + 3))
-    assert plain_session.kept(None) is None
+def test_only_the_latest_reports_are_kept(plain_state):
+    keys = [plain_state.keep(number) for number in range(KEPT_FINDINGS + 3)]
+    assert [plain_state.kept(key) for key in keys] == [None] * 3 + list(range(3, KEPT_FINDINGS + 3))
+    assert plain_state.kept(None) is None

@@ -6,7 +6,7 @@ import pytest
 
 from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Step
 from llmq.summary import Summary
-from llmq.ui.verdict import USUAL, WHY_OURS_CPU, WHY_SLOWER_CPU, WHY_SLOWER_GPU, verdict
+from llmq.ui.parts.verdict import USUAL, WHY_OURS_CPU, WHY_SLOWER_CPU, WHY_SLOWER_GPU, verdict
 
 MB = 10**6
 SAME = [5, 6, 7, 8]

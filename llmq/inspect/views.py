@@ -8,7 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from llmq.errors import unknown
+from llmq.formatting import format_share
 from llmq.inspect.report import OutlierReport, check_phase, cutoff
+
+STRONGEST = 15  # rows of the table of channels
 
 
 class ChannelMap(NamedTuple):
@@ -76,6 +79,54 @@ def _strongest_of_kind(report: OutlierReport, kind: str, threshold: float, n: in
         strongest = float(stacks[phase, row, channel])
         rows.append(StrongChannel(kind, layers[row], int(channel), strongest, ("prefill", "decode")[phase], reached))
     return rows
+
+
+def shares_table(report: OutlierReport, threshold: float) -> list[list[str]]:
+    """One row a kind of linear layer and phase: how many layers, which share of channels and of values."""
+    phases = ("prefill", "decode") if report.generated_tokens else ("prefill",)
+    return [_share_row(report, kind, phase, threshold) for kind in report.kinds for phase in phases]
+
+
+def _share_row(report: OutlierReport, kind: str, phase: str, threshold: float) -> list[str]:
+    # q, k and v of a layer read one tensor, as do gate and up: one module a layer speaks for them.
+    modules = list({module.layer: module for module in report.modules if module.kind == kind}.values())
+    channels = [module.share_of_channels(threshold, phase) for module in modules]
+    values = [module.share_of_values(threshold, phase) for module in modules]
+    largest = max(float(module.statistics(phase).absmax.max(initial=0)) for module in modules)
+    return [
+        kind,
+        phase,
+        f"{sum(share > 0 for share in channels)} of {len(modules)}",
+        format_share(sum(channels) / len(channels)),
+        format_share(sum(values) / len(values)),
+        f"{largest:,.1f}",
+    ]
+
+
+def strongest_table(report: OutlierReport, threshold: float) -> list[list[str]]:
+    """The strongest channels, strongest first, and the layers where each reaches the threshold."""
+    return [
+        [
+            row.kind,
+            str(row.channel),
+            f"{row.absmax:,.1f}",
+            "head" if row.layer is None else str(row.layer),
+            row.phase,
+            ranges([layer for layer in row.layers if layer is not None]) or "head",
+        ]
+        for row in strongest_channels(report, threshold, STRONGEST)
+    ]
+
+
+def ranges(numbers: list[int]) -> str:
+    """[1, 2, 3, 7] -> '1–3, 7'."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in parts)
 
 
 def _stack(report: OutlierReport, kind: str, phase: str) -> tuple[np.ndarray, list[int | None], list[str]]:

@@ -1,5 +1,5 @@
 """The Gradio front end: it draws the event stream and decides nothing.
 
-Only this folder and `app.py` import gradio, and the rest of the package runs without this folder. `format.py` and
-`live_state.py` are plain Python: they import neither gradio nor torch.
+`shell` launches the page and holds its state, `parts` are its components, `tabs` put them together. Only this folder
+and `app.py` import gradio.
 """

@@ -1,0 +1,30 @@
+// Draws the plotly figure in `props.value`; a new value or theme changes the same chart, so the page does not jump.
+const place = element.querySelector('[data-part="figure"]');
+const title = element.querySelector('[data-part="title"]');
+const frame = element.querySelector(".llmq-figure");
+const failed = element.querySelector('[data-part="failed"]');
+const config = { displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "",
+  modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+
+const draw = async () => {
+  const figure = props.value;
+  const empty = !figure || !figure.data;
+  frame.hidden = empty;
+  if (empty) return;
+  title.textContent = figure.title;
+  try {
+    const library = await loadPlotly();
+    const { data, layout } = painted(figure, element);
+    place.style.height = `${layout.height}px`;
+    await library.react(place, data, layout, config);
+  } catch (error) {
+    failed.hidden = false;
+  }
+};
+
+new ResizeObserver(() => {
+  if (window.Plotly && place.data && place.offsetWidth) window.Plotly.Plots.resize(place);
+}).observe(element);
+watch("value", draw);
+repaintWithTheme(draw);
+draw();

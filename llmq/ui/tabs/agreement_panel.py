@@ -1,0 +1,164 @@
+"""The Agreement part of the Outliers tab: both methods read one text; a click on a token asks why it came out so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gradio as gr
+
+from llmq.contestant import Contestant
+from llmq.errors import UserError
+from llmq.figures.bars import layer_error_figure
+from llmq.figures.reading_value import reading_value
+from llmq.inspect.cause import Cause
+from llmq.inspect.explaining import Explanation
+from llmq.inspect.reading import MAX_NEW_TOKENS, Read, Reading
+from llmq.inspect.wording import PATCH_HEADERS, cause_line, drift_line, patch_rows
+from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.parts.notices import notice
+from llmq.ui.parts.progress import progress_of
+from llmq.ui.parts.reading_view import reading_view
+from llmq.ui.parts.status import status_line
+from llmq.ui.shell.state import AppState
+from llmq.ui.tabs.what_if_panel import whole
+
+TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
+QUIET = {"show_progress": "hidden", "concurrency_limit": 16, "concurrency_id": "runs"}
+
+
+class AgreementPanel:
+    """Builds the part inside an open tab; `wire` connects it to the shared prompt, model and method."""
+
+    def __init__(self, state: AppState):
+        self.state = state
+
+    def build(self) -> None:
+        gr.Markdown(
+            "FP16 and the chosen method read the same text, so a difference at one token is not carried into the next. "
+            "Apart from that, both write freely, and the page shows where they part."
+        )
+        with gr.Row(equal_height=True):
+            self.text = gr.Radio(TEXTS, value="continuation", label="Both read", elem_id="text-kind")
+            self.new_tokens = gr.Slider(
+                1, MAX_NEW_TOKENS, 32, step=1, label="Tokens of the answer", elem_id="reading-tokens", min_width=200
+            )
+        self.pasted = gr.Textbox(
+            "", label="Text to read", lines=4, visible=False, elem_id="pasted", placeholder="Paste a few sentences."
+        )
+        self.read = gr.Button("Read with both", variant="primary", elem_id="read")
+        self.status = status_line("", elem_id="reading-status")
+        self.reading = reading_view(elem_id="reading")
+        self.drift = gr.Textbox("", show_label=False, container=False, visible=False, elem_id="drift", lines=2)
+        self.key = gr.State(None)
+        gr.Markdown("### Chain of cause", elem_id="cause-title")
+        self.cause_status = status_line("Click a token: how far each layer is off there, and which single module, "
+                                        "put back to 16 bit, repairs it.", elem_id="cause-status")  # fmt: skip
+        self.patch = gr.Checkbox(True, label="Try every module in 16 bit (Stop ends it; what is found stays)",
+                                 elem_id="patch")  # fmt: skip
+        self.layers = figure_view(elem_id="layer-errors")
+        self.patches = gr.Dataframe(
+            headers=PATCH_HEADERS, value=[], label="Best modules to put back", interactive=False, wrap=True,
+            type="array", elem_id="patches", elem_classes=["llmq-table"], visible=False,
+        )  # fmt: skip
+
+    def wire(self, prompt, model, method, threshold) -> None:
+        self.text.change(
+            lambda kind: gr.Textbox(visible=kind == "text"), self.text, self.pasted, show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
+        self.read.click(
+            self._read,
+            [prompt, self.pasted, self.text, model, method, threshold, self.new_tokens],
+            [self.status, self.reading, self.drift, self.key, self.cause_status, self.layers, self.patches],
+            api_name="agreement",
+            **QUIET,
+        )
+        self.reading.select(
+            self._explain,
+            [self.key, self.patch],
+            [self.cause_status, self.layers, self.patches],
+            api_visibility="private",
+            trigger_mode="always_last",
+            **QUIET,
+        )
+
+    def _read(self, prompt, pasted, kind, model, method, threshold, new_tokens, request: gr.Request) -> Iterator[dict]:
+        """Both methods read one text; agreement token by token."""
+        read = None
+        try:
+            reading = Reading(
+                prompt=str((pasted if kind == "text" else prompt) or ""),
+                text=kind,
+                model=model,
+                contestant=Contestant.parse(str(method), threshold),
+                new_tokens=whole("tokens of the answer", new_tokens),
+                device=self.state.device,
+            )
+            yield {self.status: "Starting", self.reading: {}, self.drift: gr.Textbox(visible=False)}
+            for item in self.state.run(reading, request.session_hash or "nobody"):
+                if isinstance(item, Read):
+                    read = item
+                elif line := progress_of(item):
+                    yield {self.status: line}
+        except (UserError, ValueError, TypeError) as error:
+            yield {self.status: f"Not read: {error}"}
+            raise notice(error) from error
+        if read is None:
+            yield {self.status: "Stopped before both had read the text."}
+            return
+        drift = drift_line(read)
+        yield {
+            self.status: f"{len(read.agreement.diverging)} of {len(read.agreement.tokens)} tokens have another first "
+            "choice; they are underlined.",
+            self.reading: reading_value(read),
+            self.drift: gr.Textbox(drift, visible=bool(drift)),
+            self.key: self.state.keep(read),
+            self.cause_status: "Click a token, best an underlined one.",
+            self.layers: {},
+            self.patches: gr.Dataframe(value=[], visible=False),
+        }
+
+    def _explain(self, key, patch, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
+        """The chain of cause of the chosen token, growing while modules are tried."""
+        read = self.state.kept(key)
+        if read is None:
+            yield {self.cause_status: "This text is no longer kept; read it again."}
+            return
+        self.state.stop(request.session_hash or "nobody")  # another token: the one before is no longer wanted
+        cause = None
+        try:
+            explanation = Explanation(
+                token_ids=read.agreement.token_ids,
+                position=whole("token", event.position),
+                model=read.reading.model,
+                baseline=read.reading.baseline,
+                contestant=read.reading.contestant,
+                patch=bool(patch),
+                device=self.state.device,
+            )
+            for item in self.state.run(explanation, request.session_hash or "nobody"):
+                if isinstance(item, Cause):
+                    cause = item
+                    yield self._shown(cause, read)
+                elif line := progress_of(item):
+                    found = f"{cause_line(cause, read)} " if cause else ""
+                    yield {self.cause_status: _after(found, line)}
+        except (UserError, ValueError, TypeError) as error:
+            yield {self.cause_status: f"Not explained: {error}"}
+            raise notice(error) from error
+        if cause is None:
+            yield {self.cause_status: "Stopped before anything was found."}
+        else:
+            yield {self.cause_status: ("Stopped early. " if cause.stopped else "") + cause_line(cause, read)}
+
+    def _shown(self, cause: Cause, read: Read) -> dict:
+        return {
+            self.cause_status: {"text": cause_line(cause, read), "fraction": None},
+            self.layers: sent(layer_error_figure(cause)),
+            self.patches: gr.Dataframe(value=patch_rows(cause, read), visible=bool(cause.patches)),
+        }
+
+
+def _after(found: str, line: dict | str) -> dict | str:
+    """Progress behind what is known already."""
+    return line | {"text": f"{found}{line['text']}"} if isinstance(line, dict) else f"{found}{line}"

@@ -1,0 +1,91 @@
+"""Every command runs where llmq/ui does not exist and gradio cannot be imported, and writes its pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmq
+from llmq.cli import build_parser
+
+PROGRAM = """
+import json, sys
+sys.modules["gradio"] = None
+import llmq.bench.setup, llmq.cli
+llmq.bench.setup.BANDWIDTH_BYTES["cpu"] = 1 << 20
+
+def status(arguments):
+    try:
+        return llmq.cli.main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+statuses = [status(arguments) for arguments in json.loads(sys.stdin.read())]
+print(json.dumps({"package": llmq.__file__, "statuses": statuses}))
+"""
+SHORT = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
+
+
+def commands(model: Path, folder: Path) -> list[list[str]]:
+    """One line for each command and each thing it can do; a page of each that writes one."""
+    run, text = folder / "run.jsonl", "Hello"
+    asked = [
+        ("compare", text, "--max-new-tokens", 2, "--save", run),
+        ("replay", run),
+        ("outliers", text, "--new-tokens", 1),
+        ("outliers", "--sweep", model),
+        ("agreement", text, "--new-tokens", 2),
+        ("explain-token", text, "--new-tokens", 2, "--token", 2),
+        ("experiment", "ablation"),
+        ("experiment", "silencing", "--counts", 1, "--draws", 1),
+        ("experiment", "amplifying", "--factors", 2),
+        ("experiment", "thresholds", "--thresholds", "0,6"),
+        ("quality", "--tokens", 1024),
+        ("memory", "--context", 64),
+        ("models",),
+        *(("bench", what, *SHORT) for what in ("decode", "prefill", "load", "hooks")),
+    ]
+    lines = []
+    for number, words in enumerate(asked):
+        model_and_device = () if words[0] in ("replay", "models") else ("--model", model)
+        model_and_device += () if words[0] in ("replay", "models", "memory") else ("--device", "cpu")
+        page = ("--html", folder / f"{number}.html") if writes_pages(words[0]) else ()
+        lines.append([str(word) for word in (*words, *model_and_device, *page)])
+    return lines
+
+
+def subcommands() -> dict:
+    return next(action.choices for action in build_parser()._actions if action.choices)
+
+
+def writes_pages(command: str) -> bool:
+    return "--html" in subcommands()[command]._option_string_actions
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A copy of the package without the page."""
+    package = Path(llmq.__file__).parent
+    shutil.copytree(package, tmp_path / "llmq", ignore=shutil.ignore_patterns("ui", "__pycache__"))
+    return tmp_path
+
+
+def test_every_command_runs_without_the_page(bare, tiny_folder):
+    asked = commands(tiny_folder, bare)
+    assert {line[0] for line in asked} == subcommands().keys(), "a command is not tried"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], input=json.dumps(asked), cwd=bare, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(bare)}, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert Path(found["package"]).parent == bare / "llmq" and not (bare / "llmq" / "ui").exists()
+    assert {" ".join(line[:2]): status for line, status in zip(asked, found["statuses"], strict=True) if status} == {}
+    pages = [Path(line[-1]) for line in asked if "--html" in line]
+    assert len(pages) == 8 and all(page.read_text().startswith("<!doctype html>") for page in pages)
