@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llmq.errors import UserError
 from llmq.events import Event, Run
+from llmq.files import read_text, write_text
 from llmq.reporting import memory_lines, progress_line, run_as_json, table
 from llmq.summary import Summary
 
@@ -164,20 +164,6 @@ def device_of(options) -> str:
 
 def _report(line: str) -> None:
     print(f"llmq: {line}", file=sys.stderr)
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _print_result(result: dict, options, columns: tuple[str, ...]) -> int:

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llmq.actions import device_of, read_text, write_text
+from llmq.actions import device_of
 from llmq.errors import BadChoice
+from llmq.files import read_text, write_text
 from llmq.formatting import plain_json
 from llmq.preparation import Working
 from llmq.reporting import outlier_lines, progress_line
