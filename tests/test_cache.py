@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,20 +59,12 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
         list(prepare_demo())
 
 
-def test_a_cache_that_may_only_be_read_is_named(monkeypatch):
+def test_a_cache_that_may_only_be_read_is_named(monkeypatch, request):
     """It exists, so it need not be made, and its disk has room; only writing into it fails."""
-    import filelock  # noqa: F401  while Python's own folder can still be read
+    import filelock  # noqa: F401  Python's own folder may be closed to whom the test becomes
 
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
-    monkeypatch.setenv("LLMQ_CACHE", str(folder))
-    folder.chmod(0o555)
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)  # root may write anywhere
-    try:
-        with pytest.raises(UserError, match=f"{folder}.*LLMQ_CACHE"):
-            list(prepare_demo())
-    finally:
-        if root:
-            os.seteuid(0)
-        folder.rmdir()
+    private_folder = request.getfixturevalue("private_folder")
+    monkeypatch.setenv("LLMQ_CACHE", str(private_folder))
+    private_folder.chmod(0o555)
+    with pytest.raises(UserError, match=f"{private_folder}.*LLMQ_CACHE"):
+        list(prepare_demo())
