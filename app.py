@@ -13,7 +13,9 @@ from pathlib import Path
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from llmq.cli import EXIT_USAGE, Parser  # noqa: E402
 from llmq.errors import UserError  # noqa: E402
+from llmq.ui.address import DEFAULT_PORTS, free_address  # noqa: E402
 from llmq.ui.session import Jobs, Session  # noqa: E402
 
 RUNS = Path(__file__).parent / "assets" / "runs"
@@ -37,16 +39,22 @@ def on_shared_gpu(function):
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="FP16 and int8 LLaMA side by side, in a browser.")
+    parser = Parser(description="FP16 and int8 LLaMA side by side, in a browser.")
     parser.add_argument("--model", help="a preset, a hub id or a local folder (default: chosen for this machine)")
     parser.add_argument(
         "--methods", help="two or three, comma-separated (default: fp16,llm-int8; on a GPU also bnb-int8)"
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    parser.add_argument("--host", default="0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
-    parser.add_argument("--port", type=int, default=7860)
+    host = os.environ.get("GRADIO_SERVER_NAME") or ("0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
+    port = os.environ.get("GRADIO_SERVER_PORT") or None
+    ports = f"{DEFAULT_PORTS[0]} to {DEFAULT_PORTS[-1]}"
+    parser.add_argument("--host", default=host, help="0.0.0.0: every network (default: GRADIO_SERVER_NAME, 127.0.0.1)")
+    parser.add_argument(
+        "--port", default=port, help=f"0: any free one (default: GRADIO_SERVER_PORT, the first free one of {ports})"
+    )
     parser.add_argument("--share", action="store_true", help="also open a public link (Colab does so by itself)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for a name and a password")
+    parser.epilog = "Behind a proxy that serves the page below a path, GRADIO_ROOT_PATH names the path."
     return parser.parse_args(arguments)
 
 
@@ -85,20 +93,34 @@ def default_methods(device: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+        os.environ.pop(name, None)  # they are read; Gradio would try them as well where a flag says otherwise
     try:
+        host, port = free_address(options.host, options.port)
+        auth = parse_auth(options.auth)
         session = make_session(options, on_shared_gpu(run_job))
         fetch(session.model, session.methods)
-        auth = parse_auth(options.auth)
+        serve(session, host=host, port=port, share=options.share, auth=auth)
     except UserError as error:
         print(f"llmq: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USAGE
+    except KeyboardInterrupt:  # while the model is fetched; Gradio ends by itself
+        print("llmq: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def serve(session: Session, *, host: str, port: int, **options) -> None:
+    """Serve the page until the process is interrupted. Raises UserError where the address cannot be had."""
     from llmq.ui.quick_import import without_stub_files
 
     with without_stub_files():
         from llmq.ui.launch import launch
 
-    launch(session, host=options.host, port=options.port, share=options.share, auth=auth)
-    return 0
+    try:
+        launch(session, host=host, port=port, **options)
+    except OSError as error:  # it was free before the model was fetched
+        raise UserError(f"cannot serve at {host}:{port}: {error.strerror or error}") from error
 
 
 def fetch(model: str, methods: tuple[str, ...]) -> None:

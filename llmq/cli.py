@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Refuses in one line, without the usage in front of it."""
 
     def error(self, message: str):
@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="llmq", description="What 8-bit quantization does to a LLaMA.")
+    parser = Parser(prog="llmq", description="What 8-bit quantization does to a LLaMA.")
     commands = parser.add_subparsers(metavar="COMMAND")
     parser.set_defaults(run=lambda _: parser.error(f"give a COMMAND; choose from {', '.join(commands.choices)}"))
     _add_compare(commands)
