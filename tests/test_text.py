@@ -175,3 +175,68 @@ def test_a_template_that_refuses_the_prompt_says_so():
     tokenizer.chat_template = "{{ raise_exception('only tools may speak') }}"
     with pytest.raises(UserError, match="only tools may speak"):
         encode_prompt(tokenizer, "Hi", context=128)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ 1 + messages[0]['content'] }}", ["int", "str"]),
+        ("{{ 9.0 ** 99999 }}", ["out of range"]),
+        ("{{ 1 / 0 }}", ["division by zero"]),
+        ("{% for", ["end of template"]),
+        ("{{ nothing() }}", ["'nothing' is undefined"]),
+        ("{{ raise_exception('') }}", ["TemplateError"]),
+        ("{{ raise_exception('first\nsecond') }}", ["first"]),
+        ("", None),
+        (" ", ["leaves the prompt out"]),
+        ("{{ messages[0]['role'] }}", ["leaves the prompt out"]),
+        (5, []),
+        ({"rag": TEMPLATE, "tool_use": TEMPLATE}, ["rag, tool_use", "default"]),
+        ({"default": TEMPLATE, "tool_use": "{{ 1 / 0 }}"}, None),
+    ],
+)
+def test_a_template_that_fails_is_one_line_with_the_way_out(template, words):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    if words is None:
+        assert encode_prompt(tokenizer, "Hi", context=128)
+        return
+    with pytest.raises(BadChoice) as caught:
+        encode_prompt(tokenizer, "Hi", context=128)
+    line = str(caught.value)
+    assert line.startswith("the model's chat template cannot be used; choose another model, or remove `chat_template`")
+    assert "\n" not in line and [word for word in words if word not in line] == []
+
+
+class Failing:
+    """A tokenizer whose template raises `error`."""
+
+    chat_template = "any"
+
+    def __init__(self, error):
+        self.error = error
+
+    def apply_chat_template(self, *_, **__):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RecursionError("too deep"), MemoryError(), KeyError("role")])
+def test_whatever_a_template_raises_is_the_reason(error):
+    with pytest.raises(BadChoice, match=f"cannot be used.*({type(error).__name__}|too deep|role)"):
+        encode_prompt(Failing(error), "Hi", context=128)
+
+
+@pytest.mark.parametrize("prompt", ["Hi", " two\nlines ", "Ça 日本"])
+def test_a_template_that_reads_a_list_of_parts_gets_one(prompt):
+    """Given a text, such a template writes an empty turn and raises nothing."""
+    tokenizer = byte_tokenizer()
+    parts = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
+    tokenizer.chat_template = "[{{ messages[0]['role'] }}]" + parts + ">"
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt, context=128)) == f"[user]{prompt}>"
+
+
+def test_a_prompt_without_a_token_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    with pytest.raises(BadChoice, match="makes no token of the prompt"):
+        encode_prompt(tokenizer, "xx", context=128)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmq.errors import BadChoice
+from llmq.errors import BadChoice, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,13 +15,16 @@ _INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a characte
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, context: int) -> list[int]:
     """Token ids of `prompt` as the user's turn of the model's chat template (plain text where it has none).
 
-    Raises BadChoice for an empty prompt and for one that leaves no room in a context of `context` tokens.
+    Raises BadChoice for an empty prompt, for one that leaves no room in a context of `context` tokens, and for a
+    template that cannot be used.
     """
     require_text(prompt, "prompt", "type something, or pick an example")
     if tokenizer.chat_template:
         ids = tokenizer(_in_template(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise BadChoice(f"the model's tokenizer makes no token of the prompt {prompt!r:.80}; write something else")
     if len(ids) >= context:
         raise BadChoice(
             f"the prompt is {len(ids):,} tokens long with its chat template, and this model reads {context:,}; "
@@ -41,13 +44,25 @@ def require_text(text: str, name: str, advice: str) -> None:
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    from jinja2 import TemplateError
+    """The user's turn as the template writes it. Raises BadChoice where it fails or leaves the prompt out."""
+    named, reason = tokenizer.chat_template, ""
+    if isinstance(named, dict) and "default" not in named:
+        raise _unusable(f"it is one of several ({', '.join(named)}), and none of them is the default")
+    for content in (prompt, [{"type": "text", "text": prompt}]):  # some templates read a list of parts
+        turns = [{"role": "user", "content": content}]
+        try:
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = reason or first_line(error)
+        else:
+            if prompt.strip() in text:
+                return text
+    raise _unusable(reason or "it leaves the prompt out")
 
-    turns = [{"role": "user", "content": prompt}]
-    try:
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise BadChoice(f"the model's chat template refuses this prompt: {error}") from error
+
+def _unusable(reason: str) -> BadChoice:
+    advice = "choose another model, or remove `chat_template` from its folder: prompts are then read as plain text"
+    return BadChoice(f"the model's chat template cannot be used; {advice} ({reason})")
 
 
 class TextStream:
