@@ -441,6 +441,16 @@ def test_a_cache_that_cannot_be_written_is_no_library(empty_cache, monkeypatch):
     assert "cannot be written" in why_not_native()
 
 
+def test_a_library_in_a_cache_that_may_only_be_read_is_used(private_folder, monkeypatch):
+    monkeypatch.setenv("LLMQ_CACHE", str(private_folder))
+    path = build.library_path()
+    private_folder.chmod(0o555)
+    path.parent.chmod(0o555)
+    monkeypatch.setattr(build, "FileLock", lambda *_, **__: pytest.fail("a lock would have to be written"))
+    assert build.library_path() == path
+    path.parent.chmod(0o755)
+
+
 @pytest.mark.demo
 def test_fp16_chooses_the_tokens_that_transformers_chooses_in_float32(demo):
     """128 greedy tokens of five prompts; where one differs, the two likeliest are closer than 0.01."""

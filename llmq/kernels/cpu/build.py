@@ -29,6 +29,8 @@ class NoLibrary(Exception):
 def library_path() -> Path:
     """The compiled library, made now if it is not in the cache or not as it was made. Raises NoLibrary."""
     path = cache_folder() / "cpu" / f"llmq-{_key()}.so"
+    if _is_whole(path):  # also in a cache that may only be read
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=LONGEST_BUILD):
