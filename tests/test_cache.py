@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
+import pwd
+import stat
 import subprocess
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +18,7 @@ import pytest
 from llmq.errors import UserError
 from llmq.models import cache
 from llmq.models.cache import cache_folder, require_space
-from llmq.models.demo import prepare_demo
+from llmq.models.demo import MANIFEST, demo_folder, prepare_demo
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +39,58 @@ def test_the_cache_is_where_the_environment_says(variables, folder, monkeypatch)
     for name, value in ({"HOME": "/home/me"} | variables).items():
         monkeypatch.setenv(name, value)
     assert cache_folder() == Path(folder)
+
+
+@pytest.fixture
+def homeless(tmp_path, monkeypatch):
+    """A user who is a bare number; returns the folder of the temporary files."""
+
+    def getpwuid(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("LLMQ_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache._cache_without_home.cache_clear()
+    yield tmp_path
+    cache._cache_without_home.cache_clear()
+
+
+def test_without_a_home_files_go_to_a_private_temporary_folder_and_that_is_said_once(homeless, capsys):
+    folder = cache_folder()
+    assert folder.parent == homeless and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert cache_folder() == folder
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no home folder" in line and str(folder) in line and "LLMQ_CACHE" in line
+
+
+@pytest.mark.parametrize(("name", "value", "folder"), [("LLMQ_CACHE", "/a", "/a"), ("XDG_CACHE_HOME", "/x", "/x/llmq")])
+def test_without_a_home_the_variables_still_hold(name, value, folder, homeless, monkeypatch):
+    monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(folder)
+
+
+def test_a_home_that_nobody_has_is_no_home(homeless, monkeypatch):
+    monkeypatch.setenv("LLMQ_CACHE", "~/models")
+    assert cache_folder().parent == homeless
+
+
+@pytest.mark.parametrize("trap", ["link", "file", "folder of another"])
+def test_a_temporary_folder_that_somebody_else_made_is_refused(trap, homeless, monkeypatch):
+    """What is compiled into the cache is run."""
+    folder = homeless / f"llmq-cache-{os.getuid()}"
+    if trap == "link":
+        (homeless / "theirs").mkdir()
+        folder.symlink_to("theirs")
+    elif trap == "file":
+        folder.write_text("")
+    else:
+        owner, folder = os.getuid() + 1, homeless / f"llmq-cache-{os.getuid() + 1}"
+        folder.mkdir()
+        monkeypatch.setattr(os, "getuid", lambda: owner)
+    with pytest.raises(UserError, match=f"{folder} (belongs to somebody else|cannot be made).*set LLMQ_CACHE"):
+        cache_folder()
 
 
 def test_too_little_disk_is_said_in_bytes_before_anything_is_fetched(monkeypatch):
@@ -68,3 +125,15 @@ def test_a_cache_that_may_only_be_read_is_named(monkeypatch, request):
     private_folder.chmod(0o555)
     with pytest.raises(UserError, match=f"{private_folder}.*LLMQ_CACHE"):
         list(prepare_demo())
+
+
+def test_a_demo_model_in_a_cache_that_may_only_be_read_is_used(private_folder, monkeypatch):
+    monkeypatch.setenv("LLMQ_CACHE", str(private_folder))
+    folder = demo_folder()
+    folder.mkdir()
+    (folder / "weights").write_text("w")
+    (folder / MANIFEST).write_text(json.dumps({"weights": hashlib.sha256(b"w").hexdigest()}))
+    for path in (folder, private_folder):
+        path.chmod(0o555)
+    assert list(prepare_demo()) == [] and os.listdir(private_folder) == [folder.name]
+    folder.chmod(0o755)

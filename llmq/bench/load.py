@@ -28,7 +28,7 @@ def bench_load(bench: Bench, report: Callable[[str], None] = lambda line: None) 
 
 
 def _kernel_cache() -> str:
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton/cache"))
     return "warm" if folder.is_dir() and any(folder.iterdir()) else "cold"
 
 
