@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pwd
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ import pytest
 
 from llmq.errors import UserError
 from llmq.models import cache
-from llmq.models.cache import cache_folder, require_space
+from llmq.models.cache import cache_folder, require_space, sweep, workplace
 from llmq.models.demo import MANIFEST, demo_folder, prepare_demo
 
 
@@ -125,6 +127,78 @@ def test_a_cache_that_may_only_be_read_is_named(monkeypatch, request):
     private_folder.chmod(0o555)
     with pytest.raises(UserError, match=f"{private_folder}.*LLMQ_CACHE"):
         list(prepare_demo())
+
+
+WORKING = """
+import sys
+from pathlib import Path
+from llmq.models.cache import workplace
+with workplace(Path(sys.argv[1]), ".work-") as folder:
+    (folder / "half").write_text("done")
+    print(folder.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """Another process that works in `tmp_path`, and the name of its folder."""
+    command = [sys.executable, "-c", WORKING, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process, process.stdout.readline().strip()
+        process.kill()
+
+
+def test_what_a_living_process_works_on_stays_and_what_a_killed_one_left_goes(worker, tmp_path):
+    process, name = worker
+    (tmp_path / ".work-yes").write_text("a file, and no workplace")
+    (tmp_path / "other").mkdir()
+    sweep(tmp_path, ".work-")
+    with workplace(tmp_path, ".work-") as own:
+        sweep(tmp_path, ".work-")
+        assert set(os.listdir(tmp_path)) == {name, own.name, ".work-yes", "other"}
+    process.kill()
+    process.wait()
+    sweep(tmp_path, ".work-")
+    assert set(os.listdir(tmp_path)) == {".work-yes", "other"}
+
+
+def test_a_workplace_goes_with_its_work(worker, tmp_path):
+    process, name = worker
+    process.communicate("")
+    assert process.returncode == 0 and os.listdir(tmp_path) == []
+    with pytest.raises(KeyError), workplace(tmp_path, ".work-") as folder:
+        (folder / "half").write_text("done")
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_workplace_swept_before_it_was_held_is_made_again(tmp_path, monkeypatch):
+    made, mkdtemp = [], tempfile.mkdtemp
+
+    def seen_by_a_sweeper(**where):
+        made.append(mkdtemp(**where))
+        if len(made) == 1:
+            sweep(tmp_path, ".work-")
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", seen_by_a_sweeper)
+    with workplace(tmp_path, ".work-") as folder:
+        assert folder.is_dir() and len(made) == 2 and str(folder) == made[1]
+
+
+def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
+    """As on Windows, and on network disks that lock no folders."""
+
+    def flock(*_):
+        raise OSError("Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / ".work-left").mkdir()
+    with workplace(tmp_path, ".work-") as folder:
+        sweep(tmp_path, ".work-")
+        assert folder.is_dir()
+    assert os.listdir(tmp_path) == [".work-left"]
 
 
 def test_a_demo_model_in_a_cache_that_may_only_be_read_is_used(private_folder, monkeypatch):

@@ -399,8 +399,10 @@ def test_a_damaged_library_is_built_again_and_a_whole_one_is_not(empty_cache):
     time.sleep(0.01)
     assert build.library_path().read_bytes()[:4] == whole[:4] and path.stat().st_size == len(whole)
     path.with_suffix(".sha256").unlink()
+    (path.parent / ".build-0123").mkdir()  # of a process that was killed
     built_again = path.stat().st_mtime_ns
     assert build.library_path().stat().st_mtime_ns > built_again
+    assert {file.suffix for file in path.parent.iterdir()} == {".so", ".sha256", ".lock"}
 
 
 LEAN_CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}

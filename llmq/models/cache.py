@@ -1,4 +1,4 @@
-"""Where converted and downloaded files live, and how much room is left there."""
+"""Where converted and downloaded files live, how much room is left there, and folders for work in progress."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import shutil
 import stat
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -52,3 +54,47 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
             f"{what} needs {needed_bytes / 1e6:.0f} MB in {folder}, and {free / 1e6:.0f} MB are free. "
             "Make room, or set LLMQ_CACHE to a folder on another disk."
         )
+
+
+@contextmanager
+def workplace(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in `parent` for work in progress, removed at the end. While the block runs its process holds a lock
+    on it, which the system takes back however the process ends."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with _held(folder, wait=True):
+            if not folder.exists():  # taken for left behind before it was held
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def sweep(parent: Path, prefix: str) -> None:
+    """Remove the workplaces under this prefix that killed processes left behind: those that nobody holds."""
+    for left in parent.glob(f"{prefix}*"):
+        with _held(left, wait=False) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether nobody else holds `folder` while the block runs; False where the system does not say (Windows, some
+    network disks), so that nothing is swept there."""
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
+    except (ImportError, OSError):
+        held = False
+    try:
+        yield held
+    finally:
+        if handle is not None:
+            os.close(handle)
