@@ -31,7 +31,7 @@ from llmq.quant import METHODS
 if reason := why_not_native():
     pytest.skip(reason, allow_module_level=True)
 
-from llmq.engine.native import NativeEngine, usable_threads  # noqa: E402
+from llmq.engine.native import NativeEngine  # noqa: E402
 from llmq.kernels.cpu import library  # noqa: E402
 from llmq.kernels.cpu.library import Matrix, Packing, open_library, quantize_rows  # noqa: E402
 
@@ -350,16 +350,6 @@ def test_threads_go_with_the_engine():
     del engine
     gc.collect()
     assert not own & running()
-
-
-@pytest.mark.parametrize(
-    ("quota", "expected"), [("max 100000", 8), ("150000 100000", 2), ("20000 100000", 1), ("odd", 8), (None, 8)]
-)
-def test_a_container_gets_no_more_threads_than_processors(quota, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    if quota:
-        (tmp_path / "cpu.max").write_text(quota)
-    assert usable_threads(tmp_path / "cpu.max") == expected
 
 
 def test_engines_on_several_threads_do_not_disturb_each_other():
