@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from llmq.cli import EXIT_USAGE, Parser  # noqa: E402
 from llmq.errors import UserError  # noqa: E402
+from llmq.terminal import accept_any_output, spelled  # noqa: E402
 from llmq.ui.address import DEFAULT_PORTS, free_address  # noqa: E402
 from llmq.ui.session import Jobs, Session  # noqa: E402
 
@@ -40,7 +41,9 @@ def on_shared_gpu(function):
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="FP16 and int8 LLaMA side by side, in a browser.")
-    parser.add_argument("--model", help="a preset, a hub id or a local folder (default: chosen for this machine)")
+    parser.add_argument(
+        "--model", type=spelled, help="a preset, a hub id or a local folder (default: chosen for this machine)"
+    )
     parser.add_argument(
         "--methods", help="two or three, comma-separated (default: fp16,llm-int8; on a GPU also bnb-int8)"
     )
@@ -92,10 +95,11 @@ def default_methods(device: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
-        os.environ.pop(name, None)  # they are read; Gradio would try them as well where a flag says otherwise
+    accept_any_output()
     try:
+        options = parse(arguments)
+        for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+            os.environ.pop(name, None)  # they are read; Gradio would try them as well where a flag says otherwise
         host, port = free_address(options.host, options.port)
         auth = parse_auth(options.auth)
         session = make_session(options, on_shared_gpu(run_job))

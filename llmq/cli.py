@@ -7,26 +7,34 @@ standard error. A wrong value exits 2 with one line and no traceback.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from llmq import actions, inquiries
 from llmq.errors import UserError
+from llmq.terminal import accept_any_output, spelled, typed
 
 EXIT_USAGE = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the exit status."""
-    options = build_parser().parse_args(arguments)
+    accept_any_output()
     try:
-        return options.run(options)
+        options = build_parser().parse_args(arguments)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"llmq: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("llmq: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +66,9 @@ def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="demo", help="a preset, a hub id or a local folder (default: demo)")
+    parser.add_argument(
+        "--model", type=spelled, default="demo", help="a preset, a hub id or a local folder (default: demo)"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.add_argument("--threshold", type=float, default=6.0, help="outlier threshold; 0 is off (default: 6.0)")
 
@@ -69,7 +79,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 def _add_compare(commands) -> None:
     parser = _command(commands, "compare", actions.run_compare, "one prompt through two or three methods")
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", type=typed)
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8", help="comma-separated; bnb-int8@0 sets a threshold")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -118,7 +128,9 @@ def _add_memory(commands) -> None:
     parser = _command(
         commands, "memory", actions.run_memory, "predicted bytes before anything is loaded, and whether they fit"
     )
-    parser.add_argument("--model", default="demo", help="a preset, a hub id or a local folder (default: demo)")
+    parser.add_argument(
+        "--model", type=spelled, default="demo", help="a preset, a hub id or a local folder (default: demo)"
+    )
     parser.add_argument("--methods", default="fp16,bnb-int8")
     parser.add_argument("--threshold", type=float, default=6.0, help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, default=2048, help="tokens, prompt and answer (default: 2048)")
@@ -131,7 +143,10 @@ def _add_models(commands) -> None:
     parser.add_argument(
         "--save-int8",
         nargs=2,
+        type=spelled,
         metavar=("M", "FOLDER"),
         help="write a model with int8 weights, as bitsandbytes stores them",
     )
-    parser.add_argument("--fetch", metavar="M", help="make this model ready, so that later starts need no network")
+    parser.add_argument(
+        "--fetch", metavar="M", type=spelled, help="make this model ready, so that later starts need no network"
+    )

@@ -13,6 +13,7 @@ from llmq.files import read_text, write_text
 from llmq.formatting import plain_json
 from llmq.preparation import Working
 from llmq.reporting import outlier_lines, progress_line
+from llmq.terminal import spelled, typed
 
 
 def run_outliers(options) -> int:
@@ -225,11 +226,13 @@ def _plain(markdown: str) -> str:
 def add_commands(command, commands, add_model) -> None:
     """The options of these commands. `command` makes one, `add_model` adds model, device and threshold."""
     parser = command(commands, "outliers", run_outliers, "which columns reach the threshold, layer by layer")
-    parser.add_argument("prompt", nargs="?")
+    parser.add_argument("prompt", nargs="?", type=typed)
     add_model(parser)
     parser.add_argument("--method", default="bnb-int8")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens to generate and watch (default: 8)")
-    parser.add_argument("--sweep", metavar="A,B,…", help="the paper's figures of several models, instead of a prompt")
+    parser.add_argument(
+        "--sweep", metavar="A,B,…", type=spelled, help="the paper's figures of several models, instead of a prompt"
+    )
     _add_files(parser)
     parser = command(commands, "agreement", run_agreement, "two methods read the same text: KL, first choices, drift")
     _add_reading(parser, add_model)
@@ -241,7 +244,7 @@ def add_commands(command, commands, add_model) -> None:
 
 
 def _add_reading(parser, add_model) -> None:
-    parser.add_argument("text", nargs="?", help="a prompt, or with --read text a text")
+    parser.add_argument("text", nargs="?", type=typed, help="a prompt, or with --read text a text")
     parser.add_argument("--file", type=Path, help="take it from a file instead")
     parser.add_argument("--read", default="continuation", help="continuation, prompt or text (default: continuation)")
     add_model(parser)
@@ -260,7 +263,7 @@ def _add_experiment(parser, add_model) -> None:
     parser.add_argument("what", choices=["ablation", "silencing", "amplifying", "thresholds"])
     add_model(parser)
     parser.add_argument("--windows", type=int, default=1, help="of 512 tokens of the reference text (default: 1)")
-    parser.add_argument("--prompt", help="silencing: how the model goes on after it")
+    parser.add_argument("--prompt", type=typed, help="silencing: how the model goes on after it")
     parser.add_argument("--counts", default="1,2,4,8", help="silencing: how many channels (default: 1,2,4,8)")
     parser.add_argument("--draws", type=int, default=3, help="silencing: random sets of each size (default: 3)")
     parser.add_argument("--factors", default="1,4,16,64", help="amplifying: s, from 1 to 64 (default: 1,4,16,64)")

