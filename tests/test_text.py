@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -42,7 +43,9 @@ def byte_fallback():
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    return made
 
 
 def symbols_of_bytes() -> list[str]:
@@ -68,14 +71,20 @@ def decoded(tokenizer, ids) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def last_run(ids) -> list[int]:
+    """The byte tokens at the end; with byte fallback they are the ids below 256."""
+    run = itertools.takewhile(lambda token_id: token_id < 256, reversed(ids))
+    return list(run)[::-1]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 def test_pieces_join_to_the_text_and_never_show_half_a_character(kind, text, request):
     tokenizer = request.getfixturevalue(kind)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces, rest = streamed(tokenizer, ids)
-    assert "".join(pieces) == text == decoded(tokenizer, ids)
-    assert rest == ""
+    assert "".join(pieces) + rest == text == decoded(tokenizer, ids)
+    assert rest == (decoded(tokenizer, last_run(ids)) if kind == "byte_fallback" else "")
     assert not any(REPLACEMENT in piece for piece in pieces)
 
 
@@ -111,6 +120,32 @@ def test_any_bytes_stream_as_they_decode(byte_level):
         ids = ids_of(byte_level, data)
         pieces, rest = streamed(byte_level, ids)
         assert "".join(pieces) + rest == decoded(byte_level, ids), data
+
+
+@pytest.mark.parametrize("cut", range(1, len("aé日👩".encode()) + 1))
+def test_with_byte_fallback_too_a_cut_text_is_what_it_decodes_to(cut, byte_fallback):
+    ids = byte_fallback("aé日👩", add_special_tokens=False)["input_ids"][: cut + 1]
+    pieces, rest = streamed(byte_fallback, ids)
+    assert "".join(pieces) + rest == decoded(byte_fallback, ids)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_any_ids_stream_as_they_decode_and_nothing_waits_that_need_not(kind, request):
+    """Bytes of characters, other bytes, letters, spaces and special tokens in any order."""
+    tokenizer, noise = request.getfixturevalue(kind), random.Random(1)
+    chunks = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("é", "👩", "a", " ", "b c")]
+    chunks += [[token_id] for token_id in range(len(tokenizer))]
+    for _ in range(400):
+        ids = list(itertools.chain(*(noise.choice(chunks[: noise.choice([5, None])]) for _ in range(12))))
+        stream, shown = TextStream(tokenizer), ""
+        for count, token_id in enumerate(ids, 1):
+            shown += stream.push(token_id)
+            text = decoded(tokenizer, ids[:count])
+            assert text.startswith(shown), ids
+            special = token_id in tokenizer.all_special_ids
+            in_bytes = kind == "byte_fallback" and token_id < 256
+            assert shown == text or text.endswith(REPLACEMENT) or special or in_bytes, ids
+        assert shown + stream.flush() == decoded(tokenizer, ids), ids
 
 
 def test_special_tokens_are_no_text_and_interrupt_none(byte_level):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from llmq.errors import BadChoice, first_line
@@ -9,6 +10,7 @@ from llmq.errors import BadChoice, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ONE_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a character whose rest is still to come
 
 
@@ -68,8 +70,11 @@ def _unusable(reason: str) -> BadChoice:
 class TextStream:
     """Turns a growing list of token ids into text that only ever grows.
 
-    A byte-level token may end in the middle of a character; its bytes wait until the character is whole. The pieces
-    joined, with `flush()` at the end, are exactly the decoding of all ids at once.
+    The pieces joined, with `flush()` at the end, are exactly the decoding of all ids at once, whatever the ids. A later
+    token changes what was decoded before in two ways, and text waits for both. A byte-level token may end in the middle
+    of a character: its bytes wait until the character is whole. A vocabulary with byte fallback spells what it lacks in
+    tokens of one byte: a run of them decodes as a whole, and one byte too many or too few turns each of its bytes into
+    a replacement mark. So a run waits until another token ends it, and no part of it could be shown earlier.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -77,11 +82,18 @@ class TextStream:
         self._ids: list[int] = []
         self._start = 0  # first id still decoded for context: some tokenizers drop a leading space
         self._shown = 0  # ids whose text has been given out
+        self._in_bytes = False  # whether a run of byte tokens may go on
 
     def push(self, token_id: int) -> str:
         """The text that became readable with this token; empty while a character is incomplete."""
         self._ids.append(token_id)
-        return self._take(final=False)
+        if _ONE_BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token_id) or ""):
+            self._in_bytes = True
+        elif (
+            self._in_bytes
+        ):  # a special token, which is no text, ends no run; a leading space alone would be none either
+            self._in_bytes = not self._decode([token_id, token_id])
+        return "" if self._in_bytes else self._take(final=False)
 
     def flush(self) -> str:
         """What is left when no more tokens come."""
