@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from llmq import actions, inquiries
-from llmq.errors import UserError
+from llmq.errors import BadChoice, UserError
 from llmq.terminal import accept_any_output, spelled, typed
 
 EXIT_USAGE = 2
@@ -70,7 +70,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model", type=spelled, default="demo", help="a preset, a hub id or a local folder (default: demo)"
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    parser.add_argument("--threshold", type=float, default=6.0, help="outlier threshold; 0 is off (default: 6.0)")
+    parser.add_argument("--threshold", type=_threshold, default=6.0, help="outlier threshold; 0 is off (default: 6.0)")
+
+
+def _threshold(text: str) -> float:
+    """Refused also where the methods that were asked for have none."""
+    from llmq.contestants import threshold_named
+
+    try:
+        return threshold_named(text)
+    except BadChoice as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +93,7 @@ def _add_compare(commands) -> None:
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8", help="comma-separated; bnb-int8@0 sets a threshold")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default); 2 at most")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -132,7 +142,7 @@ def _add_memory(commands) -> None:
         "--model", type=spelled, default="demo", help="a preset, a hub id or a local folder (default: demo)"
     )
     parser.add_argument("--methods", default="fp16,bnb-int8")
-    parser.add_argument("--threshold", type=float, default=6.0, help=argparse.SUPPRESS)
+    parser.add_argument("--threshold", type=_threshold, default=6.0, help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, default=2048, help="tokens, prompt and answer (default: 2048)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device-memory", type=float, metavar="GB", help="bytes to fit into, in GB (1e9)")

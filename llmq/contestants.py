@@ -39,8 +39,8 @@ class Contestant:
         """`fp16`, `bnb-int8`, `bnb-int8@3.5`."""
         name, at, threshold = text.strip().partition("@")
         if not method_named(name).handler.has_threshold:
-            return cls(name, _number(threshold) if at else None)
-        return cls(name, _number(threshold) if at else default_threshold)
+            return cls(name, threshold_named(threshold) if at else None)
+        return cls(name, threshold_named(threshold) if at else default_threshold)
 
     @property
     def label(self) -> str:
@@ -82,8 +82,12 @@ class Comparison:
         return plain
 
 
-def _number(text: str) -> float:
+def threshold_named(text: str) -> float:
+    """'6', '0' or 'inf' as a number. Raises BadChoice for what is no threshold of any method."""
     try:
-        return float(text)
+        threshold = float(text)
     except ValueError:
-        raise BadChoice(f"threshold is {text!r}; choose a number from 0 (off) to {MAX_THRESHOLD}, or inf") from None
+        threshold = math.nan
+    if not _possible(threshold):
+        raise BadChoice(f"threshold is {text!r}; choose a number from 0 (off) to {MAX_THRESHOLD}, or inf")
+    return threshold

@@ -9,7 +9,7 @@ import pytest
 
 from llmq.contestants import Comparison, Contestant
 from llmq.engine.residents import Residents
-from llmq.engine.sampling import SamplingSettings
+from llmq.engine.sampling import MAX_TEMPERATURE, SamplingSettings
 from llmq.inspect.run import Inspection
 from llmq.ui import session
 from llmq.ui.link import LONGEST_PROMPT, query_of, wishes_of
@@ -190,3 +190,11 @@ def test_only_the_latest_reports_are_kept(plain_session):
     keys = [plain_session.keep(number) for number in range(KEPT_FINDINGS + 3)]
     assert [plain_session.kept(key) for key in keys] == [None] * 3 + list(range(3, KEPT_FINDINGS + 3))
     assert plain_session.kept(None) is None
+
+
+def test_the_page_and_the_command_line_have_one_range_of_temperatures(plain_session):
+    from llmq.ui.layout import build
+
+    parts = build(plain_session).config["components"]
+    (slider,) = (part["props"] for part in parts if part["props"].get("elem_id") == "temperature")
+    assert (slider["minimum"], slider["maximum"]) == (0, MAX_TEMPERATURE)
