@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from llmq.cli import EXIT_USAGE, Parser  # noqa: E402
 from llmq.errors import UserError  # noqa: E402
-from llmq.terminal import accept_any_output, spelled  # noqa: E402
+from llmq.terminal import accept_any_output, show_progress, spelled  # noqa: E402
 from llmq.ui.address import DEFAULT_PORTS, free_address  # noqa: E402
 from llmq.ui.session import Jobs, Session  # noqa: E402
 
@@ -131,13 +131,7 @@ def fetch(model: str, methods: tuple[str, ...]) -> None:
     """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries."""
     from llmq.models.loading import prepare, resolve
 
-    last = None
-    for progress in prepare(resolve(model)):
-        filled = round(30 * progress.fraction)
-        last = f"\r[{'#' * filled}{'.' * (30 - filled)}] {progress.message:<70}"
-        print(last, end="", file=sys.stderr, flush=True)
-    if last:
-        print(file=sys.stderr)
+    show_progress(prepare(resolve(model)))
     threading.Thread(target=warm_up, args=(model, methods), name="warm-up", daemon=True).start()
 
 

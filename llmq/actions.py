@@ -12,6 +12,7 @@ from llmq.events import Event, Run
 from llmq.files import read_text, write_text
 from llmq.reporting import memory_lines, progress_line, run_as_json, table
 from llmq.summary import Summary
+from llmq.terminal import show_progress
 
 EXIT_FAILED = 1
 
@@ -196,25 +197,21 @@ def run_memory(options) -> int:
     return 0
 
 
-def _show_progress(steps: Iterable) -> None:
-    for progress in steps:
-        print(f"\r{progress.fraction:4.0%} {progress.message:<60}", end="", file=sys.stderr)
-    print(file=sys.stderr)
-
-
 def run_models(options) -> int:
-    from llmq.models.loading import prepare, resolve
+    from llmq.models.loading import prepare, quiet_libraries, resolve
     from llmq.models.presets import PRESETS
     from llmq.quant import METHODS
 
+    if options.fetch or options.save_int8:
+        quiet_libraries()
     if options.fetch:
-        _show_progress(prepare(resolve(options.fetch)))
+        show_progress(prepare(resolve(options.fetch)))
     if options.save_int8:
         from llmq.models.int8_checkpoint import save_int8
 
         name, folder = options.save_int8
-        _show_progress(prepare(resolve(name)))
-        _show_progress(save_int8(resolve(name), Path(folder)))
+        show_progress(prepare(resolve(name)))
+        show_progress(save_int8(resolve(name), Path(folder)))
         return 0
     result = {
         "models": [

@@ -1,11 +1,18 @@
-"""What a terminal hands over and what it can show: texts and paths under any locale."""
+"""What a terminal hands over and what it can show: texts and paths under any locale, and progress."""
 
 from __future__ import annotations
 
 import locale
 import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
+
+if TYPE_CHECKING:
+    from llmq.models.demo import Progress
+
+BAR = 30  # characters
 
 
 def accept_any_output() -> None:
@@ -30,3 +37,19 @@ def spelled(path: str) -> str:
         return path
     name = locale.setlocale(locale.LC_CTYPE)
     raise UserError(f"the locale {name!r} cannot spell {typed(path)!r}; set LC_ALL=C.UTF-8, or use a path in ASCII")
+
+
+def show_progress(steps: Iterable[Progress]) -> None:
+    """A bar that fills, on standard error. In a log, which keeps every bar, a line for each tenth of the way."""
+    told = None
+    for step in steps:
+        if sys.stderr.isatty():
+            drawn = "#" * round(BAR * step.fraction)
+            print(f"\r[{drawn:.<{BAR}}] {step.message:<70}", end="", file=sys.stderr, flush=True)
+        elif told is not None and told <= step.fraction < min(told + 0.1, 1):
+            continue
+        else:
+            print(f"llmq: {step.message} ({step.fraction:.0%})", file=sys.stderr)
+        told = step.fraction
+    if told is not None and sys.stderr.isatty():
+        print(file=sys.stderr)

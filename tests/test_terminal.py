@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ import pytest
 from llmq.cli import main
 from llmq.errors import UserError
 from llmq.events import Finished, Run, TimedEvent
-from llmq.models.demo import demo_folder
-from llmq.terminal import spelled, typed
+from llmq.models.demo import Progress, demo_folder
+from llmq.models.loading import quiet_libraries
+from llmq.terminal import show_progress, spelled, typed
 
 ROOT = Path(__file__).parents[1]
 POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}
@@ -91,3 +94,52 @@ def test_a_reader_who_has_seen_enough_is_no_traceback(form):
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+STEPS = [Progress(i / 200, f"fetching ({i} of 200 MB)") for i in range(101)] + [Progress(0.55, "unpacking")]
+STEPS += [Progress(0.6 + i / 250, "converting") for i in range(96)] + [Progress(1.0, "ready")]
+
+
+def test_progress_in_a_log_is_a_line_for_each_tenth(capsys):
+    show_progress(iter(STEPS))
+    lines = capsys.readouterr().err.splitlines()
+    assert (lines[0], lines[1]) == ("llmq: fetching (0 of 200 MB) (0%)", "llmq: fetching (20 of 200 MB) (10%)")
+    assert lines[-1] == "llmq: ready (100%)" and 8 <= len(lines) <= 12
+    assert "\r" not in "".join(lines)
+
+
+def test_progress_in_a_terminal_is_one_line_that_changes(capsys, monkeypatch):
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: True)
+    show_progress(iter(STEPS))
+    shown = capsys.readouterr().err
+    assert (shown.count("\r"), shown.count("\n")) == (len(STEPS), 1) and shown.endswith("\n")
+    bars = [line[: line.index("]") + 1] for line in shown.split("\r")[1:]]
+    assert (bars[0], bars[-1]) == ("[" + 30 * "." + "]", "[" + 30 * "#" + "]")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nothing_to_do_is_nothing_to_show(terminal, capsys, monkeypatch):
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda stream: terminal)
+    show_progress(iter(()))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["compare", "agreement"])
+def test_every_line_beside_the_result_is_our_own(command, tiny_folder):
+    """Not transformers' of its next versions, nor bitsandbytes' of a package for 4 bit."""
+    methods = ["--methods", "fp32,bnb-int8"] if command == "compare" else ["--method", "bnb-int8"]
+    done = llmq(command, "Hi", "--model", tiny_folder, "--device", "cpu", "--json", *methods)
+    assert done.returncode == 0 and "bnb-int8" in done.stderr
+    assert [line for line in done.stderr.splitlines() if not line.startswith("llmq: ")] == []
+
+
+def test_errors_of_the_libraries_still_show():
+    quiet_libraries()
+    for name in ("transformers", "transformers.modeling_utils", "bitsandbytes.backends.cpu.ops"):
+        assert logging.getLogger(name).isEnabledFor(logging.ERROR), name
+    assert logging.getLogger("bitsandbytes.cextension").isEnabledFor(logging.WARNING), "says that a GPU is not used"
+    with warnings.catch_warnings(record=True) as seen:
+        quiet_libraries()
+        warnings.warn("what the next version changes", FutureWarning, stacklevel=1)
+        warnings.warn("what is wrong now", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["what is wrong now"]
