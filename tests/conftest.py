@@ -152,10 +152,9 @@ def address(demo):
 @pytest.fixture
 def page(browser, address):
     """An empty tab that remembers which hosts it asked."""
-    from browser_support import MINUTE
+    from browser_support import new_tab
 
-    tab = browser.new_page(viewport={"width": 1400, "height": 1000})
-    tab.set_default_timeout(MINUTE)
+    tab = new_tab(browser, viewport={"width": 1400, "height": 1000})
     tab.hosts = set()
     tab.on("request", lambda request: tab.hosts.add(request.url.split("/")[2]))
     yield tab
