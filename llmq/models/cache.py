@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from llmq.errors import UserError
 
 
 def cache_folder() -> Path:
-    """`LLMQ_CACHE`, else `$XDG_CACHE_HOME/llmq`, else `~/.cache/llmq`; where there is no home, as in a container that
-    runs as a bare number, a folder among the temporary files. Raises UserError where that cannot be had."""
+    """`LLMQ_CACHE`, else `$XDG_CACHE_HOME/llmq`, else `~/.cache/llmq`. Raises UserError where there is no home."""
     try:
         if override := os.environ.get("LLMQ_CACHE"):
             return Path(override).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmq"
-    except RuntimeError:  # neither HOME nor an entry for this user
-        return _cache_without_home()
-
-
-@cache
-def _cache_without_home() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"llmq-cache-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()  # anybody may have made it before us, and what is in it will be run
-    except OSError as error:
-        raise UserError(f"no home folder, and {folder} cannot be made: {error.strerror}; set LLMQ_CACHE") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise UserError(f"no home folder, and {folder} belongs to somebody else; set LLMQ_CACHE to a folder of yours")
-    print(f"llmq: no home folder, so files are kept in {folder}; LLMQ_CACHE names another", file=sys.stderr)
-    return folder
+    except RuntimeError as error:  # neither HOME nor an entry for this user, as in some containers
+        raise UserError("there is no home folder for a cache; set LLMQ_CACHE to a folder you can write to") from error
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
@@ -63,13 +45,12 @@ def workplace(parent: Path, prefix: str) -> Iterator[Path]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with _held(folder, wait=True):
-            if not folder.exists():  # taken for left behind before it was held
-                continue
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-            return
+            if folder.exists():  # else it was taken for left behind before it was held
+                try:
+                    yield folder
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+                return
 
 
 def sweep(parent: Path, prefix: str) -> None:
@@ -82,19 +63,16 @@ def sweep(parent: Path, prefix: str) -> None:
 
 @contextmanager
 def _held(folder: Path, *, wait: bool) -> Iterator[bool]:
-    """Whether nobody else holds `folder` while the block runs; False where the system does not say (Windows, some
-    network disks), so that nothing is swept there."""
-    handle = None
-    try:
-        import fcntl
+    """Whether nobody else holds `folder` while the block runs; False where folders have no locks (Windows, some network
+    disks), so that nothing is swept there."""
+    with ExitStack() as opened:
+        try:
+            import fcntl
 
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        held = True
-    except (ImportError, OSError):
-        held = False
-    try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            opened.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except (ImportError, OSError):
+            held = False
         yield held
-    finally:
-        if handle is not None:
-            os.close(handle)
