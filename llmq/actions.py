@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from llmq.events import Event, Run
 from llmq.files import read_text, write_text
-from llmq.reporting import memory_lines, progress_line, run_as_json, table
+from llmq.reporting import memory_lines, reported, run_as_json, table
 from llmq.summary import Summary
 from llmq.terminal import show_progress
 
@@ -58,20 +58,9 @@ def run_replay(options) -> int:
 
 def _consume(events: Iterable[Event]) -> Summary:
     summary = Summary()
-    for event in _reported(events):
+    for event in reported(events):
         summary.add(event)
     return summary
-
-
-def _reported(events: Iterable[Event]) -> Iterator[Event]:
-    """Pass events through, telling the person at the terminal what is going on."""
-    last = ""
-    for event in events:
-        line = progress_line(event)
-        if line and line != last:
-            print(f"llmq: {line}", file=sys.stderr)
-            last = line
-        yield event
 
 
 def _print_run(run: Run, summary: Summary, *, as_json: bool) -> int:

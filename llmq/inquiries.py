@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llmq.actions import device_of
 from llmq.errors import BadChoice
 from llmq.files import read_text, write_text
 from llmq.formatting import plain_json
-from llmq.preparation import Working
-from llmq.reporting import outlier_lines, progress_line
-from llmq.terminal import spelled, typed
+from llmq.reporting import outlier_lines, reported
 
 
 def run_outliers(options) -> int:
@@ -34,7 +30,7 @@ def run_outliers(options) -> int:
         new_tokens=options.new_tokens,
         device=device_of(options),
     )
-    *_, report = _reported(inspect_outliers(inspection, Residents()))
+    *_, report = reported(inspect_outliers(inspection, Residents()))
     if options.html:
         from llmq.ui.pages import outliers_page
 
@@ -53,7 +49,7 @@ def _run_sweep(options) -> int:
     from llmq.experiments.sweep import sweep
 
     names = tuple(name.strip() for name in options.sweep.split(","))
-    *_, outcome = _reported(sweep(names, Residents(), device=device_of(options)))
+    *_, outcome = reported(sweep(names, Residents(), device=device_of(options)))
     return _print_experiment(outcome.result, options)
 
 
@@ -99,7 +95,7 @@ def run_explain(options) -> int:
         patch=not options.no_patch,
         device=read.reading.device,
     )
-    *_, cause = _reported(explain(explanation, residents))
+    *_, cause = reported(explain(explanation, residents))
     if options.html:
         from llmq.ui.pages import cause_page
 
@@ -134,7 +130,7 @@ def _read(options, residents=None):
         new_tokens=options.new_tokens,
         device=device_of(options),
     )
-    *_, read = _reported(read_both(reading, residents or Residents()))
+    *_, read = reported(read_both(reading, residents or Residents()))
     assert isinstance(read, Read), "a reading that nobody stops ends with a Read"
     return read
 
@@ -143,7 +139,7 @@ def run_experiment(options) -> int:
     from llmq.engine.residents import Residents
     from llmq.experiments.lab import run_experiment as run
 
-    *_, outcome = _reported(run(_experiment(options), Residents()))
+    *_, outcome = reported(run(_experiment(options), Residents()))
     return _print_experiment(outcome.result, options)
 
 
@@ -205,20 +201,6 @@ def _print_experiment(result: dict, options) -> int:
     return 0
 
 
-def _reported(items: Iterable) -> Iterator:
-    """Pass everything through, telling the person at the terminal what is going on; of many small steps every tenth
-    of the whole."""
-    last, told = "", -1.0
-    for item in items:
-        line = item.message if isinstance(item, Working) else progress_line(item)
-        small = isinstance(item, Working) and item.fraction is not None and told <= item.fraction < told + 0.1
-        if line and line != last and not small:
-            print(f"llmq: {line}", file=sys.stderr)
-            last = line
-            told = item.fraction if isinstance(item, Working) and item.fraction is not None else told
-        yield item
-
-
 def _plain(markdown: str) -> str:
     return markdown.replace("**", "")
 
@@ -226,13 +208,11 @@ def _plain(markdown: str) -> str:
 def add_commands(command, commands, add_model) -> None:
     """The options of these commands. `command` makes one, `add_model` adds model, device and threshold."""
     parser = command(commands, "outliers", run_outliers, "which columns reach the threshold, layer by layer")
-    parser.add_argument("prompt", nargs="?", type=typed)
+    parser.add_argument("prompt", nargs="?")
     add_model(parser)
     parser.add_argument("--method", default="bnb-int8")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens to generate and watch (default: 8)")
-    parser.add_argument(
-        "--sweep", metavar="A,B,…", type=spelled, help="the paper's figures of several models, instead of a prompt"
-    )
+    parser.add_argument("--sweep", metavar="A,B,…", help="the paper's figures of several models, instead of a prompt")
     _add_files(parser)
     parser = command(commands, "agreement", run_agreement, "two methods read the same text: KL, first choices, drift")
     _add_reading(parser, add_model)
@@ -244,7 +224,7 @@ def add_commands(command, commands, add_model) -> None:
 
 
 def _add_reading(parser, add_model) -> None:
-    parser.add_argument("text", nargs="?", type=typed, help="a prompt, or with --read text a text")
+    parser.add_argument("text", nargs="?", help="a prompt, or with --read text a text")
     parser.add_argument("--file", type=Path, help="take it from a file instead")
     parser.add_argument("--read", default="continuation", help="continuation, prompt or text (default: continuation)")
     add_model(parser)
@@ -263,7 +243,7 @@ def _add_experiment(parser, add_model) -> None:
     parser.add_argument("what", choices=["ablation", "silencing", "amplifying", "thresholds"])
     add_model(parser)
     parser.add_argument("--windows", type=int, default=1, help="of 512 tokens of the reference text (default: 1)")
-    parser.add_argument("--prompt", type=typed, help="silencing: how the model goes on after it")
+    parser.add_argument("--prompt", help="silencing: how the model goes on after it")
     parser.add_argument("--counts", default="1,2,4,8", help="silencing: how many channels (default: 1,2,4,8)")
     parser.add_argument("--draws", type=int, default=3, help="silencing: random sets of each size (default: 3)")
     parser.add_argument("--factors", default="1,4,16,64", help="amplifying: s, from 1 to 64 (default: 1,4,16,64)")

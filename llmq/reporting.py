@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Run, Waiting
 from llmq.inspect.report import OutlierReport
+from llmq.preparation import Working
 from llmq.summary import Outcome, Summary
 
 
@@ -29,6 +31,20 @@ def progress_line(event: Event) -> str:
         case Failed():
             return f"{event.contestant}: failed: {event.message}"
     return ""
+
+
+def reported(items: Iterable) -> Iterator:
+    """Pass everything through, telling the person at the terminal what is going on; of many small steps every tenth
+    of the whole."""
+    last, told = "", -1.0
+    for item in items:
+        line = item.message if isinstance(item, Working) else progress_line(item)
+        small = isinstance(item, Working) and item.fraction is not None and told <= item.fraction < told + 0.1
+        if line and line != last and not small:
+            print(f"llmq: {line}", file=sys.stderr)
+            last = line
+            told = item.fraction if isinstance(item, Working) and item.fraction is not None else told
+        yield item
 
 
 def run_as_json(run: Run, summary: Summary) -> dict:
