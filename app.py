@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -13,9 +12,9 @@ from pathlib import Path
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from llmq.cli import EXIT_USAGE, Parser  # noqa: E402
+from llmq.cli import Parser, guarded  # noqa: E402
 from llmq.errors import UserError  # noqa: E402
-from llmq.terminal import accept_any_output, show_progress, spelled  # noqa: E402
+from llmq.terminal import as_typed, show_progress  # noqa: E402
 from llmq.ui.address import DEFAULT_PORTS, free_address  # noqa: E402
 from llmq.ui.session import Jobs, Session  # noqa: E402
 
@@ -41,9 +40,7 @@ def on_shared_gpu(function):
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description="FP16 and int8 LLaMA side by side, in a browser.")
-    parser.add_argument(
-        "--model", type=spelled, help="a preset, a hub id or a local folder (default: chosen for this machine)"
-    )
+    parser.add_argument("--model", help="a preset, a hub id or a local folder (default: chosen for this machine)")
     parser.add_argument(
         "--methods", help="two or three, comma-separated (default: fp16,llm-int8; on a GPU also bnb-int8)"
     )
@@ -95,22 +92,19 @@ def default_methods(device: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    accept_any_output()
-    try:
-        options = parse(arguments)
-        for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
-            os.environ.pop(name, None)  # they are read; Gradio would try them as well where a flag says otherwise
-        host, port = free_address(options.host, options.port)
-        auth = parse_auth(options.auth)
-        session = make_session(options, on_shared_gpu(run_job))
-        fetch(session.model, session.methods)
-        serve(session, host=host, port=port, share=options.share, auth=auth)
-    except UserError as error:
-        print(f"llmq: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except KeyboardInterrupt:  # while the model is fetched; Gradio ends by itself
-        print("llmq: stopped", file=sys.stderr)
-        return 130
+    return guarded(lambda: run(arguments))
+
+
+def run(arguments: list[str] | None) -> int:
+    """Check every option, make the first model ready, and serve the page."""
+    options = as_typed(parse(arguments))
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+        os.environ.pop(name, None)  # they are read; Gradio would try them as well where a flag says otherwise
+    host, port = free_address(options.host, options.port)
+    auth = parse_auth(options.auth)
+    session = make_session(options, on_shared_gpu(run_job))
+    fetch(session.model, session.methods)
+    serve(session, host=host, port=port, share=options.share, auth=auth)
     return 0
 
 

@@ -9,21 +9,35 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from llmq import actions, inquiries
-from llmq.errors import BadChoice, UserError
-from llmq.terminal import accept_any_output, spelled, typed
+from llmq.errors import UserError
+from llmq.terminal import accept_any_output, as_typed
 
 EXIT_USAGE = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the exit status."""
+    return guarded(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    options = as_typed(build_parser().parse_args(arguments))
+    if "threshold" in options:  # refused also where no method that was asked for has one
+        from llmq.contestants import require_threshold
+
+        require_threshold(options.threshold)
+    return options.run(options)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """The exit status of `command`. What it raises for people is one line; no output ends it in a traceback."""
     accept_any_output()
     try:
-        options = build_parser().parse_args(arguments)
-        status = options.run(options)
+        status = command()
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -66,21 +80,9 @@ def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=spelled, default="demo", help="a preset, a hub id or a local folder (default: demo)"
-    )
+    parser.add_argument("--model", default="demo", help="a preset, a hub id or a local folder (default: demo)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    parser.add_argument("--threshold", type=_threshold, default=6.0, help="outlier threshold; 0 is off (default: 6.0)")
-
-
-def _threshold(text: str) -> float:
-    """Refused also where the methods that were asked for have none."""
-    from llmq.contestants import threshold_named
-
-    try:
-        return threshold_named(text)
-    except BadChoice as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    parser.add_argument("--threshold", type=float, default=6.0, help="outlier threshold; 0 is off (default: 6.0)")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +91,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 def _add_compare(commands) -> None:
     parser = _command(commands, "compare", actions.run_compare, "one prompt through two or three methods")
-    parser.add_argument("prompt", type=typed)
+    parser.add_argument("prompt")
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8", help="comma-separated; bnb-int8@0 sets a threshold")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -138,11 +140,9 @@ def _add_memory(commands) -> None:
     parser = _command(
         commands, "memory", actions.run_memory, "predicted bytes before anything is loaded, and whether they fit"
     )
-    parser.add_argument(
-        "--model", type=spelled, default="demo", help="a preset, a hub id or a local folder (default: demo)"
-    )
+    parser.add_argument("--model", default="demo", help="a preset, a hub id or a local folder (default: demo)")
     parser.add_argument("--methods", default="fp16,bnb-int8")
-    parser.add_argument("--threshold", type=_threshold, default=6.0, help=argparse.SUPPRESS)
+    parser.add_argument("--threshold", type=float, default=6.0, help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, default=2048, help="tokens, prompt and answer (default: 2048)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device-memory", type=float, metavar="GB", help="bytes to fit into, in GB (1e9)")
@@ -153,10 +153,7 @@ def _add_models(commands) -> None:
     parser.add_argument(
         "--save-int8",
         nargs=2,
-        type=spelled,
         metavar=("M", "FOLDER"),
         help="write a model with int8 weights, as bitsandbytes stores them",
     )
-    parser.add_argument(
-        "--fetch", metavar="M", type=spelled, help="make this model ready, so that later starts need no network"
-    )
+    parser.add_argument("--fetch", metavar="M", help="make this model ready, so that later starts need no network")

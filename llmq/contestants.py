@@ -16,8 +16,11 @@ MAX_CONTESTANTS = 3
 MAX_THRESHOLD = 65504  # the largest FP16 number: nothing a 16-bit activation holds is above it
 
 
-def _possible(threshold: float) -> bool:
-    return 0 <= threshold <= MAX_THRESHOLD or threshold == math.inf
+def require_threshold(threshold: float | None) -> None:
+    """Raises BadChoice for what is no threshold of any method."""
+    number = isinstance(threshold, int | float)
+    if not (number and (0 <= threshold <= MAX_THRESHOLD or threshold == math.inf)):
+        raise BadChoice(f"threshold is {threshold!r}; choose a number from 0 (off) to {MAX_THRESHOLD}, or inf")
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,16 @@ class Contestant:
         has_threshold = method_named(self.method).handler.has_threshold
         if not has_threshold and self.threshold is not None:
             raise BadChoice(f"{self.method} has no outlier threshold to set to {self.threshold}")
-        if has_threshold and not (isinstance(self.threshold, int | float) and _possible(self.threshold)):
-            raise BadChoice(f"threshold is {self.threshold!r}; choose a number from 0 (off) to {MAX_THRESHOLD}, or inf")
+        if has_threshold:
+            require_threshold(self.threshold)
 
     @classmethod
     def parse(cls, text: str, default_threshold: float = DEFAULT_THRESHOLD) -> Contestant:
         """`fp16`, `bnb-int8`, `bnb-int8@3.5`."""
         name, at, threshold = text.strip().partition("@")
         if not method_named(name).handler.has_threshold:
-            return cls(name, threshold_named(threshold) if at else None)
-        return cls(name, threshold_named(threshold) if at else default_threshold)
+            return cls(name, _number(threshold) if at else None)
+        return cls(name, _number(threshold) if at else default_threshold)
 
     @property
     def label(self) -> str:
@@ -82,12 +85,8 @@ class Comparison:
         return plain
 
 
-def threshold_named(text: str) -> float:
-    """'6', '0' or 'inf' as a number. Raises BadChoice for what is no threshold of any method."""
+def _number(text: str) -> float:
     try:
-        threshold = float(text)
+        return float(text)
     except ValueError:
-        threshold = math.nan
-    if not _possible(threshold):
-        raise BadChoice(f"threshold is {text!r}; choose a number from 0 (off) to {MAX_THRESHOLD}, or inf")
-    return threshold
+        raise BadChoice(f"threshold is {text!r}; choose a number from 0 (off) to {MAX_THRESHOLD}, or inf") from None

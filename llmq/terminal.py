@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import locale
 import sys
+from argparse import Namespace
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from llmq.errors import UserError
 
-if TYPE_CHECKING:
-    from llmq.models.demo import Progress
-
+TEXTS = ("prompt", "text")  # options that are no names of files or models
 BAR = 30  # characters
 
 
@@ -22,13 +20,12 @@ def accept_any_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def typed(argument: str) -> str:
-    """The text that was typed in UTF-8. Under a locale without those letters Python keeps its bytes as surrogates; what
-    is no UTF-8 stays as it is, to be refused where it is used."""
-    try:
-        return argument.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError:
-        return argument
+def as_typed(options: Namespace) -> Namespace:
+    """Read texts as UTF-8 also under a locale without those letters. Raises UserError as `spelled`; paths are left."""
+    for name, value in vars(options).items():
+        if isinstance(value, str):
+            setattr(options, name, _decoded(value) if name in TEXTS else spelled(value))
+    return options
 
 
 def spelled(path: str) -> str:
@@ -36,20 +33,26 @@ def spelled(path: str) -> str:
     if path == path.encode("utf-8", "replace").decode("utf-8"):
         return path
     name = locale.setlocale(locale.LC_CTYPE)
-    raise UserError(f"the locale {name!r} cannot spell {typed(path)!r}; set LC_ALL=C.UTF-8, or use a path in ASCII")
+    raise UserError(f"the locale {name!r} cannot spell {_decoded(path)!r}; set LC_ALL=C.UTF-8, or use a path in ASCII")
 
 
-def show_progress(steps: Iterable[Progress]) -> None:
-    """A bar that fills, on standard error. In a log, which keeps every bar, a line for each tenth of the way."""
-    told = None
+def _decoded(text: str) -> str:
+    """Python keeps bytes that the locale cannot read as surrogates. What is no UTF-8 either stays, to be refused."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def show_progress(steps: Iterable) -> None:
+    """Show `models.demo.Progress` on standard error: a bar that fills; in a log, which would keep every bar, a line for
+    each tenth of the way."""
+    told, ends = -1.0, ""
     for step in steps:
         if sys.stderr.isatty():
-            drawn = "#" * round(BAR * step.fraction)
+            drawn, ends = "#" * round(BAR * step.fraction), "\n"
             print(f"\r[{drawn:.<{BAR}}] {step.message:<70}", end="", file=sys.stderr, flush=True)
-        elif told is not None and told <= step.fraction < min(told + 0.1, 1):
-            continue
-        else:
+        elif not told <= step.fraction < min(told + 0.1, 1):
             print(f"llmq: {step.message} ({step.fraction:.0%})", file=sys.stderr)
-        told = step.fraction
-    if told is not None and sys.stderr.isatty():
-        print(file=sys.stderr)
+            told = step.fraction
+    print(end=ends, file=sys.stderr)

@@ -117,7 +117,7 @@ def served(monkeypatch, *flags) -> tuple[str, int]:
     found = []
     monkeypatch.setattr(app, "make_session", lambda *_: types.SimpleNamespace(model="demo", methods=()))
     monkeypatch.setattr(app, "fetch", lambda *_: None)
-    monkeypatch.setattr(app, "serve", lambda session, host, port, **_: found.append((host, port)))
+    monkeypatch.setattr(app, "serve", lambda session, *, host, port, **_: found.append((host, port)))
     assert app.main(list(flags)) == 0
     return found[0]
 

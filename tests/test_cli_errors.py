@@ -41,7 +41,6 @@ WRONG_SETTINGS = {
     "--methods bnb-int8@hot": ["'hot'", "0 (off) to 65504"],
     "--threshold -2": ["-2", "0 (off) to 65504"],
     "--threshold nan": ["nan", "0 (off) to 65504"],
-    "--threshold hot": ["'hot'", "0 (off) to 65504"],
     "--methods fp16 --threshold nan": ["nan", "0 (off) to 65504"],
     "--methods fp16 --threshold -1": ["-1", "0 (off) to 65504"],
     "--device cuda:99": ["'cuda:99'", "cpu"],
@@ -52,6 +51,7 @@ WRONG_SETTINGS = {
 UNREADABLE = {
     "--temperature hot": ["temperature", "'hot'"],
     "--max-new-tokens many": ["max-new-tokens", "'many'"],
+    "--threshold hot": ["threshold", "'hot'"],
     "--seed 1.5": ["seed", "'1.5'"],
     "--colour blue": ["--colour"],
 }
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_is_one_line_too(options, words, run, tiny_folder):
         (["bench", "decode", "--methods", "fp16", "--threshold", "-1"], ["-1", "0 (off) to 65504"]),
         (["quality", "--methods", "fp16", "--threshold", "nan"], ["nan", "0 (off) to 65504"]),
         (["outliers", "--sweep", "demo", "--threshold", "nan"], ["nan", "0 (off) to 65504"]),
-        (["experiment", "ablation", "--threshold", "1e9"], ["1e9", "0 (off) to 65504"]),
+        (["experiment", "ablation", "--threshold", "1e9"], ["1000000000", "0 (off) to 65504"]),
         (["memory", "--context", "0"], ["context", "0", "at least 1"]),
         (["memory", "--device-memory", "nan"], ["nan"]),
         (["memory", "--device-memory", "inf"], ["inf"]),

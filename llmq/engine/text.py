@@ -47,9 +47,9 @@ def require_text(text: str, name: str, advice: str) -> None:
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The user's turn as the template writes it. Raises BadChoice where it fails or leaves the prompt out."""
-    named, reason = tokenizer.chat_template, ""
-    if isinstance(named, dict) and "default" not in named:
-        raise _unusable(f"it is one of several ({', '.join(named)}), and none of them is the default")
+    template, reason = tokenizer.chat_template, ""
+    if isinstance(template, dict) and "default" not in template:
+        reason = f"it is one of several ({', '.join(template)}), and none of them is the default"
     for content in (prompt, [{"type": "text", "text": prompt}]):  # some templates read a list of parts
         turns = [{"role": "user", "content": content}]
         try:
@@ -59,12 +59,10 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
         else:
             if prompt.strip() in text:
                 return text
-    raise _unusable(reason or "it leaves the prompt out")
-
-
-def _unusable(reason: str) -> BadChoice:
-    advice = "choose another model, or remove `chat_template` from its folder: prompts are then read as plain text"
-    return BadChoice(f"the model's chat template cannot be used; {advice} ({reason})")
+    raise BadChoice(
+        "the model's chat template cannot be used; choose another model, or remove `chat_template` from its folder: "
+        f"prompts are then read as plain text ({reason or 'it leaves the prompt out'})"
+    )
 
 
 class TextStream:
