@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -13,7 +12,10 @@ from pathlib import Path
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from llmq.cli import Parser, guarded  # noqa: E402
 from llmq.errors import UserError  # noqa: E402
+from llmq.terminal import as_typed, show_progress  # noqa: E402
+from llmq.ui.shell.address import DEFAULT_PORTS, free_address  # noqa: E402
 from llmq.ui.shell.state import AppState, Jobs  # noqa: E402
 
 RUNS = Path(__file__).parent / "assets" / "runs"
@@ -37,16 +39,22 @@ def on_shared_gpu(function):
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="FP16 and int8 LLaMA side by side, in a browser.")
+    parser = Parser(description="FP16 and int8 LLaMA side by side, in a browser.")
     parser.add_argument("--model", help="a preset, a hub id or a local folder (default: chosen for this machine)")
     parser.add_argument(
         "--methods", help="two or three, comma-separated (default: fp16,llm-int8; on a GPU also bnb-int8)"
     )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    parser.add_argument("--host", default="0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
-    parser.add_argument("--port", type=int, default=7860)
+    host = os.environ.get("GRADIO_SERVER_NAME") or ("0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
+    port = os.environ.get("GRADIO_SERVER_PORT") or None
+    ports = f"{DEFAULT_PORTS[0]} to {DEFAULT_PORTS[-1]}"
+    parser.add_argument("--host", default=host, help="0.0.0.0: every network (default: GRADIO_SERVER_NAME, 127.0.0.1)")
+    parser.add_argument(
+        "--port", default=port, help=f"0: any free one (default: GRADIO_SERVER_PORT, the first free one of {ports})"
+    )
     parser.add_argument("--share", action="store_true", help="also open a public link (Colab does so by itself)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for a name and a password")
+    parser.epilog = "Behind a proxy that serves the page below a path, GRADIO_ROOT_PATH names the path."
     return parser.parse_args(arguments)
 
 
@@ -85,34 +93,40 @@ def default_methods(device: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    try:
-        state = make_state(options, on_shared_gpu(run_job))
-        fetch(state.model, state.methods)
-        auth = parse_auth(options.auth)
-    except UserError as error:
-        print(f"llmq: {error}", file=sys.stderr)
-        return 2
+    return guarded(lambda: run(arguments))
+
+
+def run(arguments: list[str] | None) -> int:
+    """Check every option, make the first model ready, and serve the page."""
+    options = as_typed(parse(arguments))
+    for name in ("GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"):
+        os.environ.pop(name, None)  # they are read; Gradio would try them as well where a flag says otherwise
+    host, port = free_address(options.host, options.port)
+    auth = parse_auth(options.auth)
+    state = make_state(options, on_shared_gpu(run_job))
+    fetch(state.model, state.methods)
+    serve(state, host=host, port=port, share=options.share, auth=auth)
+    return 0
+
+
+def serve(state: AppState, *, host: str, port: int, **options) -> None:
+    """Serve the page until the process is interrupted. Raises UserError where the address cannot be had."""
     from llmq.ui.shell.quick_import import without_stub_files
 
     with without_stub_files():
         from llmq.ui.shell.launch import launch
 
-    launch(state, host=options.host, port=options.port, share=options.share, auth=auth)
-    return 0
+    try:
+        launch(state, host=host, port=port, **options)
+    except OSError as error:  # it was free before the model was fetched
+        raise UserError(f"cannot serve at {host}:{port}: {error.strerror or error}") from error
 
 
 def fetch(model: str, methods: tuple[str, ...]) -> None:
     """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries."""
     from llmq.models.opening import open_model
 
-    last = None
-    for progress in open_model(model).prepare():
-        filled = round(30 * progress.fraction)
-        last = f"\r[{'#' * filled}{'.' * (30 - filled)}] {progress.message:<70}"
-        print(last, end="", file=sys.stderr, flush=True)
-    if last:
-        print(file=sys.stderr)
+    show_progress(open_model(model).prepare())
     threading.Thread(target=warm_up, args=(model, methods), name="warm-up", daemon=True).start()
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from llmq.errors import UserError
-from llmq.events import Event, Progress, Run
-from llmq.reporting import memory_lines, progress_line, run_as_json, table
+from llmq.events import Event, Run
+from llmq.files import read_text, write_text
+from llmq.reporting import memory_lines, reported, run_as_json, table
 from llmq.summary import Summary
+from llmq.terminal import show_progress
 
 EXIT_FAILED = 1
 
@@ -70,20 +70,6 @@ def answer(question, machine=None):
     return last
 
 
-def reported(items: Iterable) -> Iterator:
-    """Pass everything through, telling the person at the terminal what is going on; of many small steps every tenth
-    of the whole."""
-    last, told = "", -1.0
-    for item in items:
-        line = progress_line(item)
-        fraction = item.fraction if isinstance(item, Progress) else None
-        small = fraction is not None and told <= fraction < told + 0.1
-        if line and line != last and not small:
-            print(f"llmq: {line}", file=sys.stderr)
-            last, told = line, told if fraction is None else fraction
-        yield item
-
-
 def _print_run(run: Run, summary: Summary, *, as_json: bool) -> int:
     result = run_as_json(run, summary)
     if as_json:
@@ -134,20 +120,6 @@ def device_of(options) -> str:
     return device_named(options.device)
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def _print_result(result: dict, options, columns: tuple[str, ...]) -> int:
     if options.save:
         write_text(options.save, json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -178,26 +150,23 @@ def run_memory(options) -> int:
     return 0
 
 
-def _show_progress(steps: Iterable) -> None:
-    for progress in steps:
-        print(f"\r{progress.fraction:4.0%} {progress.message:<60}", end="", file=sys.stderr)
-    print(file=sys.stderr)
-
-
 def run_models(options) -> int:
     from llmq.methods import METHODS
+    from llmq.models.loading import quiet_libraries
     from llmq.models.opening import open_model
     from llmq.models.presets import PRESETS
 
+    if options.fetch or options.save_int8:
+        quiet_libraries()
     if options.fetch:
-        _show_progress(open_model(options.fetch).prepare())
+        show_progress(open_model(options.fetch).prepare())
     if options.save_int8:
         from llmq.models.int8_checkpoint import save_int8
 
         name, folder = options.save_int8
         model = open_model(name)
-        _show_progress(model.prepare())
-        _show_progress(save_int8(model.source, Path(folder)))
+        show_progress(model.prepare())
+        show_progress(save_int8(model.source, Path(folder)))
         return 0
     result = {
         "models": [

@@ -7,29 +7,51 @@ standard error. A wrong value exits 2 with one line and no traceback.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from llmq import actions, inquiries
 from llmq.errors import UserError
+from llmq.terminal import accept_any_output, as_typed
 
 EXIT_USAGE = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the return value is the exit status."""
-    options = build_parser().parse_args(arguments)
+    return guarded(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    options = as_typed(build_parser().parse_args(arguments))
+    if "threshold" in options:  # refused also where no method that was asked for has one
+        from llmq.methods.base import THRESHOLD
+
+        THRESHOLD.check("threshold", options.threshold)
+    return options.run(options)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """The exit status of `command`. What it raises for people is one line; no output ends it in a traceback."""
+    accept_any_output()
     try:
-        return options.run(options)
+        status = command()
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"llmq: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("llmq: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Refuses in one line, without the usage in front of it."""
 
     def error(self, message: str):
@@ -37,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="llmq", description="What 8-bit quantization does to a LLaMA.")
+    parser = Parser(prog="llmq", description="What 8-bit quantization does to a LLaMA.")
     commands = parser.add_subparsers(metavar="COMMAND")
     parser.set_defaults(run=lambda _: parser.error(f"give a COMMAND; choose from {', '.join(commands.choices)}"))
     _add_compare(commands)
@@ -73,7 +95,7 @@ def _add_compare(commands) -> None:
     _add_model(parser)
     parser.add_argument("--methods", default="fp16,bnb-int8", help="comma-separated; bnb-int8@0 sets a threshold")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default); 2 at most")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)

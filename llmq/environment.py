@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from llmq import telemetry
+from llmq import cgroup, telemetry
 from llmq.errors import BadChoice, UserError
 from llmq.models.loading import Source, revision_of
 
@@ -43,7 +43,8 @@ def device_label(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {os.cpu_count()} cores"
+    cores, granted = os.cpu_count(), cgroup.processors()
+    return f"{_cpu_name()}, {cores} cores" + (f", {granted:g} of them granted" if granted < cores else "")
 
 
 def describe(device: str, source: Source | None = None) -> dict:

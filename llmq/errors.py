@@ -26,6 +26,11 @@ def is_allocation_failure(error: Exception) -> bool:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says went wrong, in one line; the kind of error where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def unknown(kind: str, value: object, choices) -> BadChoice:
     """The one wording for a name that is not in a table."""
     return BadChoice(f"unknown {kind} {value!r}; choose from {', '.join(map(str, choices))}")

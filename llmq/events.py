@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 from llmq.errors import UserError
+from llmq.files import write_text
 
 FORMAT = "llmq-run"
 VERSION = 1
@@ -196,22 +195,9 @@ class Run:
             yield timed.event
 
     def save(self, path: str | Path) -> Path:
-        """Write the run atomically: a reader never sees half a file."""
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as out:
-                    out.writelines(line + "\n" for line in self.to_lines())
-                os.chmod(partial, 0o644)  # mkstemp's 0600 would make a shared recording unreadable
-                os.replace(partial, path)
-            except BaseException:
-                Path(partial).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise UserError(f"cannot save the run to {path}: {error.strerror or error}") from error
-        return path
+        """Write the run to a file, as `files.write_text` does."""
+        write_text(Path(path), "".join(line + "\n" for line in self.to_lines()))
+        return Path(path)
 
     def to_lines(self) -> Iterator[str]:
         header = {"format": FORMAT, "version": VERSION, "settings": self.settings, "environment": self.environment}

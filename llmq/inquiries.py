@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llmq.actions import answer, device_of, read_text, write_text
+from llmq.actions import answer, device_of
 from llmq.errors import BadChoice
+from llmq.files import read_text, write_text
 from llmq.formatting import plain_json
 from llmq.reporting import outlier_lines
 

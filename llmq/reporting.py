@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Progress, Run, Waiting
 from llmq.inspect.report import OutlierReport
@@ -31,6 +32,20 @@ def progress_line(event: Event | Progress) -> str:
         case Failed():
             return f"{event.contestant}: failed: {event.message}"
     return ""
+
+
+def reported(items: Iterable) -> Iterator:
+    """Pass everything through, telling the person at the terminal what is going on; of many small steps every tenth
+    of the whole."""
+    last, told = "", -1.0
+    for item in items:
+        line = progress_line(item)
+        fraction = item.fraction if isinstance(item, Progress) else None
+        small = fraction is not None and told <= fraction < told + 0.1
+        if line and line != last and not small:
+            print(f"llmq: {line}", file=sys.stderr)
+            last, told = line, told if fraction is None else fraction
+        yield item
 
 
 def run_as_json(run: Run, summary: Summary) -> dict:

@@ -16,7 +16,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+from llmq import cgroup
 
 DEFAULT_HZ = 10.0
 KEPT_SAMPLES = 6000  # ten minutes at 10 Hz; older ones are dropped when nobody drains
@@ -165,7 +166,7 @@ def free_bytes(device: str) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     import psutil
 
-    return min(psutil.virtual_memory().available, _cgroup_room())
+    return int(min(psutil.virtual_memory().available, cgroup.memory_room()))
 
 
 def used_bytes(device: str) -> tuple[int, ...]:
@@ -201,23 +202,3 @@ def _live_heap_bytes() -> int:
     mallinfo.restype = _MallInfo
     found = mallinfo()
     return found.uordblks + found.hblkhd
-
-
-def _cgroup_room() -> int:
-    """Bytes left under this container's memory limit (cgroup v2); a huge number where there is no limit.
-
-    Cached file pages count as used there, and give way when memory is needed.
-    """
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-        return limit - used + _reclaimable(folder / "memory.stat")
-    except (OSError, ValueError):  # no cgroup v2, or the limit reads "max"
-        return 2**63
-
-
-def _reclaimable(statistics: Path) -> int:
-    if not statistics.exists():
-        return 0
-    pairs = (line.split() for line in statistics.read_text().splitlines())
-    return next((int(value) for name, value in pairs if name == "inactive_file"), 0)

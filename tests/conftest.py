@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -75,6 +77,22 @@ def byte_tokenizer():
     )
 
 
+@pytest.fixture
+def private_folder():
+    """An empty folder of somebody without rights, whom the test becomes: root may write anywhere."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """The tiny LLaMA and its tokenizer as a local model folder."""
@@ -134,10 +152,9 @@ def address(demo):
 @pytest.fixture
 def page(browser, address):
     """An empty tab that remembers which hosts it asked."""
-    from browser_support import MINUTE
+    from browser_support import new_tab
 
-    tab = browser.new_page(viewport={"width": 1400, "height": 1000})
-    tab.set_default_timeout(MINUTE)
+    tab = new_tab(browser, viewport={"width": 1400, "height": 1000})
     tab.hosts = set()
     tab.on("request", lambda request: tab.hosts.add(request.url.split("/")[2]))
     yield tab

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import sys
 import types
 
+import httpx
 import pytest
 
 import app
 from llmq.errors import UserError
 from llmq.models import choice
 from llmq.models.choice import choose_model
+from llmq.ui.shell import address
 
 
 def test_without_the_package_the_function_stays_as_it_is(monkeypatch):
@@ -47,10 +52,131 @@ def test_with_the_package_everything_on_the_gpu_is_inside_the_decorated_function
     ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(flags, words, capsys, monkeypatch):
-    monkeypatch.setattr(app, "fetch", lambda model, methods: None)
-    assert app.main(["--device", "cpu", *flags] if "--device" not in flags else flags) == 2
+    assert_refused(["--port", "0", "--device", "cpu", *flags], words, capsys, monkeypatch)
+
+
+def assert_refused(flags, words, capsys, monkeypatch):
+    """Before anything is fetched."""
+    monkeypatch.setattr(app, "fetch", lambda model, methods: pytest.fail("nothing is to be fetched"))
+    assert app.main(flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert all(word in line for word in words)
+    assert [word for word in words if word not in line] == []
+
+
+@pytest.fixture
+def taken():
+    """A port of this machine that another program serves."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+BOTH_FLAGS = ["--port", "--host"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--port", "99999"], ["'99999'", "1 to 65535"]),
+        (["--port", "-1"], ["'-1'", "1 to 65535"]),
+        (["--port", "http"], ["'http'", "1 to 65535"]),
+        (["--port", ""], ["''", "1 to 65535"]),
+        (["--host", "not.a.host"], ["not.a.host", *BOTH_FLAGS]),
+        (["--host", "a..b"], ["a..b", *BOTH_FLAGS]),
+        (["--host", ""], BOTH_FLAGS),
+        (["--host", "192.0.2.1"], ["192.0.2.1", *BOTH_FLAGS]),  # an address of nobody, for documents
+    ],
+)
+def test_an_address_that_cannot_be_had_is_refused_before_anything_is_loaded(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(app, "make_state", lambda *_: pytest.fail("nothing is to be loaded"))
+    assert_refused(flags, words, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("way", ["flag", "variable"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_a_port_that_is_taken_is_refused_and_the_way_out_named(way, host, taken, capsys, monkeypatch):
+    if way == "variable":
+        monkeypatch.setenv("GRADIO_SERVER_PORT", str(taken))
+    flags = ["--host", host] + (["--port", str(taken)] if way == "flag" else [])
+    assert_refused(flags, [str(taken), "already in use", *BOTH_FLAGS, "0: any free one"], capsys, monkeypatch)
+
+
+def test_a_port_that_needs_more_rights_is_refused(capsys, monkeypatch):
+    def bind(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(address, "socket", types.SimpleNamespace(**vars(socket) | {"socket": refusing(bind)}))
+    assert_refused(["--port", "80"], ["80", "Permission denied", *BOTH_FLAGS], capsys, monkeypatch)
+
+
+def refusing(bind):
+    return type("Refusing", (socket.socket,), {"bind": bind})
+
+
+def served(monkeypatch, *flags) -> tuple[str, int]:
+    """Where the app would serve its page."""
+    found = []
+    monkeypatch.setattr(app, "make_state", lambda *_: types.SimpleNamespace(model="demo", methods=()))
+    monkeypatch.setattr(app, "fetch", lambda *_: None)
+    monkeypatch.setattr(app, "serve", lambda state, *, host, port, **_: found.append((host, port)))
+    assert app.main(list(flags)) == 0
+    return found[0]
+
+
+def test_without_a_port_the_next_free_one_is_taken(taken, monkeypatch):
+    monkeypatch.setattr(address, "DEFAULT_PORTS", range(taken, taken + 100))
+    assert taken < served(monkeypatch)[1] < taken + 100
+
+
+def test_port_0_is_any_free_port(monkeypatch):
+    host, port = served(monkeypatch, "--port", "0")
+    assert host == "127.0.0.1" and port > 0
+
+
+def test_gradios_variables_hold_where_no_flag_does(taken, monkeypatch):
+    free = app.free_address("127.0.0.1", "0")[1]
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+    monkeypatch.setenv("GRADIO_SERVER_PORT", str(free))
+    assert served(monkeypatch) == ("0.0.0.0", free)
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "not.a.host")
+    monkeypatch.setenv("GRADIO_SERVER_PORT", str(taken))
+    assert served(monkeypatch, "--host", "localhost", "--port", str(free)) == ("localhost", free)
+    assert not {"GRADIO_SERVER_NAME", "GRADIO_SERVER_PORT"} & os.environ.keys(), "Gradio would try them as well"
+
+
+def test_a_space_serves_every_network_unless_told_otherwise(monkeypatch):
+    monkeypatch.setenv("SPACE_ID", "me/llmq")
+    assert served(monkeypatch, "--port", "0")[0] == "0.0.0.0"
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "127.0.0.1")
+    assert served(monkeypatch, "--port", "0")[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_address_gets_the_brackets_of_a_url(host):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        assert app.free_address(host, "0")[0] == "[::1]"
+    except UserError as error:
+        assert "::1" in str(error)  # compiled in, but not configured
+
+
+def test_a_port_lost_while_the_model_was_fetched_is_one_line(capsys, monkeypatch):
+    def launch(*_, **__):
+        raise OSError("Cannot find empty port")
+
+    monkeypatch.setattr(app, "make_state", lambda *_: types.SimpleNamespace(model="demo", methods=()))
+    monkeypatch.setattr(app, "fetch", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "llmq.ui.shell.launch", types.SimpleNamespace(launch=launch))
+    assert app.main(["--port", "0"]) == 2
+    assert "Cannot find empty port" in capsys.readouterr().err
+
+
+def test_an_interrupt_while_the_model_is_fetched_is_no_traceback(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "make_state", interrupted)
+    assert (app.main(["--port", "0"]), capsys.readouterr().err) == (130, "llmq: stopped\n")
 
 
 def test_auth_is_a_name_and_a_password():
@@ -75,3 +201,17 @@ def test_the_first_model_and_why(monkeypatch, device, free, hub, model, word):
     chosen = choose_model(None, device)
     assert (chosen.model, word in chosen.reason) == (model, True)
     assert choose_model("demo", device).reason == ""
+
+
+def test_the_path_of_a_proxy_is_before_every_address_of_the_page(monkeypatch):
+    from llmq.ui.shell.launch import launch
+    from llmq.ui.shell.state import AppState
+
+    monkeypatch.setenv("GRADIO_ROOT_PATH", "/classes/llmq")
+    host, port = app.free_address("127.0.0.1", "0")
+    state = AppState(run=lambda job, owner: iter(()), stop=lambda owner: 0, device="cpu", device_label="CPU")
+    page = launch(state, host=host, port=port, block=False)
+    try:
+        assert httpx.get(f"http://{host}:{port}/config").json()["root"].endswith("/classes/llmq")
+    finally:
+        page.close()

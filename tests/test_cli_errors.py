@@ -21,9 +21,10 @@ def lightly():
 
 
 WRONG_SETTINGS = {
-    "--temperature 11": ["temperature", "11", "0 to 10"],
-    "--temperature -1": ["temperature", "-1", "0 to 10"],
-    "--temperature nan": ["temperature", "nan", "0 to 10"],
+    "--temperature 9": ["temperature", "9", "0 to 2"],
+    "--temperature 11": ["temperature", "11", "0 to 2"],
+    "--temperature -1": ["temperature", "-1", "0 to 2"],
+    "--temperature nan": ["temperature", "nan", "0 to 2"],
     "--top-k -1": ["top_k", "-1"],
     "--top-p 0": ["top_p", "0", "(0, 1]"],
     "--top-p 1.5": ["top_p", "1.5", "0 to 1"],
@@ -40,6 +41,8 @@ WRONG_SETTINGS = {
     "--methods bnb-int8@hot": ["'hot'", "0 (off) to 65504"],
     "--threshold -2": ["-2", "0 (off) to 65504"],
     "--threshold nan": ["nan", "0 (off) to 65504"],
+    "--methods fp16 --threshold nan": ["nan", "0 (off) to 65504"],
+    "--methods fp16 --threshold -1": ["-1", "0 (off) to 65504"],
     "--device cuda:99": ["'cuda:99'", "cpu"],
     "--device tpu": ["'tpu'", "cpu"],
     "--model nope": ["'nope'", *PRESETS],
@@ -48,6 +51,7 @@ WRONG_SETTINGS = {
 UNREADABLE = {
     "--temperature hot": ["temperature", "'hot'"],
     "--max-new-tokens many": ["max-new-tokens", "'many'"],
+    "--threshold hot": ["threshold", "'hot'"],
     "--seed 1.5": ["seed", "'1.5'"],
     "--colour blue": ["--colour"],
 }
@@ -85,6 +89,11 @@ def test_what_cannot_be_read_is_one_line_too(options, words, run, tiny_folder):
         (["outliers", "Hi", "--model", "nope"], ["'nope'", *PRESETS]),
         (["memory", "--model", "nope"], ["'nope'", *PRESETS]),
         (["memory", "--methods", "int3"], ["'int3'", *METHODS]),
+        (["memory", "--methods", "fp16", "--threshold", "nan"], ["nan", "0 (off) to 65504"]),
+        (["bench", "decode", "--methods", "fp16", "--threshold", "-1"], ["-1", "0 (off) to 65504"]),
+        (["quality", "--methods", "fp16", "--threshold", "nan"], ["nan", "0 (off) to 65504"]),
+        (["outliers", "--sweep", "demo", "--threshold", "nan"], ["nan", "0 (off) to 65504"]),
+        (["experiment", "ablation", "--threshold", "1e9"], ["1000000000", "0 (off) to 65504"]),
         (["memory", "--context", "0"], ["context", "0", "at least 1"]),
         (["memory", "--device-memory", "nan"], ["nan"]),
         (["memory", "--device-memory", "inf"], ["inf"]),

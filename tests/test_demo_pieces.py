@@ -189,6 +189,19 @@ def test_a_damaged_model_is_made_again(converted):
     assert set(os.listdir(demo_folder())) == {"config.json", "model.safetensors", MANIFEST}
 
 
+@pytest.mark.parametrize("ready", [True, False])
+def test_what_a_killed_start_left_is_removed_by_the_next(ready, converted, monkeypatch):
+    """Before the room is counted that a new conversion needs."""
+    converted(write_model)
+    left = fill(cache_folder() / ".demo-0123", half="x")
+    if ready:
+        fill(demo_folder(), config="{}")
+    free = shutil.disk_usage(cache_folder())._replace(free=10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free._replace(free=0) if left.exists() else free)
+    list(prepare_demo())
+    assert left_behind() == {demo_folder().name, GGUF_NAME}
+
+
 @pytest.mark.parametrize(
     ("number", "words"), [(28, "is full; the demo model needs 600 MB"), (5, "cannot build the demo model")]
 )

@@ -100,14 +100,14 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_no_partial_file(tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="cannot save the run to .*run.jsonl: No space left on device"):
+    with pytest.raises(UserError, match="cannot write .*run.jsonl: No space left on device"):
         Run(SETTINGS, ENVIRONMENT).save(tmp_path / "run.jsonl")
     assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot save the run to .*file/run.jsonl"):
+    with pytest.raises(UserError, match="cannot write .*file/run.jsonl"):
         Run({}, {}).save(tmp_path / "file" / "run.jsonl")
 
 

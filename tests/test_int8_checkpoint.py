@@ -101,9 +101,16 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(origin, ours, tmp_path,
     assert main(["models", "--save-int8", str(ours), str(tmp_path / "twice")]) == 2
     assert "quantized already" in capsys.readouterr().err
 
+    (tmp_path / ".llmq-int8-0123").mkdir()  # of a process that was killed
+
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(int8_checkpoint, "_write_settings", full)
     assert main(["models", "--save-int8", str(origin), str(tmp_path / "half")]) == 2
     assert "No space left" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_has_the_permissions_of_any_new_folder(ours, tmp_path):
+    (tmp_path / "any").mkdir()
+    assert ours.stat().st_mode == (tmp_path / "any").stat().st_mode

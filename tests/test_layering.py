@@ -16,10 +16,10 @@ SOURCES = {
 }
 # From the ground up: a package, or a module beside them, imports only from floors below its own.
 FLOORS = [
-    "llmq llmq.errors llmq.formatting llmq.hooks llmq.telemetry",
-    "llmq.cache llmq.events llmq.fields llmq.scores",
-    "llmq.kernels llmq.summary",
-    "llmq.methods",
+    "llmq llmq.cgroup llmq.errors llmq.formatting llmq.hooks",
+    "llmq.cache llmq.fields llmq.files llmq.scores llmq.telemetry llmq.terminal",
+    "llmq.events llmq.kernels",
+    "llmq.methods llmq.summary",
     "llmq.contestant llmq.models",
     "llmq.engine llmq.environment llmq.memory",
     "llmq.machine",
@@ -29,13 +29,13 @@ FLOORS = [
     "llmq.actions llmq.ui",
     "llmq.inquiries",
     "llmq.cli",
-    "llmq.__main__ app",
+    "app llmq.__main__",
 ]
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages.split()}
 # Modules of the page that are plain Python, among them whatever turns events into updates: tests of it need no server.
 PLAIN = {"llmq.ui", "llmq.ui.parts", "llmq.ui.shell", "llmq.ui.tabs"}
 PLAIN |= {f"llmq.ui.parts.{name}" for name in ("examples", "live_state", "progress", "token_alignment", "verdict")}
-PLAIN |= {f"llmq.ui.shell.{name}" for name in ("link", "quick_import", "state")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("address", "link", "quick_import", "state")}
 PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view")}
 
 

@@ -31,7 +31,7 @@ from llmq.models.architecture import Architecture, Rope, architecture_of
 if reason := why_not_native():
     pytest.skip(reason, allow_module_level=True)
 
-from llmq.engine.native import NativeEngine, usable_threads  # noqa: E402
+from llmq.engine.native import NativeEngine  # noqa: E402
 from llmq.kernels.cpu import library  # noqa: E402
 from llmq.kernels.cpu.library import Matrix, Packing, open_library, quantize_rows  # noqa: E402
 
@@ -351,16 +351,6 @@ def test_threads_go_with_the_engine():
     assert not own & running()
 
 
-@pytest.mark.parametrize(
-    ("quota", "expected"), [("max 100000", 8), ("150000 100000", 2), ("20000 100000", 1), ("odd", 8), (None, 8)]
-)
-def test_a_container_gets_no_more_threads_than_processors(quota, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    if quota:
-        (tmp_path / "cpu.max").write_text(quota)
-    assert usable_threads(tmp_path / "cpu.max") == expected
-
-
 def test_engines_on_several_threads_do_not_disturb_each_other():
     engines = [tiny("fp16"), tiny("llm-int8")]
     expected = [generate(engine, 20) for engine in engines]
@@ -398,8 +388,10 @@ def test_a_damaged_library_is_built_again_and_a_whole_one_is_not(empty_cache):
     time.sleep(0.01)
     assert build.library_path().read_bytes()[:4] == whole[:4] and path.stat().st_size == len(whole)
     path.with_suffix(".sha256").unlink()
+    (path.parent / ".build-0123").mkdir()  # of a process that was killed
     built_again = path.stat().st_mtime_ns
     assert build.library_path().stat().st_mtime_ns > built_again
+    assert {file.suffix for file in path.parent.iterdir()} == {".so", ".sha256", ".lock"}
 
 
 LEAN_CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
@@ -438,6 +430,16 @@ def test_a_compiler_may_have_arguments(empty_cache, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_no_library(empty_cache, monkeypatch):
     (empty_cache / "cpu").write_text("in the way")
     assert "cannot be written" in why_not_native()
+
+
+def test_a_library_in_a_cache_that_may_only_be_read_is_used(private_folder, monkeypatch):
+    monkeypatch.setenv("LLMQ_CACHE", str(private_folder))
+    path = build.library_path()
+    private_folder.chmod(0o555)
+    path.parent.chmod(0o555)
+    monkeypatch.setattr(build, "FileLock", lambda *_, **__: pytest.fail("a lock would have to be written"))
+    assert build.library_path() == path
+    path.parent.chmod(0o755)
 
 
 @pytest.mark.demo

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 
 import pytest
-from browser_support import MINUTE, open_page, raw_messages, status
+from browser_support import new_tab, open_page, raw_messages, status, wait_until_still
 from colours import rgb
 
 from llmq.figures.palette import DARK, LIGHT
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 LARGEST_VIEW = 300_000  # bytes of one view on its way to the browser
+SHOWN = """name => [...document.querySelectorAll('#observatory [role=tab]')].some(
+  tab => tab.textContent.trim() === name && tab.getAttribute('aria-selected') === 'true')"""
 PROMPT = "Plan a 3-day itinerary in Paris."
 
 
 @pytest.fixture
 def observatory(page, address):
     """The tab with a prompt of 41 tokens watched, and four generated ones."""
-    page.set_default_timeout(3 * MINUTE)
     open_page(page, address)
     page.get_by_role("tab", name="Outliers").click()
     page.locator("#outlier-new-tokens input[type=number]").fill("4")
@@ -45,7 +46,6 @@ def wait_for_status(page, elem_id: str, words: str) -> None:
     page.wait_for_function(
         "([id, words]) => document.querySelector(`#${id} .llmq-status`).textContent.includes(words)",
         arg=[elem_id, words],
-        timeout=3 * MINUTE,
     )
 
 
@@ -100,9 +100,7 @@ def test_a_click_on_a_token_finds_its_cause_and_stop_keeps_it(observatory, scree
     diverging = page.locator("#reading button.llmq-other")
     assert diverging.count() >= 1, "bnb-int8 has another first choice somewhere in the chat template's tokens"
     diverging.first.click()
-    page.wait_for_function(
-        "/in 16 bit it is/.test(document.querySelector('#cause-status .llmq-status').textContent)", timeout=3 * MINUTE
-    )
+    page.wait_for_function("/in 16 bit it is/.test(document.querySelector('#cause-status .llmq-status').textContent)")
     page.locator("#outlier-stop").click()
     wait_for_status(page, "cause-status", "Stopped early")
     assert "yes" in page.locator("#patches").inner_text()
@@ -122,7 +120,6 @@ def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, scre
             "f => (document.querySelector('#amplifying-table')?.innerText ?? '').split('\\n')"
             ".filter(cell => cell === f).length >= 4",
             arg=factor,
-            timeout=3 * MINUTE,
         )
         wait_for_status(page, "amplifying-status", "Measured on")
     series = drawn(page, "amplifying-figure")["series"]
@@ -152,8 +149,7 @@ def test_a_threshold_off_the_slider_is_refused_by_its_value(address, bad):
 def test_every_part_is_accessible_and_fits(browser, address, theme, width, screenshots):
     from axe_playwright_python.sync_playwright import Axe
 
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    page.set_default_timeout(2 * MINUTE)
+    page = new_tab(browser, viewport={"width": width, "height": 900})
     open_page(page, address, f"__theme={theme}")
     page.get_by_role("tab", name="Outliers").click()
     page.locator("#watch").click()
@@ -166,7 +162,8 @@ def test_every_part_is_accessible_and_fits(browser, address, theme, width, scree
             page.locator("#observatory .overflow-menu button").first.click()
             chosen = page.locator("#observatory .overflow-dropdown").get_by_text(name)
         chosen.click()
-        page.wait_for_timeout(800)
+        page.wait_for_function(SHOWN, arg=name)
+        wait_until_still(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         found += Axe().run(page).response["violations"]
         page.screenshot(path=screenshots / f"part-{name.split()[0].lower()}-{theme}-{width}.png", full_page=True)

@@ -14,7 +14,7 @@ DRAWS = 4000
 CHI_SQUARE_LIMIT = {2: 13.8, 4: 18.5}  # degrees of freedom -> passed by chance in 1 of 1000 seeds; this seed is fixed
 OUT_OF_RANGE = {
     "max_new_tokens": [0, -1, MAX_NEW_TOKENS + 1, 1.5],
-    "temperature": [-0.1, 10.1],
+    "temperature": [-0.1, 2.1],
     "top_k": [-1, 1_000_001, 2.5],
     "top_p": [0, -0.1, 1.01],
     "seed": [-1, 2**63, 0.5],
@@ -39,7 +39,7 @@ def brute_force(logits: list[float], temperature: float, top_k: int, top_p: floa
 
 
 @pytest.mark.parametrize("size", [1, 17, 100])
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize("top_k", [0, 1, 5, 1000])
 @pytest.mark.parametrize("top_p", [1e-9, 0.5, 0.95, 1.0])
 def test_filters_equal_brute_force(size, temperature, top_k, top_p):
@@ -135,7 +135,7 @@ def test_what_is_no_usable_number_is_refused(name, value):
         ("max_new_tokens", 1),
         ("max_new_tokens", MAX_NEW_TOKENS),
         ("temperature", 0),
-        ("temperature", 10),
+        ("temperature", 2),
         ("top_k", 0),
         ("top_k", 20.0),
         ("top_p", 1),

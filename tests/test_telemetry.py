@@ -224,24 +224,6 @@ def test_free_bytes_of_this_machine():
     assert 0 < telemetry.free_bytes("cpu") <= psutil.virtual_memory().total
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"memory.max": "5000\n", "memory.current": "3000\n"}, 2000),
-        ({"memory.max": "5000\n", "memory.current": "3000\n", "memory.stat": "anon 9\ninactive_file 700\n"}, 2700),
-        ({"memory.max": "max\n", "memory.current": "3000\n"}, 10**6),
-        ({}, 10**6),
-    ],
-    ids=["limited", "limited with cached files", "unlimited", "no cgroup"],
-)
-def test_free_bytes_stay_under_the_containers_limit(files, expected, tmp_path, monkeypatch):
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(telemetry, "Path", lambda _: tmp_path)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-    assert telemetry.free_bytes("cpu") == expected
-
-
 def test_free_bytes_of_a_gpu_count_what_the_allocator_keeps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9999))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)

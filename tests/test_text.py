@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -42,7 +43,9 @@ def byte_fallback():
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    return made
 
 
 def symbols_of_bytes() -> list[str]:
@@ -68,14 +71,20 @@ def decoded(tokenizer, ids) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def last_run(ids) -> list[int]:
+    """The byte tokens at the end; with byte fallback they are the ids below 256."""
+    run = itertools.takewhile(lambda token_id: token_id < 256, reversed(ids))
+    return list(run)[::-1]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 def test_pieces_join_to_the_text_and_never_show_half_a_character(kind, text, request):
     tokenizer = request.getfixturevalue(kind)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces, rest = streamed(tokenizer, ids)
-    assert "".join(pieces) == text == decoded(tokenizer, ids)
-    assert rest == ""
+    assert "".join(pieces) + rest == text == decoded(tokenizer, ids)
+    assert rest == (decoded(tokenizer, last_run(ids)) if kind == "byte_fallback" else "")
     assert not any(REPLACEMENT in piece for piece in pieces)
 
 
@@ -111,6 +120,32 @@ def test_any_bytes_stream_as_they_decode(byte_level):
         ids = ids_of(byte_level, data)
         pieces, rest = streamed(byte_level, ids)
         assert "".join(pieces) + rest == decoded(byte_level, ids), data
+
+
+@pytest.mark.parametrize("cut", range(1, len("aé日👩".encode()) + 1))
+def test_with_byte_fallback_too_a_cut_text_is_what_it_decodes_to(cut, byte_fallback):
+    ids = byte_fallback("aé日👩", add_special_tokens=False)["input_ids"][: cut + 1]
+    pieces, rest = streamed(byte_fallback, ids)
+    assert "".join(pieces) + rest == decoded(byte_fallback, ids)
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_any_ids_stream_as_they_decode_and_nothing_waits_that_need_not(kind, request):
+    """Bytes of characters, other bytes, letters, spaces and special tokens in any order."""
+    tokenizer, noise = request.getfixturevalue(kind), random.Random(1)
+    chunks = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("é", "👩", "a", " ", "b c")]
+    chunks += [[token_id] for token_id in range(len(tokenizer))]
+    for _ in range(400):
+        ids = list(itertools.chain(*(noise.choice(chunks[: noise.choice([5, None])]) for _ in range(12))))
+        stream, shown = TextStream(tokenizer), ""
+        for count, token_id in enumerate(ids, 1):
+            shown += stream.push(token_id)
+            text = decoded(tokenizer, ids[:count])
+            assert text.startswith(shown), ids
+            special = token_id in tokenizer.all_special_ids
+            in_bytes = kind == "byte_fallback" and token_id < 256
+            assert shown == text or text.endswith(REPLACEMENT) or special or in_bytes, ids
+        assert shown + stream.flush() == decoded(tokenizer, ids), ids
 
 
 def test_special_tokens_are_no_text_and_interrupt_none(byte_level):
@@ -175,3 +210,68 @@ def test_a_template_that_refuses_the_prompt_says_so():
     tokenizer.chat_template = "{{ raise_exception('only tools may speak') }}"
     with pytest.raises(UserError, match="only tools may speak"):
         encode_prompt(tokenizer, "Hi", context=128)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ 1 + messages[0]['content'] }}", ["int", "str"]),
+        ("{{ 9.0 ** 99999 }}", ["out of range"]),
+        ("{{ 1 / 0 }}", ["division by zero"]),
+        ("{% for", ["end of template"]),
+        ("{{ nothing() }}", ["'nothing' is undefined"]),
+        ("{{ raise_exception('') }}", ["TemplateError"]),
+        ("{{ raise_exception('first\nsecond') }}", ["first"]),
+        ("", None),
+        (" ", ["leaves the prompt out"]),
+        ("{{ messages[0]['role'] }}", ["leaves the prompt out"]),
+        (5, []),
+        ({"rag": TEMPLATE, "tool_use": TEMPLATE}, ["rag, tool_use", "default"]),
+        ({"default": TEMPLATE, "tool_use": "{{ 1 / 0 }}"}, None),
+    ],
+)
+def test_a_template_that_fails_is_one_line_with_the_way_out(template, words):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    if words is None:
+        assert encode_prompt(tokenizer, "Hi", context=128)
+        return
+    with pytest.raises(BadChoice) as caught:
+        encode_prompt(tokenizer, "Hi", context=128)
+    line = str(caught.value)
+    assert line.startswith("the model's chat template cannot be used; choose another model, or remove `chat_template`")
+    assert "\n" not in line and [word for word in words if word not in line] == []
+
+
+class Failing:
+    """A tokenizer whose template raises `error`."""
+
+    chat_template = "any"
+
+    def __init__(self, error):
+        self.error = error
+
+    def apply_chat_template(self, *_, **__):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RecursionError("too deep"), MemoryError(), KeyError("role")])
+def test_whatever_a_template_raises_is_the_reason(error):
+    with pytest.raises(BadChoice, match=f"cannot be used.*({type(error).__name__}|too deep|role)"):
+        encode_prompt(Failing(error), "Hi", context=128)
+
+
+@pytest.mark.parametrize("prompt", ["Hi", " two\nlines ", "Ça 日本"])
+def test_a_template_that_reads_a_list_of_parts_gets_one(prompt):
+    """Given a text, such a template writes an empty turn and raises nothing."""
+    tokenizer = byte_tokenizer()
+    parts = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
+    tokenizer.chat_template = "[{{ messages[0]['role'] }}]" + parts + ">"
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt, context=128)) == f"[user]{prompt}>"
+
+
+def test_a_prompt_without_a_token_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    with pytest.raises(BadChoice, match="makes no token of the prompt"):
+        encode_prompt(tokenizer, "xx", context=128)

@@ -9,7 +9,7 @@ import pytest
 
 from llmq.compare import Comparison
 from llmq.contestant import Contestant
-from llmq.engine.sampling import SamplingSettings
+from llmq.engine.sampling import MAX_TEMPERATURE, SamplingSettings
 from llmq.inspect.run import Inspection
 from llmq.machine.door import Machine
 from llmq.ui.shell.link import LONGEST_PROMPT, query_of, wishes_of
@@ -189,3 +189,11 @@ def test_only_the_latest_reports_are_kept(plain_state):
     keys = [plain_state.keep(number) for number in range(KEPT_FINDINGS + 3)]
     assert [plain_state.kept(key) for key in keys] == [None] * 3 + list(range(3, KEPT_FINDINGS + 3))
     assert plain_state.kept(None) is None
+
+
+def test_the_page_and_the_command_line_have_one_range_of_temperatures(plain_state):
+    from llmq.ui.shell.layout import build
+
+    parts = build(plain_state).config["components"]
+    (slider,) = (part["props"] for part in parts if part["props"].get("elem_id") == "temperature")
+    assert (slider["minimum"], slider["maximum"]) == (0, MAX_TEMPERATURE)

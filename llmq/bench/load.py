@@ -44,7 +44,7 @@ class LoadBench(Bench):
 
 
 def _kernel_cache() -> str:
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton/cache"))
     return "warm" if folder.is_dir() and any(folder.iterdir()) else "cold"
 
 

@@ -11,10 +11,10 @@ import math
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from llmq import cgroup
 from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
 from llmq.engine.lean import LeanLoop, share_of_columns
 from llmq.engine.llama_weights import LlamaWeights
@@ -238,15 +238,10 @@ def _model(weights: LlamaWeights, a: Architecture, dtype: str) -> Model:
     return Model(*sizes, kind, a.eps, layers, embedding, head, weights.norm.data_ptr())
 
 
-def usable_threads(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+def usable_threads() -> int:
     """Torch's number, but no more than a container's share of the processors: threads beyond it would be put to sleep
     in the middle of a token."""
-    try:
-        granted, period = quota.read_text().split()
-        share = math.inf if granted == "max" else int(granted) / int(period)
-    except (OSError, ValueError):
-        share = math.inf
-    return max(1, min(torch.get_num_threads(), math.ceil(min(share, 1 << 16))))
+    return max(1, math.ceil(min(torch.get_num_threads(), cgroup.processors())))
 
 
 def _eights(size: int) -> int:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_NEW_TOKENS = 4096
+MAX_TEMPERATURE = 2.0  # as the page and OpenAI's interface have it: a setting means the same wherever a model runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class SamplingSettings:
 
     def __post_init__(self):
         _require("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS, whole=True)
-        _require("temperature", self.temperature, 0.0, 10.0)
+        _require("temperature", self.temperature, 0.0, MAX_TEMPERATURE)
         _require("top_k", self.top_k, 0, 1_000_000, whole=True)
         _require("top_p", self.top_p, 0.0, 1.0)
         _require("seed", self.seed, 0, 2**63 - 1, whole=True)

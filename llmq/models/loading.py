@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -242,13 +244,16 @@ def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozen
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and advice off the terminal; llmq reports progress itself."""
+    """Keep what the libraries tell their own users off the terminal: progress bars, what their next versions change,
+    packages that would help a method llmq does not have. Errors still show; llmq reports progress itself."""
     from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 @contextmanager

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
-from llmq.errors import BadChoice
+from llmq.errors import BadChoice, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ONE_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a character whose rest is still to come
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, context: int) -> list[int]:
     """Token ids of `prompt` as the user's turn of the model's chat template (plain text where it has none).
 
-    Raises BadChoice for an empty prompt and for one that leaves no room in a context of `context` tokens.
+    Raises BadChoice for an empty prompt, for one that leaves no room in a context of `context` tokens, and for a
+    template that cannot be used.
     """
     require_text(prompt, "prompt", "type something, or pick an example")
     if tokenizer.chat_template:
         ids = tokenizer(_in_template(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise BadChoice(f"the model's tokenizer makes no token of the prompt {prompt!r:.80}; write something else")
     if len(ids) >= context:
         raise BadChoice(
             f"the prompt is {len(ids):,} tokens long with its chat template, and this model reads {context:,}; "
@@ -41,20 +46,33 @@ def require_text(text: str, name: str, advice: str) -> None:
 
 
 def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    from jinja2 import TemplateError
-
-    turns = [{"role": "user", "content": prompt}]
-    try:
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise BadChoice(f"the model's chat template refuses this prompt: {error}") from error
+    """The user's turn as the template writes it. Raises BadChoice where it fails or leaves the prompt out."""
+    template, reason = tokenizer.chat_template, ""
+    if isinstance(template, dict) and "default" not in template:
+        reason = f"it is one of several ({', '.join(template)}), and none of them is the default"
+    for content in (prompt, [{"type": "text", "text": prompt}]):  # some templates read a list of parts
+        turns = [{"role": "user", "content": content}]
+        try:
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = reason or first_line(error)
+        else:
+            if prompt.strip() in text:
+                return text
+    raise BadChoice(
+        "the model's chat template cannot be used; choose another model, or remove `chat_template` from its folder: "
+        f"prompts are then read as plain text ({reason or 'it leaves the prompt out'})"
+    )
 
 
 class TextStream:
     """Turns a growing list of token ids into text that only ever grows.
 
-    A byte-level token may end in the middle of a character; its bytes wait until the character is whole. The pieces
-    joined, with `flush()` at the end, are exactly the decoding of all ids at once.
+    The pieces joined, with `flush()` at the end, are exactly the decoding of all ids at once, whatever the ids. A later
+    token changes what was decoded before in two ways, and text waits for both. A byte-level token may end in the middle
+    of a character: its bytes wait until the character is whole. A vocabulary with byte fallback spells what it lacks in
+    tokens of one byte: a run of them decodes as a whole, and one byte too many or too few turns each of its bytes into
+    a replacement mark. So a run waits until another token ends it, and no part of it could be shown earlier.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -62,11 +80,18 @@ class TextStream:
         self._ids: list[int] = []
         self._start = 0  # first id still decoded for context: some tokenizers drop a leading space
         self._shown = 0  # ids whose text has been given out
+        self._in_bytes = False  # whether a run of byte tokens may go on
 
     def push(self, token_id: int) -> str:
         """The text that became readable with this token; empty while a character is incomplete."""
         self._ids.append(token_id)
-        return self._take(final=False)
+        if _ONE_BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token_id) or ""):
+            self._in_bytes = True
+        elif (
+            self._in_bytes
+        ):  # a special token, which is no text, ends no run; a leading space alone would be none either
+            self._in_bytes = not self._decode([token_id, token_id])
+        return "" if self._in_bytes else self._take(final=False)
 
     def flush(self) -> str:
         """What is left when no more tokens come."""

@@ -8,17 +8,17 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from filelock import FileLock
 
-from llmq.cache import cache_folder
+from llmq.cache import cache_folder, sweep, workplace
 
 FOLDER = Path(__file__).parent
 SOURCES = ("pool.c", "matrix.c", "llama.c")
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("cc", "gcc", "clang")
+WORK = ".build-"
 LONGEST_BUILD = 120  # seconds
 
 
@@ -29,6 +29,8 @@ class NoLibrary(Exception):
 def library_path() -> Path:
     """The compiled library, made now if it is not in the cache or not as it was made. Raises NoLibrary."""
     path = cache_folder() / "cpu" / f"llmq-{_key()}.so"
+    if _is_whole(path):  # also in a cache that may only be read
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=LONGEST_BUILD):
@@ -81,8 +83,9 @@ def _sum_of(path: Path) -> str:
 
 def _build(path: Path) -> None:
     compiler = compiler_command()
-    with tempfile.TemporaryDirectory(dir=path.parent) as workplace:
-        made = Path(workplace) / "made.so"
+    sweep(path.parent, WORK)
+    with workplace(path.parent, WORK) as work:
+        made = work / "made.so"
         command = [*compiler, *FLAGS, native_flag(), "-o", str(made), *(str(FOLDER / name) for name in SOURCES), "-lm"]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD)
