@@ -1,4 +1,4 @@
-"""What each command does once its options are read: run the core, print for people or as JSON, give an exit status."""
+"""What each command does once its options are read: ask the machine, show the answer, give an exit status."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from llmq.events import Event, Run
+from llmq.errors import BadChoice
+from llmq.events import Event, Run, is_run
+from llmq.fields import Field, Switch, Text, fields_of
 from llmq.files import read_text, write_text
-from llmq.reporting import memory_lines, reported, run_as_json, table
+from llmq.formatting import plain_json
+from llmq.labs.base import Answer, Lab
+from llmq.reporting import memory_lines, reported, shown_block
 from llmq.summary import Summary
 from llmq.terminal import show_progress
 
@@ -18,9 +22,9 @@ EXIT_FAILED = 1
 
 
 def run_compare(options) -> int:
-    from llmq.compare import Comparison
     from llmq.engine.sampling import SamplingSettings
     from llmq.environment import describe
+    from llmq.labs.compare import Comparison
     from llmq.machine.door import Machine
     from llmq.models.opening import open_model
 
@@ -44,15 +48,17 @@ def run_compare(options) -> int:
     run = Run(comparison.settings(), {})
     summary = _consume(run.record(Machine().run(comparison), time.monotonic))
     run.environment = describe(comparison.device, model.source)
-    if options.save:
-        run.save(options.save)
-    return _print_run(run, summary, as_json=options.json)
+    return _show_run(run, summary, options)
 
 
 def run_replay(options) -> int:
-    run = Run.load(options.run_file)
-    summary = _consume(run.replay())
-    return _print_run(run, summary, as_json=options.json)
+    """Show a saved run or a lab's saved answer again."""
+    if not is_run(options.file):
+        from llmq.labs import load_answer
+
+        return show(load_answer(options.file), options)
+    run = Run.load(options.file)
+    return _show_run(run, _consume(run.replay()), options)
 
 
 def _consume(events: Iterable[Event]) -> Summary:
@@ -70,29 +76,61 @@ def answer(question, machine=None):
     return last
 
 
-def _print_run(run: Run, summary: Summary, *, as_json: bool) -> int:
-    result = run_as_json(run, summary)
-    if as_json:
-        print(json.dumps(result, allow_nan=False))
+def _show_run(run: Run, summary: Summary, options) -> int:
+    from llmq.labs.compare import RunAnswer
+
+    found = RunAnswer(run, summary)
+    if options.save:
+        run.save(options.save)
+        options.save = None
+    return show(found, options) or (EXIT_FAILED if any(o.error for o in summary.outcomes.values()) else 0)
+
+
+def run_lab(cls: type[Lab], options) -> int:
+    """Ask the question of a lab as the options say, and show what it comes to."""
+    question = {field.name: _value(field, options) for field in fields_of(cls)}
+    return show(answer(cls(model=options.model, device=device_of(options), **question)), options)
+
+
+def _value(field: Field, options):
+    """What the options hold for a field; its default where they say nothing."""
+    given = getattr(options, field.name, None)
+    if isinstance(field.kind, Text):
+        return _text(field, given, options)
+    if isinstance(field.kind, Switch):
+        return given
+    if given is None and field.default is None:
+        return None
+    text = field.kind.spell(field.default) if given is None else given
+    return field.kind.read(field.named, text, {"threshold": options.threshold})
+
+
+def _text(field: Field, given: str | None, options) -> str:
+    """A text given as it is or in a file. Raises BadChoice where a positional one is missing, or both are given."""
+    file = getattr(options, f"{field.name}_file", None)
+    missing = given is None and file is None
+    if field.kind.positional and missing and not getattr(options, field.kind.unless or "json", None):
+        other = f"--{field.kind.unless}" if field.kind.unless else f"{field.kind.file} FILE"
+        raise BadChoice(f"no {field.named} is given; give one, or {other}")
+    if given is not None and file is not None:
+        raise BadChoice(f"give either a {field.named} or {field.kind.file} FILE")
+    return read_text(file) if file is not None else given or ""
+
+
+def show(found: Answer, options) -> int:
+    """Write what is to be written of an answer, and print it for people or as JSON."""
+    from llmq.figures.pages import page
+    from llmq.labs import save_answer
+
+    if options.html:
+        write_text(options.html, page(found.title, found.blocks()))
+    if options.save:
+        save_answer(found, options.save)
+    if options.json:
+        print(json.dumps(plain_json(found.to_json()), allow_nan=False))
     else:
-        for contestant in result["contestants"]:
-            print(f"\n--- {contestant['method']}\n{contestant['text']}")
-        print("\n" + "\n".join(table(result)))
-    return EXIT_FAILED if any(c["error"] for c in result["contestants"]) else 0
-
-
-def run_quality(options) -> int:
-    from llmq.bench.quality import QualityBench
-
-    bench = QualityBench(
-        model=options.model,
-        contestants=_contestants(options),
-        device=device_of(options),
-        text=read_text(options.text) if options.text else None,
-        tokens=options.tokens,
-        engine=options.engine,
-    )
-    return _print_result(answer(bench), options, ("method", "perplexity", "kl_to_fp16", "top1_agreement"))
+        print("\n\n".join(filter(None, map(shown_block, found.blocks()))))
+    return 0
 
 
 def run_bench(options) -> int:

@@ -10,10 +10,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from llmq import actions, inquiries
+from llmq import actions
 from llmq.errors import UserError
+from llmq.fields import Field, Switch, Text, fields_of
+from llmq.labs import lab_classes
 from llmq.terminal import accept_any_output, as_typed
 
 EXIT_USAGE = 2
@@ -64,8 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=lambda _: parser.error(f"give a COMMAND; choose from {', '.join(commands.choices)}"))
     _add_compare(commands)
     _add_replay(commands)
-    inquiries.add_commands(_command, commands, _add_model)
-    _add_quality(commands)
+    _add_labs(commands)
     _add_bench(commands)
     _add_memory(commands)
     _add_models(commands)
@@ -102,22 +104,49 @@ def _add_compare(commands) -> None:
     parser.add_argument("--schedule", default="interleave", help="interleave or in-turn")
     _add_engine(parser)
     parser.add_argument("--random-weights", action="store_true", help="a preset's shape with random weights")
-    parser.add_argument("--save", type=Path, metavar="RUN.jsonl", help="keep the run for `replay`")
+    _add_files(parser)
 
 
 def _add_replay(commands) -> None:
-    parser = _command(commands, "replay", actions.run_replay, "show a saved run again")
-    parser.add_argument("run_file", type=Path, metavar="RUN.jsonl")
+    parser = _command(commands, "replay", actions.run_replay, "show a saved run or answer again")
+    parser.add_argument("file", type=Path, metavar="FILE")
+    _add_files(parser)
 
 
-def _add_quality(commands) -> None:
-    parser = _command(commands, "quality", actions.run_quality, "perplexity and agreement on a text both read")
-    _add_model(parser)
-    parser.add_argument("--methods", default="fp16,bnb-int8")
-    _add_engine(parser)
-    parser.add_argument("--text", type=Path, metavar="FILE", help="default: CPython's pydoc topics")
-    parser.add_argument("--tokens", type=int, default=4096, help="how much of the text (default: 4096)")
-    parser.add_argument("--save", type=Path, metavar="RESULT.json")
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--html", type=Path, metavar="OUT.html", help="write a page that needs nothing else")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep it for `replay`")
+
+
+def _add_labs(commands) -> None:
+    """A command for every lab that has one; those of several words share the first as a command of commands."""
+    groups = {(): commands}
+    for cls in lab_classes().values():
+        *first, name = cls.command or ("",)
+        if not name:
+            continue
+        if tuple(first) not in groups:
+            group = commands.add_parser(first[0], help="change one thing and measure again")
+            groups[tuple(first)] = group.add_subparsers(metavar="WHAT", required=True)
+        parser = _command(groups[tuple(first)], name, partial(actions.run_lab, cls), cls.about or cls.title)
+        for field in fields_of(cls):
+            _add_field(parser, field)
+        _add_model(parser)
+        _add_files(parser)
+
+
+def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
+    """The option of one annotated field; values are read by its kind, so that every refusal has its words."""
+    kind, shown = field.kind, field.kind.spell(field.default) if field.default is not None else ""
+    told = (kind.help or field.named) + (f" (default: {shown})" if shown else "")
+    if isinstance(kind, Text) and kind.file:
+        parser.add_argument(kind.file, type=Path, dest=f"{field.name}_file", metavar="FILE", help="take it from a file")
+    if isinstance(kind, Text) and kind.positional:
+        parser.add_argument(field.name, nargs="?", help=kind.help)
+    elif isinstance(kind, Switch):
+        parser.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", help=kind.help)
+    elif not (isinstance(kind, Text) and kind.file):
+        parser.add_argument(field.flag, dest=field.name, metavar=field.name.upper(), help=told)
 
 
 def _add_bench(commands) -> None:

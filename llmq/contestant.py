@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from llmq.fields import Kind
 from llmq.methods import DEFAULT_THRESHOLD, Method, parse_method
 
 
@@ -32,3 +35,30 @@ class Contestant:
     def threshold(self) -> float | None:
         """Of its outlier columns; None for a method that has none."""
         return self.method.threshold
+
+
+@dataclass(frozen=True)
+class OneContestant(Kind):
+    """A method by name."""
+
+    help: str = "a method, such as bnb-int8 or llm-int8@3.5"
+
+    def read(self, name: str, text: str, defaults: Mapping[str, Any]) -> Contestant:
+        return Contestant(parse_method(text, defaults))
+
+    def spell(self, value: Contestant) -> str:
+        return value.label
+
+
+@dataclass(frozen=True)
+class Contestants(Kind):
+    """Several methods, with commas between them."""
+
+    help: str = "comma-separated; bnb-int8@0 sets a threshold"
+    flag: str = "--methods"
+
+    def read(self, name: str, text: str, defaults: Mapping[str, Any]) -> tuple[Contestant, ...]:
+        return tuple(Contestant(parse_method(part, defaults)) for part in text.split(","))
+
+    def spell(self, value: tuple[Contestant, ...]) -> str:
+        return ",".join(contestant.label for contestant in value)

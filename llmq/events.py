@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 from llmq.errors import UserError
-from llmq.files import write_text
+from llmq.files import read_text, write_text
 
 FORMAT = "llmq-run"
 VERSION = 1
@@ -229,6 +229,16 @@ class Run:
         if not isinstance(settings, dict) or not isinstance(environment, dict):
             raise UserError(f"{name}: the header needs 'settings' and 'environment' objects")
         return cls(settings, environment, [_event(row, name, number) for number, row in rows[1:]])
+
+
+def is_run(path: Path) -> bool:
+    """Whether a file begins as a saved run does; a lab's answer is one object on many lines. Raises UserError where it
+    cannot be read."""
+    first = next((line for line in read_text(path).split("\n") if line.strip()), "")
+    try:
+        return json.loads(first).get("format") == FORMAT
+    except (ValueError, AttributeError):
+        return False
 
 
 def _parse(line: str, name: str, number: int) -> dict:

@@ -1,13 +1,13 @@
 """Annotated fields: from one declaration follow the parser, the error, the flag, the control and the spelling.
 
-A frozen dataclass (a method, a lab, a benchmark) annotates a field once, `threshold: Annotated[float, Number(0, 20)]`;
-the command line, the page and the grammar of names ask here and know no field by name.
+A frozen dataclass (a method, a lab) annotates a field once, `threshold: Annotated[float, Number(0, 20)]`; the command
+line, the page and the grammar of names ask here and know no field by name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any, get_type_hints
@@ -15,25 +15,48 @@ from typing import Any, get_type_hints
 from llmq.errors import BadChoice, unknown
 
 
-@dataclass(frozen=True)
-class Number:
-    """A number from `low` to `high`. `whole`: no fractions; `infinite`: also 'inf'; `zero`: what 0 means, in a word.
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a field may hold. `named`: what messages call it; `label`: what the page calls it; `flag`: its option at
+    the command line (default: the field's name)."""
 
-    `label` and `help` are for the control; `shown`: the largest value a slider offers.
-    """
+    help: str = ""
+    label: str = ""
+    named: str = ""
+    flag: str = ""
+
+    def parse(self, name: str, text: str) -> Any:
+        """`text` as a value. Raises BadChoice naming field, value and what can be chosen."""
+        return self.check(name, text)
+
+    def read(self, name: str, text: str, defaults: Mapping[str, Any]) -> Any:
+        """As `parse`; `defaults`: settings that are meant wherever a method has them and its name does not say."""
+        return self.parse(name, text)
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value` unchanged. Raises BadChoice where the field cannot hold it."""
+        return value
+
+    def spell(self, value: Any) -> str:
+        """The value as people type it."""
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Number(Kind):
+    """A number from `low` to `high`. `whole`: no fractions; `infinite`: also 'inf'; `zero`: what 0 means, in a word;
+    `optional`: None is a value too. `shown`: the largest value that a slider offers; `step`: between its stops."""
 
     low: float
     high: float
-    help: str = ""
-    label: str = ""
     whole: bool = False
     infinite: bool = False
     zero: str = ""
+    optional: bool = False
     shown: float | None = None
     step: float | None = None
 
     def parse(self, name: str, text: str) -> float:
-        """`text` as a number. Raises BadChoice naming field, value and range."""
         try:
             value = float(text)
         except (TypeError, ValueError):
@@ -41,7 +64,8 @@ class Number:
         return self.check(name, int(value) if self.whole and value.is_integer() else value)
 
     def check(self, name: str, value: Any) -> Any:
-        """`value` unchanged. Raises BadChoice where it is no number of the range."""
+        if value is None and self.optional:
+            return None
         number = isinstance(value, int | float) and not isinstance(value, bool)
         within = number and (self.low <= value <= self.high or (self.infinite and value == math.inf))
         if not within or (self.whole and not isinstance(value, int)):
@@ -55,58 +79,62 @@ class Number:
         return BadChoice(f"{name} is {value!r:.80}; choose a {kind} from {low} to {self.high:.12g}{end}")
 
     def spell(self, value: float) -> str:
-        """The number as people type it."""
         return f"{value:g}"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One of `choices`, by name."""
+class Choice(Kind):
+    """One of `choices`, by name; `labels`: what the page calls them."""
 
     choices: tuple[str, ...]
-    help: str = ""
-    label: str = ""
-
-    def parse(self, name: str, text: str) -> str:
-        return self.check(name, str(text).strip())
+    labels: tuple[str, ...] = ()
 
     def check(self, name: str, value: Any) -> Any:
-        """`value` unchanged. Raises BadChoice naming the choices."""
         if value not in self.choices:
             raise unknown(name, value, self.choices)
         return value
 
-    def spell(self, value: str) -> str:
-        return value
-
 
 @dataclass(frozen=True)
-class Numbers:
-    """Numbers with commas between them, as a tuple; `each` says which. `empty`: what it means to give none."""
+class Numbers(Kind):
+    """Numbers with commas between them, as a tuple; `each` says which. `empty`: what giving none means, where that is
+    possible. `start`: where a slider for one of them begins; `live`: moving it asks anew."""
 
     each: Number
-    help: str = ""
-    label: str = ""
     empty: str = ""
+    start: float | None = None
+    live: bool = False
 
     def parse(self, name: str, text: str) -> tuple | None:
         parts = [part.strip() for part in str(text).split(",")]
         return self.check(name, None if parts == [""] else tuple(self.each.parse(name, part) for part in parts))
 
     def check(self, name: str, value: Any) -> Any:
+        if value is None and self.empty:
+            return None
         if not value:
-            if self.empty and value is None:
-                return None
             raise BadChoice(f"no {name} is given; write numbers with commas between them")
         for number in value:
             self.each.check(name, number)
         return value
 
-    def spell(self, value: Sequence[float] | None) -> str:
+    def spell(self, value: tuple | None) -> str:
         return "" if value is None else ",".join(self.each.spell(number) for number in value)
 
 
-Kind = Number | Choice | Numbers
+@dataclass(frozen=True)
+class Text(Kind):
+    """Free text. `positional`: it stands without a flag; `file`: the option that reads it from a file; `unless`: the
+    field that may be given instead of it."""
+
+    positional: bool = False
+    file: str = ""
+    unless: str = ""
+
+
+@dataclass(frozen=True)
+class Switch(Kind):
+    """On or off. A switch that is on by default has the flag --no-…"""
 
 
 @dataclass(frozen=True)
@@ -116,6 +144,14 @@ class Field:
     name: str
     kind: Kind
     default: Any
+
+    @property
+    def named(self) -> str:
+        return self.kind.named or self.name.replace("_", " ")
+
+    @property
+    def flag(self) -> str:
+        return self.kind.flag or "--" + self.name.replace("_", "-")
 
 
 @cache
@@ -136,4 +172,4 @@ def _annotated(cls: type, hints: dict) -> Iterator[Field]:
 def check_fields(record: Any) -> None:
     """Hold every annotated field of `record` against its kind. Raises BadChoice naming the first that is wrong."""
     for field in fields_of(type(record)):
-        field.kind.check(field.name.replace("_", " "), getattr(record, field.name))
+        field.kind.check(field.named, getattr(record, field.name))

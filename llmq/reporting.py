@@ -1,13 +1,12 @@
-"""Runs and results in words and in JSON, for a terminal and for scripts."""
+"""Events, answers and forecasts in words, for a terminal."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
 
-from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Progress, Run, Waiting
-from llmq.inspect.report import OutlierReport
-from llmq.summary import Outcome, Summary
+from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Progress, Waiting
+from llmq.figures.blocks import Block, Markup, Table
 
 
 def progress_line(event: Event | Progress) -> str:
@@ -48,65 +47,18 @@ def reported(items: Iterable) -> Iterator:
         yield item
 
 
-def run_as_json(run: Run, summary: Summary) -> dict:
-    """The stable keys of `compare --json` (and of `replay --json`)."""
-    plan = summary.plan
-    return {
-        "model": run.settings.get("model"),
-        "device": plan.device if plan else run.settings.get("device"),
-        "schedule": plan.schedule if plan else run.settings.get("schedule"),
-        "schedule_reason": plan.reason if plan else "",
-        "peak_source": "torch allocator" if plan and plan.device.startswith("cuda") else "tensor sizes",
-        "contestants": [_contestant_as_json(outcome) for outcome in summary.outcomes.values()],
-        "agreement": summary.agreement(),
-        "settings": run.settings,
-        "environment": run.environment,
-    }
+def shown_block(block: Block) -> str:
+    """A block of an answer as a terminal shows it; '' for what it cannot."""
+    if isinstance(block, Table):
+        return "\n".join(_aligned(block)) if block.rows else ""
+    return block.replace("**", "") if isinstance(block, str) and not isinstance(block, Markup) else ""
 
 
-def _contestant_as_json(outcome: Outcome) -> dict:
-    return {
-        "method": outcome.contestant,
-        "engine": outcome.engine,
-        "text": outcome.text,
-        "token_ids": outcome.token_ids,
-        "prompt_tokens": outcome.prompt_tokens,
-        "load_seconds": outcome.load_seconds,
-        "prefill_seconds": outcome.prefill_seconds,
-        "decode_tokens_per_second": outcome.decode_tokens_per_second,
-        "weight_bytes": outcome.weight_bytes,
-        "kv_bytes": outcome.kv_bytes,
-        "peak_bytes": outcome.peak_bytes,
-        "finish_reason": outcome.reason,
-        "error": outcome.error,
-    }
-
-
-def table(result: dict) -> Iterator[str]:
-    yield f"{'method':<14}{'first token':>13}{'decode':>14}{'weights':>12}{'peak':>12}"
-    for c in result["contestants"]:
-        first = f"{c['prefill_seconds']:.3f} s" if c["prefill_seconds"] is not None else "-"
-        speed = f"{c['decode_tokens_per_second']:.2f} tok/s" if c["decode_tokens_per_second"] else "-"
-        weights = f"{c['weight_bytes'] / 1e6:,.1f} MB" if c["weight_bytes"] else "-"
-        peak = f"{c['peak_bytes'] / 1e6:,.1f} MB" if c["peak_bytes"] else "-"
-        yield f"{c['method']:<14}{first:>13}{speed:>14}{weights:>12}{peak:>12}"
-    first = result["agreement"]["first_divergence"]
-    yield "the texts agree throughout" if first is None else f"the first different token is number {first + 1}"
-
-
-def outlier_lines(report: OutlierReport, threshold: float) -> Iterator[str]:
-    """The outlier report for a terminal: one line a kind of module, then the strongest channels."""
-    from llmq.inspect.views import strongest_channels
-
-    yield f"{report.model}, {report.method}, |x| >= {threshold:g}, {report.prompt_tokens} prompt tokens"
-    for kind in report.kinds:
-        modules = [module for module in report.modules if module.kind == kind]
-        with_columns = sum(bool(module.prefill_columns(threshold)) for module in modules)
-        most = max(len(module.prefill_columns(threshold)) for module in modules)
-        yield f"  {kind:<10} prefill: {with_columns} of {len(modules)} layers have outlier columns, {most} at most"
-    yield "strongest channels:"
-    for row in strongest_channels(report, threshold, 10):
-        yield f"  {row.kind:<10} channel {row.channel:<6} |x| up to {row.absmax:,.1f} (layer {row.layer}, {row.phase})"
+def _aligned(table: Table) -> Iterator[str]:
+    rows = [table.headers, *table.rows]
+    widths = [min(40, max(len(row[i]) for row in rows)) for i in range(len(table.headers))]
+    for row in rows:
+        yield "  ".join(f"{cell[:width]:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def memory_lines(result: dict) -> Iterator[str]:

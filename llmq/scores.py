@@ -81,6 +81,11 @@ def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (weights * (p - q)).masked_fill(weights == 0, 0.0).sum(-1).clamp_min(0.0)
 
 
+def first_divergence(one: Sequence, other: Sequence) -> int | None:
+    """The first place where two sequences differ; None where one is the beginning of the other."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+
+
 def perplexity(loss: float) -> float:
     """Exponential of the mean negative log-likelihood in nats; infinite where a float cannot hold it."""
     return math.exp(loss) if loss < LARGEST_LOSS else math.inf

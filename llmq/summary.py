@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Step
+from llmq.scores import first_divergence
 
 
 @dataclass
@@ -86,6 +87,6 @@ class Summary:
         if len(self.outcomes) < 2:
             return {"first_divergence": None, "matching_prefix_tokens": 0}
         first, second = (outcome.token_ids for outcome in list(self.outcomes.values())[:2])
-        shared = min(len(first), len(second))
-        same = next((i for i in range(shared) if first[i] != second[i]), shared)
-        return {"first_divergence": same if same < shared else None, "matching_prefix_tokens": same}
+        place = first_divergence(first, second)
+        same = min(len(first), len(second)) if place is None else place
+        return {"first_divergence": place, "matching_prefix_tokens": same}

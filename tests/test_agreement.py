@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llmq.errors import BadChoice, UserError
-from llmq.inspect.agreement import LIKELIEST, ROWS, Agreement, compare_logits, margins_at, parting
+from llmq.inspect.agreement import LIKELIEST, Agreement, compare_logits, margins_at
+from llmq.scores import ROWS, first_divergence
 
 
 def log_probabilities(row) -> list[float]:
@@ -151,7 +152,7 @@ def test_diverging_tokens_come_with_the_largest_divergence_first():
     ],
 )
 def test_texts_part_where_they_first_differ(one, other, expected):
-    assert parting(one, other) == parting(other, one) == expected
+    assert first_divergence(one, other) == first_divergence(other, one) == expected
 
 
 def test_margins_are_each_sides_own():

@@ -18,8 +18,8 @@ from llmq.errors import BadChoice
 from llmq.events import Loaded, Progress
 from llmq.hooks import kind_and_layer, linear_modules
 from llmq.inspect.cause import Cause
-from llmq.inspect.explaining import Explanation
 from llmq.inspect.patching import explain_token, patched, sqnr_db
+from llmq.labs.cause import Explanation
 from llmq.machine.door import Machine
 from llmq.methods import METHODS
 from llmq.methods.layers.naive_linear import NaiveLinear

@@ -36,7 +36,7 @@ def test_compare_prints_one_json_object_with_the_stable_keys(run, tiny_folder):
 def test_compare_prints_the_texts_for_people(run, tiny_folder):
     status, out, _ = run(*compare_options(tiny_folder, "--methods", "fp16,fp32"))
     assert status == 0 and {"--- fp16", "--- fp32"} <= set(out)
-    assert any(line.startswith("fp32") and "tok/s" in line and "MB" in line for line in out)
+    assert any(line.startswith("fp32") and "tok/s" in line and " kB" in line for line in out)
 
 
 def test_a_saved_run_replays_to_the_same_result(run, tiny_folder, tmp_path):

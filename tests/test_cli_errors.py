@@ -166,7 +166,7 @@ def test_an_interrupt_from_the_keyboard_is_no_traceback(run, monkeypatch):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(actions.Run, "load", interrupted)
+    monkeypatch.setattr(actions, "is_run", interrupted)
     assert run("replay", "run.jsonl") == (130, [], ["llmq: stopped"])
 
 

@@ -16,12 +16,12 @@ from tiny_runs import (
     token_ids,
 )
 
-from llmq.compare import Comparison
 from llmq.contestant import Contestant
 from llmq.engine.hf import HFEngine
 from llmq.engine.loading import load_engine
 from llmq.errors import BadChoice
 from llmq.events import Finished, Loaded, Memory, Planned, Prefilled, Step, Waiting
+from llmq.labs.compare import Comparison
 from llmq.machine.door import Machine
 from llmq.methods import METHODS
 from llmq.models.presets import PRESETS

@@ -12,8 +12,8 @@ from tiny_runs import key_of
 from llmq.contestant import Contestant
 from llmq.environment import default_device
 from llmq.inspect.cause import Cause
-from llmq.inspect.explaining import Explanation
-from llmq.inspect.reading import Reading
+from llmq.labs.agreement import Reading
+from llmq.labs.cause import Explanation
 from llmq.machine.door import Machine
 
 pytestmark = pytest.mark.demo

@@ -15,10 +15,10 @@ import torch
 from tiny_runs import CONTESTANT_KEYS, RUN_KEYS, key_of
 
 from llmq import telemetry
-from llmq.compare import Comparison
 from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import default_device
+from llmq.labs.compare import Comparison
 from llmq.machine.door import Machine
 from llmq.methods.swap import stored_tensors
 from llmq.models.loading import load_tokenizer

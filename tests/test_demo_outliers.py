@@ -10,7 +10,7 @@ from llmq.contestant import Contestant
 from llmq.environment import default_device
 from llmq.inspect.outliers import observe
 from llmq.inspect.report import agreement_with_kernel
-from llmq.inspect.run import Inspection
+from llmq.labs.outliers import Inspection
 from llmq.machine.door import Machine
 from llmq.methods.bnb_int8 import int8_linears
 
@@ -44,7 +44,8 @@ def test_columns_equal_bitsandbytes_at_every_layer(demo, machine, prompt, thresh
 
     hooks = [module.register_forward_hook(note) for module in int8_linears(engine.model)]
     try:
-        *_, report = machine.run(inspection)
+        *_, answer = machine.run(inspection)
+        report = answer.report
     finally:
         for hook in hooks:
             hook.remove()

@@ -168,9 +168,9 @@ def test_without_triton_or_a_graph_the_tokens_come_slower_and_one_line_says_so(m
 
 @pytest.mark.demo
 def test_out_of_memory_in_capture_fails_its_contestants_alone(demo, monkeypatch):
-    from llmq.compare import Comparison
     from llmq.engine.captured import Runner
     from llmq.events import Failed, Finished
+    from llmq.labs.compare import Comparison
 
     def capture(runner):
         raise torch.OutOfMemoryError("CUDA out of memory")

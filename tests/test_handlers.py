@@ -11,10 +11,12 @@ import pytest
 from test_compare_view import NAMES, script
 from test_observatory_views import SILENCED, cause, read, report
 
-from llmq.compare import Comparison
 from llmq.errors import UserError
 from llmq.events import Finished, Loading, Progress, Run
-from llmq.experiments.lab import Outcome
+from llmq.labs import lab_classes
+from llmq.labs.compare import Comparison
+from llmq.labs.outliers import ReportAnswer
+from llmq.labs.rows import RowAnswer
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import CompareTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
@@ -128,9 +130,11 @@ ROWS = {
 }
 
 
-def outcome(kind: str) -> Outcome:
-    return Outcome(
-        {"kind": kind, "model": "demo", "text": "x", "tokens": 3, "stopped": False, "results": ROWS[kind]}, True
+def outcome(kind: str) -> RowAnswer:
+    return RowAnswer(
+        lab_classes()[kind],
+        {"kind": kind, "model": "demo", "text": "x", "tokens": 3, "stopped": False, "results": ROWS[kind]},
+        True,
     )
 
 
@@ -149,22 +153,24 @@ class Case:
 
 def experiment(kind: str, *inputs) -> Case:
     def section(page: Page):
-        return getattr(page.outliers.what_if, kind)
+        return next(part for part in page.outliers.what_if.sections if part.lab.kind == kind)
+
+    def ask(page: Page) -> Iterator[dict]:
+        return page.outliers.what_if.handler(section(page))("demo", PROMPT, [], ANN, *inputs)
 
     def shows(page: Page, seen: dict) -> bool:
-        drawn = section(page).figure is None or bool(seen[section(page).figure]["data"])
-        return drawn and len(seen[section(page).rows]) == len(ROWS[kind])
+        drawn = "data" in seen[section(page).figure]
+        return drawn == (kind != "ablation") and len(seen[section(page).rows]) == len(ROWS[kind])
 
     return Case(
-        lambda page: getattr(page.outliers.what_if, f"_{kind}")("demo", *inputs, ANN), outcome(kind),
-        lambda page: section(page).status, "Measured on 3 tokens", "Stopped before anything was measured.", "Not run",
-        shows,
+        ask, outcome(kind), lambda page: section(page).status, "Measured on 3 tokens",
+        "Stopped before anything was measured.", "Not run", shows,
     )  # fmt: skip
 
 
 CASES = {
     "watch": Case(
-        lambda page: page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN), report(),
+        lambda page: page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN), ReportAnswer(report(), 6.0),
         lambda page: page.outliers.status, "2 generated tokens watched in 3 linear layers",
         "Stopped before anything ran.", "Not run",
         lambda page, seen: page.state.kept(seen[page.outliers.report_key]).generated_tokens == 2,
@@ -182,8 +188,8 @@ CASES = {
         lambda page, seen: bool(seen[page.outliers.agreement.layers]["data"]),
     ),
     "ablation": experiment("ablation"),
-    "silencing": experiment("silencing", PROMPT, 1),
-    "amplifying": experiment("amplifying", 4, "3", []),
+    "silencing": experiment("silencing", 1),
+    "amplifying": experiment("amplifying", 4, "3"),
     "thresholds": experiment("thresholds", "llm-int8"),
 }  # fmt: skip
 
@@ -214,7 +220,7 @@ def test_a_job_stopped_before_it_found_anything_says_so(name):
 
 @pytest.mark.parametrize("panel", ["map", "moments", "figures"])
 def test_a_panel_draws_the_kept_report_and_nothing_for_a_forgotten_one(panel):
-    page = Page(report())
+    page = Page(ReportAnswer(report(), 6.0))
     key = shown(page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))[page.outliers.report_key]
     part = getattr(page.outliers, panel)
     inputs = {"map": ("down", "prefill", 1), "moments": ("down", 1), "figures": ()}[panel]

@@ -12,11 +12,11 @@ import pytest
 from hub_stand_in import COMMIT, Hub
 from huggingface_hub import constants
 
-from llmq.compare import Comparison
 from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import ModelUnavailable
 from llmq.events import Loading
+from llmq.labs.compare import Comparison
 from llmq.machine.door import Machine
 from llmq.models import hub as hub_module
 from llmq.models.choice import hub_has

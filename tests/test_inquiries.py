@@ -105,7 +105,7 @@ def test_a_sweep_notes_what_is_not_at_hand(run, tiny_folder, monkeypatch):
     (["experiment", "silencing", "--counts", "0"], "is 0"),
     (["experiment", "thresholds", "--thresholds", "-1"], "-1"),
     (["experiment", "thresholds", "--thresholds", "nan"], "nan"),
-    (["experiment", "thresholds", "--method", "fp16"], "fp16 has no outlier threshold"),
+    (["experiment", "thresholds", "--method", "fp16"], "unknown method with an outlier threshold 'fp16'"),
     (["experiment", "ablation", "--windows", "0"], "windows is 0"),
 ])  # fmt: skip
 def test_a_bad_value_is_refused_in_one_line(ask, arguments, named):

@@ -16,18 +16,17 @@ SOURCES = {
 }
 # From the ground up: a package, or a module beside them, imports only from floors below its own.
 FLOORS = [
-    "llmq llmq.cgroup llmq.errors llmq.formatting llmq.hooks",
+    "llmq llmq.cgroup llmq.errors llmq.formatting llmq.hooks llmq.stored",
     "llmq.cache llmq.fields llmq.files llmq.scores llmq.telemetry llmq.terminal",
     "llmq.events llmq.kernels",
     "llmq.methods llmq.summary",
     "llmq.contestant llmq.models",
     "llmq.engine llmq.environment llmq.memory",
-    "llmq.machine",
-    "llmq.compare llmq.inspect",
-    "llmq.experiments llmq.reporting",
-    "llmq.bench llmq.figures",
-    "llmq.actions llmq.ui",
-    "llmq.inquiries",
+    "llmq.inspect llmq.machine",
+    "llmq.figures",
+    "llmq.labs llmq.reporting",
+    "llmq.bench llmq.ui",
+    "llmq.actions",
     "llmq.cli",
     "app llmq.__main__",
 ]
@@ -160,7 +159,7 @@ def test_no_packages_import_each_other_in_a_circle():
     ("package", "never"),
     [
         ("llmq.events", ("torch", "transformers")),
-        ("llmq.figures", ("llmq.compare", "llmq.engine", "llmq.kernels", "llmq.models", "torch", "transformers")),
+        ("llmq.figures", ("llmq.labs.compare", "llmq.engine", "llmq.kernels", "llmq.models", "torch", "transformers")),
     ],
 )
 def test_what_a_floor_alone_does_not_say(package, never):

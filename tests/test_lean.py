@@ -229,9 +229,9 @@ def test_an_engine_by_hand():
 def test_a_bf16_checkpoint_in_fp16_says_what_that_means(tmp_path):
     from conftest import byte_tokenizer
 
-    from llmq.compare import Comparison
     from llmq.contestant import Contestant
     from llmq.events import Failed, Loading
+    from llmq.labs.compare import Comparison
     from llmq.machine.door import Machine
 
     tiny_llama(torch.bfloat16).save_pretrained(tmp_path)

@@ -84,9 +84,11 @@ def test_predicted_weights_are_those_of_a_model_with_random_weights(method, monk
     """Without a checkpoint the model is converted in place: the same bytes, and the same types, as a loaded one."""
     shape = Shape(32, 64, 2, 4, 2, 259, 128)
     monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", "nobody/tiny", "", "", shape))
-    source, handler = resolve("tiny", random_weights=True), METHODS[method]
-    predicted = memory.predict(meta_model(load_config(source)), handler, tokens=10)
-    engine = HFEngine(load_model(source, handler, "cpu"), handler, "cpu")
+    source, method = resolve("tiny", random_weights=True), METHODS[method]
+    predicted = memory.predict(meta_model(load_config(source)), method, tokens=10)
+    dense = load_model(source, METHODS["fp16"], "cpu")
+    statistics = {n: torch.ones(m.in_features) for n, m in dense.named_modules() if n.endswith("_proj")}
+    engine = HFEngine(load_model(source, method, "cpu", statistics), method, "cpu")
     assert (predicted.weights, predicted.scales) == (engine.weight_bytes, engine.scale_bytes)
     assert {buffer.dtype for buffer in engine.model.buffers()} == {torch.float32}  # rotary frequencies stay exact
 

@@ -113,7 +113,7 @@ def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, scre
     page = observatory
     part(page, "What if")
     for factor in ("1", "64"):
-        page.locator("#factor input[type=number]").fill(factor)
+        page.locator("#amplifying-factors input[type=number]").fill(factor)
         page.keyboard.press("Enter")
         page.locator("#amplifying-run").click()
         page.wait_for_function(
@@ -131,7 +131,7 @@ def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, scre
 
 @pytest.mark.parametrize(("name", "inputs"), [
     ("agreement", [PROMPT, "", "continuation", "demo", "bnb-int8", 6.0, 8]),
-    ("ablation", ["demo"]),
+    ("ablation", ["demo", "", []]),
 ])  # fmt: skip
 def test_what_travels_for_a_view_is_small(address, name, inputs):
     sizes = [size for size, _ in raw_messages(address, name, inputs)]

@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 from colours import rgb
 
-from llmq.experiments.tables import HEADERS, finding, rows_of
+from llmq.errors import UserError
 from llmq.figures import bars, heatmaps, lines
-from llmq.figures.pages import agreement_page, cause_page, experiment_page, outliers_page, page
+from llmq.figures.blocks import Drawing
+from llmq.figures.pages import page
 from llmq.figures.palette import DARK, LIGHT, STEPS
-from llmq.figures.reading_value import reading_value
 from llmq.formatting import plain_json
 from llmq.inspect.agreement import Agreement, Drift, Guess, TokenAgreement
 from llmq.inspect.cause import Cause, LayerError, Patch
 from llmq.inspect.emergence import emergence
-from llmq.inspect.reading import Read, Reading
 from llmq.inspect.report import (
     THRESHOLDS,
     ModuleOutliers,
@@ -31,7 +30,10 @@ from llmq.inspect.report import (
     StreamPeak,
     TokenMap,
 )
-from llmq.inspect.wording import account_line, agreement_json, cause_json, cause_line, drift_line, patch_rows
+from llmq.labs import lab_classes, load_answer, save_answer
+from llmq.labs.agreement import Read, Reading, agreement_json, drift_line
+from llmq.labs.cause import CauseAnswer, cause_json, cause_line, patch_rows
+from llmq.labs.outliers import ReportAnswer, account_line
 
 EVIL = '<script>alert(1)</script>&"'
 LARGEST_VIEW = 300_000
@@ -58,20 +60,13 @@ def report(layers: int = 3, width: int = 16, steps: int = 2, over: int = 2) -> O
     return OutlierReport("demo", "bnb-int8", 6.0, 1, steps, [EVIL] * (1 + steps), modules, stream)
 
 
-class Words:
-    """A tokenizer whose tokens are the same dangerous word and their number."""
-
-    def decode(self, ids):
-        return f"{EVIL}{ids[0]}"
-
-
 def read(tokens: int = 4) -> Read:
     guesses = tuple(Guess(number, 0.5 / (number + 1)) for number in range(5))
     rows = tuple(
         TokenAgreement(i, i, 0.05 * i, 1 + i % 2, (-1.0, -2.0), guesses, guesses[::-1]) for i in range(1, tokens)
     )
     found = Agreement(tuple(range(tokens)), rows, 2, Drift((1, 2), (1, 3), 1, (0.5, 0.25)))
-    return Read(Reading(prompt="x"), found, tuple(f"{EVIL}{i}\n" for i in range(tokens)), Words())
+    return Read(Reading(prompt="x"), found, {i: f"{EVIL}{i}\n" for i in range(max(tokens, 10))})
 
 
 def cause(patches=True) -> Cause:
@@ -109,15 +104,15 @@ def test_views_of_a_large_model_stay_small():
         lines.features_figure(emergence(large)),
     ]
     assert max(len(figure.to_json()) for figure in figures) < LARGEST_VIEW
-    value = reading_value(read(512))
+    value = read(512).value()
     assert len(json.dumps(value)) < LARGEST_VIEW and len(value["tokens"]) == 511
 
 
 def test_a_reading_travels_whole():
-    value, source = reading_value(read()), read()
+    value, source = read().value(), read()
     assert [row[0] for row in value["tokens"]] == list(source.texts[1:])
     assert [row[2] for row in value["tokens"]] == [2, 1, 2]
-    assert value["tokens"][0][3] == [[f"{EVIL}{n}", pytest.approx(0.5 / (n + 1), rel=1e-2)] for n in range(5)]
+    assert value["tokens"][0][3] == [[f"{EVIL}{n}\n", pytest.approx(0.5 / (n + 1), rel=1e-2)] for n in range(5)]
     assert "token 2" in drift_line(source) and "0.5 and 0.25" in drift_line(source)
     assert json.loads(json.dumps(agreement_json(source), allow_nan=False))["tokens"][1]["rank"] == 1
 
@@ -136,8 +131,8 @@ def test_an_infinite_divergence_is_shown_and_stored():
     source = read()
     rows = (replace(source.agreement.tokens[0], kl=math.inf), *source.agreement.tokens[1:])
     source = replace(source, agreement=replace(source.agreement, tokens=rows))
-    assert [row[1] for row in reading_value(source)["tokens"]] == [None, 0.1, 0.15]
-    assert "KL inf nats" in agreement_page(source)
+    assert [row[1] for row in source.value()["tokens"]] == [None, 0.1, 0.15]
+    assert "KL inf nats" in page(source.title, source.blocks())
     assert json.loads(json.dumps(plain_json(agreement_json(source)), allow_nan=False))["tokens"][0]["kl"] is None
 
 
@@ -179,19 +174,23 @@ RESULT = {
 
 
 @pytest.mark.parametrize(("make", "figures"), [
-    (lambda: outliers_page(report(), 6.0), 5),
-    (lambda: agreement_page(read()), 0),
-    (lambda: cause_page(cause(), read()), 1),
-    (lambda: experiment_page(RESULT), 1),
+    (lambda: ReportAnswer(report(), 6.0), 5),
+    (read, 0),
+    (lambda: CauseAnswer(cause(), read()), 1),
+    (lambda: lab_classes()["silencing"].restore(RESULT), 1),
 ], ids=["outliers", "agreement", "cause", "experiment"])  # fmt: skip
 def test_a_page_needs_nothing_else_and_runs_no_ones_text(make, figures):
-    text = make()
+    text = page(make().title, make().blocks())
     seen = Page(text)
     assert seen.fetched == [], "it fetches nothing"
     assert EVIL not in text
     assert any(EVIL[:20] in shown for shown in seen.shown), "the text is shown as text"
     assert text.count('<script type="application/json">') == figures
     assert bool(figures) == ("plotly.js v" in text), "plotly comes once, where it is needed"
+
+
+def figure_of(kind: str, rows: list[dict]):
+    return lab_classes()[kind].figures(rows)[0]
 
 
 def every_figure() -> dict:
@@ -206,10 +205,10 @@ def every_figure() -> dict:
         "layer errors": bars.layer_error_figure(cause()),
         "peaks": lines.peaks_figure(found),
         "features": lines.features_figure(emergence(found)),
-        "silencing": lines.silencing_figure(SILENCED),
-        "amplifying": lines.amplifying_figure(amplified),
-        "thresholds": lines.thresholds_figure(moved),
-        "sweep": lines.sweep_figure(swept, "parameters"),
+        "silencing": figure_of("silencing", SILENCED),
+        "amplifying": figure_of("amplifying", amplified),
+        "thresholds": figure_of("thresholds", moved),
+        "sweep": figure_of("sweep", swept),
         "map": heatmaps.map_figure(found, "down", "prefill", 6.0),
         "tokens": heatmaps.token_figure(found, "down", 1, 6.0),
     }
@@ -228,7 +227,9 @@ def test_a_figure_names_its_colours_and_both_palettes_know_them():
 def test_a_written_page_follows_the_readers_theme(browser, tmp_path):
     """Both palettes travel in the file; turning the reader's screen dark paints the figures again."""
     path = tmp_path / "out.html"
-    path.write_text(page(EVIL, [figure for figure in every_figure().values()]), encoding="utf-8")
+    path.write_text(
+        page(EVIL, [Drawing(lambda figure=figure: figure) for figure in every_figure().values()]), encoding="utf-8"
+    )
     shown = browser.new_page(color_scheme="dark")
     errors = []
     shown.on("pageerror", lambda error: errors.append(error))
@@ -250,15 +251,64 @@ def test_a_written_page_follows_the_readers_theme(browser, tmp_path):
 
 
 def test_rows_and_findings_of_every_kind():
-    assert rows_of(RESULT)[1][2] == "beyond measure" and len(rows_of(RESULT)[0]) == len(HEADERS["silencing"])
+    silencing, ablation = lab_classes()["silencing"], lab_classes()["ablation"]
+    cells = [silencing.row(row) for row in SILENCED]
+    assert cells[1][2] == "beyond measure" and len(cells[0]) == len(silencing.headers())
     assert plain_json(RESULT)["results"][1]["perplexity"] is None
-    finite = RESULT | {"results": [SILENCED[0], SILENCED[1] | {"perplexity": 110.0}, SILENCED[2]]}
-    assert "raises perplexity by 100" in finding(finite) and "+0.5" in finding(finite)
+    finite = [SILENCED[0], SILENCED[1] | {"perplexity": 110.0}, SILENCED[2]]
+    assert "raises perplexity by 100" in silencing.finding(finite) and "+0.5" in silencing.finding(finite)
     rows = [
         {"name": n, "method": "m", "perplexity": p, "kl_to_fp16": 0.0, "top1_agreement": 1.0}
         for n, p in (("W32A32", 10.0), ("W8A32", 10.5), ("W32A8", 20.0))
     ]
-    said = finding({"kind": "ablation", "results": rows})
-    assert "the activations that break naive 8 bit, not the weights" in said
+    assert "the activations that break naive 8 bit, not the weights" in ablation.finding(rows)
     rows[1]["perplexity"], rows[2]["perplexity"] = 20.0, 10.5
-    assert "the weights that break naive 8 bit, not the activations" in finding({"kind": "ablation", "results": rows})
+    assert "the weights that break naive 8 bit, not the activations" in ablation.finding(rows)
+
+
+def infinite() -> Read:
+    source = read()
+    rows = (replace(source.agreement.tokens[0], kl=math.inf), *source.agreement.tokens[1:])
+    return replace(source, agreement=replace(source.agreement, tokens=rows))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: ReportAnswer(report(), 6.0),
+    read,
+    infinite,
+    lambda: CauseAnswer(cause(), read()),
+    lambda: lab_classes()["silencing"].restore(RESULT),
+], ids=["outliers", "agreement", "infinite", "cause", "experiment"])  # fmt: skip
+def test_a_saved_answer_is_the_same_answer_again(make, tmp_path):
+    """The same page to the byte, every figure and table included, and the same JSON: no model is needed for either."""
+    path, answer = tmp_path / "answer.json", make()
+    save_answer(answer, path)
+    again = load_answer(path)
+    assert type(again) is type(answer) and again.kind == answer.kind
+    assert page(again.title, again.blocks()) == page(answer.title, answer.blocks())
+    assert plain_json(again.to_json()) == plain_json(answer.to_json())
+
+
+def test_every_number_of_a_saved_report_comes_back():
+    source = report(layers=2)
+    restored = lab_classes()["outliers"].restore(json.loads(json.dumps(ReportAnswer(source, 6.0).stored()))).report
+    for one, other in zip(source.modules, restored.modules, strict=True):
+        assert np.array_equal(one.prefill.absmax, other.prefill.absmax) and one.prefill.absmax.dtype == np.float32
+        assert [c.tolist() for c in one.sent] == [c.tolist() for c in other.sent]
+        assert [(c.tolist(), v.tolist()) for c, v in one.decode_steps] == [
+            (c.tolist(), v.tolist()) for c, v in other.decode_steps
+        ]
+    assert restored.token_texts == source.token_texts and restored.stream[1].layer == 1
+
+
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", '{"kind": "nothing"}', '{"kind": "silencing"}', '{"kind": "outliers", "threshold": 6, "report": 5}',
+    '{"kind": "outliers", "threshold": 6, "report": {"arrays": [], "value": {"model": 5}}}',
+    '{"kind": "agreement", "stored": {"question": {}}}', '{"kind": "cause", "cause": {"arrays": [], "value": []}}',
+])  # fmt: skip
+def test_a_file_that_is_no_answer_is_refused_in_one_line(content, tmp_path):
+    path = tmp_path / "answer.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="answer.json") as caught:
+        load_answer(path)
+    assert len(str(caught.value).splitlines()) == 1

@@ -12,7 +12,7 @@ from conftest import byte_tokenizer, tiny_llama
 from tiny_runs import light, run_cli
 from transformers import AutoModelForCausalLM
 
-from llmq.bench.quality import WINDOW, reference_text
+from llmq.models.reference_text import WINDOW, reference_text
 
 WINDOWS = 3
 

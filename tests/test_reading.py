@@ -16,7 +16,7 @@ from llmq.engine.hf import HFEngine
 from llmq.errors import BadChoice, OutOfMemory
 from llmq.events import Loaded, Progress, Waiting
 from llmq.inspect.agreement import Agreement, compare_logits
-from llmq.inspect.reading import Read, Reading
+from llmq.labs.agreement import Read, Reading
 from llmq.machine.door import Machine
 
 PROMPT = "The quick fox"

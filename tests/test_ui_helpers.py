@@ -7,10 +7,10 @@ from urllib.parse import parse_qsl
 
 import pytest
 
-from llmq.compare import Comparison
 from llmq.contestant import Contestant
 from llmq.engine.sampling import MAX_TEMPERATURE, SamplingSettings
-from llmq.inspect.run import Inspection
+from llmq.labs.compare import Comparison
+from llmq.labs.outliers import Inspection
 from llmq.machine.door import Machine
 from llmq.ui.shell.link import LONGEST_PROMPT, query_of, wishes_of
 from llmq.ui.shell.state import KEPT_FINDINGS, AppState, Jobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -55,17 +56,33 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
     for number, words in enumerate(asked):
         model_and_device = () if words[0] in ("replay", "models") else ("--model", model)
         model_and_device += () if words[0] in ("replay", "models", "memory") else ("--device", "cpu")
-        page = ("--html", folder / f"{number}.html") if writes_pages(words[0]) else ()
+        page = ("--html", folder / f"{number}.html") if writes_pages(words) else ()
         lines.append([str(word) for word in (*words, *model_and_device, *page)])
     return lines
 
 
-def subcommands() -> dict:
-    return next(action.choices for action in build_parser()._actions if action.choices)
+def choices(parser) -> dict:
+    return next((action.choices for action in parser._actions if isinstance(action.choices, dict)), {})
 
 
-def writes_pages(command: str) -> bool:
-    return "--html" in subcommands()[command]._option_string_actions
+def parser_of(words: tuple) -> argparse.ArgumentParser:
+    """The parser that reads the options after these words."""
+    parser = build_parser()
+    for word in words:
+        if word not in (below := choices(parser)):
+            break
+        parser = below[word]
+    return parser
+
+
+def writes_pages(words: tuple) -> bool:
+    return "--html" in parser_of(words)._option_string_actions
+
+
+def paths(parser, before: tuple = ()) -> set[tuple]:
+    """The words of every command."""
+    below = choices(parser)
+    return {before} if not below else set().union(*(paths(p, (*before, name)) for name, p in below.items()))
 
 
 @pytest.fixture
@@ -78,7 +95,8 @@ def bare(tmp_path):
 
 def test_every_command_runs_without_the_page(bare, tiny_folder):
     asked = commands(tiny_folder, bare)
-    assert {line[0] for line in asked} == subcommands().keys(), "a command is not tried"
+    tried = {words for words in paths(build_parser()) for line in asked if tuple(line[: len(words)]) == words}
+    assert tried == paths(build_parser()), "a command is not tried"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], input=json.dumps(asked), cwd=bare, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(bare)}, timeout=600,
@@ -88,4 +106,4 @@ def test_every_command_runs_without_the_page(bare, tiny_folder):
     assert Path(found["package"]).parent == bare / "llmq" and not (bare / "llmq" / "ui").exists()
     assert {" ".join(line[:2]): status for line, status in zip(asked, found["statuses"], strict=True) if status} == {}
     pages = [Path(line[-1]) for line in asked if "--html" in line]
-    assert len(pages) == 8 and all(page.read_text().startswith("<!doctype html>") for page in pages)
+    assert len(pages) == 11 and all(page.read_text().startswith("<!doctype html>") for page in pages)

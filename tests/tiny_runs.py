@@ -10,13 +10,13 @@ from contextlib import contextmanager
 import torch
 
 from llmq.cli import main
-from llmq.compare import Comparison
 from llmq.contestant import Contestant
 from llmq.engine.hf import HFEngine
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.events import Event, Finished, Memory, Step
-from llmq.machine.door import Machine
+from llmq.labs.compare import Comparison
+from llmq.machine.door import Lease, Machine
 from llmq.methods import parse_method
 from llmq.models.loading import Source, resolve
 from llmq.models.opening import Model
@@ -79,7 +79,7 @@ def key_of(model, method: str, device: str = "cpu", loop: str = "hf") -> Key:
 
 
 def engine_of(machine: Machine, folder, method: str) -> HFEngine:
-    return machine.pool.get(key_of(folder, method), parse_method(method))[0]
+    return Lease(machine, "cpu", threading.Event()).get(key_of(folder, method), parse_method(method))
 
 
 def without_memory(events) -> list[Event]:

@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-from llmq.experiments.tables import HEADERS, finding, rows_of
 from llmq.formatting import format_bytes, format_seconds
+from llmq.labs import lab_classes
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "assets" / "results"
@@ -44,8 +44,7 @@ def table(name: str) -> str:
         return _JOINED[name]()
     result = json.loads((RESULTS / f"{name}.json").read_text())
     kinds = {"paris": _judged_table, "quality": lambda one: _quality_table([one]), "hooks": _hooks_table}
-    kinds |= dict.fromkeys(HEADERS, _experiment_table)
-    return kinds.get(result["kind"], _decode_table)(result)
+    return (kinds.get(result["kind"]) or (_lab_table if result["kind"] in lab_classes() else _decode_table))(result)
 
 
 def _decode_table(result: dict) -> str:
@@ -215,17 +214,21 @@ def _judged_table(result: dict) -> str:
     return "\n".join([*rows, "", f"*{where}: {result['conditions']}; {result['date']}.*"])
 
 
-def _experiment_table(result: dict) -> str:
-    """An experiment's rows as the page shows them; what the models wrote is left to the page."""
-    columns = [i for i, name in enumerate(HEADERS[result["kind"]]) if name != "Text"]
-    lines = [f"| {' | '.join(HEADERS[result['kind']][i] for i in columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(row[i] for i in columns)} |" for row in rows_of(result)]
+def _lab_table(result: dict) -> str:
+    """A lab's rows as the page shows them; what the models wrote is left to the page."""
+    lab = lab_classes()[result["kind"]]
+    answer = lab.restore(result)
+    headers = lab.headers()
+    columns = [i for i, name in enumerate(headers) if name != "Text"]
+    lines = [f"| {' | '.join(headers[i] for i in columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(lab.row(row)[i] for i in columns)} |" for row in answer.rows]
     conditions = result["conditions"]
-    conditions = next(iter(conditions.values())) if result["kind"] == "sweep" else conditions
+    sweep = "device_name" not in conditions  # of several models, each with its own
+    conditions = next(iter(conditions.values())) if sweep else conditions
     text = f"; {result['tokens']:,} tokens of CPython's `pydoc_data.topics`" if "tokens" in result else ""
     where = f"{conditions['device_name']}, Python {conditions['python']}"
-    said = f"{finding(result)} " if finding(result) else ""
-    model = "" if result["kind"] == "sweep" else f", {result['model']} model"
+    said = f"{lab.finding(answer.rows)} " if lab.finding(answer.rows) else ""
+    model = "" if sweep else f", {result['model']} model"
     return "\n".join([*lines, "", f"*{said}{where}{model}{text}; {conditions['date'][:10]}.*"])
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from llmq.errors import NOT_A_NUMBER, UserError
@@ -29,11 +29,13 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Token:
-    """One sampled token, the natural log of its probability, and the seconds its forward pass and sampling took."""
+    """One sampled token, the natural log of its probability, and the seconds its forward pass and sampling took.
+    `end`: why no other follows: 'eos', 'length' or 'context'; '' where one does."""
 
     token_id: int
     logprob: float
     seconds: float
+    end: str = ""
 
 
 def token_of(token_id: float, logprob: float, seconds: float) -> Token:
@@ -60,26 +62,74 @@ class Generation(Protocol):
     def close(self) -> None: ...
 
 
-class Engine(Protocol):
-    """One model under one method on one device. `name` is the loop it runs through; speeds compare within one loop.
-    `under` gives a view of the same weights with other live fields (a threshold), for generations of its own.
-
-    `model` holds the weights; `room_bytes` is what stays allocated beside them between generations.
-    """
+class Writer(Protocol):
+    """The smallest engine: it continues a prompt, wherever it runs. `name` is the loop it runs through, and speeds
+    compare within one. What it cannot tell (bytes, say) is None."""
 
     name: str
     device: str
-    model: object
-    method: Method
-    weight_bytes: int
-    scale_bytes: int
-    room_bytes: int
-    read_bytes_per_token: int
+    weight_bytes: int | None
     context: int
     eos_ids: frozenset[int]
 
-    def under(self, method: Method) -> Engine: ...
     def start(self, prompt_ids: list[int], settings: SamplingSettings) -> Generation: ...
     def warm_up(self, prompt_ids: list[int]) -> None: ...
-    def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor: ...
+
+
+class Scorer(Writer, Protocol):
+    """An engine that also tells the logits of a text."""
+
+    def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
+        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
+
+
+class Engine(Scorer, Protocol):
+    """An engine that holds a model in this process: one model under one method on one device.
+
+    `model` holds the weights; `room_bytes` is what stays allocated beside them between generations. `under` gives a
+    view of the same weights with other live fields (a threshold), for generations of its own.
+    """
+
+    model: object
+    method: Method
+    scale_bytes: int
+    room_bytes: int
+    read_bytes_per_token: int
+
+    def under(self, method: Method) -> Engine: ...
     def sixteen_bit_share(self, ids: list[int]) -> float: ...
+
+
+def generate(
+    engine: Writer, prompt_ids: list[int], settings: SamplingSettings, stopped: Callable[[], bool] | None = None
+) -> Iterator[Token]:
+    """Yield the tokens that `engine` writes after a prompt; the last one says why it is the last. The cache is freed
+    when the stream ends or is closed. Raises Interrupted when stopped."""
+    generation = engine.start(prompt_ids, settings)
+    try:
+        yield from tokens_of(generation, engine, len(prompt_ids), settings, stopped)
+    finally:
+        generation.close()
+
+
+def tokens_of(
+    generation: Generation,
+    engine: Writer,
+    prompt_tokens: int,
+    settings: SamplingSettings,
+    stopped: Callable[[], bool] | None = None,
+) -> Iterator[Token]:
+    """The one loop over tokens, and the one place where it ends. An end-of-text token is yielded, as 'eos'."""
+    for number in range(1, settings.max_new_tokens + 1):
+        token = generation.step() if number > 1 else generation.prefill(stopped)
+        if token.token_id in engine.eos_ids:
+            token = replace(token, end="eos")
+        elif number == settings.max_new_tokens:
+            token = replace(token, end="length")
+        elif prompt_tokens + number >= engine.context:
+            token = replace(token, end="context")
+        yield token
+        if token.end:
+            return
+        if stopped is not None and stopped():
+            raise Interrupted

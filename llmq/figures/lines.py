@@ -7,6 +7,7 @@ shows a value that was not measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
@@ -56,88 +57,66 @@ def features_figure(found: Emergence) -> go.Figure:
     return figure
 
 
-def silencing_figure(rows: Sequence[dict]) -> go.Figure:
-    """Perplexity against the number of silenced channels: the strongest, and random ones."""
+@dataclass(frozen=True)
+class Line:
+    """Points of one series; `number`: its colour, dashes and marks; `texts`: a name for each point."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    number: int
+    connected: bool = True
+    texts: Sequence[str] | None = None
+
+
+def line_figure(
+    title: str, lines: Sequence[Line], told: str, *, x: dict, y: dict, level: float | None = None
+) -> go.Figure:
+    """Series over one pair of axes. `told`: what pointing at a place says; `level`: where a dotted line lies."""
     figure = go.Figure()
-    base = [row for row in rows if row["silenced"] == "none"]
-    for number, name in ((1, "strongest"), (0, "random")):
-        some = [row for row in rows if row["silenced"] == name]
-        mode = "lines+markers" if name == "strongest" else "markers"
-        _line(
-            figure, f"{name} channels", [row["count"] for row in some], [row["perplexity"] for row in some], number,
-            "%{x} silenced: perplexity %{y:,.5~r}", mode=mode,
-        )  # fmt: skip
-    if base:
-        figure.add_hline(y=base[0]["perplexity"], line={"color": named("ink-soft"), "width": 1, "dash": "dot"})
-    style(figure, "Perplexity with channels silenced (dotted: none)")
-    figure.update_layout(
-        xaxis={"title": {"text": "channels silenced"}, "type": "log", "tickvals": sorted({r["count"] for r in rows})},
-        yaxis={"title": {"text": "perplexity"}, "type": "log"},
-    )
-    return decades(figure)
+    for line in lines:
+        xs, ys = zip(*line.points, strict=True) if line.points else ((), ())
+        more = {"text": [escape(text) for text in line.texts]} if line.texts else {}
+        mode = "lines+markers" if line.connected else "markers"
+        _line(figure, line.name, xs, ys, line.number, told, mode=mode, **more)
+    if level is not None:
+        figure.add_hline(y=level, line={"color": named("ink-soft"), "width": 1, "dash": "dot"})
+    style(figure, title)
+    figure.update_layout(xaxis=x, yaxis=y)
+    return decades(figure) if y.get("type") == "log" else figure
 
 
-def amplifying_figure(rows: Sequence[dict]) -> go.Figure:
-    """Perplexity of each method against the factor."""
-    figure = go.Figure()
-    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        some = sorted((row for row in rows if row["method"] == method), key=lambda row: row["factor"])
-        told = "s = %{x:g}: perplexity %{y:,.5~r}"
-        _line(figure, method, [r["factor"] for r in some], [r["perplexity"] for r in some], number, told)
-    style(figure, "Perplexity with channels amplified by s, function unchanged")
-    figure.update_layout(
-        xaxis={"title": {"text": "s"}, "type": "log", "tickvals": [1, 2, 4, 8, 16, 32, 64], "range": [-0.06, 1.87]},
-        yaxis={"title": {"text": "perplexity"}, "type": "log"},
-    )
-    return decades(figure)
+@dataclass(frozen=True)
+class Panel:
+    """One of several series below one another over the same names; `spread`: lowest and highest of each value."""
+
+    title: str
+    values: Sequence[float]
+    told: str
+    spread: Sequence[tuple[float, float]] | None = None
+    from_zero: bool = False
 
 
-def thresholds_figure(rows: Sequence[dict]) -> go.Figure:
-    """Perplexity, share of columns in 16 bit and speed at each threshold, below one another."""
-    figure = go.Figure()
-    names = [row["threshold"] for row in rows]
-    speed = [row["tokens_per_second"] for row in rows]
-    spread = {
-        "type": "data",
-        "symmetric": False,
-        "array": [row["tokens_per_second_max"] - row["tokens_per_second"] for row in rows],
-        "arrayminus": [row["tokens_per_second"] - row["tokens_per_second_min"] for row in rows],
-    }
-    panels = (
-        ("perplexity", [row["perplexity"] for row in rows], "y", {}, "perplexity %{y:.5~r}"),
-        ("% of columns in 16 bit", [100 * r["outlier_share"] for r in rows], "y2", {}, "%{y:.3~r} % in 16 bit"),
-        ("tokens a second", speed, "y3", {"error_y": spread}, "%{y:.4~r} tok/s"),
-    )
-    for number, (name, values, axis, more, told) in enumerate(panels):
+def panels_figure(title: str, what: str, x_title: str, names: Sequence[str], panels: Sequence[Panel]) -> go.Figure:
+    """Panels below one another; `what`: the kind of thing that `names` are."""
+    figure, count, gap = go.Figure(), len(panels), 0.08
+    height = (1 - gap * (count - 1)) / count
+    axes = {}
+    for number, panel in enumerate(panels):
+        top, suffix = 1 - number * (height + gap), str(number + 1) if number else ""
+        bars = {"type": "data", "symmetric": False} | {
+            "array": [high - value for value, (_, high) in zip(panel.values, panel.spread or (), strict=False)],
+            "arrayminus": [value - low for value, (low, _) in zip(panel.values, panel.spread or (), strict=False)],
+        }
         figure.add_scatter(
-            x=names, y=values, yaxis=axis, name=name, mode="lines+markers", showlegend=False,
+            x=list(names), y=list(panel.values), yaxis=f"y{suffix}", name=panel.title, mode="lines+markers",
+            showlegend=False, error_y=bars if panel.spread else None,
             line={"color": named(f"line-{number}"), "dash": "dot"}, marker={"size": 9, "symbol": MARKS[number]},
-            hovertemplate=f"threshold %{{x}}: {told}<extra></extra>", **more,
+            hovertemplate=f"{what} %{{x}}: {panel.told}<extra></extra>",
         )  # fmt: skip
-    style(figure, "The threshold moved: quality, columns in 16 bit, speed", height=560)
-    figure.update_layout(
-        xaxis={"title": {"text": "threshold (off: no decomposition)"}, "type": "category", "anchor": "y3"},
-        yaxis={"title": {"text": "perplexity"}, "domain": [0.72, 1]},
-        yaxis2={"title": {"text": "% of columns"}, "domain": [0.38, 0.64], "rangemode": "tozero"},
-        yaxis3={"title": {"text": "tok/s"}, "domain": [0, 0.3], "rangemode": "tozero"},
-    )
-    return figure
-
-
-def sweep_figure(rows: Sequence[dict], by: str) -> go.Figure:
-    """Shares of layers and positions touched by outlier features, a point a model, by 'parameters' or 'perplexity'."""
-    figure = go.Figure()
-    some = sorted(rows, key=lambda row: row[by])
-    for number, (name, key) in enumerate((("layers", "layers_touched"), ("positions", "positions_touched"))):
-        told = f"%{{text}}<br>%{{y:.3~r}} % of {name}"
-        values = [100 * row[key] for row in some]
-        texts = [escape(row["model"]) for row in some]
-        _line(figure, f"% of {name} touched", [row[by] for row in some], values, number, told, text=texts)
-    style(figure, f"Outlier features by {by}")
-    figure.update_layout(
-        xaxis={"title": {"text": by}, "type": "log" if by == "parameters" else "linear"},
-        yaxis={"title": {"text": "%"}, "range": [-3, 103]},
-    )
+        axis = {"title": {"text": panel.title}, "domain": [max(0, top - height), top]}
+        axes[f"yaxis{suffix}"] = axis | ({"rangemode": "tozero"} if panel.from_zero else {})
+    style(figure, title, height=560)
+    figure.update_layout(xaxis={"title": {"text": x_title}, "type": "category", "anchor": f"y{count}"}, **axes)
     return figure
 
 
@@ -148,7 +127,3 @@ def _line(figure, name: str, x, y, number: int, told: str, *, mode: str = "lines
         marker={"symbol": MARKS[number % 4], "size": 8, "color": color}, connectgaps=False,
         hovertemplate=f"{escape(name)}<br>{told}<extra></extra>", **more,
     )  # fmt: skip
-
-
-# Kind of an experiment -> the figure of its rows.
-FIGURES = {"silencing": silencing_figure, "amplifying": amplifying_figure, "thresholds": thresholds_figure}

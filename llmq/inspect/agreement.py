@@ -145,11 +145,6 @@ def _guesses(logprobs: torch.Tensor) -> list[tuple[Guess, ...]]:
     ]
 
 
-def parting(baseline: list[int], other: list[int]) -> int | None:
-    """The first place where two lists of tokens differ; None where one is the beginning of the other."""
-    return next((i for i, (a, b) in enumerate(zip(baseline, other, strict=False)) if a != b), None)
-
-
 def margins_at(baseline: torch.Tensor, other: torch.Tensor, tokens: tuple[int, int]) -> tuple[float, float]:
     """By how many nats each side prefers its own of `tokens` (baseline's, other's), from (vocabulary,) logits."""
     mine, yours = tokens

@@ -25,7 +25,7 @@ LARGEST_FP16 = 65504  # nothing a 16-bit activation holds is above it
 THRESHOLD = Number(
     0,
     LARGEST_FP16,
-    "Columns of a layer's input with any |x| of at least this stay in 16 bit. 0 is off.",
+    help="Columns of a layer's input with any |x| of at least this stay in 16 bit. 0 is off.",
     label="Outlier threshold",
     infinite=True,
     zero="off",
@@ -86,7 +86,7 @@ class Method:
             if name not in known:
                 choices = f"its settings are {', '.join(known)}" if known else "it has no settings"
                 raise BadChoice(f"{cls.name} cannot be set to {part!r}; {choices}")
-            given[name] = known[name].kind.parse(name, text)
+            given[name] = known[name].kind.parse(known[name].named, text)
         return cls(**given)
 
     @property

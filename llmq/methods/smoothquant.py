@@ -30,7 +30,7 @@ class SmoothQuant(Vectorwise):
     """W8A8 behind smoothing of strength `alpha`: 0 leaves the weights' range even, 1 the activations'."""
 
     alpha: Annotated[
-        float, Number(0, 1, "How much range moves from activations to weights.", label="α (smoothing)", step=0.05)
+        float, Number(0, 1, help="How much range moves from activations to weights.", label="α (smoothing)", step=0.05)
     ] = 0.5
     name, label = "smoothquant", "SmoothQuant · W8A8"
     about = (

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from urllib.parse import urlencode
 
-from llmq.compare import SCHEDULES
 from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
+from llmq.labs.compare import SCHEDULES
 
 LONGEST_PROMPT = 4000  # characters of a prompt a link can carry; some servers cut longer ones
 NUMBERS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}

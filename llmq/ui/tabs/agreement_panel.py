@@ -9,18 +9,16 @@ import gradio as gr
 from llmq.contestant import Contestant
 from llmq.errors import UserError
 from llmq.figures.bars import layer_error_figure
-from llmq.figures.reading_value import reading_value
 from llmq.inspect.cause import Cause
-from llmq.inspect.explaining import Explanation
-from llmq.inspect.reading import MAX_NEW_TOKENS, Read, Reading
-from llmq.inspect.wording import PATCH_HEADERS, cause_line, drift_line, patch_rows
+from llmq.labs.agreement import MAX_NEW_TOKENS, Read, Reading, drift_line
+from llmq.labs.cause import PATCH_HEADERS, Explanation, cause_line, patch_rows
+from llmq.ui.parts.controls import whole
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.reading_view import reading_view
 from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
-from llmq.ui.tabs.what_if_panel import whole
 
 TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
 QUIET = {"show_progress": "hidden", "concurrency_limit": 16, "concurrency_id": "runs"}
@@ -110,7 +108,7 @@ class AgreementPanel:
         yield {
             self.status: f"{len(read.agreement.diverging)} of {len(read.agreement.tokens)} tokens have another first "
             "choice; they are underlined.",
-            self.reading: reading_value(read),
+            self.reading: read.value(),
             self.drift: gr.Textbox(drift, visible=bool(drift)),
             self.key: self.state.keep(read),
             self.cause_status: "Click a token, best an underlined one.",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llmq.compare import Comparison
 from llmq.contestant import Contestant
 from llmq.engine.sampling import MAX_NEW_TOKENS, SamplingSettings
 from llmq.errors import BadChoice
+from llmq.labs.compare import Comparison
 
 NONE = "none"  # in a method field: no contestant
 MAX_SECONDS = 900.0  # one visitor's run may hold the device this long

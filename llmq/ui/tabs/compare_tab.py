@@ -9,10 +9,10 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.compare import SCHEDULES
 from llmq.environment import describe
 from llmq.errors import UserError
 from llmq.events import Run
+from llmq.labs.compare import SCHEDULES
 from llmq.methods import METHODS
 from llmq.models.opening import open_model
 from llmq.models.presets import PRESETS

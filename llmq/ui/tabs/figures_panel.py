@@ -7,7 +7,7 @@ import gradio as gr
 from llmq.figures.lines import features_figure, peaks_figure
 from llmq.inspect.emergence import emergence
 from llmq.inspect.report import OutlierReport
-from llmq.inspect.wording import MASSIVE_HEADERS, emergence_line, massive_rows
+from llmq.labs.outliers import MASSIVE_HEADERS, emergence_line, massive_rows
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.tabs.map_panel import Find, filled, table
 

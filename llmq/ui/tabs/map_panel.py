@@ -13,12 +13,11 @@ import gradio as gr
 from llmq.figures.heatmaps import map_figure, token_figure
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.views import shares_table, strongest_table
+from llmq.labs.outliers import CHANNEL_HEADERS, SHARE_HEADERS
 from llmq.ui.parts.figure import figure_view, sent
 
 PHASES = ("prefill", "decode")
 KINDS = ["q/k/v", "o", "gate/up", "down"]
-SHARE_HEADERS = ["Input of", "Phase", "Layers with outliers", "Channels over", "Values over", "Largest |x|"]
-CHANNEL_HEADERS = ["Input of", "Channel", "Largest |x|", "Layer", "Phase", "Over the threshold in layers"]
 Find = Callable[[str | None], OutlierReport | None]
 
 

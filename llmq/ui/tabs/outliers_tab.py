@@ -11,7 +11,7 @@ from llmq.contestant import Contestant
 from llmq.errors import UserError
 from llmq.events import Loading
 from llmq.inspect.report import OutlierReport
-from llmq.inspect.run import MAX_NEW_TOKENS, Inspection, Preparation
+from llmq.labs.outliers import MAX_NEW_TOKENS, Inspection, Preparation, ReportAnswer
 from llmq.methods import METHODS
 from llmq.models.presets import PRESETS
 from llmq.ui.parts.examples import EXAMPLES
@@ -21,9 +21,9 @@ from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.agreement_panel import AgreementPanel
 from llmq.ui.tabs.figures_panel import FiguresPanel
+from llmq.ui.tabs.labs_panel import LabsPanel
 from llmq.ui.tabs.map_panel import MapPanel
 from llmq.ui.tabs.moments_panel import MomentsPanel
-from llmq.ui.tabs.what_if_panel import WhatIfPanel
 
 log = logging.getLogger(__name__)
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -35,7 +35,7 @@ class OutliersTab:
     def __init__(self, state: AppState):
         self.state = state
         self.map, self.moments, self.figures = MapPanel(), MomentsPanel(), FiguresPanel()
-        self.agreement, self.what_if = AgreementPanel(state), WhatIfPanel(state)
+        self.agreement, self.what_if = AgreementPanel(state), LabsPanel(state)
 
     def build(self) -> None:
         gr.Markdown(
@@ -118,8 +118,8 @@ class OutliersTab:
                 device=self.state.device,
             )
             for item in self.state.run(inspection, request.session_hash or "nobody"):
-                if isinstance(item, OutlierReport):
-                    report = item
+                if isinstance(item, ReportAnswer):
+                    report = item.report
                     if report.generated_tokens < new_tokens and not report.stopped:
                         yield self._finished(report) | {
                             self.status: {"text": "The prompt is read; generating", "fraction": None}

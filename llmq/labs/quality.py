@@ -12,34 +12,32 @@ import math
 import statistics
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
-from llmq.contestant import Contestant
-from llmq.engine.choice import choose_engines
+from llmq.contestant import Contestant, Contestants
+from llmq.engine.choice import ENGINES, choose_engines
 from llmq.engine.interface import Engine
 from llmq.engine.loading import Key
 from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
+from llmq.fields import Choice, Number, Text
+from llmq.formatting import format_share
+from llmq.labs.rows import BASELINE, RowAnswer, TableLab
 from llmq.machine.door import Lease
 from llmq.models.opening import Model
 from llmq.models.reference_text import WINDOW, reference_text
 from llmq.scores import LARGEST_LOSS, TextScore, mean_interval, perplexity, score_text
 
-BASELINE = Contestant.parse("fp16")
-
 
 @dataclass(frozen=True, kw_only=True)
-class QualityBench:
-    model: str = "demo"
-    contestants: tuple[Contestant, ...]
-    device: str = "cpu"
-    text: str | None = None
-    tokens: int = 4096
-    engine: str = "auto"
-
-    def __post_init__(self):
-        if not isinstance(self.tokens, int) or self.tokens < 2 * WINDOW:
-            raise BadChoice(f"tokens is {self.tokens!r}; choose at least {2 * WINDOW}, two windows, for an interval")
+class Quality(TableLab):
+    kind, command, title = "quality", ("quality",), "Text quality"
+    about = "Perplexity and agreement with FP16 on a text that every method reads."
+    contestants: Annotated[tuple[Contestant, ...], Contestants()] = Contestant.parse_all("fp16,bnb-int8")
+    engine: Annotated[str, Choice(ENGINES, help="auto, hf (transformers) or lean (our own loop)")] = "auto"
+    text: Annotated[str, Text(file="--text", help="default: CPython's pydoc topics")] = ""
+    tokens: Annotated[int, Number(2 * WINDOW, 1_000_000, whole=True, help="how much of the text")] = 4096
 
     def run(self, lease: Lease) -> Iterator[Event | Progress | dict]:
         """Let every method and FP16 read the text; last comes the result with the stable keys of `quality --json`."""
@@ -56,9 +54,12 @@ class QualityBench:
                 own = baseline if contestant == BASELINE else engine.logits(window).float()
                 scores[contestant].append(score_text(own, baseline, window))
             yield lease.progress(f"window {number} of {len(windows)}", number / len(windows))
-        yield {
-            "kind": "quality",
-            "text": "CPython pydoc_data.topics" if self.text is None else "a given file",
+        yield RowAnswer(type(self), self._result(model, windows, engines, scores))
+
+    def _result(self, model: Model, windows: list, engines: dict, scores: dict) -> dict:
+        return {
+            "kind": self.kind,
+            "text": "a given file" if self.text else "CPython pydoc_data.topics",
             "tokens": len(windows) * (WINDOW - 1),
             "device": self.device,
             "model": self.model,
@@ -76,6 +77,20 @@ class QualityBench:
         for contestant, loop in zip(needed, loops, strict=True):
             engines[contestant] = yield from lease.load(Key.of(model, contestant.method, self.device, loop), contestant)
         return engines
+
+    @classmethod
+    def headers(cls) -> list[str]:
+        return ["Method", "Loop", "Perplexity (95 %)", "Change (95 %, paired)", "KL to FP16", "Same first choice"]
+
+    @classmethod
+    def row(cls, row: dict) -> list[str]:
+        low, high = row["perplexity_interval"]
+        change = "–"
+        if "perplexity_change" in row:  # absent from results of earlier versions
+            ends = [f"{100 * end:+.1f}" for end in row["perplexity_change_interval"]]
+            change = f"{100 * row['perplexity_change']:+.1f} % ({ends[0]} to {ends[1]})"
+        figures = [f"{row['kl_to_fp16']:.4f}", format_share(row["top1_agreement"])]
+        return [row["method"], row["engine"], f"{row['perplexity']:.2f} ({low:.2f}–{high:.2f})", change, *figures]
 
 
 def _summarise(rows: list[TextScore], baseline: list[TextScore]) -> dict:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
 from llmq.engine.choice import ENGINES, choose_engines
-from llmq.engine.interface import Engine, Generation, Interrupted, capacity_for
+from llmq.engine.interface import Engine, Generation, Interrupted, Token, capacity_for, tokens_of
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, OutOfMemory, UserError, unknown
@@ -29,13 +29,17 @@ from llmq.events import (
     Memory,
     Planned,
     Prefilled,
+    Run,
     Step,
 )
+from llmq.figures.blocks import Block, Table
+from llmq.formatting import format_bytes, format_seconds, format_speed
 from llmq.machine.door import Lease, out_of_memory, shortage
 from llmq.methods import METHODS
 from llmq.models.loading import range_note
 from llmq.models.opening import Model
 from llmq.models.text import TextStream
+from llmq.summary import Outcome, Summary
 
 SCHEDULES = ("interleave", "in-turn")
 MAX_CONTESTANTS = 3
@@ -89,7 +93,8 @@ class _Lane:
     engine: Engine | None = None
     generation: Generation | None = None
     text: TextStream | None = None
-    tokens: int = 0
+    tokens: Iterator[Token] | None = None
+    count: int = 0
     ends_at: float = float("inf")
     over: bool = False
 
@@ -120,7 +125,7 @@ class _Lane:
         self.over = True
         if self.generation:
             self.generation.close()
-        self.generation = None
+        self.generation = self.tokens = None
 
 
 class _Race:
@@ -208,39 +213,30 @@ class _Race:
         lane.engine.warm_up(self.prompt_ids)
 
     def _prefill(self, lane: _Lane) -> Iterator[Event]:
-        sampling = self.comparison.sampling
+        sampling, stopped = self.comparison.sampling, self.lease.stop.is_set
         lane.text = TextStream(self.model.tokenizer)
         lane.generation = lane.engine.start(self.prompt_ids, sampling)
+        lane.tokens = tokens_of(lane.generation, lane.engine, len(self.prompt_ids), sampling, stopped)
         lane.ends_at = self.lease.clock() + sampling.max_seconds
-        token = lane.generation.prefill(self.lease.stop.is_set)
+        token = next(lane.tokens)
         yield Prefilled(contestant=lane.name, prompt_tokens=len(self.prompt_ids), seconds=token.seconds)
-        yield from self._emit(lane, token, seconds=0.0)
+        yield from self._emit(lane, replace(token, seconds=0.0))
 
     def _step(self, lane: _Lane) -> Iterator[Event]:
-        token = lane.generation.step()
-        yield from self._emit(lane, token, seconds=token.seconds)
+        yield from self._emit(lane, next(lane.tokens))
 
-    def _emit(self, lane: _Lane, token, *, seconds: float) -> Iterator[Event]:
-        index, lane.tokens = lane.tokens, lane.tokens + 1
+    def _emit(self, lane: _Lane, token: Token) -> Iterator[Event]:
+        index, lane.count = lane.count, lane.count + 1
         yield Step(
             contestant=lane.name,
             index=index,
             token_id=token.token_id,
             text=lane.text.push(token.token_id),
-            seconds=seconds,
+            seconds=token.seconds,
             logprob=token.logprob,
         )
-        if reason := self._end(lane, token.token_id):
+        if reason := token.end or ("time" if self.lease.clock() >= lane.ends_at else ""):
             yield lane.finish(reason)
-
-    def _end(self, lane: _Lane, token_id: int) -> str | None:
-        if token_id in lane.engine.eos_ids:
-            return "eos"
-        if lane.tokens >= self.comparison.sampling.max_new_tokens:
-            return "length"
-        if len(self.prompt_ids) + lane.tokens >= lane.engine.context:
-            return "context"
-        return "time" if self.lease.clock() >= lane.ends_at else None
 
     def _guarded(self, lane: _Lane, stage: Callable[[_Lane], Iterator[Event]]) -> Iterator[Event]:
         """Run one stage of one lane: a stop ends it quietly, a failure ends only this lane."""
@@ -279,3 +275,74 @@ class _Race:
             self._peak = max([self._peak, sample.allocated_bytes or 0, *seen])
             peak = self._peak if sample.allocated_bytes is not None else None
             yield Memory(**asdict(sample), peak_allocated_bytes=peak, ledger=ledger)
+
+
+@dataclass(frozen=True)
+class RunAnswer:
+    """A comparison that ran, as an answer: texts, figures, and where the texts part."""
+
+    run: Run
+    summary: Summary
+    kind = "compare"
+
+    @property
+    def title(self) -> str:
+        return f"{self.run.settings.get('model')}: {' and '.join(self.summary.outcomes)}"
+
+    def blocks(self) -> Iterator[Block]:
+        outcomes = self.summary.outcomes.values()
+        for outcome in outcomes:
+            yield f"--- {outcome.contestant}\n{outcome.error or outcome.text}"
+        rows = [
+            [
+                outcome.contestant,
+                format_seconds(outcome.prefill_seconds),
+                format_speed(outcome.decode_tokens_per_second),
+                format_bytes(outcome.weight_bytes),
+                format_bytes(outcome.peak_bytes),
+            ]
+            for outcome in outcomes
+        ]
+        yield Table(["Method", "First token", "Decode", "Weights", "Peak"], rows, "Measured")
+        yield self._first_divergence()
+
+    def _first_divergence(self) -> str:
+        """Where the first two texts part; '' where there are not two to compare."""
+        whole = [outcome for outcome in self.summary.outcomes.values() if not outcome.error]
+        if len(whole) < 2 or len(self.summary.outcomes) < 2:
+            return ""
+        first = self.summary.agreement()["first_divergence"]
+        return "the texts agree throughout" if first is None else f"the first different token is number {first + 1}"
+
+    def to_json(self) -> dict:
+        """The stable keys of `compare --json` and of `replay --json`."""
+        run, plan = self.run, self.summary.plan
+        return {
+            "model": run.settings.get("model"),
+            "device": plan.device if plan else run.settings.get("device"),
+            "schedule": plan.schedule if plan else run.settings.get("schedule"),
+            "schedule_reason": plan.reason if plan else "",
+            "peak_source": "torch allocator" if plan and plan.device.startswith("cuda") else "tensor sizes",
+            "contestants": [_outcome_json(outcome) for outcome in self.summary.outcomes.values()],
+            "agreement": self.summary.agreement(),
+            "settings": run.settings,
+            "environment": run.environment,
+        }
+
+
+def _outcome_json(outcome: Outcome) -> dict:
+    return {
+        "method": outcome.contestant,
+        "engine": outcome.engine,
+        "text": outcome.text,
+        "token_ids": outcome.token_ids,
+        "prompt_tokens": outcome.prompt_tokens,
+        "load_seconds": outcome.load_seconds,
+        "prefill_seconds": outcome.prefill_seconds,
+        "decode_tokens_per_second": outcome.decode_tokens_per_second,
+        "weight_bytes": outcome.weight_bytes,
+        "kv_bytes": outcome.kv_bytes,
+        "peak_bytes": outcome.peak_bytes,
+        "finish_reason": outcome.reason,
+        "error": outcome.error,
+    }

@@ -1,0 +1,33 @@
+"""What an answer is shown as: text, tables and drawings, each shown by the terminal, the page and a file in its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under `headers`."""
+
+    headers: list[str]
+    rows: list[list[str]]
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that is made when somebody looks at it."""
+
+    make: Callable[[], go.Figure]
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+
+Block = str | Markup | Table | Drawing  # plain text may be Markdown of one kind: **bold**

@@ -1,0 +1,51 @@
+"""The labs: one question each, found by looking into this folder. A new one touches nothing else."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+from llmq.errors import UserError, unknown
+from llmq.files import read_text, write_text
+from llmq.formatting import plain_json
+from llmq.labs.base import Answer, Lab
+
+__all__ = ["Answer", "Lab", "lab_classes", "load_answer", "save_answer"]
+
+
+@cache
+def lab_classes() -> dict[str, type[Lab]]:
+    """Every lab by its kind, in the order of files."""
+    for module in pkgutil.iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    found, ahead = {}, [Lab]
+    while ahead:
+        cls = ahead.pop(0)
+        ahead += cls.__subclasses__()
+        if cls.kind:
+            found[cls.kind] = cls
+    return dict(sorted(found.items(), key=lambda entry: entry[1].__module__))
+
+
+def save_answer(answer: Answer, path: Path) -> None:
+    """Write an answer so that it can be loaded again. Raises UserError where it cannot be written."""
+    stored = plain_json({"kind": answer.kind, **answer.stored()})
+    write_text(path, json.dumps(stored, indent=1, allow_nan=False) + "\n")
+
+
+def load_answer(path: Path) -> Answer:
+    """The answer in a file. Raises UserError naming the file where it holds none."""
+    try:
+        stored = json.loads(read_text(path))
+        kind = stored.get("kind") if isinstance(stored, dict) else None
+    except ValueError as error:
+        raise UserError(f"{path} is not a saved answer: not JSON ({error})") from error
+    if kind not in lab_classes():
+        raise UserError(f"{path} is not a saved answer: {unknown('kind', kind, lab_classes())}")
+    try:
+        return lab_classes()[kind].restore(stored)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no whole answer of the kind {kind!r}: {error!r:.120}") from error

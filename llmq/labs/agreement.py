@@ -1,0 +1,282 @@
+"""Two methods, one text: generate what is to be read, let both read it, and hand out the comparison.
+
+Both run through transformers, because there each layer can be looked into and replaced afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+from llmq.contestant import Contestant, OneContestant
+from llmq.engine.interface import Engine, tokens_of
+from llmq.engine.loading import Key
+from llmq.engine.sampling import SamplingSettings
+from llmq.errors import BadChoice
+from llmq.events import Event, Progress
+from llmq.fields import Choice, Number, Text
+from llmq.figures.blocks import Block, Table
+from llmq.formatting import format_share, plain_json
+from llmq.inspect.agreement import Agreement, Drift, TokenAgreement, compare_logits, margins_at
+from llmq.labs.base import Lab
+from llmq.machine.door import Lease
+from llmq.models.opening import Model
+from llmq.models.text import require_text
+from llmq.scores import first_divergence
+from llmq.stored import from_stored, to_stored
+
+if TYPE_CHECKING:
+    import torch
+
+TEXTS = ("continuation", "prompt", "text")
+LONGEST_TEXT = 512  # tokens; two float32 tables of so many rows, each as wide as the vocabulary, are held
+MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Lab):
+    """Two methods under teacher forcing. Both read the `baseline`'s greedy 'continuation' of the prompt, the 'prompt'
+    itself, or a given 'text'.
+
+    `prompt` goes through the chat template; a given text is read as it is, from `prompt`. `new_tokens`: of a
+    continuation.
+    """
+
+    kind, command, title = "agreement", ("agreement",), "Agreement"
+    about, button = "Two methods read the same text: KL, first choices, drift.", "Read with both"
+    prompt: Annotated[str, Text(positional=True, file="--file", help="a prompt, or with --read text a text")] = ""
+    text: Annotated[str, Choice(TEXTS, help="continuation, prompt or text", named="text to read", flag="--read")] = (
+        "continuation"
+    )
+    baseline: Annotated[Contestant, OneContestant()] = Contestant.parse("fp16")
+    contestant: Annotated[Contestant, OneContestant(flag="--method")] = Contestant.parse("bnb-int8")
+    new_tokens: Annotated[int, Number(1, MAX_NEW_TOKENS, whole=True, help="of the continuation")] = 32
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.baseline.label == self.contestant.label:
+            raise BadChoice(f"both methods are {self.baseline.label}; choose two different ones")
+
+    def run(self, lease: Lease) -> Iterator[Event | Progress | Read]:
+        """Yield events and at last a Read."""
+        model = yield from lease.open(self.model)
+        pair = yield from load_pair(self, model, lease)
+        ids = _ids(self, model)
+        drift, continuation = None, None
+        if self.text == "continuation":
+            continuation = len(ids)
+            drift = yield from _drift(pair, ids, self, lease)
+            ids = ids + list(drift.baseline_ids)
+        yield lease.progress(f"{self.baseline.label} and {self.contestant.label} read {len(ids)} tokens", 0.8)
+        logits = [engine.logits(ids, lease.stop.is_set).float() for engine in pair]
+        agreement = Agreement(tuple(ids), tuple(compare_logits(*logits, ids)), continuation, drift)
+        shown = {guess.token_id for token in agreement.tokens for guess in (*token.baseline, *token.other)}
+        shown |= {*ids, *(drift.other_ids if drift else ())}
+        names = {token_id: model.tokenizer.decode([token_id]) for token_id in sorted(shown)}
+        yield Read(self, agreement, names)
+
+    @classmethod
+    def restore(cls, stored: dict[str, Any]) -> Read:
+        return restored_read(cls, stored)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What both methods made of the text. `names`: the text of every token id that is shown."""
+
+    reading: Reading
+    agreement: Agreement
+    names: Mapping[int, str]
+    kind = "agreement"
+
+    @property
+    def title(self) -> str:
+        return f"Agreement: {self.reading.model}, {self.reading.baseline.label} and {self.reading.contestant.label}"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """One for each token of the text."""
+        return tuple(self.names[token_id] for token_id in self.agreement.token_ids)
+
+    def text_of(self, token_id: int) -> str:
+        return self.names[token_id]
+
+    def blocks(self) -> Iterator[Block]:
+        """The finding, the drift, the text with both lists of five behind each token, the diverging tokens."""
+        from llmq.figures.pages import text_markup
+
+        yield summary_of(self)
+        yield drift_line(self)
+        yield text_markup(self.value())
+        rows = [
+            [str(t.position), repr(self.names[t.token_id]), f"{t.kl:.4g}", str(t.rank)]
+            + [repr(self.names[side[0].token_id]) for side in (t.baseline, t.other)]
+            for t in self.agreement.diverging
+        ]
+        yield Table(["Token", "Text", "KL (nats)", "Rank", "First choice", "Against"], rows, "Diverging tokens")
+
+    def value(self) -> dict:
+        """What a page shows of it: labels, one row a token, and a summary. A KL that is infinite is None."""
+        agreement = self.agreement
+        return {
+            "labels": [self.reading.baseline.label, self.reading.contestant.label],
+            "first": agreement.tokens[0].position,
+            "opening": self.texts[0],
+            "continuation": agreement.continuation,
+            "tokens": [_value_row(self, token) for token in agreement.tokens],
+            "summary": summary_of(self),
+        }
+
+    def to_json(self) -> dict:
+        return agreement_json(self)
+
+    def stored(self) -> dict:
+        question = {f.name: getattr(self.reading, f.name) for f in fields(Reading)}
+        question |= {"baseline": self.reading.baseline.label, "contestant": self.reading.contestant.label}
+        found = {"question": question, "found": to_stored(self.agreement), "names": dict(self.names)}
+        return plain_json(self.to_json()) | {"stored": found}
+
+
+def restored_read(cls: type[Reading], stored: dict[str, Any]) -> Read:
+    """What `Read.stored` was made of."""
+    question = dict(stored["stored"]["question"])
+    for side in ("baseline", "contestant"):
+        question[side] = Contestant.parse(question[side])
+    names = {int(token_id): text for token_id, text in stored["stored"]["names"].items()}
+    known = {f.name for f in fields(cls)}
+    asked = cls(**{name: value for name, value in question.items() if name in known})
+    return Read(asked, from_stored(Agreement, stored["stored"]["found"]), names)
+
+
+def _value_row(read: Read, token: TokenAgreement) -> list:
+    lists = (
+        [[read.names[guess.token_id], float(f"{guess.probability:.3g}")] for guess in side]
+        for side in (token.baseline, token.other)
+    )
+    kl = float(f"{token.kl:.4g}") if math.isfinite(token.kl) else None  # a browser's JSON has no infinity
+    return [read.names[token.token_id], kl, token.rank, *lists]
+
+
+def _ids(reading: Reading, model: Model) -> list[int]:
+    if reading.text == "text":
+        require_text(reading.prompt, "text", "paste a few sentences")
+        ids = model.tokenize(reading.prompt)
+    else:
+        ids = model.encode(reading.prompt)
+    longest = min(LONGEST_TEXT, model.context) - (reading.new_tokens if reading.text == "continuation" else 0)
+    if len(ids) > longest:
+        raise BadChoice(f"the text is {len(ids):,} tokens long; give at most {longest:,} tokens")
+    if reading.text != "continuation" and len(ids) < 2:
+        raise BadChoice(f"the text has {len(ids)} token; at least 2 are needed, the first predicts the second")
+    return ids
+
+
+def _drift(
+    pair: tuple[Engine, Engine], ids: list[int], reading: Reading, lease: Lease
+) -> Generator[Progress, None, Drift]:
+    """Both write freely."""
+    texts, tables = [], []
+    settings = SamplingSettings(max_new_tokens=reading.new_tokens)
+    for side, (engine, contestant) in enumerate(zip(pair, (reading.baseline, reading.contestant), strict=True)):
+        written: list[int] = []
+        logits: list[torch.Tensor] = []
+        generation = engine.start(ids, settings)
+        try:
+            for token in tokens_of(generation, engine, len(ids), settings, lease.stop.is_set):
+                logits.append(generation.logits.float().cpu())
+                if token.end == "eos":
+                    break
+                written.append(token.token_id)
+                share = (side + len(written) / reading.new_tokens) * 0.4
+                yield lease.progress(f"{contestant.label} writes token {len(written)} of {reading.new_tokens}", share)
+        finally:
+            generation.close()
+        texts.append(written)
+        tables.append(logits)
+    if not texts[0]:
+        ends = f"{reading.baseline.label} ends the text at once"
+        raise BadChoice(f"{ends}, so there is no continuation to read; try another prompt")
+    at = first_divergence(*texts)
+    margins = None if at is None else margins_at(*(table[at] for table in tables), (texts[0][at], texts[1][at]))
+    return Drift(tuple(texts[0]), tuple(texts[1]), at, margins)
+
+
+def load_pair(question, model: Model, lease: Lease) -> Generator[Event, None, tuple[Engine, Engine]]:
+    """Load the transformers engines of a question with a `baseline`, a `contestant` and a `device`."""
+    engines = []
+    for contestant in (question.baseline, question.contestant):
+        engines.append((yield from lease.load(Key.of(model, contestant.method, question.device), contestant)))
+    return tuple(engines)
+
+
+def summary_of(read: Read) -> str:
+    """Agreement in one line."""
+    found, labels = read.agreement, (read.reading.baseline.label, read.reading.contestant.label)
+    same = sum(token.agrees for token in found.tokens)
+    return (
+        f"Both read the same {len(found.tokens)} tokens: {same} times ({format_share(found.top1_agreement)}) the same "
+        f"first choice, mean KL {found.mean_kl:.3g} nats, perplexity {found.perplexities[0]:.4g} ({labels[0]}) and "
+        f"{found.perplexities[1]:.4g} ({labels[1]})."
+    )
+
+
+def drift_line(read: Read) -> str:
+    """Where the two free texts part; '' where none was written."""
+    drift, labels = read.agreement.drift, (read.reading.baseline.label, read.reading.contestant.label)
+    if drift is None:
+        return ""
+    if drift.position is None:
+        shorter = min(len(drift.baseline_ids), len(drift.other_ids))
+        return f"Writing freely, both write the same {shorter} tokens."
+    own, other = (read.text_of(ids[drift.position]) for ids in (drift.baseline_ids, drift.other_ids))
+    margins = f"{drift.margins[0]:.3g} and {drift.margins[1]:.3g} nats" if drift.margins else "unknown margins"
+    return (
+        f"Writing freely, the texts part at token {drift.position + 1}: {labels[0]} writes {own!r}, {labels[1]} "
+        f"{other!r}, each preferring its own by {margins}. From there on they read different texts, so a large "
+        "difference of texts can come from a small one of numbers."
+    )
+
+
+def agreement_json(read: Read) -> dict:
+    """The keys of `agreement --json`."""
+    found, reading, drift = read.agreement, read.reading, read.agreement.drift
+    return {
+        "kind": "agreement",
+        "model": reading.model,
+        "device": reading.device,
+        "baseline": reading.baseline.label,
+        "method": reading.contestant.label,
+        "text": reading.text,
+        "token_ids": list(found.token_ids),
+        "texts": list(read.texts),
+        "continuation": found.continuation,
+        "mean_kl": found.mean_kl,
+        "top1_agreement": found.top1_agreement,
+        "perplexities": list(found.perplexities),
+        "tokens": [_token_json(read, token) for token in found.tokens],
+        "drift": drift
+        and {
+            "position": drift.position,
+            "margins": drift.margins and list(drift.margins),
+            "baseline_ids": list(drift.baseline_ids),
+            "other_ids": list(drift.other_ids),
+        },
+    }
+
+
+def _token_json(read: Read, token: TokenAgreement) -> dict:
+    lists = {
+        name: [{"text": read.text_of(g.token_id), "token_id": g.token_id, "probability": g.probability} for g in side]
+        for name, side in (("baseline", token.baseline), ("other", token.other))
+    }
+    return {
+        "position": token.position,
+        "token_id": token.token_id,
+        "text": read.texts[token.position],
+        "kl": token.kl,
+        "rank": token.rank,
+        "logprobs": list(token.logprobs),
+        **lists,
+    }

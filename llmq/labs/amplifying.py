@@ -1,0 +1,123 @@
+"""Make channels of the residual stream louder without changing the function, and ask every method again.
+
+SmoothQuant (Xiao et al. 2023, arXiv 2211.10438) backwards, see `models.edits.Amplify`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from llmq.contestant import Contestant
+from llmq.fields import Number, Numbers
+from llmq.labs.rows import BASELINE, RowLab, Rows, Workbench, shown_perplexity
+from llmq.models.edits import LARGEST_FACTOR, Amplify, require_channels
+
+FACTOR = Number(1, LARGEST_FACTOR, shown=LARGEST_FACTOR, step=1)
+CHANNEL = Number(0, 1_000_000, whole=True)
+METHODS_ASKED = (BASELINE, *Contestant.parse_all("llm-int8,vectorwise,absmax"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amplifying(RowLab):
+    """Make `channels` louder by each of `factors`, and ask every method about the same text. None: channels spread
+    evenly, `spread` of them."""
+
+    kind, command, panel = "amplifying", ("experiment", "amplifying"), True
+    title, button = "Make channels louder without changing the function", "Measure at this s"
+    about = (
+        "Each norm's weight times s, the columns that read it divided by s: in 16 bit the same model, with activations "
+        "s times as large, as outliers are. It is SmoothQuant run backwards: SmoothQuant divides activations to make "
+        "them easy to round, this multiplies them to make them hard."
+    )
+    factors: Annotated[
+        tuple[float, ...], Numbers(FACTOR, help="s, from 1 to 64", label="s", named="factor", start=16, live=True)
+    ] = (1, 4, 16, 64)
+    channels: Annotated[
+        tuple[int, ...] | None,
+        Numbers(CHANNEL, help="such as 7,19", label="Channels", named="channel", empty="three, spread evenly"),
+    ] = None
+    spread: Annotated[int, Number(1, 64, whole=True, help="how many channels, where none is named")] = 3
+    contestants: tuple[Contestant, ...] = METHODS_ASKED
+
+    def conditions(self) -> dict:
+        return {"largest_factor": LARGEST_FACTOR}
+
+    def measure(self, bench: Workbench) -> Rows:
+        channels = self.channels_of(bench.channels)
+        require_channels(channels, bench.channels)
+        with bench.engine(BASELINE) as engine:
+            yield bench.progress("FP16 reads the text", 0.0)
+            truth = bench.read(engine)
+        total = len(self.factors) * len(self.contestants)
+        for number, (factor, contestant) in enumerate(self._pairs()):
+            yield bench.progress(f"{contestant.label} at s = {factor:g}", 0.05 + 0.95 * number / total)
+            edit = Amplify(channels, factor) if factor != 1 else None
+            with bench.engine(contestant, edit) as engine:
+                found = bench.read(engine)
+            change = max((a - b).abs().max().item() for a, b in zip(found, truth, strict=True))
+            row = {"factor": factor, "method": contestant.label, "channels": list(channels)}
+            yield row | bench.score(found, truth) | {"largest_logit_change": change}
+
+    def _pairs(self) -> Iterator[tuple[float, Contestant]]:
+        return ((factor, contestant) for factor in self.factors for contestant in self.contestants)
+
+    def channels_of(self, width: int) -> tuple[int, ...]:
+        """The channels meant, in a stream of `width`."""
+        if self.channels is not None:
+            return self.channels
+        spread = min(self.spread, width)
+        return tuple(width * (2 * i + 1) // (2 * spread) for i in range(spread))
+
+    @classmethod
+    def headers(cls) -> list[str]:
+        return ["s", "Method", "Perplexity", "KL to FP16", "Largest change of a logit"]
+
+    @classmethod
+    def row(cls, row: dict) -> list[str]:
+        figures = [shown_perplexity(row), f"{row['kl_to_fp16']:.3g}", f"{row['largest_logit_change']:.3g}"]
+        return [f"{row['factor']:g}", row["method"], *figures]
+
+    @classmethod
+    def finding(cls, rows: list[dict]) -> str:
+        factors = sorted({row["factor"] for row in rows})
+        if len(factors) < 2:
+            return ""
+        low, high = ({r["method"]: r for r in rows if r["factor"] == f} for f in (factors[0], factors[-1]))
+        changes = [
+            f"{method} {high[method]['perplexity'] / low[method]['perplexity']:,.4g} times"
+            for method in high
+            if method in low and high[method]["perplexity"] < math.inf
+        ]
+        return f"Perplexity at s = {factors[-1]:g} against s = {factors[0]:g}: {', '.join(changes)}." if changes else ""
+
+    @classmethod
+    def figures(cls, rows: list[dict]) -> list:
+        """Perplexity of each method against the factor."""
+        from llmq.figures.lines import Line, line_figure
+
+        lines = []
+        for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            points = sorted((row["factor"], row["perplexity"]) for row in rows if row["method"] == method)
+            lines.append(Line(method, points, number))
+        return [
+            line_figure(
+                "Perplexity with channels amplified by s, function unchanged", lines,
+                "s = %{x:g}: perplexity %{y:,.5~r}",
+                x={"title": {"text": "s"}, "type": "log", "tickvals": [1, 2, 4, 8, 16, 32, 64], "range": [-0.06, 1.87]},
+                y={"title": {"text": "perplexity"}, "type": "log"},
+            )
+        ]  # fmt: skip
+
+    @classmethod
+    def beside(cls, kept: list[dict], rows: list[dict]) -> list[dict]:
+        """Amplifications of the same channels of the same model stay beside the new ones, which replace their
+        equals."""
+        if not kept or not rows:
+            return rows or kept
+        new = {(row["factor"], row["method"]) for row in rows}
+        same = [row for row in kept if all(row[key] == rows[0][key] for key in ("model", "channels"))]
+        old = [row for row in same if (row["factor"], row["method"]) not in new]
+        return sorted([*old, *rows], key=lambda row: row["factor"])

@@ -1,0 +1,213 @@
+"""Why one token came out differently: how far each layer is off there, and which module alone repairs it.
+
+The same two engines as a reading under teacher forcing, then `patching.explain_token`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from llmq.contestant import Contestant
+from llmq.errors import BadChoice
+from llmq.events import Event, Progress
+from llmq.fields import Number, Switch
+from llmq.figures.blocks import Block, Drawing, Table
+from llmq.inspect.cause import Cause
+from llmq.labs.agreement import Read, Reading, load_pair, restored_read
+from llmq.labs.base import Lab
+from llmq.machine.door import Lease
+from llmq.methods import METHODS
+from llmq.methods.base import DEFAULT_THRESHOLD
+from llmq.stored import from_stored, to_stored
+
+PATCHES = 15  # of the table
+PATCH_HEADERS = ["Put back to 16 bit", "Margin (logits)", "Forecast then", "Repaired"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation(Lab):
+    """Which token of which text to explain. `token_ids`: the text; `position`: of the token that is forecast from those
+    before it; `patch`: whether every module is tried in 16 bit."""
+
+    token_ids: tuple[int, ...]
+    position: int
+    baseline: Contestant = Contestant.parse("fp16")
+    contestant: Contestant = Contestant.parse("bnb-int8")
+    patch: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.baseline.method.dense:
+            dense = ", ".join(name for name, method in METHODS.items() if method.dense)
+            raise BadChoice(f"{self.baseline.label} has no 16-bit modules to put back; choose one of {dense}")
+
+    @property
+    def threshold(self) -> float:
+        """What counts as an outlier: the method's own threshold, the usual one where it has none."""
+        return DEFAULT_THRESHOLD if self.contestant.threshold is None else self.contestant.threshold
+
+    def run(self, lease: Lease) -> Iterator[Event | Progress | Cause]:
+        """Yield events, progress, and a Cause whenever more is known; the last is whole unless it says `stopped`."""
+        from llmq.inspect.patching import explain_token
+
+        model = yield from lease.open(self.model)
+        pair = yield from load_pair(self, model, lease)
+        yield from explain_token(
+            pair[0].model,
+            pair[1].model,
+            list(self.token_ids),
+            self.position,
+            threshold=self.threshold,
+            patch=self.patch,
+            stop=lease.stop,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainToken(Reading):
+    """Let both read the text, then explain one token. `token`: its position; None: the largest KL that diverges."""
+
+    kind, command, title = "cause", ("explain-token",), "Chain of cause"
+    about, button = "Why one token came out differently, and what repairs it.", "Explain"
+    token: Annotated[int | None, Number(0, 1_000_000, whole=True, optional=True, help="its position in the text")] = (
+        None
+    )
+    patch: Annotated[bool, Switch(help="errors only; do not try modules in 16 bit")] = True
+
+    def run(self, lease: Lease) -> Iterator[Event | Progress | CauseAnswer]:
+        """Yield events, progress and an answer whenever more is known."""
+        read = None
+        for item in super().run(lease):
+            if isinstance(item, Read):
+                read = item
+            else:
+                yield item
+        tokens = read.agreement.diverging or sorted(read.agreement.tokens, key=lambda token: -token.kl)
+        explanation = Explanation(
+            token_ids=read.agreement.token_ids,
+            position=tokens[0].position if self.token is None else self.token,
+            model=self.model,
+            baseline=self.baseline,
+            contestant=self.contestant,
+            patch=self.patch,
+            device=self.device,
+        )
+        for item in explanation.run(lease):
+            yield CauseAnswer(item, read) if isinstance(item, Cause) else item
+
+    @classmethod
+    def restore(cls, stored: dict[str, Any]) -> CauseAnswer:
+        return CauseAnswer(from_stored(Cause, stored["cause"]), restored_read(Reading, stored))
+
+
+@dataclass(frozen=True)
+class CauseAnswer:
+    """The chain of cause of one token of a text that both methods read."""
+
+    cause: Cause
+    read: Read
+    kind = "cause"
+
+    @property
+    def title(self) -> str:
+        return self.read.title.replace("Agreement", "Chain of cause", 1)
+
+    def blocks(self) -> Iterator[Block]:
+        """The finding, each layer's error, the best modules to put back, the text."""
+        from llmq.figures.bars import layer_error_figure
+        from llmq.figures.pages import text_markup
+
+        cause, read = self.cause, self.read
+        yield cause_line(cause, read)
+        yield Drawing(lambda: layer_error_figure(cause))
+        yield Table(PATCH_HEADERS, patch_rows(cause, read), "Best modules to put back")
+        layers = [
+            [
+                str(entry.layer),
+                f"{entry.relative:.2%}",
+                f"{entry.sqnr_db:.1f}",
+                str(entry.outlier_count),
+                ", ".join(f"{kind} {channel}: {value:,.4g}" for kind, channel, value in entry.outliers),
+            ]
+            for entry in cause.layers
+        ]
+        headers = ["Layer", "Off by", "SQNR (dB)", "Outliers", "The strongest: input, channel, |x|"]
+        yield Table(headers, layers, "Each layer's output at the token")
+        yield text_markup(read.value())
+
+    def to_json(self) -> dict:
+        return cause_json(self.cause, self.read)
+
+    def stored(self) -> dict:
+        return self.read.stored() | self.to_json() | {"cause": to_stored(self.cause)}
+
+
+def cause_line(cause: Cause, read: Read) -> str:
+    """The finding in one or two sentences."""
+    token, labels = read.texts[cause.position], (read.reading.baseline.label, read.reading.contestant.label)
+    wanted, got = read.text_of(cause.baseline_token), read.text_of(cause.other_token)
+    if not cause.diverges:
+        return f"Token {cause.position} ({token!r}): both hold {wanted!r} likeliest, so there is nothing to repair."
+    start = (
+        f"Token {cause.position} ({token!r}): {labels[0]} forecasts {wanted!r}, {labels[1]} {got!r}, "
+        f"{-cause.margin:.3g} logits ahead."
+    )
+    if not cause.patches:
+        return start
+    tried = f"{len(cause.patches)} modules tried" + (" so far" if cause.stopped else "")
+    if not cause.repairs:
+        return f"{start} No single module repairs it ({tried}): the error is spread over many."
+    best = cause.repairs[0]
+    others = len(cause.repairs) - 1
+    more = f", and {others} other{'s' * (others > 1)} alone would do it too" if others else ""
+    return f"{start} With only {best.module} in 16 bit it is {wanted!r} again{more} ({tried})."
+
+
+def patch_rows(cause: Cause, read: Read) -> list[list[str]]:
+    """The table of patches, best first."""
+    return [
+        [patch.module, f"{patch.margin:+.3f}", repr(read.text_of(patch.token_id)), "yes" if patch.repaired else "no"]
+        for patch in cause.patches[:PATCHES]
+    ]
+
+
+def cause_json(cause: Cause, read: Read) -> dict:
+    """The keys of `explain-token --json`."""
+    return {
+        "kind": "cause",
+        "model": read.reading.model,
+        "device": read.reading.device,
+        "baseline": read.reading.baseline.label,
+        "method": read.reading.contestant.label,
+        "token_ids": list(read.agreement.token_ids),
+        "position": cause.position,
+        "text": read.texts[cause.position],
+        "baseline_token": {"token_id": cause.baseline_token, "text": read.text_of(cause.baseline_token)},
+        "other_token": {"token_id": cause.other_token, "text": read.text_of(cause.other_token)},
+        "margin": cause.margin,
+        "stopped": cause.stopped,
+        "layers": [
+            {
+                "layer": entry.layer,
+                "relative_error": entry.relative,
+                "sqnr_db": entry.sqnr_db,
+                "outlier_count": entry.outlier_count,
+                "strongest": [
+                    {"input_of": kind, "channel": channel, "absmax": value} for kind, channel, value in entry.outliers
+                ],
+            }
+            for entry in cause.layers
+        ],
+        "patches": [
+            {
+                "module": patch.module,
+                "margin": patch.margin,
+                "token": read.text_of(patch.token_id),
+                "repaired": patch.repaired,
+            }
+            for patch in cause.patches
+        ],
+        "repairs": [patch.module for patch in cause.repairs],
+    }

@@ -1,0 +1,226 @@
+"""Labs whose answer is a table: rows measured one after the other on a text, each shown as soon as it is there.
+
+Perplexity is of windows of 512 tokens of the reference text, each one call, the first token of each not scored.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from llmq.contestant import Contestant
+from llmq.engine.choice import choose_engines
+from llmq.engine.interface import Engine, Interrupted, generate
+from llmq.engine.loading import Key
+from llmq.engine.sampling import SamplingSettings
+from llmq.environment import describe
+from llmq.events import Event, Progress
+from llmq.fields import Number
+from llmq.figures.blocks import Block, Drawing, Table
+from llmq.formatting import plain_json
+from llmq.labs.base import Lab
+from llmq.models.edits import Edit
+from llmq.models.opening import Model
+from llmq.models.reference_text import windows
+from llmq.scores import perplexity, score_text
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    import torch
+
+    from llmq.machine.door import Lease
+
+BASELINE = Contestant.parse("fp16")
+WRITTEN_TOKENS = 24
+Rows = Generator[Event | Progress | dict, None, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableLab(Lab):
+    """A lab whose answer is rows. A subclass says how they are shown: `headers`, `row`, `finding`, `figures`."""
+
+    @classmethod
+    def headers(cls) -> list[str]:
+        raise NotImplementedError
+
+    @classmethod
+    def row(cls, row: dict) -> list[str]:
+        """The cells of one row, under `headers`."""
+        raise NotImplementedError
+
+    @classmethod
+    def finding(cls, rows: list[dict]) -> str:
+        """What the rows say in a sentence or two; '' while there are too few."""
+        return ""
+
+    @classmethod
+    def figures(cls, rows: list[dict]) -> list[go.Figure]:
+        """What the rows look like."""
+        return []
+
+    @classmethod
+    def beside(cls, kept: list[dict], rows: list[dict]) -> list[dict]:
+        """The rows to show when `kept` ones of an earlier question are on the page."""
+        return rows or kept
+
+    @classmethod
+    def restore(cls, stored: dict[str, Any]) -> RowAnswer:
+        """A number that is not finite is stored as null."""
+        rows = [{k: math.inf if v is None else v for k, v in row.items()} for row in stored["results"]]
+        return RowAnswer(cls, stored | {"results": rows})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLab(TableLab):
+    """A lab that measures rows on windows of the reference text. `prompt`: what the models continue, '' for none.
+
+    A subclass yields its rows from `measure`.
+    """
+
+    windows: Annotated[int, Number(1, 16, whole=True, help="windows of 512 tokens of the reference text")] = 1
+    prompt: str = ""
+
+    def measure(self, bench: Workbench) -> Rows:
+        """Yield progress, and a row as soon as it is measured."""
+        raise NotImplementedError
+
+    def conditions(self) -> dict:
+        """What of the settings belongs beside the figures."""
+        return {}
+
+    def run(self, lease: Lease) -> Iterator[Event | Progress | RowAnswer]:
+        """Yield events, progress, and an answer after every row; stopped early, what was measured stays."""
+        model = yield from lease.open(self.model)
+        bench, rows, stopped = Workbench(self, model, lease), [], False
+        try:
+            for item in self.measure(bench):
+                if isinstance(item, dict):
+                    rows.append(item)
+                    yield RowAnswer(type(self), self._result(bench, rows, stopped=True), done=False)
+                else:
+                    yield item
+        except Interrupted:
+            stopped = True
+        yield RowAnswer(type(self), self._result(bench, rows, stopped=stopped))
+
+    def _result(self, bench: Workbench, rows: list[dict], *, stopped: bool) -> dict:
+        read = {"window": len(bench.texts[0]), "windows": len(bench.texts)}
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "device": self.device,
+            "text": "CPython pydoc_data.topics",
+            "tokens": sum(len(ids) - 1 for ids in bench.texts),
+            "stopped": stopped,
+            "conditions": read | self.conditions() | bench.environment,
+            "results": list(rows),
+        }
+
+
+@dataclass(frozen=True)
+class RowAnswer:
+    """The rows so far in the stable shape of a result: `kind`, `model`, `device`, `conditions`, `results`."""
+
+    lab: type[TableLab]
+    result: dict
+    done: bool = True
+
+    @property
+    def kind(self) -> str:
+        return self.lab.kind
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind.capitalize()}: {self.result.get('model') or ', '.join(r['model'] for r in self.rows)}"
+
+    @property
+    def rows(self) -> list[dict]:
+        return self.result["results"]
+
+    def blocks(self) -> Iterator[Block]:
+        """The finding, what was measured and what was not, the figures, the table."""
+        yield self.lab.finding(self.rows)
+        if "tokens" in self.result:
+            yield f"{self.result['tokens']:,} tokens of {self.result['text']}, {self.result['device']}."
+        for name, reason in self.result.get("missing", {}).items():
+            yield f"{name}: not measured: {reason}"
+        for place in range(len(self.lab.figures(self.rows)) if self.rows else 0):
+            yield Drawing(lambda place=place: self.lab.figures(self.rows)[place])
+        yield Table(self.lab.headers(), [self.lab.row(row) for row in self.rows], "Measured")
+
+    def to_json(self) -> dict:
+        return plain_json(self.result)
+
+    stored = to_json
+
+
+@dataclass
+class Workbench:
+    """The model, the text and the engines of one lab at work."""
+
+    lab: RowLab
+    model: Model
+    lease: Lease
+    texts: list[list[int]] = field(init=False)
+
+    def __post_init__(self):
+        self.texts = windows(self.model, self.lab.windows)
+        self.environment = describe(self.lab.device, self.model.source)
+
+    @property
+    def channels(self) -> int:
+        """Of the residual stream."""
+        return int(self.model.config.hidden_size)
+
+    def progress(self, message: str, fraction: float | None = None) -> Progress:
+        """To be yielded before every measurement: raises Interrupted when stopped."""
+        return self.lease.progress(message, fraction)
+
+    @contextmanager
+    def engine(self, contestant: Contestant, edit: Edit | None = None, loop: str = "") -> Iterator[Engine]:
+        """The engine of `contestant` in the best loop it has, or in `loop`. An edited one is dropped afterwards, and
+        what is given of it keeps nothing alive: a caller's variable would, until the next edited one was there too."""
+        device = self.lab.device
+        loop = loop or choose_engines("auto", [contestant.method], self.model.config.to_dict(), device)[0]
+        key = Key.of(self.model.edited(edit) if edit else self.model, contestant.method, device, loop)
+        engine = self.lease.get(key, contestant.method)
+        try:
+            yield weakref.proxy(engine) if edit is not None else engine
+        finally:
+            if edit is not None:
+                del engine
+                self.lease.pool.drop(key)
+
+    def read(self, engine: Engine) -> list[torch.Tensor]:
+        """For each window (tokens, vocabulary) float32 next-token logits, on the host."""
+        return [engine.logits(ids, self.lease.stop.is_set).float().cpu() for ids in self.texts]
+
+    def score(self, own: list[torch.Tensor], baseline: list[torch.Tensor]) -> dict:
+        """Score the logits `own` of every window against `baseline`; means over all tokens. Where an edited model's
+        output is not a number, its perplexity and KL are infinite and it agrees with nothing."""
+        scores = [
+            score_text(*logits, ids, allow_overflow=True)
+            for *logits, ids in zip(own, baseline, self.texts, strict=True)
+        ]
+        loss, kl, _, top1 = (sum(column) / len(scores) for column in zip(*map(astuple, scores), strict=True))
+        return {"perplexity": perplexity(loss), "kl_to_fp16": kl, "top1_agreement": top1}
+
+    def write(self, engine: Engine) -> str:
+        """What `engine` writes greedily after the prompt; '' where there is no prompt."""
+        if not self.lab.prompt.strip():
+            return ""
+        ids = self.model.encode(self.lab.prompt)
+        settings = SamplingSettings(max_new_tokens=min(WRITTEN_TOKENS, engine.context - len(ids)))
+        tokens = generate(engine, ids, settings, self.lease.stop.is_set)
+        written = [token.token_id for token in tokens if token.end != "eos"]
+        return self.model.tokenizer.decode(written, skip_special_tokens=True)
+
+
+def shown_perplexity(row: dict) -> str:
+    """The perplexity of a row, in digits that can be read."""
+    value = row["perplexity"]
+    return "beyond measure" if not math.isfinite(value) else f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"

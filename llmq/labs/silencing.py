@@ -1,0 +1,145 @@
+"""Silence the strongest channels of the residual stream, and as many random ones, and see what is left of the model.
+
+Dettmers et al. 2022, "LLM.int8()", arXiv 2208.07339, section 4.2, zeroes outlier features and as many random ones.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from dataclasses import dataclass
+from typing import Annotated
+
+from llmq.errors import BadChoice
+from llmq.fields import Number, Numbers, Text
+from llmq.labs.rows import BASELINE, RowLab, Rows, Workbench, shown_perplexity
+from llmq.models.edits import Silence
+
+RANKING_TOKENS = 128
+COUNT = Number(1, 64, whole=True, shown=16, step=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silencing(RowLab):
+    """Zero the k strongest channels for each of `counts`, and as many random ones, `draws` times."""
+
+    kind, command, panel = "silencing", ("experiment", "silencing"), True
+    title, button = "Silence the strongest channels", "Silence"
+    about = (
+        "The k strongest channels of what layers read behind a norm are set to 0 everywhere, and as many random ones. "
+        "Perplexity, and how the prompt goes on."
+    )
+    counts: Annotated[
+        tuple[int, ...], Numbers(COUNT, help="how many channels", label="k", named="channels to silence", start=1)
+    ] = (1, 2, 4, 8)
+    draws: Annotated[int, Number(1, 1000, whole=True, help="random sets of each size")] = 3
+    seed: int = 0
+    prompt: Annotated[str, Text(help="how the model goes on after it", flag="--prompt")] = ""
+
+    def conditions(self) -> dict:
+        return {"method": BASELINE.label, "draws": self.draws, "seed": self.seed}
+
+    def measure(self, bench: Workbench) -> Rows:
+        if max(self.counts) > bench.channels:
+            raise BadChoice(f"channels to silence is {max(self.counts)}; this model's stream has {bench.channels}")
+        yield bench.progress("find the strongest channels", 0.0)
+        ranking, peaks = strongest_channels(bench)
+        with bench.engine(BASELINE) as engine:
+            yield bench.progress("read the text with no channel silenced", 0.05)
+            truth = bench.read(engine)
+            yield {
+                "silenced": "none",
+                "count": 0,
+                "channels": [],
+                **bench.score(truth, truth),
+                "text": bench.write(engine),
+            }
+        drawn = random.Random(self.seed)
+        total, done = len(self.counts) * (1 + self.draws), 0
+        for count in self.counts:
+            choices = [("strongest", ranking[:count])]
+            choices += [("random", drawn.sample(range(bench.channels), count)) for _ in range(self.draws)]
+            for name, channels in choices:
+                yield bench.progress(f"{count} {name} silenced", 0.1 + 0.9 * done / total)
+                done += 1
+                with bench.engine(BASELINE, Silence(tuple(channels))) as engine:
+                    row = {"silenced": name, "count": count, "channels": list(channels)}
+                    yield row | bench.score(bench.read(engine), truth) | {"text": bench.write(engine)}
+
+    @classmethod
+    def headers(cls) -> list[str]:
+        return ["Silenced", "Channels", "Perplexity", "KL to FP16", "Text"]
+
+    @classmethod
+    def row(cls, row: dict) -> list[str]:
+        name = "none" if row["silenced"] == "none" else f"{row['count']} {row['silenced']}"
+        channels = ", ".join(map(str, row["channels"]))
+        return [name, channels, shown_perplexity(row), f"{row['kl_to_fp16']:.3g}", row["text"]]
+
+    @classmethod
+    def finding(cls, rows: list[dict]) -> str:
+        found = harm(rows)
+        if not found:
+            return ""
+        entry = found[0]
+        times = f", {entry['ratio']:,.3g} times as much" if math.isfinite(entry["ratio"]) else ""
+        which = "channel" if entry["count"] == 1 else f"{entry['count']} channels"
+        other = "a random one changes" if entry["count"] == 1 else "as many random ones change"
+        return (
+            f"Silencing the strongest {which} raises perplexity by {entry['strongest']:,.4g}{times}; {other} it by "
+            f"{entry['random']:+.3g} (median of the draws)."
+        )
+
+    @classmethod
+    def figures(cls, rows: list[dict]) -> list:
+        """Perplexity against the number of silenced channels: the strongest, and random ones."""
+        from llmq.figures.lines import Line, line_figure
+
+        lines = [
+            Line(f"{name} channels", [(row["count"], row["perplexity"]) for row in rows if row["silenced"] == name],
+                 number, connected=name == "strongest")
+            for number, name in ((1, "strongest"), (0, "random"))
+        ]  # fmt: skip
+        level = next((row["perplexity"] for row in rows if row["silenced"] == "none"), None)
+        counts = {"title": {"text": "channels silenced"}, "type": "log", "tickvals": sorted({r["count"] for r in rows})}
+        return [
+            line_figure(
+                "Perplexity with channels silenced (dotted: none)", lines, "%{x} silenced: perplexity %{y:,.5~r}",
+                x=counts, y={"title": {"text": "perplexity"}, "type": "log"}, level=level,
+            )
+        ]  # fmt: skip
+
+
+def harm(results: list[dict]) -> list[dict]:
+    """For each count: `strongest` and the median of `random`, as rises of perplexity, and their `ratio`."""
+    base = next((row["perplexity"] for row in results if row["silenced"] == "none"), None)
+    found = []
+    for count in sorted({row["count"] for row in results} - {0}):
+        rises = {
+            name: [row["perplexity"] - base for row in results if (row["silenced"], row["count"]) == (name, count)]
+            for name in ("strongest", "random")
+        }
+        if all(rises.values()):
+            strongest, other = rises["strongest"][0], statistics.median(rises["random"])
+            ratio = strongest / other if other > 0 else math.inf  # random ones did no harm at all
+            found.append({"count": count, "strongest": strongest, "random": other, "ratio": ratio})
+    return found
+
+
+def strongest_channels(bench: Workbench) -> tuple[list[int], list[float]]:
+    """Channels of the residual stream by the largest |x| that a layer reads behind a norm, strongest first, and that
+    magnitude; from the first 128 tokens of the text."""
+    import numpy as np
+    import torch
+
+    from llmq.inspect.emergence import stream_inputs
+    from llmq.inspect.outliers import observe
+
+    ids = torch.tensor([bench.texts[0][:RANKING_TOKENS]], device=bench.lab.device)
+    with bench.engine(BASELINE, loop="hf") as engine:
+        report = observe(engine.model, ids, stop=bench.lease.stop)
+    bench.progress("")  # leaves where the reading was stopped
+    peaks = np.max([m.prefill.absmax for modules in stream_inputs(report).values() for m in modules], axis=0)
+    order = np.argsort(-peaks, kind="stable")
+    return order.tolist(), peaks[order].tolist()

@@ -1,0 +1,48 @@
+"""A control for every kind of annotated field, and its value read back as the field's kind reads it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING
+
+import gradio as gr
+
+from llmq.errors import BadChoice
+from llmq.fields import Choice, Field, Number, Numbers, Switch
+
+
+def control(field: Field, elem_id: str):
+    """The Gradio component of a field; None for a field that no control is for."""
+    kind, default = field.kind, None if field.default is MISSING else field.default
+    if not kind.label:
+        return None
+    look = {"label": kind.label, "elem_id": elem_id, "min_width": 200}
+    if isinstance(kind, Choice):
+        choices = list(zip(kind.labels or kind.choices, kind.choices, strict=True))
+        return gr.Radio(choices, value=default, **look)
+    if isinstance(kind, Switch):
+        return gr.Checkbox(default, **look)
+    if isinstance(kind, Numbers) and kind.start is not None:
+        return gr.Slider(kind.each.low, kind.each.shown, kind.start, step=kind.each.step, **look)
+    if isinstance(kind, Number) and kind.shown is not None:
+        return gr.Slider(kind.low, kind.shown, default, step=kind.step, **look)
+    info = "Numbers such as 7,19, or empty." if isinstance(kind, Numbers) and kind.empty else None
+    return gr.Textbox("", placeholder=getattr(kind, "empty", None) or kind.help, info=info, **look)
+
+
+def value_of(field: Field, given):
+    """What a control gave, as the field holds it. Raises BadChoice naming the field."""
+    kind = field.kind
+    if isinstance(kind, Switch):
+        return bool(given)
+    if isinstance(kind, Numbers) and kind.start is not None:
+        number = whole(field.named, given) if kind.each.whole else given
+        return kind.check(field.named, (number,))
+    return kind.parse(field.named, str(given if given is not None else "").strip())
+
+
+def whole(name: str, value) -> int:
+    """A slider's number; anything else that is not whole is refused by name."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):
+        raise BadChoice(f"{name} is {value!r}; choose a whole number")
+    return int(value)
