@@ -32,7 +32,7 @@ def test_kv_formula_equals_a_real_cache(kv_heads, changes, batch, tokens):
     model = tiny_llama(torch.float16, num_key_value_heads=kv_heads, **changes)
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(torch.ones(batch, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(torch.ones(batch, tokens, dtype=torch.long), cache=cache, use_cache=True)
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert memory.kv_bytes(model.config, tokens=tokens, batch=batch, itemsize=2) == real
 

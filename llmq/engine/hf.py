@@ -10,6 +10,7 @@ call, so what a call needed beyond what was allocated before it is this engine's
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 WARM_UP_TOKENS = 16
 WARM_UP_STEPS = 2
+CACHE_NAMES = ("cache", "past_key_values")  # of the cache in `forward` and in its output; the second before 5.40
 
 
 class HFEngine:
@@ -114,6 +116,7 @@ class Generation:
         assert prompt_ids, "a generation needs at least one prompt token"
         self._engine = engine
         self._prompt_ids = prompt_ids
+        self._cache_name = cache_name(engine.model)
         self._cache = DynamicCache(config=engine.model.config)
         self._sampler = Sampler(settings, engine.device)
         self._last: int | None = None
@@ -149,7 +152,8 @@ class Generation:
         kv_before = self.kv_bytes
         with torch.inference_mode(), timer:
             tokens = torch.tensor([ids], device=self._engine.device)
-            logits = model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            kept = {self._cache_name: self._cache}
+            logits = model(tokens, **kept, use_cache=True, logits_to_keep=1).logits[0, -1]
             token_id, logprob = self._sampler.choose(logits).tolist()
         self.logits = logits
         self._account(kv_before, timer.growth_bytes)
@@ -167,6 +171,19 @@ class Generation:
     def close(self) -> None:
         """Free the KV cache; the object is of no more use."""
         self._cache = self.logits = None
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """Find the name under which `model.forward` takes a KV cache and its output gives it back.
+
+    A cache under a name that `forward` does not know would stay empty, and every step would forget the text before it.
+    Raises UserError for a model that takes none.
+    """
+    known = inspect.signature(type(model).forward).parameters
+    for name in CACHE_NAMES:
+        if name in known:
+            return name
+    raise UserError(f"{type(model).__name__} takes no KV cache, which writing text here needs")
 
 
 @contextmanager

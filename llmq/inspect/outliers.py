@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from llmq.engine.hf import cache_name
 from llmq.errors import BadChoice
 from llmq.inspect.recorder import Account, OutlierRecorder, Stopped
 from llmq.inspect.report import THRESHOLDS, ModuleOutliers, OutlierReport, PhaseStatistics, TokenMap
@@ -99,9 +100,10 @@ def _greedy(
         if token_id in ends:
             return
         recorder.phase("decode")
+        kept = cache_name(model)
         with torch.inference_mode():
             token = torch.tensor([[token_id]], device=model.device)
-            out = model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            out = model(token, **{kept: out[kept]}, use_cache=True, logits_to_keep=1)
         yield token_id
 
 
