@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from llmq.errors import BadChoice, UserError
 from llmq.kernels.primitives import quantize_rows
 from llmq.models.cache import require_space
-from llmq.models.checkpoint import INDEX, CheckpointTensors
+from llmq.models.checkpoint import INDEX, CheckpointTensors, require_model
 from llmq.models.demo import Progress
 from llmq.models.loading import Source, folder_of, transformers_config
 from llmq.quant.handler import DEFAULT_THRESHOLD, non_head_linears
@@ -40,7 +40,7 @@ def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
     if getattr(config, "quantization_config", None):
         raise BadChoice(f"{source.name} is quantized already")
     tensors, quantized = CheckpointTensors(origin), _quantized_names(config)
-    needed = sum(path.stat().st_size for path in origin.glob("*.safetensors"))
+    needed = sum(path.stat().st_size for path in require_model(origin, source.name))
     require_space(folder.parent, needed, "the int8 weights")
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

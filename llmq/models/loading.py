@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
 from llmq.models import hub
+from llmq.models.checkpoint import require_model
 from llmq.models.config import PlainConfig, plain_config
 from llmq.models.demo import Progress, demo_folder, prepare_demo
 from llmq.models.edits import Edit, EditedTensors, edit_model_
@@ -26,23 +26,24 @@ if TYPE_CHECKING:
     from llmq.models.random_weights import RandomTensors
     from llmq.quant import Handler
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names for one class
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a model comes from. `kind`: 'demo', 'hub', 'folder' or 'random' (a preset's shape, no checkpoint).
-    `edit`: what is done to its weights on their way (`edits`)."""
+    `edit`: what is done to its weights on their way (`edits`). `revision`: of a hub's repository, None for its main."""
 
     name: str
     kind: str
     location: str
     edit: Edit | None = None
+    revision: str | None = None
 
 
 def resolve(name: str, *, random_weights: bool = False) -> Source:
-    """What `name` means: a preset, a local folder, or a hub id. Raises BadChoice naming the choices."""
+    """What `name` means: a preset, a local folder, or a hub id; the last with '@revision' behind it if need be, or as
+    the address of its page. Raises BadChoice naming the choices."""
     name = (name or "").strip()
     if random_weights:
         if name not in PRESETS:
@@ -50,18 +51,25 @@ def resolve(name: str, *, random_weights: bool = False) -> Source:
         return Source(name, "random", name)
     if preset := PRESETS.get(name):
         return Source(name, "hub", preset.hub_id) if preset.hub_id else Source(name, "demo", str(demo_folder()))
-    if folder := _local_folder(name):
-        return Source(name, "folder", str(folder))
-    if HUB_ID.fullmatch(name):
-        return Source(name, "hub", name)
+    if path := _local_path(name):
+        if path.is_dir():
+            return Source(name, "folder", str(path))
+        if path.suffix != ".gguf":
+            raise BadChoice(f"{name} is a file; a model is a folder: choose {path.parent}")
+    base, _, revision = name.partition("@")
+    if revision and (preset := PRESETS.get(base)) and preset.hub_id:
+        return Source(name, "hub", preset.hub_id, revision=revision)
+    if address := hub.address_of(name):
+        repo, revision = address
+        return Source(f"{repo}@{revision}" if revision else repo, "hub", repo, revision=revision)
     raise unknown("model", name, [*PRESETS, "a hub id such as owner/name", "a local folder"])
 
 
-def _local_folder(name: str) -> Path | None:
+def _local_path(name: str) -> Path | None:
     try:
-        folder = Path(name).expanduser()
-        return folder if name and folder.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # no such home, a name too long, a zero byte: no folder
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # no such home, a name too long, a zero byte: nothing there
         return None
 
 
@@ -70,18 +78,18 @@ def prepare(source: Source) -> Iterator[Progress]:
     if source.kind in ("demo", "random"):  # random weights borrow the demo model's tokenizer
         yield from prepare_demo()
     elif source.kind == "hub":
-        yield from hub.download(source.location)
+        yield from hub.download(source.location, source.revision)
 
 
 def folder_of(source: Source) -> Path:
     """The local folder of a prepared model. Raises ModelUnavailable when it holds no model llmq can open."""
-    folder = hub.snapshot(source.location, local_only=True) if source.kind == "hub" else Path(source.location)
+    folder = hub.snapshot(source.location, source.revision) if source.kind == "hub" else Path(source.location)
     if source.kind == "demo" and not (folder / "config.json").exists():
         raise ModelUnavailable(f"the demo model is not in {folder}; run `python -m llmq models --fetch demo`")
-    if not (folder / "config.json").is_file():
-        raise ModelUnavailable(f"{folder} holds no model: it has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelUnavailable(f"{source.name} has no safetensors weights; llmq opens no other kind of checkpoint")
+    try:
+        require_model(folder, source.name)
+    except OSError as error:
+        raise ModelUnavailable(f"cannot read {folder}: {error.strerror or error}") from error
     return folder
 
 
