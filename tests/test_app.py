@@ -9,8 +9,6 @@ import pytest
 
 import app
 from llmq.errors import UserError
-from llmq.models import choice
-from llmq.models.choice import choose_model
 
 
 def test_without_the_package_the_function_stays_as_it_is(monkeypatch):
@@ -58,20 +56,3 @@ def test_auth_is_a_name_and_a_password():
     assert app.parse_auth(None) is None
     with pytest.raises(UserError):
         app.parse_auth(":secret")
-
-
-@pytest.mark.parametrize(
-    ("device", "free", "hub", "model", "word"),
-    [
-        ("cpu", 0, True, "demo", "no GPU"),
-        ("cuda:0", 8e9, True, "demo", "8 GB"),
-        ("cuda:0", 80e9, False, "demo", "hub cannot be reached"),
-        ("cuda:0", 80e9, True, "llama-2-7b-chat", "this GPU holds it"),
-    ],
-)
-def test_the_first_model_and_why(monkeypatch, device, free, hub, model, word):
-    monkeypatch.setattr(choice.telemetry, "free_bytes", lambda device: free)
-    monkeypatch.setattr(choice, "hub_has", lambda repository: hub)
-    chosen = choose_model(None, device)
-    assert (chosen.model, word in chosen.reason) == (model, True)
-    assert choose_model("demo", device).reason == ""

@@ -21,9 +21,11 @@ from llmq.engine.residents import Residents
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.events import Loading
+from llmq.models import choice
 from llmq.models import hub as hub_module
 from llmq.models.hub import Download, plan
 from llmq.models.loading import folder_of, load_config, load_tokenizer, prepare, resolve, revision_of
+from llmq.models.presets import PRESETS
 from llmq.summary import Summary
 
 
@@ -153,6 +155,16 @@ def test_a_plan_counts_what_is_missing_and_fetches_nothing(hub, tiny_folder, mon
     monkeypatch.setattr(hub_module, "_free_bytes", lambda: 1)
     assert plan("owner/tiny") == Download(0, 1, True)
     assert hub.requests == []
+
+
+def test_the_first_start_fetches_nothing_large(hub, tiny_folder, monkeypatch):
+    """The app on a GPU that holds 7 B: the model is chosen once somebody has asked for it."""
+    monkeypatch.setattr(choice.telemetry, "free_bytes", lambda device: 80e9)
+    hub.repositories[PRESETS[choice.GPU_DEFAULT].hub_id] = tiny_folder
+    assert choice.choose_model(None, "cuda:0").model == "demo"
+    assert not any("resolve" in path for _, path in hub.requests)
+    fetched(choice.choose_model(choice.GPU_DEFAULT, "cuda:0").model)
+    assert choice.choose_model(None, "cuda:0").model == choice.GPU_DEFAULT
 
 
 def test_too_small_a_disk_is_told_before_anything_is_fetched(hub, monkeypatch):

@@ -17,6 +17,7 @@ from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.models import choice
 from llmq.models.choice import choose_model
 from llmq.models.demo import demo_folder
+from llmq.models.hub import Download
 from llmq.models.loading import (
     Source,
     folder_of,
@@ -261,20 +262,29 @@ def test_a_loaded_model_only_answers(tiny_folder):
     assert revision_of(resolve(str(tiny_folder))) == "local folder"
 
 
+CACHED, ELSEWHERE = Download(0, 10**12, True), Download(13_476_000_000, 200 * 10**9, False)
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "free", "hub", "model", "words"),
     [
-        ("anything", "cpu", 0, False, "anything", ""),
-        (None, "cpu", 10**12, True, "demo", "no GPU"),
-        (None, "cuda:0", 14.9e9, True, "demo", "15 GB of VRAM are free and 7 B needs 15"),
-        (None, "cuda:0", 6e9, True, "demo", "6 GB of VRAM are free"),
-        (None, "cuda:0", 15e9, False, "demo", "hub cannot be reached"),
-        (None, "cuda:0", 15e9, True, "llama-2-7b-chat", "GPU holds it"),
+        ("anything", "cpu", 0, None, "anything", ""),
+        (None, "cpu", 10**12, CACHED, "demo", "no GPU"),
+        (None, "cuda:0", 14.9e9, CACHED, "demo", "15 GB of VRAM are free and 7 B needs 15"),
+        (None, "cuda:0", 6e9, CACHED, "demo", "6 GB of VRAM are free"),
+        (None, "cuda:0", 15e9, None, "demo", "hub cannot be reached"),
+        (None, "cuda:0", 15e9, ELSEWHERE, "demo", "`python app.py --model llama-2-7b-chat` fetches it (13.5 GB to"),
+        (None, "cuda:0", 15e9, CACHED, "llama-2-7b-chat", "GPU holds it"),
     ],
 )
 def test_the_first_model_is_chosen_for_a_reason(asked, device, free, hub, model, words, monkeypatch):
+    def plan(repo):
+        if hub is None:
+            raise ModelUnavailable("nobody there")
+        return hub
+
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: free)
-    monkeypatch.setattr(choice, "hub_has", lambda repository: hub)
+    monkeypatch.setattr(choice.hub, "plan", plan)
     chosen = choose_model(asked, device)
     assert chosen.model == model and words in chosen.reason
 
