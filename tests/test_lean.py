@@ -12,7 +12,7 @@ from llmq.engine.interface import Interrupted, capacity_for
 from llmq.engine.llama import LeanEngine
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
-from llmq.errors import BadChoice, UserError
+from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.kernels import reference
 from llmq.models.architecture import Unsupported, architecture_of
 from llmq.quant import METHODS
@@ -37,15 +37,17 @@ KINDS = {
 
 
 class ModelTensors:
-    """A transformers model as a source of tensors."""
+    """A transformers model as a source of tensors, or the tensors themselves."""
 
     def __init__(self, model):
-        self.tensors = dict(model.named_parameters())
+        self.tensors = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else model
 
     def __contains__(self, name):
         return name in self.tensors
 
     def get(self, name, device):
+        if name not in self.tensors:
+            raise ModelUnavailable(f"the checkpoint has no tensor {name!r}")
         return self.tensors[name].detach()
 
 
@@ -73,6 +75,38 @@ def test_every_kind_of_llama_computes_what_transformers_computes(kind):
     hf, lean = pair(**KINDS[kind])
     torch.testing.assert_close(lean.logits(PROMPT), hf.logits(PROMPT), rtol=1e-4, atol=1e-4)
     assert generate(lean) == generate(hf)
+
+
+def ends(tied: bool, tensors: dict) -> tuple:
+    """Embedding and head that the loop makes of `tensors`."""
+    architecture = architecture_of(tiny_llama(torch.float32, tie_word_embeddings=tied).config.to_dict())
+    kind = {"dtype": torch.float32, "int8": False, "device": "cpu", "kernels": reference}
+    made = load_weights(ModelTensors(tensors), architecture, **kind)
+    return made.embedding, made.head
+
+
+def test_a_tied_head_is_what_the_file_holds():
+    """As in transformers: under either name, and not tied where two that differ are there."""
+    tensors = dict(tiny_llama(torch.float32).named_parameters())
+    embedding, head = tensors["model.embed_tokens.weight"], tensors.pop("lm_head.weight")
+    same = ends(True, tensors)
+    assert same[0] is same[1] and torch.equal(same[0], embedding)
+    copied = ends(True, tensors | {"lm_head.weight": embedding.clone()})
+    assert copied[0] is copied[1]
+    apart = ends(True, tensors | {"lm_head.weight": head})
+    assert torch.equal(apart[0], embedding) and torch.equal(apart[1], head)
+    del tensors["model.embed_tokens.weight"]
+    alone = ends(True, tensors | {"lm_head.weight": head})
+    assert alone[0] is alone[1] and torch.equal(alone[0], head)
+    with pytest.raises(ModelUnavailable, match="no tensor 'model.embed_tokens.weight'"):
+        ends(True, tensors)
+
+
+def test_a_head_that_is_not_there_is_not_made_up():
+    tensors = dict(tiny_llama(torch.float32).named_parameters())
+    del tensors["lm_head.weight"]
+    with pytest.raises(ModelUnavailable, match="no tensor 'lm_head.weight'"):
+        ends(False, tensors)
 
 
 @pytest.mark.parametrize("tied", [False, True])

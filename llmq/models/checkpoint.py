@@ -67,12 +67,14 @@ def require_model(folder: Path, where: str) -> list[Path]:
 
 
 class CheckpointTensors:
-    """The tensors in a folder by name. Raises ModelUnavailable for a folder without weights or a missing tensor."""
+    """The tensors in a folder by name. Raises ModelUnavailable for a folder without weights or a missing tensor;
+    `where` names the folder there."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, where: str = ""):
         from safetensors import safe_open
 
-        opened = [safe_open(path, "pt") for path in require_model(folder, str(folder))]
+        self._where = where or str(folder)
+        opened = [safe_open(path, "pt") for path in require_model(folder, self._where)]
         # By what the files hold, not by the index: a tensor in two of them is the last one's, as in transformers.
         self._file = {name: file for file in opened for name in file.keys()}
 
@@ -87,6 +89,6 @@ class CheckpointTensors:
         """The tensor called `name` on `device`. To a GPU it goes through page-locked memory, which the copy needs
         anyway: without it the driver makes its own copy first."""
         if name not in self._file:
-            raise ModelUnavailable(f"the checkpoint has no tensor {name!r}")
+            raise ModelUnavailable(f"the checkpoint of {self._where} has no tensor {name!r}")
         tensor = self._file[name].get_tensor(name)
         return tensor.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else tensor

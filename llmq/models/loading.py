@@ -209,8 +209,10 @@ def load_model(source: Source, handler: Handler, device: str) -> PreTrainedModel
             output_loading_info=True,
             **opened_as.load_arguments(device),
         )
-    if wrong := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
-        raise ModelUnavailable(f"the weights of {source.name} are not whole: {wrong[0]} and {len(wrong) - 1} more")
+    if missing := sorted(found["missing_keys"]):
+        raise ModelUnavailable(f"the checkpoint of {source.name} has no tensor {missing[0]!r} ({len(missing)} in all)")
+    _require_stated_int8(source, {key.removesuffix(".SCB") for key in found["unexpected_keys"] if key.endswith(".SCB")})
+    _require_stated_int8(source, {name for name, layer in model.named_modules() if _waits_for_codes(layer)})
     if source.edit:
         model = handler.convert_(edit_model_(model, source.edit), device)
     elif handler.converts:
@@ -229,7 +231,25 @@ def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTe
     from llmq.models.checkpoint import CheckpointTensors
 
     with _blamed_on(source, "open the weights"):
-        return CheckpointTensors(folder_of(source))
+        tensors = CheckpointTensors(folder_of(source), source.name)
+    names = tensors.names()
+    layers = {name.removesuffix(".weight") for name in names if name.endswith("_proj.weight")}
+    stated = layers if getattr(load_config(source), "quantization_config", None) else set()
+    _require_stated_int8(source, stated ^ {name.removesuffix(".SCB") for name in names if name.endswith(".SCB")})
+    return tensors
+
+
+def _require_stated_int8(source: Source, wrong: set[str]) -> None:
+    """Raises ModelUnavailable for the layers that are int8 in a checkpoint where its configuration says otherwise."""
+    if wrong:
+        raise ModelUnavailable(
+            f"{source.name} is not int8 where its config.json says so: {sorted(wrong)[0]} ({len(wrong)} layers in all)"
+        )
+
+
+def _waits_for_codes(layer) -> bool:
+    """Whether transformers made `layer` for int8 codes, and the checkpoint had 16 bit for it."""
+    return type(layer).__name__ == "Linear8bitLt" and layer.weight.is_floating_point()
 
 
 def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozenset[int]:

@@ -51,12 +51,14 @@ class BnbInt8:
         return arguments | {"quantization_config": config}
 
     def convert_(self, model: nn.Module, device: str) -> nn.Module:
-        """Replace every linear layer but the head that is not bitsandbytes' already."""
+        """Replace every linear layer but the head. A model that is int8 already stays as it is, layers in 16 bit and
+        all, but for a threshold of its own: the label says which one runs."""
         import torch
 
+        if next(int8_linears(model), None) is not None:  # quantized on the way in: it may not be moved
+            self.set_threshold(model, DEFAULT_THRESHOLD)
+            return model.eval()
         linears = list(non_head_linears(model))
-        if not linears:
-            return model.eval()  # quantized on the way in, and a model that is may not be moved
         cast_parameters_(model.to(device), torch.float16)
         for name, linear in linears:
             parent, _, child = name.rpartition(".")

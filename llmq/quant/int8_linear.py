@@ -75,7 +75,7 @@ def convert_ends_(model: nn.Module, threshold: float | None) -> None:
     """Embedding and head of `model` in int8; one table where they are tied."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight is head.weight
-    made = Int8Linear.over(head, threshold)
+    made = head if isinstance(head, Int8Linear) else Int8Linear.over(head, threshold)
     table = Int8Weight(made.weight, made.absmax) if tied else int8_weight(embedding.weight)
     weight = made.weight if tied else nn.Parameter(table.codes, requires_grad=False)
     model.set_output_embeddings(made)

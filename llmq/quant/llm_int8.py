@@ -54,14 +54,15 @@ class LlmInt8:
         return {"dtype": torch.float16, "device_map": {"": device}}
 
     def convert_(self, model: nn.Module, device: str) -> nn.Module:
-        """Replace every linear layer but the head by one over int8 codes."""
+        """Replace every linear layer but the head by one over int8 codes; of a model out of an int8 checkpoint those
+        that are int8 there, be it the head, and no other."""
         import torch
 
         from llmq.quant.int8_linear import Int8Linear, convert_ends_
 
         opened = Int8Linear.opened(model)  # such a model is where it belongs, and may not be moved
         cast_parameters_(model if opened else model.to(device), torch.float16)
-        for name, linear in [*non_head_linears(model), *opened]:
+        for name, linear in opened or list(non_head_linears(model)):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Int8Linear.over(linear, self.default_threshold))
         if self.int8_head:
