@@ -190,8 +190,14 @@ class _Maker:
         for name in names:
             part = self.source.get(f"{name}.weight", self.device)
             if part.shape[1] != width or at + part.shape[0] > rows:
-                raise ModelUnavailable(f"{name}.weight is {tuple(part.shape)}; the configuration says (…, {width})")
+                raise _unlike(names, name, part, rows, width)
             yield slice(at, at + part.shape[0]), part, name
             at += part.shape[0]
         if at != rows:
-            raise ModelUnavailable(f"{', '.join(names)}: {at} rows together; the configuration says {rows}")
+            raise _unlike(names, name, part, rows, width)
+
+
+def _unlike(names: list[str], name: str, part: torch.Tensor, rows: int, width: int) -> ModelUnavailable:
+    together = f" for {len(names)} matrices together" if len(names) > 1 else ""
+    stated = f"the configuration says {rows} rows of {width}{together}"
+    return ModelUnavailable(f"{name}.weight is {tuple(part.shape)}; {stated}")

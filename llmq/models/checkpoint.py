@@ -4,7 +4,7 @@ host to device, nothing kept."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from llmq.errors import ModelUnavailable
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -92,3 +93,34 @@ class CheckpointTensors:
             raise ModelUnavailable(f"the checkpoint of {self._where} has no tensor {name!r}")
         tensor = self._file[name].get_tensor(name)
         return tensor.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else tensor
+
+    def require_stated_int8(self, stated: bool) -> None:
+        """Raises ModelUnavailable unless every linear layer of a LLaMA but the head is int8, where the configuration
+        says int8, or none."""
+        names = self.names()
+        layers = {name.removesuffix(".weight") for name in names if stated and name.endswith("_proj.weight")}
+        _require_none(self._where, layers ^ _scaled(names))
+
+
+def require_whole(where: str, model: nn.Module, found: Mapping) -> None:
+    """Raises ModelUnavailable unless transformers `found` every tensor of `model` in its checkpoint, of the shape and
+    the type that the configuration says."""
+    if missing := sorted(found["missing_keys"]):
+        raise ModelUnavailable(f"the checkpoint of {where} has no tensor {missing[0]!r} ({len(missing)} in all)")
+    if wrong := sorted(found["mismatched_keys"]):
+        name, shape, stated = wrong[0]
+        raise ModelUnavailable(f"{name} of {where} is {tuple(shape)}; the configuration says {tuple(stated)}")
+    for_codes = ((name, layer) for name, layer in model.named_modules() if type(layer).__name__ == "Linear8bitLt")
+    without = {name for name, layer in for_codes if layer.weight.is_floating_point()}
+    _require_none(where, without | _scaled(found["unexpected_keys"]))
+
+
+def _scaled(names: Iterable[str]) -> set[str]:
+    """The layers whose weights are int8 codes: bitsandbytes keeps their scales beside them."""
+    return {name.removesuffix(".SCB") for name in names if name.endswith(".SCB")}
+
+
+def _require_none(where: str, wrong: set[str]) -> None:
+    if wrong:
+        layers = f"{sorted(wrong)[0]} ({len(wrong)} layers in all)"
+        raise ModelUnavailable(f"{where} is not int8 where its config.json says so: {layers}")

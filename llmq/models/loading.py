@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
 from llmq.models import hub
-from llmq.models.checkpoint import require_model
-from llmq.models.config import PlainConfig, plain_config
+from llmq.models.checkpoint import CheckpointTensors, require_model, require_whole
+from llmq.models.config import PlainConfig, generation_settings, ids_in, plain_config
 from llmq.models.demo import Progress, demo_folder, prepare_demo
 from llmq.models.edits import Edit, EditedTensors, edit_model_
 from llmq.models.presets import PRESETS
@@ -22,10 +22,10 @@ from llmq.quant.dense import Dense
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmq.models.checkpoint import CheckpointTensors
     from llmq.models.random_weights import RandomTensors
     from llmq.quant import Handler
 
+ROUND_TRIP = "hello world how are you today"  # what a tokenizer must give back, whatever it does to spaces and capitals
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names for one class
 
 
@@ -101,7 +101,7 @@ def revision_of(source: Source) -> str:
         return f"{REQUIREMENT}, sha256 {GGUF_SHA256[:12]}"
     if source.kind == "hub":
         return folder_of(source).name
-    return "random weights" if source.kind == "random" else "local folder"
+    return "random weights; a borrowed tokenizer" if source.kind == "random" else "local folder"
 
 
 def load_config(source: Source) -> PretrainedConfig | PlainConfig:
@@ -119,7 +119,7 @@ def transformers_config(source: Source) -> PretrainedConfig:
     if source.kind == "random":
         shape = asdict(PRESETS[source.location].shape)
         rope = {"rope_theta": shape.pop("rope_theta"), **(shape.pop("rope_scaling") or {"rope_type": "default"})}
-        return LlamaConfig(**shape, rope_parameters=rope, dtype="float16")
+        return LlamaConfig(**shape, rope_parameters=rope, dtype="float16", borrowed_tokenizer=True)
     folder = folder_of(source)
     with _blamed_on(source, "read the configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -165,10 +165,16 @@ def _open_tokenizer(source: Source, folder: Path, stamps: tuple) -> PreTrainedTo
         if _names_no_family(folder):
             from transformers import PreTrainedTokenizerFast
 
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        from transformers import AutoTokenizer
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        else:
+            from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        ids = tokenizer(ROUND_TRIP, add_special_tokens=False)["input_ids"]
+        back = tokenizer.decode(ids)
+    if tokenizer.unk_token_id not in ids and back.lower().split() != ROUND_TRIP.split():
+        raise ModelUnavailable(f"the tokenizer of {source.name} loses text: {ROUND_TRIP!r} becomes {back!r}")
+    return tokenizer
 
 
 def _names_no_family(folder: Path) -> bool:
@@ -182,8 +188,14 @@ def _names_no_family(folder: Path) -> bool:
 
 
 def ids_within(config: PretrainedConfig | PlainConfig, ids: list[int]) -> list[int]:
-    """Token ids folded into the model's vocabulary: only a borrowed tokenizer has ids beyond it."""
-    return [i % config.vocab_size for i in ids]
+    """Token ids that the model's embedding has. Raises ModelUnavailable for one that it has not; only those of a
+    borrowed tokenizer, for random weights whose text means nothing, are folded into the vocabulary."""
+    size = config.get_text_config().vocab_size
+    if getattr(config, "borrowed_tokenizer", False):
+        return [i % size for i in ids]
+    if beyond := [i for i in ids if not 0 <= i < size]:
+        raise ModelUnavailable(f"token {beyond[0]} is beyond the model's {size:,}: its tokenizer is another model's")
+    return ids
 
 
 def load_model(source: Source, handler: Handler, device: str) -> PreTrainedModel:
@@ -207,12 +219,11 @@ def load_model(source: Source, handler: Handler, device: str) -> PreTrainedModel
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in one line
             **opened_as.load_arguments(device),
         )
-    if missing := sorted(found["missing_keys"]):
-        raise ModelUnavailable(f"the checkpoint of {source.name} has no tensor {missing[0]!r} ({len(missing)} in all)")
-    _require_stated_int8(source, {key.removesuffix(".SCB") for key in found["unexpected_keys"] if key.endswith(".SCB")})
-    _require_stated_int8(source, {name for name, layer in model.named_modules() if _waits_for_codes(layer)})
+    require_whole(source.name, model, found)
+    model.generation_config.eos_token_id = sorted(eos_ids_of(source, model.config)) or None
     if source.edit:
         model = handler.convert_(edit_model_(model, source.edit), device)
     elif handler.converts:
@@ -228,39 +239,21 @@ def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTe
         from llmq.models.random_weights import RandomTensors
 
         return RandomTensors(load_config(source))
-    from llmq.models.checkpoint import CheckpointTensors
-
     with _blamed_on(source, "open the weights"):
         tensors = CheckpointTensors(folder_of(source), source.name)
-    names = tensors.names()
-    layers = {name.removesuffix(".weight") for name in names if name.endswith("_proj.weight")}
-    stated = layers if getattr(load_config(source), "quantization_config", None) else set()
-    _require_stated_int8(source, stated ^ {name.removesuffix(".SCB") for name in names if name.endswith(".SCB")})
+    tensors.require_stated_int8(bool(getattr(load_config(source), "quantization_config", None)))
     return tensors
 
 
-def _require_stated_int8(source: Source, wrong: set[str]) -> None:
-    """Raises ModelUnavailable for the layers that are int8 in a checkpoint where its configuration says otherwise."""
-    if wrong:
-        raise ModelUnavailable(
-            f"{source.name} is not int8 where its config.json says so: {sorted(wrong)[0]} ({len(wrong)} layers in all)"
-        )
-
-
-def _waits_for_codes(layer) -> bool:
-    """Whether transformers made `layer` for int8 codes, and the checkpoint had 16 bit for it."""
-    return type(layer).__name__ == "Linear8bitLt" and layer.weight.is_floating_point()
-
-
 def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozenset[int]:
-    """The tokens that end a text: the generation settings' where the model has them, else the configuration's."""
-    eos = config.eos_token_id
+    """The tokens that end a text: those of the generation settings, of the configuration and of the tokenizer, because
+    each of the three is wrong somewhere."""
+    ends = ids_in(getattr(config.get_text_config(), "eos_token_id", None))
     if source.kind != "random":
-        path = folder_of(source) / "generation_config.json"
-        if path.is_file():
-            with _blamed_on(source, "read the generation settings"):
-                eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", eos)
-    return frozenset([eos] if isinstance(eos, int) else eos or ())
+        with _blamed_on(source, "read the generation settings"):
+            ends |= ids_in(generation_settings(folder_of(source)).get("eos_token_id"))
+        ends |= ids_in(load_tokenizer(source).eos_token_id)
+    return frozenset(ends)
 
 
 def quiet_libraries() -> None:
