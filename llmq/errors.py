@@ -17,10 +17,6 @@ class OutOfMemory(UserError):
     """Memory ran out, or would; the message gives predicted and free bytes."""
 
 
-class DeviceBusy(UserError):
-    """Another run holds the device and did not give it back in time."""
-
-
 def is_allocation_failure(error: Exception) -> bool:
     """Whether memory ran out: torch's CPU allocator raises a plain RuntimeError, and its wording is the only sign."""
     return isinstance(error, RuntimeError) and any(

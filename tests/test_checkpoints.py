@@ -283,7 +283,7 @@ REFUSED = {
     "another width": (model(edit=lambda f: in_config(f, intermediate_size=48)), r"is \((64, 32|32, 64)\); the conf"),
     "another vocabulary": (
         model(edit=lambda f: in_config(f, vocab_size=288)),
-        r"is \(272, 32\); the configuration says",
+        r"272(, 32\)| rows); the configuration says \(288, 32\)",
     ),
 }
 

@@ -47,7 +47,7 @@ def opened(folder, **quantization):
 
 
 def saved_by_transformers(origin, folder, **quantization):
-    opened(origin, **quantization).save_pretrained(folder)
+    opened(origin, **({"llm_int8_threshold": 6.0} | quantization)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
@@ -55,7 +55,7 @@ def saved_by_transformers(origin, folder, **quantization):
 @pytest.fixture(scope="module")
 def theirs(origin, tmp_path_factory):
     """What transformers itself saves of the model it quantized with bitsandbytes."""
-    return saved_by_transformers(origin, tmp_path_factory.mktemp("theirs"), llm_int8_threshold=6.0)
+    return saved_by_transformers(origin, tmp_path_factory.mktemp("theirs"))
 
 
 def engine(folder, method: str, loop: str = "hf"):
@@ -114,6 +114,39 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(origin, ours, tmp_path,
     monkeypatch.setattr(int8_checkpoint, "_write_settings", full)
     assert main(["models", "--save-int8", str(origin), str(tmp_path / "half")]) == 2
     assert "No space left" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_layers_of_gpt2_are_turned_as_transformers_turns_them(tmp_path):
+    """Its Conv1D has (in, out) weights; in an int8 checkpoint they are (out, in) with a scale a row."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 259, "n_positions": 64, "eos_token_id": 257}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=256)).half().save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    list(save_int8(resolve(str(tmp_path / "gpt2")), tmp_path / "int8"))
+    made, expected = (
+        contents(tmp_path / "int8"),
+        contents(saved_by_transformers(tmp_path / "gpt2", tmp_path / "theirs")),
+    )
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name].view(-1), expected[name].view(-1)) for name in made)
+    assert made["transformer.h.0.mlp.c_fc.weight"].shape == (128, 32)
+    for method in ("bnb-int8", "llm-int8"):
+        assert torch.equal(engine(tmp_path / "int8", method).logits(IDS), engine(tmp_path / "gpt2", method).logits(IDS))
+        assert engine(tmp_path / "int8", method).model.transformer.h[0].attn.c_attn.weight.dtype == torch.int8
+
+
+def test_tensors_by_other_names_are_not_written_half(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=259, n_positions=64))
+    model.transformer.save_pretrained(tmp_path / "gpt2")  # 'h.0…' for what the whole model calls 'transformer.h.0…'
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(
+        BadChoice, match="other names than its layers: there is no 'transformer.h.0.attn.c_attn.weight'"
+    ):
+        list(save_int8(resolve(str(tmp_path / "gpt2")), tmp_path / "int8"))
 
 
 KEPT, HEAD = "model.layers.0.self_attn.q_proj", "lm_head"

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 WARM_UP_TOKENS = 16
 WARM_UP_STEPS = 2
-CACHE_NAMES = ("cache", "past_key_values")  # of the cache in `forward` and in its output; the second before 5.40
 
 
 class HFEngine:
@@ -174,14 +173,10 @@ class Generation:
 
 
 def cache_name(model: PreTrainedModel) -> str:
-    """Find the name under which `model.forward` takes a KV cache and its output gives it back.
-
-    A cache under a name that `forward` does not know would stay empty, and every step would forget the text before it.
-    Raises UserError for a model that takes none.
-    """
-    known = inspect.signature(type(model).forward).parameters
-    for name in CACHE_NAMES:
-        if name in known:
+    """Find the name under which `model.forward` takes a KV cache and gives it back: under another it would stay empty,
+    without a word. Raises UserError for a model that takes none."""
+    for name in ("cache", "past_key_values"):  # the second before transformers 5.40
+        if name in inspect.signature(type(model).forward).parameters:
             return name
     raise UserError(f"{type(model).__name__} takes no KV cache, which writing text here needs")
 

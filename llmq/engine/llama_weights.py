@@ -121,13 +121,11 @@ def load_weights(
 def _ends(source: Tensors, embedding: str, tied_on: str | None) -> list[str]:
     """The names of embedding and head; one where they are tied (compared on the device `tied_on`): as in transformers,
     a tied pair may be there under either name, and one whose halves differ is none."""
-    both = [embedding, "lm_head"]
-    if tied_on is None:
-        return both
-    there = [name for name in both if f"{name}.weight" in source] or both[:1]
-    if len(there) == 2 and torch.equal(*(source.get(f"{name}.weight", tied_on) for name in there)):
-        return both[:1]
-    return there
+    there = [name for name in (embedding, "lm_head") if f"{name}.weight" in source]
+    if tied_on is None or not there:
+        return [embedding, "lm_head"]
+    same = len(there) == 2 and torch.equal(*(source.get(f"{name}.weight", tied_on) for name in there))
+    return there[:1] if same else there
 
 
 def _layer(made: _Maker, prefix: str, architecture: Architecture) -> Layer:
@@ -186,18 +184,12 @@ class _Maker:
         return Int8Weight(codes, absmax)
 
     def _placed(self, names: list[str], rows: int, width: int) -> Iterator[tuple[slice, torch.Tensor, str]]:
-        at = 0
+        at, stated = 0, f"the configuration says ({rows}, {width})"
         for name in names:
             part = self.source.get(f"{name}.weight", self.device)
             if part.shape[1] != width or at + part.shape[0] > rows:
-                raise _unlike(names, name, part, rows, width)
+                raise ModelUnavailable(f"{name}.weight is {tuple(part.shape)}; {stated} for {', '.join(names)}")
             yield slice(at, at + part.shape[0]), part, name
             at += part.shape[0]
         if at != rows:
-            raise _unlike(names, name, part, rows, width)
-
-
-def _unlike(names: list[str], name: str, part: torch.Tensor, rows: int, width: int) -> ModelUnavailable:
-    together = f" for {len(names)} matrices together" if len(names) > 1 else ""
-    stated = f"the configuration says {rows} rows of {width}{together}"
-    return ModelUnavailable(f"{name}.weight is {tuple(part.shape)}; {stated}")
+            raise ModelUnavailable(f"{', '.join(names)}: {at} rows; {stated}")

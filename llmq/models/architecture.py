@@ -73,7 +73,8 @@ def architecture_of(config: Mapping) -> Architecture:
     _need(config.get("hidden_act", "silu") == "silu", f"activation {config.get('hidden_act')!r}")
     _need(not config.get("mlp_bias"), "a bias in the MLP")
     _need(not config.get("transformers_weights"), "weights in a file of another name")
-    _require_plain_int8(config.get("quantization_config") or {})
+    kept = (config.get("quantization_config") or {}).get("llm_int8_skip_modules")  # without the head it may be int8
+    _need(kept is None or set(kept) == {"lm_head"}, "an int8 checkpoint with its own list of layers kept in 16 bit")
     context = int(config.get("max_position_embeddings") or 2048)
     window = config.get("sliding_window")
     windowed = kind == "mistral" or config.get("use_sliding_window")
@@ -103,12 +104,6 @@ def architecture_of(config: Mapping) -> Architecture:
         qkv_bias=biased or kind == "qwen2",
         output_bias=biased,
     )
-
-
-def _require_plain_int8(quantization: Mapping) -> None:
-    """Hand over int8 weights whose writer chose the layers: with a list of its own even the head may be int8."""
-    kept = quantization.get("llm_int8_skip_modules")
-    _need(kept is None or set(kept) == {"lm_head"}, "an int8 checkpoint with its own list of layers kept in 16 bit")
 
 
 def _rope(config: Mapping) -> Rope:

@@ -16,22 +16,16 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-POINTER = b"version https://git-lfs"
 
 
 def weight_files(names: Collection[str], read: Callable[[str], str], where: str) -> list[str]:
     """Choose a model's files among the `names` in its folder or repository: `model.safetensors`, else the shards that
-    its index names, sorted. Nothing else counts: no other format, no copy, no adapter.
+    its index names, sorted; never another format, a copy or an adapter. `read` gives the text of a file.
 
-    `read` gives the text of a file, `where` is the name for messages. Raises ModelUnavailable for anything else that
-    is there instead, and for shards that are not there.
+    Raises ModelUnavailable that tells what is in `where` instead, or which shard is not.
     """
-    if "adapter_config.json" in names:
-        raise ModelUnavailable(f"{where} is an adapter of another model: merge the two, then open the merged model")
-    if WEIGHTS not in names and INDEX not in names:
-        raise ModelUnavailable(_what_else(names, where))
-    if "config.json" not in names:
-        raise ModelUnavailable(f"{where} holds no model: it has no config.json")
+    if not {WEIGHTS, INDEX} & {*names} or "config.json" not in names or "adapter_config.json" in names:
+        raise ModelUnavailable(f"{where} {_what_else(names)}")
     if WEIGHTS in names:
         return [WEIGHTS]
     try:
@@ -43,33 +37,33 @@ def weight_files(names: Collection[str], read: Callable[[str], str], where: str)
     return shards
 
 
-def _what_else(names: Collection[str], where: str) -> str:
-    """What a folder without weights holds, and what to do."""
+def _what_else(names: Collection[str]) -> str:
+    """What a folder without a model holds, and what to do."""
+    if "adapter_config.json" in names:
+        return "is an adapter of another model: merge the two, then open the merged model"
     if any(name.endswith(".gguf") for name in names):
-        return f"{where} holds GGUF files, whose weights are rounded already: choose the model's safetensors repository"
+        return "holds GGUF files, whose weights are rounded already: choose the model's safetensors repository"
     if any(name == "params.json" or name.startswith("consolidated") for name in names):
-        return f"{where} is in the format of the model's makers: choose the repository in transformers' format"
-    if any(name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack")) for name in names):
-        return f"{where} has no safetensors weights, and files of other formats can run code: convert it to safetensors"
+        return "is in the format of the model's makers: choose the repository in transformers' format"
     if "config.json" not in names:
-        return f"{where} holds no model: it has no config.json"
-    return f"{where} has no safetensors weights; llmq opens no other kind of checkpoint"
+        return "holds no model: it has no config.json"
+    if any(name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack")) for name in names):
+        return "has no safetensors weights, and files of other formats can run code: convert it to safetensors"
+    return "has no safetensors weights; llmq opens no other kind of checkpoint"
 
 
 def require_model(folder: Path, where: str) -> list[Path]:
-    """The weight files of the model in `folder`. Raises ModelUnavailable, one line, for a folder that cannot be opened;
-    `where` names it."""
+    """The weight files of the model in `folder`. Raises ModelUnavailable, one line, where they cannot be opened."""
     names = {path.name for path in folder.iterdir()}
     files = [folder / name for name in weight_files(names, lambda name: (folder / name).read_text("utf-8"), where)]
     for path in (*files, folder / "tokenizer.json", folder / "tokenizer.model"):
-        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(POINTER):
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
             raise ModelUnavailable(f"{path.name} of {where} is a Git LFS pointer, not the file: run git lfs pull there")
     return files
 
 
 class CheckpointTensors:
-    """The tensors in a folder by name. Raises ModelUnavailable for a folder without weights or a missing tensor;
-    `where` names the folder there."""
+    """The tensors in a folder by name. Raises ModelUnavailable, with the name `where`, for what is missing."""
 
     def __init__(self, folder: Path, where: str = ""):
         from safetensors import safe_open
@@ -94,13 +88,6 @@ class CheckpointTensors:
         tensor = self._file[name].get_tensor(name)
         return tensor.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else tensor
 
-    def require_stated_int8(self, stated: bool) -> None:
-        """Raises ModelUnavailable unless every linear layer of a LLaMA but the head is int8, where the configuration
-        says int8, or none."""
-        names = self.names()
-        layers = {name.removesuffix(".weight") for name in names if stated and name.endswith("_proj.weight")}
-        _require_none(self._where, layers ^ _scaled(names))
-
 
 def require_whole(where: str, model: nn.Module, found: Mapping) -> None:
     """Raises ModelUnavailable unless transformers `found` every tensor of `model` in its checkpoint, of the shape and
@@ -110,17 +97,13 @@ def require_whole(where: str, model: nn.Module, found: Mapping) -> None:
     if wrong := sorted(found["mismatched_keys"]):
         name, shape, stated = wrong[0]
         raise ModelUnavailable(f"{name} of {where} is {tuple(shape)}; the configuration says {tuple(stated)}")
-    for_codes = ((name, layer) for name, layer in model.named_modules() if type(layer).__name__ == "Linear8bitLt")
-    without = {name for name, layer in for_codes if layer.weight.is_floating_point()}
-    _require_none(where, without | _scaled(found["unexpected_keys"]))
+    for_codes = {name: m for name, m in model.named_modules() if type(m).__name__ == "Linear8bitLt"}
+    without = {name for name, layer in for_codes.items() if layer.weight.is_floating_point()}
+    require_scales(where, without, found["unexpected_keys"])
 
 
-def _scaled(names: Iterable[str]) -> set[str]:
-    """The layers whose weights are int8 codes: bitsandbytes keeps their scales beside them."""
-    return {name.removesuffix(".SCB") for name in names if name.endswith(".SCB")}
-
-
-def _require_none(where: str, wrong: set[str]) -> None:
-    if wrong:
-        layers = f"{sorted(wrong)[0]} ({len(wrong)} layers in all)"
+def require_scales(where: str, layers: set[str], names: Iterable[str]) -> None:
+    """Raises ModelUnavailable unless the tensors' `names` have the scales of int8 codes for just these `layers`."""
+    if wrong := sorted(layers ^ {name.removesuffix(".SCB") for name in names if name.endswith(".SCB")}):
+        layers = f"{wrong[0]} ({len(wrong)} layers in all)"
         raise ModelUnavailable(f"{where} is not int8 where its config.json says so: {layers}")

@@ -17,8 +17,7 @@ STATED |= {"num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "tie_word
 # What changes the tokens that transformers' `generate` writes, and nothing here looks at.
 REWRITING = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 REWRITING += ("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens", "sequence_bias")
-REWRITING += ("exponential_decay_length_penalty", "guidance_scale", "num_beams", "penalty_alpha", "stop_strings")
-REWRITING += ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "watermarking_config")
+REWRITING += ("guidance_scale", "num_beams", "penalty_alpha", "stop_strings", "min_p", "typical_p")
 
 
 @dataclass(frozen=True)
@@ -61,21 +60,13 @@ def plain_config(folder: Path) -> PlainConfig | None:
 
 
 def generation_settings(folder: Path) -> dict:
-    """What `generation_config.json` in `folder` says, {} without one. Raises ValueError for one that cannot be read."""
+    """What `generation_config.json` in `folder` says, {} without one. Raises ValueError for one that is not JSON."""
     path = folder / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path.name} is no table of settings")
-    return settings
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def ignored_settings(folder: Path) -> tuple[str, ...]:
     """The generation settings of the model in `folder` that no engine here follows, as 'repetition_penalty 1.05': with
     one of them, greedy tokens need not be those of transformers' `generate`."""
-    found = {name: value for name, value in generation_settings(folder).items() if name in REWRITING}
-    return tuple(f"{name} {value}" for name, value in found.items() if value not in (None, 0, 1, [], {}))
-
-
-def ids_in(value: object) -> set[int]:
-    """The token ids in a configuration's value: one, several or none."""
-    return {i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int)}
+    found = ((name, value) for name, value in generation_settings(folder).items() if name in REWRITING)
+    return tuple(f"{name} {value}" for name, value in found if value not in (None, 0, 1, [], {}))

@@ -12,8 +12,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.models.checkpoint import require_model, weight_files
@@ -21,10 +20,13 @@ from llmq.models.demo import Progress
 
 SETTINGS = re.compile(r"[^/]+\.(json|jinja|model)|merges\.txt|vocab\.txt|additional_chat_templates/[^/]+\.jinja")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_ADDRESS = re.compile(  # of a repository's page, of a revision of it, or of its git
+    r"(?:\w+://)?(?:git@|www\.)?(?:huggingface\.co|hf\.co)[/:](?P<repo>(?!datasets/|spaces/)[^/?#]+/[^/?#]+?)(?:\.git)?"
+    r"(?:/(?:tree|commit)/(?P<revision>[^/?#]+))?/?(?:[?#].*)?"
+)
 LARGE_BYTES = 1e9  # a download from here on says its size
 QUESTION_SECONDS = 5
-T = TypeVar("T")
+_UNREACHABLE = "%s is not in the local cache and the hub cannot be reached. The model 'demo' needs no hub."
 
 
 @dataclass(frozen=True)
@@ -42,36 +44,14 @@ def address_of(name: str) -> tuple[str, str | None] | None:
 
     None for what is no such name. Raises BadChoice for one that is understood and cannot be opened.
     """
-    text = re.sub(r"^git@([^:/]+):", r"https://\1/", name)
-    if "://" in text or text.startswith(tuple(f"{host}/" for host in HOSTS)):
-        return _page(name, urlsplit(text if "://" in text else f"https://{text}"))
     repo, at, revision = name.partition("@")
+    if page := _ADDRESS.fullmatch(name):
+        repo, at, revision = page["repo"], page["revision"], unquote(page["revision"] or "")
+    elif "://" in name or name.startswith("git@"):
+        raise BadChoice(f"{name!r} is no model on the hub: choose owner/name, or fetch it and name the folder it is in")
     if name.endswith(".gguf") or ":" in repo and HUB_ID.fullmatch(repo.partition(":")[0]):
-        raise _is_gguf(name)
+        raise BadChoice(f"{name!r} is GGUF, rounded already: choose the repository or folder of its safetensors")
     return (repo, revision or None) if HUB_ID.fullmatch(repo) and bool(at) == bool(revision) else None
-
-
-def _page(name: str, url) -> tuple[str, str | None]:
-    from huggingface_hub.constants import ENDPOINT
-
-    if url.hostname not in (*HOSTS, urlsplit(ENDPOINT).hostname):
-        raise BadChoice(f"{name!r} is not on the model hub: fetch it yourself, then name the folder it is in")
-    owner, repo, kind, revision, *rest = [unquote(part) for part in url.path.strip("/").split("/")] + [""] * 4
-    if owner in ("datasets", "spaces", "collections"):
-        raise BadChoice(f"{name!r} is not a model: choose a repository such as owner/name")
-    if url.path.endswith(".gguf") or ":" in repo:
-        raise _is_gguf(name)
-    repo = f"{owner}/{repo.removesuffix('.git')}"
-    if not HUB_ID.fullmatch(repo) or kind not in ("", "tree", "commit") or any(rest):
-        raise BadChoice(f"{name!r} is not the address of a whole model: choose owner/name or owner/name@revision")
-    return repo, revision or None
-
-
-def _is_gguf(name: str) -> BadChoice:
-    return BadChoice(
-        f"{name!r} is GGUF, whose weights are rounded already; llmq rounds by itself, from the model's safetensors: "
-        "choose their repository or folder"
-    )
 
 
 def plan(repo: str, revision: str | None = None) -> Download:
@@ -92,14 +72,11 @@ def download(repo: str, revision: str | None = None) -> Iterator[Progress]:
         if is_cached(repo, revision):
             return
         raise
-    needed, free, size = sum(missing.values()), _free_bytes(), ""
+    needed, free = sum(missing.values()), _free_bytes()
     if needed > free:
-        raise UserError(
-            f"{repo} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in the hub's cache: make room, or "
-            "set HF_HOME to a folder on another disk"
-        )
-    if needed > LARGE_BYTES:
-        size = f", {needed / 1e9:.1f} GB of {free / 1e9:.0f} GB that are free on the disk"
+        sizes = f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in the hub's cache"
+        raise UserError(f"{repo} needs {sizes}: make room, or set HF_HOME to a folder on another disk")
+    size = f", {needed / 1e9:.1f} GB of {free / 1e9:.0f} GB that are free on the disk" if needed > LARGE_BYTES else ""
     yield from _patiently(lambda: _fetch(repo, revision, list(missing)), f"fetching {repo} from the hub{size}")
 
 
@@ -116,10 +93,9 @@ def snapshot(repo: str, revision: str | None = None) -> Path:
     from huggingface_hub import try_to_load_from_cache
 
     with _explained(repo, revision):
-        config = try_to_load_from_cache(repo, "config.json", revision=revision)
-    if not isinstance(config, str):
-        raise _unreachable(repo)
-    return Path(config).parent
+        if isinstance(config := try_to_load_from_cache(repo, "config.json", revision=revision), str):
+            return Path(config).parent
+    raise ModelUnavailable(_UNREACHABLE % repo)
 
 
 def _missing(repo: str, revision: str | None) -> dict[str, int]:
@@ -151,7 +127,7 @@ def _free_bytes() -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
 
 
-def _patiently(work: Callable[[], T], what: str) -> Generator[Progress, None, T]:
+def _patiently(work: Callable[[], dict | None], what: str) -> Generator[Progress, None, dict | None]:
     """Run `work` in a thread, reporting how long that has been going on; returns its result."""
     started = time.monotonic()
     done: Future = Future()
@@ -172,39 +148,31 @@ def _patiently(work: Callable[[], T], what: str) -> Generator[Progress, None, T]
 @contextmanager
 def _explained(repo: str, revision: str | None) -> Iterator[None]:
     """Whatever the hub's client raises inside becomes ModelUnavailable that says what to do."""
-    from huggingface_hub import errors
-
     try:
         yield
     except UserError:
         raise
-    except errors.GatedRepoError as error:
-        raise ModelUnavailable(
-            f"{repo} is gated: accept its licence on the hub, then set the HF_TOKEN environment variable. "
-            "The model 'demo' needs neither."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelUnavailable(
-            f"the hub has no repository {repo!r}, or it is private and HF_TOKEN is not set"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelUnavailable(f"{repo} has no revision {revision!r} on the hub") from error
-    except errors.HFValidationError as error:
-        raise ModelUnavailable(f"{repo!r} is no name a hub knows: {error}") from error
-    except errors.HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code == 401:
-            raise ModelUnavailable(f"the hub refused {repo}: the token in HF_TOKEN is wrong or has expired") from error
-        raise _unreachable(repo) from error
-    except OSError as error:
-        on_disk = (error.errno or 0) > 0 and not isinstance(error, ConnectionError | TimeoutError)
-        if on_disk:
-            raise ModelUnavailable(f"cannot store {repo} in the hub's cache (HF_HOME moves it): {error}") from error
-        raise _unreachable(repo) from error
-    except Exception as error:  # the hub's client raises its transport's own errors, and changes transports
-        raise _unreachable(repo) from error
+    except Exception as error:  # its transport's own errors too, and it changes transports
+        raise ModelUnavailable(_explanation(error, repo, revision)) from error
 
 
-def _unreachable(repo: str) -> ModelUnavailable:
-    return ModelUnavailable(
-        f"{repo} is not in the local cache and the hub cannot be reached. The model 'demo' needs no hub."
-    )
+def _explanation(error: Exception, repo: str, revision: str | None) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        licence = "accept its licence on the hub, then set the HF_TOKEN environment variable"
+        return f"{repo} is gated: {licence}. The model 'demo' needs neither."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no repository {repo!r}, or it is private and HF_TOKEN is not set"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r} on the hub"
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r} is no name a hub knows: {error}"
+    if isinstance(error, errors.HfHubHTTPError):
+        refused = error.response is not None and error.response.status_code == 401
+        return (
+            f"the hub refused {repo}: the token in HF_TOKEN is wrong or has expired" if refused else _UNREACHABLE % repo
+        )
+    if isinstance(error, OSError) and (error.errno or 0) > 0 and not isinstance(error, ConnectionError | TimeoutError):
+        return f"cannot store {repo} in the hub's cache (HF_HOME moves it): {error}"
+    return _UNREACHABLE % repo

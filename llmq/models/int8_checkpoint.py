@@ -19,7 +19,7 @@ from llmq.models.cache import require_space
 from llmq.models.checkpoint import INDEX, CheckpointTensors, require_model
 from llmq.models.demo import Progress
 from llmq.models.loading import Source, folder_of, transformers_config
-from llmq.quant.handler import DEFAULT_THRESHOLD, non_head_linears
+from llmq.quant.handler import DEFAULT_THRESHOLD, is_conv1d, linear_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,6 +40,8 @@ def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
     if getattr(config, "quantization_config", None):
         raise BadChoice(f"{source.name} is quantized already")
     tensors, quantized = CheckpointTensors(origin), _quantized_names(config)
+    if absent := [name for name in quantized if name not in tensors]:
+        raise BadChoice(f"{source.name} calls its tensors by other names than its layers: there is no {absent[0]!r}")
     needed = sum(path.stat().st_size for path in require_model(origin, source.name))
     require_space(folder.parent, needed, "the int8 weights")
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -53,17 +55,17 @@ def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _quantized_names(config: PretrainedConfig) -> set[str]:
-    """The weights LLM.int8() stores as int8: of every linear layer but the head."""
+def _quantized_names(config: PretrainedConfig) -> dict[str, bool]:
+    """The weights that LLM.int8() stores as int8, and whether the checkpoint has them (in, out), as GPT-2's."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return {f"{name}.weight" for name, _ in non_head_linears(model)}
+    return {f"{name}.weight": is_conv1d(module) for name, module in linear_layers(model)}
 
 
-def _write(tensors: CheckpointTensors, quantized: set[str], folder: Path) -> Iterator[Progress]:
+def _write(tensors: CheckpointTensors, quantized: dict[str, bool], folder: Path) -> Iterator[Progress]:
     import torch
     from safetensors.torch import save_file
 
@@ -71,7 +73,7 @@ def _write(tensors: CheckpointTensors, quantized: set[str], folder: Path) -> Ite
     for done, name in enumerate(names := tensors.names(), 1):
         tensor = tensors.get(name, "cpu")
         if name in quantized:
-            made, layer = quantize_rows(tensor), name.removesuffix(".weight")
+            made, layer = quantize_rows(tensor.t() if quantized[name] else tensor), name.removesuffix(".weight")
             found = {name: made.codes, f"{layer}.SCB": made.absmax}
             found[f"{layer}.weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
         else:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
 from llmq.models import hub
-from llmq.models.checkpoint import CheckpointTensors, require_model, require_whole
-from llmq.models.config import PlainConfig, generation_settings, ids_in, plain_config
+from llmq.models.checkpoint import CheckpointTensors, require_model, require_scales, require_whole
+from llmq.models.config import PlainConfig, generation_settings, plain_config
 from llmq.models.demo import Progress, demo_folder, prepare_demo
 from llmq.models.edits import Edit, EditedTensors, edit_model_
 from llmq.models.presets import PRESETS
@@ -42,8 +42,8 @@ class Source:
 
 
 def resolve(name: str, *, random_weights: bool = False) -> Source:
-    """What `name` means: a preset, a local folder, or a hub id; the last with '@revision' behind it if need be, or as
-    the address of its page. Raises BadChoice naming the choices."""
+    """What `name` means: a preset, a local folder, or a hub id, '@revision' and all. Raises BadChoice naming the
+    choices."""
     name = (name or "").strip()
     if random_weights:
         if name not in PRESETS:
@@ -51,25 +51,19 @@ def resolve(name: str, *, random_weights: bool = False) -> Source:
         return Source(name, "random", name)
     if preset := PRESETS.get(name):
         return Source(name, "hub", preset.hub_id) if preset.hub_id else Source(name, "demo", str(demo_folder()))
-    if path := _local_path(name):
-        if path.is_dir():
-            return Source(name, "folder", str(path))
-        if path.suffix != ".gguf":
-            raise BadChoice(f"{name} is a file; a model is a folder: choose {path.parent}")
-    base, _, revision = name.partition("@")
-    if revision and (preset := PRESETS.get(base)) and preset.hub_id:
-        return Source(name, "hub", preset.hub_id, revision=revision)
+    if folder := _local_folder(name):
+        return Source(name, "folder", str(folder))
     if address := hub.address_of(name):
         repo, revision = address
         return Source(f"{repo}@{revision}" if revision else repo, "hub", repo, revision=revision)
     raise unknown("model", name, [*PRESETS, "a hub id such as owner/name", "a local folder"])
 
 
-def _local_path(name: str) -> Path | None:
+def _local_folder(name: str) -> Path | None:
     try:
-        path = Path(name).expanduser()
-        return path if name and path.exists() else None
-    except (OSError, RuntimeError, ValueError):  # no such home, a name too long, a zero byte: nothing there
+        folder = Path(name).expanduser()
+        return folder if name and folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # no such home, a name too long, a zero byte: no folder
         return None
 
 
@@ -241,19 +235,22 @@ def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTe
         return RandomTensors(load_config(source))
     with _blamed_on(source, "open the weights"):
         tensors = CheckpointTensors(folder_of(source), source.name)
-    tensors.require_stated_int8(bool(getattr(load_config(source), "quantization_config", None)))
+    stated = getattr(load_config(source), "quantization_config", None)  # then all of a LLaMA's layers but the head
+    layers = {name.removesuffix(".weight") for name in tensors.names() if stated and name.endswith("_proj.weight")}
+    require_scales(source.name, layers, tensors.names())
     return tensors
 
 
 def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozenset[int]:
     """The tokens that end a text: those of the generation settings, of the configuration and of the tokenizer, because
     each of the three is wrong somewhere."""
-    ends = ids_in(getattr(config.get_text_config(), "eos_token_id", None))
+    ends = [getattr(config.get_text_config(), "eos_token_id", None)]
     if source.kind != "random":
         with _blamed_on(source, "read the generation settings"):
-            ends |= ids_in(generation_settings(folder_of(source)).get("eos_token_id"))
-        ends |= ids_in(load_tokenizer(source).eos_token_id)
-    return frozenset(ends)
+            ends.append(generation_settings(folder_of(source)).get("eos_token_id"))
+        ends.append(load_tokenizer(source).eos_token_id)
+    lists = (end if isinstance(end, list | tuple) else [end] for end in ends)
+    return frozenset(i for ids in lists for i in ids if isinstance(i, int))
 
 
 def quiet_libraries() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, cast_parameters_, int8_bytes, non_head_linears
+from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, cast_parameters_, int8_bytes, replace_linears_
 
 if TYPE_CHECKING:
     import torch
@@ -58,11 +58,7 @@ class BnbInt8:
         if next(int8_linears(model), None) is not None:  # quantized on the way in: it may not be moved
             self.set_threshold(model, DEFAULT_THRESHOLD)
             return model.eval()
-        linears = list(non_head_linears(model))
-        cast_parameters_(model.to(device), torch.float16)
-        for name, linear in linears:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _quantized(linear))
+        replace_linears_(cast_parameters_(model.to(device), torch.float16), _quantized)
         return model.eval()
 
     def set_threshold(self, model: nn.Module, threshold: float) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from llmq.errors import BadChoice
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +50,8 @@ class Handler(Protocol):
         """Keyword arguments for `AutoModelForCausalLM.from_pretrained`."""
 
     def convert_(self, model: nn.Module, device: str) -> nn.Module:
-        """Turn a dense model already on `device` into this method's, in place (models without a checkpoint)."""
+        """Turn a dense model already on `device` into this method's, in place (models without a checkpoint). Raises
+        BadChoice where there is nothing to convert."""
 
     def set_threshold(self, model: nn.Module, threshold: float) -> None:
         """Change the outlier threshold of a loaded model; 0 turns the decomposition off."""
@@ -63,13 +67,9 @@ class Handler(Protocol):
         """Bytes this method will need, from a dense model on the meta device."""
 
 
-def stored_tensors(model: nn.Module):
+def stored_tensors(model: nn.Module) -> list[torch.Tensor]:
     """Every parameter and buffer once; tied weights are one tensor."""
-    seen = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
+    return [*model.parameters(), *model.buffers()]
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -78,30 +78,70 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the floating-point parameters and leave the buffers: rotary frequencies stay in FP32, as in a checkpoint."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
+    """Cast the floating-point parameters, but for those the model keeps in FP32, and leave the buffers: rotary
+    frequencies stay in FP32, as in a checkpoint."""
+    kept = kept_in_fp32(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not kept(name):
             parameter.data = parameter.data.to(dtype)
     return model
 
 
-def non_head_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, linear) of every linear but the output head, which LLM.int8() as transformers integrates it leaves out."""
+def kept_in_fp32(model: nn.Module) -> Callable[[str], object]:
+    """Tell by its name whether transformers keeps a parameter of a 16-bit model in FP32: routers and the like."""
+    lists = (getattr(model, f"_keep_in_fp32_modules{end}", None) or () for end in ("", "_strict"))
+    return re.compile("|".join(name for names in lists for name in names).replace("*", ".*") or "$^").search
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every linear layer that methods replace: all but the output head, which LLM.int8() as
+    transformers integrates it leaves out, what the model keeps in FP32, and classes with a forward of their own."""
     from torch import nn
 
-    head = model.get_output_embeddings()
-    return ((name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head)
+    head, kept = model.get_output_embeddings(), kept_in_fp32(model)
+    for name, module in model.named_modules():
+        if (type(module) is nn.Linear or is_conv1d(module)) and module is not head and not kept(f"{name}.weight"):
+            yield name, module
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is GPT-2's linear layer, whose weight is (in, out); its class takes seconds to import."""
+    return type(module).__name__ == "Conv1D" and module.weight.ndim == 2
+
+
+def replace_linears_(model: nn.Module, make: Callable[[nn.Linear], nn.Module], layers=None) -> None:
+    """Put `make(linear)` in the place of each of `layers`, (name, module): by default of all `linear_layers`. Raises
+    BadChoice where there is none."""
+    layers = list(linear_layers(model) if layers is None else layers)
+    if not layers:
+        kinds = sorted(
+            {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
+        )
+        raise BadChoice(f"{type(model).__name__} keeps its weights in {', '.join(kinds)}: no linear layer to replace")
+    for name, layer in layers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, make(_as_linear(layer)))
+
+
+def _as_linear(layer: nn.Module) -> nn.Linear:
+    from torch import nn
+
+    if not is_conv1d(layer):
+        return layer
+    linear = nn.Linear(*layer.weight.shape, device="meta")
+    linear.weight, linear.bias = nn.Parameter(layer.weight.data.t().contiguous(), requires_grad=False), layer.bias
+    return linear
 
 
 def int8_bytes(meta_model: nn.Module, *, head: bool = False, int8_size: int = 1, other_size: int = 2) -> WeightBytes:
-    """`int8_size` bytes a weight of `non_head_linears`, with `head` of embedding and head too, and an FP32 scale a row;
+    """`int8_size` bytes a weight of `linear_layers`, with `head` of embedding and head too, and an FP32 scale a row;
     `other_size` bytes for every other parameter."""
-    layers = [linear for _, linear in non_head_linears(meta_model)]
+    layers = [module for _, module in linear_layers(meta_model)]
     if head:
         layers += [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
-    int8 = {id(layer.weight): layer.weight for layer in layers}
+    int8 = {id(layer.weight): layer for layer in layers}
     weights = sum(
         tensor.numel() * (int8_size if id(tensor) in int8 else other_size) if tensor.requires_grad else tensor.nbytes
         for tensor in stored_tensors(meta_model)
     )
-    return WeightBytes(weights, sum(4 * weight.shape[0] for weight in int8.values()))
+    return WeightBytes(weights, sum(4 * layer.weight.shape[is_conv1d(layer)] for layer in int8.values()))

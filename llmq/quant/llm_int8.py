@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import BadChoice
-from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, cast_parameters_, int8_bytes, non_head_linears
+from llmq.quant.handler import DEFAULT_THRESHOLD, WeightBytes, cast_parameters_, int8_bytes, replace_linears_
 
 if TYPE_CHECKING:
     import torch
@@ -62,9 +62,7 @@ class LlmInt8:
 
         opened = Int8Linear.opened(model)  # such a model is where it belongs, and may not be moved
         cast_parameters_(model if opened else model.to(device), torch.float16)
-        for name, linear in opened or list(non_head_linears(model)):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Int8Linear.over(linear, self.default_threshold))
+        replace_linears_(model, lambda linear: Int8Linear.over(linear, self.default_threshold), opened or None)
         if self.int8_head:
             convert_ends_(model, self.default_threshold)
         return model.eval()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmq.errors import BadChoice
-from llmq.quant.handler import WeightBytes, cast_parameters_, int8_bytes, non_head_linears
+from llmq.quant.handler import WeightBytes, cast_parameters_, int8_bytes, linear_layers, replace_linears_
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,9 +53,7 @@ class Naive:
         from llmq.quant.naive_linear import NaiveLinear
 
         cast_parameters_(model.to(device), torch.float32)
-        for name, linear in list(non_head_linears(model)):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, NaiveLinear.over(linear, self))
+        replace_linears_(model, lambda linear: NaiveLinear.over(linear, self))
         return model.eval()
 
     def set_threshold(self, model: nn.Module, threshold: float) -> None:
@@ -71,4 +69,4 @@ class Naive:
         if not self.weights:
             return WeightBytes(int8_bytes(meta_model, int8_size=4, other_size=4).weights)
         found = int8_bytes(meta_model, other_size=4)
-        return found if self.vectorwise else WeightBytes(found.weights, 4 * len(list(non_head_linears(meta_model))))
+        return found if self.vectorwise else WeightBytes(found.weights, 4 * len(list(linear_layers(meta_model))))
