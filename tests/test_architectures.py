@@ -1,13 +1,15 @@
-"""A module that a method puts in the place of another does everything the other did, in every architecture.
+"""What must hold in every architecture that transformers knows: replaced modules, and the forecast of keys and values.
 
-The weights lie on the int8 grid, so that rounding them changes nothing, and no activation is rounded: then the replaced
-model is the dense one, and a scale, a bias or a norm that gets lost on the way shows at once.
+A module that a method puts in the place of another does everything the other did. To see it, the weights lie on the
+int8 grid, so that rounding them changes nothing, and no activation is rounded: then the replaced model is the dense
+one, and a scale, a bias or a norm that gets lost on the way shows at once.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -16,11 +18,12 @@ from conftest import tiny_llama
 from test_lean import pair
 from tiny_runs import light
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from llmq import memory
 from llmq.errors import BadChoice
 from llmq.quant import METHODS
 from llmq.quant.coverage import Coverage, coverage
@@ -140,6 +143,29 @@ def test_the_layers_are_those_of_transformers(model_type, folders):
     always = {name for name in linear if any(part in f"{name}.weight" for part in model._keep_in_fp32_modules_strict)}
     theirs = {name for name in linear - always if should_convert_module(name, kept)}
     assert {name for name, _ in linear_layers(model)} == theirs
+
+
+UNKNOWN = {"deepseek_v2", "minicpm3", "glm_moe_dsa", "qwen3_next", "lfm3", "dory"}  # latents, linear attention, loops
+
+
+@pytest.mark.parametrize("tokens", [7, 40])  # below and above the small sliding window
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_keys_and_values_are_forecast_or_unknown(model_type, tokens, folders):
+    model = (dense(model_type, folders(model_type)) or {}).get(torch.float32)
+    if model is None or "cache" not in inspect.signature(type(model).forward).parameters:
+        pytest.skip("not made small by these numbers, or without a cache")
+    forecast = memory.kv_bytes(model.config.get_text_config(), tokens=tokens, itemsize=4)
+    assert forecast is None if model_type in UNKNOWN else True
+    if forecast is not None:
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(torch.ones(1, tokens, dtype=torch.long), cache=cache, use_cache=True)
+        assert forecast == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.mark.parametrize("model_type", ["gemma4_text", "mamba", "deepseek_v4"])
+def test_a_setting_of_each_layer_is_not_known(model_type):
+    assert memory.kv_bytes(CONFIGS[model_type]().get_text_config(), tokens=10) is None
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma", "mixtral", "opt"])
