@@ -86,7 +86,8 @@ def outlier_lines(report: OutlierReport, threshold: float) -> Iterator[str]:
         modules = [module for module in report.modules if module.kind == kind]
         with_columns = sum(bool(module.prefill_columns(threshold)) for module in modules)
         most = max(len(module.prefill_columns(threshold)) for module in modules)
-        yield f"  {kind:<10} prefill: {with_columns} of {len(modules)} layers have outlier columns, {most} at most"
+        at = " (last position alone)" if modules[0].layer is None else ""  # the head's
+        yield f"  {kind:<10} prefill: {with_columns} of {len(modules)} layers have outlier columns, {most} at most{at}"
     yield "strongest channels:"
     for row in strongest_channels(report, threshold, 10):
         yield f"  {row.kind:<10} channel {row.channel:<6} |x| up to {row.absmax:,.1f} (layer {row.layer}, {row.phase})"

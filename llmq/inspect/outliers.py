@@ -60,8 +60,9 @@ def observe_in_parts(
     soon as the prompt is read, and the whole one.
 
     `input_ids`: (1, tokens) int64. Every generated token is run through the model, and has its columns; an end-of-text
-    token ends the loop and is not run. The model runs in eval mode, as bitsandbytes quantizes activations only there,
-    and is put back. `stop` ends it within one layer; the report then says `stopped`.
+    token ends the loop and is not run. The head reads the prompt's last position alone, as in writing text, so its
+    columns are that one's (demo model: 6, and 35 over a whole prompt). The model runs in eval mode, as bitsandbytes
+    quantizes activations only there, and is put back. `stop` ends it within one layer; the report then says `stopped`.
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
         raise BadChoice(f"input_ids of shape {tuple(input_ids.shape)} must be (1, tokens)")
