@@ -273,7 +273,7 @@ CACHED, ELSEWHERE = Download(0, 10**12, True), Download(13_476_000_000, 200 * 10
         (None, "cuda:0", 14.9e9, CACHED, "demo", "15 GB of VRAM are free and 7 B needs 15"),
         (None, "cuda:0", 6e9, CACHED, "demo", "6 GB of VRAM are free"),
         (None, "cuda:0", 15e9, None, "demo", "hub cannot be reached"),
-        (None, "cuda:0", 15e9, ELSEWHERE, "demo", "`python app.py --model llama-2-7b-chat` fetches it (13.5 GB to"),
+        (None, "cuda:0", 15e9, ELSEWHERE, "demo", "`python app.py --model llama-2-7b-chat` fetches its 13.5 GB; 200"),
         (None, "cuda:0", 15e9, CACHED, "llama-2-7b-chat", "GPU holds it"),
     ],
 )

@@ -175,9 +175,9 @@ class Generation:
 def cache_name(model: PreTrainedModel) -> str:
     """Find the name under which `model.forward` takes a KV cache and gives it back: under another it would stay empty,
     without a word. Raises UserError for a model that takes none."""
-    for name in ("cache", "past_key_values"):  # the second before transformers 5.40
-        if name in inspect.signature(type(model).forward).parameters:
-            return name
+    known = inspect.signature(type(model).forward).parameters
+    if name := next((name for name in ("cache", "past_key_values") if name in known), None):
+        return name
     raise UserError(f"{type(model).__name__} takes no KV cache, which writing text here needs")
 
 

@@ -113,8 +113,8 @@ def _rope(config: Mapping) -> Rope:
     _need(not any(isinstance(v, Mapping) for v in settings.values()), "a rotary embedding for each kind of layer")
     if kind == "default":
         return Rope(theta)
-    partial = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    _need(partial == 1.0, f"rotary embedding of {partial} of each head")
+    partial = {**config, **settings}.get("partial_rotary_factor")
+    _need(partial in (None, 1), f"rotary embedding of {partial} of each head")
     if kind == "linear":
         return Rope(theta, factor=float(settings["factor"]))
     _need(kind == "llama3", f"rotary embedding {kind!r}")

@@ -20,10 +20,8 @@ INDEX = "model.safetensors.index.json"
 
 def weight_files(names: Collection[str], read: Callable[[str], str], where: str) -> list[str]:
     """Choose a model's files among the `names` in its folder or repository: `model.safetensors`, else the shards that
-    its index names, sorted; never another format, a copy or an adapter. `read` gives the text of a file.
-
-    Raises ModelUnavailable that tells what is in `where` instead, or which shard is not.
-    """
+    its index names, sorted; never another format, a copy or an adapter. `read` gives the text of a file. Raises
+    ModelUnavailable that tells what is in `where` instead, or which shard is not."""
     if not {WEIGHTS, INDEX} & {*names} or "config.json" not in names or "adapter_config.json" in names:
         raise ModelUnavailable(f"{where} {_what_else(names)}")
     if WEIGHTS in names:

@@ -20,8 +20,7 @@ class Choice:
 
 
 def choose_model(asked: str | None, device: str) -> Choice:
-    """The model asked for; else LLaMA-2-7B-chat where a GPU holds it and this machine has it; else the demo model.
-    Nobody's first start fetches gigabytes that nobody asked for: the reason says how to get them."""
+    """The model asked for; else LLaMA-2-7B-chat where a GPU holds it and it is here already; else the demo model."""
     if asked:
         return Choice(asked, "")
     if not device.startswith("cuda"):
@@ -35,6 +34,6 @@ def choose_model(asked: str | None, device: str) -> Choice:
         return Choice("demo", "The small demo model, because the model hub cannot be reached from here.")
     if found.cached:
         return Choice(GPU_DEFAULT, "Chosen because this GPU holds it and this machine has it.")
-    size = f"{found.bytes / 1e9:.1f} GB to fetch, {found.free_bytes / 1e9:.0f} GB free on the disk"
-    get = f"`python app.py --model {GPU_DEFAULT}` fetches it"
-    return Choice("demo", f"The small demo model, because {GPU_DEFAULT} is not on this machine: {get} ({size}).")
+    get = f"`python app.py --model {GPU_DEFAULT}` fetches its {found.bytes / 1e9:.1f} GB"
+    disk = f"{found.free_bytes / 1e9:.0f} GB are free on the disk"
+    return Choice("demo", f"The small demo model, because {GPU_DEFAULT} is not here yet: {get}; {disk}.")

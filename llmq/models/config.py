@@ -1,5 +1,4 @@
-"""A LLaMA's configuration read from its `config.json` alone, because importing transformers' takes seconds; and its
-generation settings."""
+"""A LLaMA's configuration read from `config.json` alone, because importing transformers' takes seconds."""
 
 from __future__ import annotations
 
@@ -15,9 +14,9 @@ STATED = {"eos_token_id", "hidden_size", "intermediate_size", "max_position_embe
 STATED |= {"num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "vocab_size"}
 
 # What changes the tokens that transformers' `generate` writes, and nothing here looks at.
-REWRITING = ("repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
-REWRITING += ("forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens", "sequence_bias")
-REWRITING += ("guidance_scale", "num_beams", "penalty_alpha", "stop_strings", "min_p", "typical_p")
+REWRITING = {"repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"}
+REWRITING |= {"forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens", "sequence_bias"}
+REWRITING |= {"guidance_scale", "penalty_alpha", "stop_strings", "min_p", "typical_p", "num_beams"}
 
 
 @dataclass(frozen=True)

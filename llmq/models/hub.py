@@ -25,14 +25,12 @@ _ADDRESS = re.compile(  # of a repository's page, of a revision of it, or of its
     r"(?:/(?:tree|commit)/(?P<revision>[^/?#]+))?/?(?:[?#].*)?"
 )
 LARGE_BYTES = 1e9  # a download from here on says its size
-QUESTION_SECONDS = 5
 _UNREACHABLE = "%s is not in the local cache and the hub cannot be reached. The model 'demo' needs no hub."
 
 
 @dataclass(frozen=True)
 class Download:
-    """What it takes to have a repository here: `bytes` to fetch, `free_bytes` on the cache's disk; `cached`: whether
-    it can be opened without asking anybody."""
+    """`bytes` to fetch, `free_bytes` on the cache's disk; `cached`: the model opens without asking anybody."""
 
     bytes: int
     free_bytes: int
@@ -40,10 +38,8 @@ class Download:
 
 
 def address_of(name: str) -> tuple[str, str | None] | None:
-    """The repository and the revision that `name` means: 'o/n', 'o/n@revision', the address of its page or of its git.
-
-    None for what is no such name. Raises BadChoice for one that is understood and cannot be opened.
-    """
+    """The repository and the revision that `name` means: 'o/n', 'o/n@revision', the address of its page or of its git;
+    None for what is no such name. Raises BadChoice for one that is understood and cannot be opened."""
     repo, at, revision = name.partition("@")
     if page := _ADDRESS.fullmatch(name):
         repo, at, revision = page["repo"], page["revision"], unquote(page["revision"] or "")
@@ -61,11 +57,8 @@ def plan(repo: str, revision: str | None = None) -> Download:
 
 
 def download(repo: str, revision: str | None = None) -> Iterator[Progress]:
-    """Fetch what a repository's model needs in a thread, reporting how long that has been going on.
-
-    A hub that does not answer is no failure where everything is here already. Raises ModelUnavailable, and UserError
-    where the disk has no room: before anything large is fetched.
-    """
+    """Fetch what a repository's model needs in a thread, reporting how long that has been going on. A hub that does not
+    answer is no failure where all is here already. Raises UserError, where the disk has no room before it fetches."""
     try:
         missing = yield from _patiently(lambda: _missing(repo, revision), f"asking the hub for {repo}")
     except ModelUnavailable:
@@ -106,7 +99,7 @@ def _missing(repo: str, revision: str | None) -> dict[str, int]:
         return Path(hf_hub_download(repo, name, revision=revision)).read_text(encoding="utf-8")
 
     with _explained(repo, revision):
-        found = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=QUESTION_SECONDS)
+        found = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=5)
         sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
         names = [*weight_files(sizes, read, repo), *filter(SETTINGS.fullmatch, sizes)]
         here = {name for name in names if isinstance(try_to_load_from_cache(repo, name, revision=found.sha), str)}

@@ -51,8 +51,7 @@ class BnbInt8:
         return arguments | {"quantization_config": config}
 
     def convert_(self, model: nn.Module, device: str) -> nn.Module:
-        """Replace every linear layer but the head. A model that is int8 already stays as it is, layers in 16 bit and
-        all, but for a threshold of its own: the label says which one runs."""
+        """Replace every linear layer but the head; what is int8 already stays, but for a threshold of its own."""
         import torch
 
         if next(int8_linears(model), None) is not None:  # quantized on the way in: it may not be moved

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-TABLES = (nn.Embedding, nn.modules.conv._ConvNd)  # what has a matrix and does not multiply by it
-
 
 @dataclass(frozen=True)
 class Coverage:
@@ -48,7 +46,8 @@ def coverage(model) -> Coverage:
 def _parameters(model: nn.Module):
     for place, module in model.named_modules():
         for name, weight in module.named_parameters(place, recurse=False):
-            yield name, weight, weight.ndim > 1 and not isinstance(module, TABLES), weight.element_size() == 1
+            linear = weight.ndim > 1 and not isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
+            yield name, weight, linear, weight.element_size() == 1
 
 
 def _lean(weights):

@@ -55,11 +55,8 @@ class Int8Linear(nn.Linear):
 
 class Int8Embedding:
     """A table of int8 rows, each with its scale. `weight`: int8 (vocabulary, width), `absmax`: float32 (vocabulary,);
-    a tied head has the same two.
-
-    Mixed in before the embedding's own class, which sees the rows that are looked up as its whole table, in 16 bit: so
-    whatever it does besides (a scale, a norm) is done.
-    """
+    a tied head has the same two. Mixed in before the embedding's own class, which sees the rows that are looked up, in
+    16 bit, as its whole table: so whatever it does besides (a scale, a norm) is done."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(...) -> (..., width)."""
@@ -83,8 +80,7 @@ def int8_weight(weight: nn.Parameter) -> Int8Weight:
 
 
 def convert_ends_(model: nn.Module, threshold: float | None) -> None:
-    """Embedding and head of `model` in int8; one table where they are tied. Raises BadChoice where they are more than a
-    table of rows and a linear layer."""
+    """Embedding and head of `model` in int8; one table where they are tied. Raises BadChoice where they are no such."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = isinstance(embedding, nn.Embedding) and embedding.max_norm is None
     if not plain or type(head) not in (nn.Linear, Int8Linear):

@@ -54,8 +54,7 @@ class LlmInt8:
         return {"dtype": torch.float16, "device_map": {"": device}}
 
     def convert_(self, model: nn.Module, device: str) -> nn.Module:
-        """Replace every linear layer but the head by one over int8 codes; of a model out of an int8 checkpoint those
-        that are int8 there, be it the head, and no other."""
+        """Replace every linear layer but the head by one over int8 codes; out of an int8 checkpoint, what is int8."""
         import torch
 
         from llmq.quant.int8_linear import Int8Linear, convert_ends_
