@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.methods import Method, WeightBytes
+from llmq.models.config import PlainConfig
 from llmq.models.opening import open_model
 from llmq.models.presets import PRESETS
 
@@ -20,21 +21,23 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
+
 HEADROOM = 0.95  # share of the free bytes a plan may use; the rest is the allocator's rounding and fragmentation
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes one contestant will need at `tokens` of context."""
+    """Bytes one contestant will need at `tokens` of context. `kv` None: not known for this kind of attention, and the
+    total is what is needed at least."""
 
     weights: int
     scales: int
-    kv: int
+    kv: int | None
     workspace: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.scales + self.kv + self.workspace
+        return self.weights + self.scales + (self.kv or 0) + self.workspace
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,37 @@ def forecast(
     rows = []
     for contestant in contestants:
         found = predict(opened.shape, contestant.method, tokens=tokens, batch=batch)
-        row = {"method": contestant.label, **asdict(found), "total": found.total}
-        fits = None if device_bytes is None else found.total <= HEADROOM * device_bytes
-        rows.append(row | {"fits": fits})
+        total = found.total if found.kv is not None else None
+        fits = None if device_bytes is None or total is None else total <= HEADROOM * device_bytes
+        rows.append({"method": contestant.label, **asdict(found), "total": total, "fits": fits})
     return {"model": model, "context": tokens, "batch": batch, "device_memory": device_bytes, "results": rows}
 
 
-def kv_bytes(config: PretrainedConfig, *, tokens: int, batch: int = 1, itemsize: int = 2) -> int:
-    """2·batch·tokens·layers·G·d_h·itemsize: keys and values of G key/value heads of width d_h (GQA: G < heads)."""
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * batch * tokens * config.num_hidden_layers * groups * width * itemsize
+def kv_bytes(config: PretrainedConfig | PlainConfig, *, tokens: int, batch: int = 1, itemsize: int = 2) -> int | None:
+    """2·batch·G·d_h·itemsize for every token that a layer keeps: keys and values of G key/value heads (GQA: G < heads)
+    of width d_h; with a sliding window of w it keeps w - 1. None where layers keep something else: latents (MLA), the
+    state of a linear attention, one pair for each of several loops, heads that differ from layer to layer."""
+    try:
+        heads, kept = config.num_attention_heads, _kept(config, tokens)
+        alone = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+        groups = 1 if alone else getattr(config, "num_key_value_heads", None) or heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    except (AttributeError, KeyError, RuntimeError):  # what transformers raises for a setting each layer has its own of
+        return None
+    other = any(getattr(config, name, None) for name in ("kv_lora_rank", "n_recurrent_loops"))
+    return None if other or kept is None else 2 * batch * kept * groups * width * itemsize
+
+
+def _kept(config: PretrainedConfig | PlainConfig, tokens: int) -> int | None:
+    """The sum over the layers of how many of `tokens` each keeps; None where one keeps no keys and values."""
+    if isinstance(config, PlainConfig):
+        return tokens * config.num_hidden_layers  # the lean loop computes no window
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=config).layers
+    if {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
+        return None
+    return sum(min(tokens, layer.sliding_window - 1) if layer.is_sliding else tokens for layer in layers)
 
 
 def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> Plan:

@@ -68,4 +68,5 @@ def memory_lines(result: dict) -> Iterator[str]:
     yield f"  {'method':<14}" + "".join(f"{name:>11}" for name in names)
     for row in result["results"]:
         fits = {None: "", True: "  fits", False: "  does not fit"}[row["fits"]]
-        yield f"  {row['method']:<14}" + "".join(f"{row[name] / 1e9:>11.3f}" for name in names) + fits
+        cells = ("not known" if row[name] is None else f"{row[name] / 1e9:.3f}" for name in names)
+        yield f"  {row['method']:<14}" + "".join(f"{cell:>11}" for cell in cells) + fits

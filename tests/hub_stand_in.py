@@ -7,14 +7,13 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from urllib.parse import unquote
 
 
 class Hub:
-    """Serves `repositories` (id -> folder). `refusals`: id -> (status, X-Error-Code), for the question after the
-    repository; `file_refusals` the same for its files only, as a gated repository does. `broken`: ids whose answer
-    breaks off. `requests` lists (method, path)."""
+    """Serves `repositories`: id -> folder, and (id, revision) -> folder. `refusals`: id -> (status, X-Error-Code), for
+    the question after the repository; `file_refusals`: for its files only, as a gated repository has. `broken`:
+    ids whose answer breaks off. `requests` lists (method, path)."""
 
     def __init__(self, repositories=None, refusals=None, file_refusals=None, broken=()):
         self.repositories, self.refusals = repositories or {}, refusals or {}
@@ -57,27 +56,44 @@ class Hub:
         elif refusal or repository not in self.repositories:
             status, code = refusal or (404, "RepoNotFound")
             _send(request, b"", status, {"X-Error-Code": code} if code else {})
+        elif (folder := self._folder(repository, rest)) is None:
+            _send(request, b"", 404, {"X-Error-Code": "RevisionNotFound"})
         elif asks_for_a_file:
-            self._send_file(request, Path(self.repositories[repository]) / rest[-1])
+            self._send_file(request, folder, "/".join(rest[2:]))
         elif rest[:1] == ["tree"]:
-            _send(request, json.dumps([_entry(file) for file in self._files(repository)]).encode())
+            _send(request, json.dumps([_entry(folder, file) for file in _files(folder)]).encode())
         else:
-            siblings = [{"rfilename": file.name} for file in self._files(repository)]
-            _send(request, json.dumps({"id": repository, "sha": COMMIT, "siblings": siblings}).encode())
+            siblings = [{"rfilename": str(f.relative_to(folder)), "size": f.stat().st_size} for f in _files(folder)]
+            _send(request, json.dumps({"id": repository, "sha": commit_of(folder), "siblings": siblings}).encode())
 
-    def _files(self, repository: str) -> list[Path]:
-        return sorted(Path(self.repositories[repository]).iterdir())
+    def _folder(self, repository: str, rest: list[str]) -> Path | None:
+        """The folder that `rest` of an address asks for: main's, or that of the revision or commit it names."""
+        revision = unquote(rest[1]) if rest else "main"
+        known = {"main": self.repositories[repository]}
+        known |= {key[1]: folder for key, folder in self.repositories.items() if key[0] == repository}
+        known |= {commit_of(folder): folder for folder in known.values()}
+        return Path(known[revision]) if revision in known else None
 
-    def _send_file(self, request, file: Path) -> None:
-        if not file.is_file():
-            return _send(request, b"", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        data = file.read_bytes()
-        _send(request, data, 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'})
+    def _send_file(self, request, folder: Path, name: str) -> None:
+        commit = {"X-Repo-Commit": commit_of(folder)}
+        if not (folder / name).is_file():
+            return _send(request, b"", 404, {"X-Error-Code": "EntryNotFound"} | commit)
+        data = (folder / name).read_bytes()
+        _send(request, data, 200, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'} | commit)
 
 
-def _entry(file: Path) -> dict:
+def commit_of(folder) -> str:
+    return hashlib.sha1(str(folder).encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _entry(folder: Path, file: Path) -> dict:
     data = file.read_bytes()
-    return {"type": "file", "path": file.name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+    path = str(file.relative_to(folder))
+    return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
 
 
 def _send(request, data: bytes, status: int = 200, headers: dict | None = None) -> None:

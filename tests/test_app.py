@@ -13,8 +13,6 @@ import pytest
 
 import app
 from llmq.errors import UserError
-from llmq.models import choice
-from llmq.models.choice import choose_model
 from llmq.ui.shell import address
 
 
@@ -184,23 +182,6 @@ def test_auth_is_a_name_and_a_password():
     assert app.parse_auth(None) is None
     with pytest.raises(UserError):
         app.parse_auth(":secret")
-
-
-@pytest.mark.parametrize(
-    ("device", "free", "hub", "model", "word"),
-    [
-        ("cpu", 0, True, "demo", "no GPU"),
-        ("cuda:0", 8e9, True, "demo", "8 GB"),
-        ("cuda:0", 80e9, False, "demo", "hub cannot be reached"),
-        ("cuda:0", 80e9, True, "llama-2-7b-chat", "this GPU holds it"),
-    ],
-)
-def test_the_first_model_and_why(monkeypatch, device, free, hub, model, word):
-    monkeypatch.setattr(choice.telemetry, "free_bytes", lambda device: free)
-    monkeypatch.setattr(choice, "hub_has", lambda repository: hub)
-    chosen = choose_model(None, device)
-    assert (chosen.model, word in chosen.reason) == (model, True)
-    assert choose_model("demo", device).reason == ""
 
 
 def test_the_path_of_a_proxy_is_before_every_address_of_the_page(monkeypatch):

@@ -12,7 +12,7 @@ from conftest import tiny_llama
 from tiny_runs import light
 from torch import nn
 
-from llmq.engine.hf import WARM_UP_TOKENS, HFEngine, Interrupted
+from llmq.engine.hf import WARM_UP_TOKENS, HFEngine, Interrupted, cache_name
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
 from llmq.methods import METHODS
@@ -63,6 +63,35 @@ def test_cached_decode_equals_full_forwards(kv_heads, prompt):
         assert token.token_id == logits.argmax().item()
         assert token.logprob == pytest.approx(logits.log_softmax(-1)[token.token_id].item(), abs=1e-5)
         ids.append(token.token_id)
+
+
+def test_the_cache_holds_every_token_read():
+    """A cache that `forward` does not know by its name would stay empty, without a word."""
+    generation = engine_for().start(PROMPT, GREEDY)
+    generation.prefill()
+    lengths = [generation._cache.get_seq_length()]
+    for _ in range(3):
+        generation.step()
+        lengths.append(generation._cache.get_seq_length())
+    assert lengths == [len(PROMPT) + step for step in range(4)]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_the_name_that_forward_has(name):
+    class Model(nn.Module):
+        pass
+
+    exec(f"def forward(self, input_ids, {name}=None, **kwargs): ...", scope := {})
+    Model.forward = scope["forward"]
+    assert cache_name(Model()) == name
+
+
+def test_a_model_without_a_cache_is_refused(engine):
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    engine.model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(UserError, match="OpenAIGPTLMHeadModel takes no KV cache"):
+        engine.start(PROMPT, GREEDY)
 
 
 def test_log_probability_is_that_of_the_unfiltered_distribution(engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -9,18 +10,22 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_stand_in import COMMIT, Hub
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from hub_stand_in import Hub, commit_of
 from huggingface_hub import constants
 
 from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
-from llmq.errors import ModelUnavailable
+from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.events import Loading
 from llmq.labs.compare import Comparison
 from llmq.machine.door import Machine
+from llmq.models import choice
 from llmq.models import hub as hub_module
-from llmq.models.choice import hub_has
+from llmq.models.hub import Download, plan
 from llmq.models.loading import folder_of, load_config, load_tokenizer, prepare, resolve, revision_of
+from llmq.models.presets import PRESETS
 from llmq.summary import Summary
 
 
@@ -64,24 +69,120 @@ def fetched(name: str):
 def test_a_repository_is_downloaded_once_and_opens_without_the_hub(hub, tiny_folder, monkeypatch):
     source = fetched("owner/tiny")
     use("http://127.0.0.1:9", monkeypatch)
-    assert revision_of(source) == COMMIT
+    assert revision_of(source) == commit_of(tiny_folder)
     assert load_config(source).hidden_size == 32
     assert load_tokenizer(source)("a")["input_ids"]
     wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {file.name for file in folder_of(source).iterdir()} == wanted
 
 
-def test_only_files_that_llmq_opens_are_downloaded(hub, tiny_folder, tmp_path):
-    folder = tmp_path / "repository"
-    folder.mkdir()
-    for file in tiny_folder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    for name in ("pytorch_model.bin", "modeling_evil.py", "README.md", "weights.gguf"):
+def repository(folder: Path, origin: Path, *more: str) -> Path:
+    """A copy of `origin`, with files that hold nothing beside it."""
+    shutil.copytree(origin, folder)
+    for name in more:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("no")
-    hub.repositories["owner/more"] = folder
-    found = {file.name for file in folder_of(fetched("owner/more")).iterdir()}
-    assert found == {file.name for file in tiny_folder.iterdir()}
-    assert not any(path.endswith((".bin", ".py", ".gguf")) for _, path in hub.requests)
+    return folder
+
+
+def sharded(folder: Path) -> Path:
+    """The tiny model in three files and an index, with a tokenizer."""
+    tiny_llama(torch.float16).save_pretrained(folder, max_shard_size="30kB")
+    byte_tokenizer().save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    return folder
+
+
+def test_only_files_that_llmq_opens_are_downloaded(hub, tiny_folder, tmp_path):
+    other = ("pytorch_model.bin", "modeling_evil.py", "README.md", "weights.gguf", "consolidated.safetensors")
+    more = ("chat_template.jinja", "original/params.json", "onnx/model.safetensors", "model.fp16.safetensors")
+    hub.repositories["owner/more"] = repository(tmp_path / "more", tiny_folder, *other, *more)
+    folder = folder_of(fetched("owner/more"))
+    found = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert found == {file.name for file in tiny_folder.iterdir()} | {"chat_template.jinja"}
+    assert not any(path.endswith(("consolidated.safetensors", "params.json", ".bin")) for _, path in hub.requests)
+
+
+def test_a_model_in_parts_is_downloaded_by_its_index(hub, tmp_path):
+    origin = sharded(tmp_path / "parts")
+    shutil.copyfile(origin / "model-00001-of-00003.safetensors", origin / "consolidated.safetensors")
+    hub.repositories["owner/parts"] = origin
+    found = sorted(file.name for file in folder_of(fetched("owner/parts")).glob("*.safetensors"))
+    assert found == [f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)]
+
+
+def test_a_download_that_was_cut_off_is_not_taken_for_a_model(hub, tmp_path, monkeypatch):
+    hub.repositories["owner/parts"] = sharded(tmp_path / "parts")
+    folder = folder_of(fetched("owner/parts"))
+    assert plan("owner/parts").cached
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    lost = (tmp_path / "parts" / "model-00002-of-00003.safetensors").stat().st_size
+    assert plan("owner/parts").bytes == lost
+    use("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(ModelUnavailable, match="not in the local cache"):
+        fetched("owner/parts")
+    with pytest.raises(ModelUnavailable, match="owner/parts lacks 1 of 3 files: model-00002-of-00003.safetensors"):
+        folder_of(resolve("owner/parts"))
+
+
+@pytest.mark.parametrize("name", ["owner/tiny@v2", "https://huggingface.co/owner/tiny/tree/v2", "owner/tiny@refs/pr/7"])
+def test_a_revision_is_that_revision(name, hub, tiny_folder, tmp_path, monkeypatch):
+    other = repository(tmp_path / "other", tiny_folder)
+    changed = (other / "config.json").read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5')
+    (other / "config.json").write_text(changed)
+    hub.repositories |= {("owner/tiny", "v2"): other, ("owner/tiny", "refs/pr/7"): other}
+    main, source = fetched("owner/tiny"), fetched(name)
+    use("http://127.0.0.1:9", monkeypatch)
+    assert (revision_of(main), revision_of(source)) == (commit_of(tiny_folder), commit_of(other))
+    assert (load_config(main).rms_norm_eps, load_config(source).rms_norm_eps) == (1e-6, 0.5)
+    assert source.name == f"owner/tiny@{source.revision}"
+    commit = fetched(f"owner/tiny@{commit_of(other)}")  # a commit is one too, and is here already
+    assert folder_of(commit) == folder_of(source)
+
+
+def test_a_revision_that_does_not_exist_is_named(hub):
+    with pytest.raises(ModelUnavailable, match="owner/tiny has no revision 'v9' on the hub"):
+        fetched("owner/tiny@v9")
+
+
+def test_a_plan_counts_what_is_missing_and_fetches_nothing(hub, tiny_folder, monkeypatch):
+    missing = plan("owner/tiny")
+    assert missing.bytes == sum(file.stat().st_size for file in tiny_folder.iterdir())
+    assert not missing.cached and missing.free_bytes > 0
+    assert {command for command, _ in hub.requests} == {"GET"} and len(hub.requests) == 1
+    fetched("owner/tiny")
+    hub.requests.clear()
+    monkeypatch.setattr(hub_module, "_free_bytes", lambda: 1)
+    assert plan("owner/tiny") == Download(0, 1, True)
+    assert hub.requests == []
+
+
+def test_the_first_start_fetches_nothing_large(hub, tiny_folder, monkeypatch):
+    """The app on a GPU that holds 7 B: the model is chosen once somebody has asked for it."""
+    monkeypatch.setattr(choice.telemetry, "free_bytes", lambda device: 80e9)
+    hub.repositories[PRESETS[choice.GPU_DEFAULT].hub_id] = tiny_folder
+    assert choice.choose_model(None, "cuda:0").model == "demo"
+    assert not any("resolve" in path for _, path in hub.requests)
+    fetched(choice.choose_model(choice.GPU_DEFAULT, "cuda:0").model)
+    assert choice.choose_model(None, "cuda:0").model == choice.GPU_DEFAULT
+
+
+def test_too_small_a_disk_is_told_before_anything_is_fetched(hub, monkeypatch):
+    monkeypatch.setattr(hub_module, "_free_bytes", lambda: 1000)
+    with pytest.raises(UserError, match="owner/tiny needs 0.0 GB and 0.0 GB are free.*HF_HOME"):
+        fetched("owner/tiny")
+    assert not any("resolve" in path for _, path in hub.requests)
+
+
+def test_a_large_download_says_its_size(monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(hub_module, "_missing", lambda repo, revision: {"model.safetensors": 13_476_000_000})
+    monkeypatch.setattr(hub_module, "_free_bytes", lambda: 200 * 10**9)
+    monkeypatch.setattr(hub_module, "_fetch", lambda repo, revision, names: gate.wait(20))
+    progress = prepare(resolve("owner/tiny"))
+    assert next(progress).message.startswith("fetching owner/tiny from the hub, 13.5 GB of 200 GB that are free")
+    gate.set()
+    list(progress)
 
 
 def test_a_comparison_downloads_first_and_says_so(hub):
@@ -135,7 +236,10 @@ def test_a_repository_without_weights_is_told_so(hub, tmp_path):
     (tmp_path / "bare" / "config.json").write_text("{}")
     hub.repositories["owner/bare"] = tmp_path / "bare"
     with pytest.raises(ModelUnavailable, match="owner/bare has no safetensors weights"):
-        folder_of(fetched("owner/bare"))
+        fetched("owner/bare")
+    (tmp_path / "bare" / "model.Q8_0.gguf").write_text("")
+    with pytest.raises(ModelUnavailable, match="owner/bare holds GGUF files"):
+        fetched("owner/bare")
 
 
 def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch):
@@ -147,7 +251,8 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch):
 
 def test_a_download_tells_how_long_it_has_been_going(monkeypatch):
     gate = threading.Event()
-    monkeypatch.setattr(hub_module, "snapshot", lambda repo, *, local_only: gate.wait(20))
+    monkeypatch.setattr(hub_module, "_missing", lambda repo, revision: {})
+    monkeypatch.setattr(hub_module, "_fetch", lambda repo, revision, names: gate.wait(20))
     progress = prepare(resolve("owner/tiny"))
     first = next(progress)
     gate.set()
@@ -158,7 +263,7 @@ def test_a_download_tells_how_long_it_has_been_going(monkeypatch):
 def test_a_stop_does_not_wait_for_the_download(monkeypatch):
     """Thirteen gigabytes may take an hour; whoever stops, or closes the page, must not hold the device meanwhile."""
     gate = threading.Event()
-    monkeypatch.setattr(hub_module, "snapshot", lambda repo, *, local_only: gate.wait(3))
+    monkeypatch.setattr(hub_module, "_missing", lambda repo, revision: gate.wait(3))
     progress = prepare(resolve("owner/tiny"))
     next(progress)
     started = time.monotonic()
@@ -172,7 +277,7 @@ def test_a_stopped_download_does_not_hold_up_the_end_of_the_program():
     """Ctrl-C at a terminal: the interpreter must not wait at its exit for a thread that is still fetching."""
     code = (
         "import time\nfrom llmq.models import hub, loading\n"
-        "hub.snapshot = lambda repo, *, local_only: time.sleep(30)\n"
+        "hub._missing = lambda repo, revision: time.sleep(30)\n"
         "progress = loading.prepare(loading.resolve('owner/tiny'))\nnext(progress)\nprogress.close()\nprint('closed')"
     )
     root = Path(__file__).parents[1]
@@ -184,21 +289,62 @@ def test_a_stopped_download_does_not_hold_up_the_end_of_the_program():
             program.kill()
 
 
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [("owner/tiny", True), ("owner/missing", False), ("owner/gated-files", False), ("owner/hangs-up", False)],
-)
-def test_the_hub_is_asked_for_one_small_file(name, found, hub):
-    assert hub_has(name) is found
-    assert hub.requests == [("HEAD", f"/{name}/resolve/main/config.json")]
-
-
-def test_a_cached_configuration_needs_no_question(hub, monkeypatch):
-    fetched("owner/tiny")
-    hub.requests.clear()
-    assert hub_has("owner/tiny") and hub.requests == []
-
-
 def test_an_offline_machine_asks_nobody(hub, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert not hub_has("owner/tiny") and hub.requests == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelUnavailable, match="hub cannot be reached"):
+        plan("owner/tiny")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("owner/name", ("owner/name", None)),
+        ("owner/name@v1.0", ("owner/name", "v1.0")),
+        ("owner/name@refs/pr/3", ("owner/name", "refs/pr/3")),
+        ("https://huggingface.co/owner/name", ("owner/name", None)),
+        ("https://huggingface.co/owner/name/", ("owner/name", None)),
+        ("http://www.huggingface.co/owner/name?library=x#files", ("owner/name", None)),
+        ("huggingface.co/owner/name/tree/v1.0", ("owner/name", "v1.0")),
+        ("https://huggingface.co/owner/name/tree/refs%2Fpr%2F3", ("owner/name", "refs/pr/3")),
+        ("https://hf.co/owner/name/commit/0123abc", ("owner/name", "0123abc")),
+        ("https://huggingface.co/owner/name.git", ("owner/name", None)),
+        ("git@hf.co:owner/name.git", ("owner/name", None)),
+        ("ssh://git@hf.co/owner/name", ("owner/name", None)),
+    ],
+)
+def test_every_way_to_name_a_repository_is_understood(name, address):
+    source = resolve(name)
+    assert (source.kind, source.location, source.revision) == ("hub", *address)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("owner/name:Q8_0", "'owner/name:Q8_0' is GGUF, rounded already: choose the repository or folder"),
+        ("hf.co/owner/name:Q8_0", "is GGUF"),
+        ("missing/model.gguf", "is GGUF"),
+        ("https://huggingface.co/owner/name/blob/main/config.json", "is no model on the hub: choose owner/name"),
+        ("https://huggingface.co/owner/name/tree/main/onnx", "is no model on the hub"),
+        ("https://huggingface.co/owner", "is no model on the hub"),
+        ("https://huggingface.co", "is no model on the hub"),
+        ("https://huggingface.co/datasets/owner/name", "is no model on the hub"),
+        ("https://huggingface.co/spaces/owner/name", "is no model on the hub"),
+        ("https://github.com/owner/name", "is no model on the hub.*or fetch it and name the folder it is in"),
+        ("git@github.com:owner/name.git", "is no model on the hub"),
+        ("s3://bucket/model", "is no model on the hub"),
+        ("owner/name@", "unknown model"),
+        ("demo@v1", "unknown model"),
+    ],
+)
+def test_what_is_understood_and_not_opened_says_why(name, words):
+    with pytest.raises(BadChoice, match=words):
+        resolve(name)
+
+
+def test_a_file_is_not_opened(tiny_folder, tmp_path):
+    with pytest.raises(BadChoice, match="choose from .*a local folder"):
+        resolve(str(tiny_folder / "model.safetensors"))
+    (tmp_path / "model.Q8_0.gguf").write_text("")
+    with pytest.raises(BadChoice, match="is GGUF"):
+        resolve(str(tmp_path / "model.Q8_0.gguf"))

@@ -14,7 +14,7 @@ from llmq.engine.interface import Interrupted, capacity_for
 from llmq.engine.llama import LeanEngine
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
-from llmq.errors import BadChoice, UserError
+from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.kernels import reference
 from llmq.methods import METHODS, parse_method
 from llmq.models.architecture import Unsupported, architecture_of
@@ -39,15 +39,17 @@ KINDS = {
 
 
 class ModelTensors:
-    """A transformers model as a source of tensors."""
+    """A transformers model as a source of tensors, or the tensors themselves."""
 
     def __init__(self, model):
-        self.tensors = dict(model.named_parameters())
+        self.tensors = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else model
 
     def __contains__(self, name):
         return name in self.tensors
 
     def get(self, name, device):
+        if name not in self.tensors:
+            raise ModelUnavailable(f"the checkpoint has no tensor {name!r}")
         return self.tensors[name].detach()
 
 
@@ -75,6 +77,38 @@ def test_every_kind_of_llama_computes_what_transformers_computes(kind):
     hf, lean = pair(**KINDS[kind])
     torch.testing.assert_close(lean.logits(PROMPT), hf.logits(PROMPT), rtol=1e-4, atol=1e-4)
     assert generate(lean) == generate(hf)
+
+
+def ends(tied: bool, tensors: dict) -> tuple:
+    """Embedding and head that the loop makes of `tensors`."""
+    architecture = architecture_of(tiny_llama(torch.float32, tie_word_embeddings=tied).config.to_dict())
+    kind = {"dtype": torch.float32, "int8": False, "device": "cpu", "kernels": reference}
+    made = load_weights(ModelTensors(tensors), architecture, **kind)
+    return made.embedding, made.head
+
+
+def test_a_tied_head_is_what_the_file_holds():
+    """As in transformers: under either name, and not tied where two that differ are there."""
+    tensors = dict(tiny_llama(torch.float32).named_parameters())
+    embedding, head = tensors["model.embed_tokens.weight"], tensors.pop("lm_head.weight")
+    same = ends(True, tensors)
+    assert same[0] is same[1] and torch.equal(same[0], embedding)
+    copied = ends(True, tensors | {"lm_head.weight": embedding.clone()})
+    assert copied[0] is copied[1]
+    apart = ends(True, tensors | {"lm_head.weight": head})
+    assert torch.equal(apart[0], embedding) and torch.equal(apart[1], head)
+    del tensors["model.embed_tokens.weight"]
+    alone = ends(True, tensors | {"lm_head.weight": head})
+    assert alone[0] is alone[1] and torch.equal(alone[0], head)
+    with pytest.raises(ModelUnavailable, match="no tensor 'model.embed_tokens.weight'"):
+        ends(True, tensors)
+
+
+def test_a_head_that_is_not_there_is_not_made_up():
+    tensors = dict(tiny_llama(torch.float32).named_parameters())
+    del tensors["lm_head.weight"]
+    with pytest.raises(ModelUnavailable, match="no tensor 'lm_head.weight'"):
+        ends(False, tensors)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -162,20 +196,28 @@ def test_room_doubles_up_to_the_context(tokens, room):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "gpt2"}, "'gpt2'"),
-        ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"mlp_bias": True}, "bias in the MLP"),
-        ({"model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 128}, "sliding"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
-        ({"intermediate_size": 77}, "multiples of 16"),
+        ({"model_type": "qwen3"}, "models of type 'qwen3'"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"mlp_bias": True}, "a bias in the MLP"),
+        ({"model_type": "mistral", "sliding_window": 64, "max_position_embeddings": 128}, "a sliding attention window"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary embedding 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary embedding 'dynamic'"),
+        ({"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}}, "rotary embedding of 0.5 of each head"),
+        ({"rope_parameters": {"full_attention": {}}}, "a rotary embedding for each kind of layer"),
+        ({"intermediate_size": 77}, r"sizes that are not multiples of 16 \(intermediate 77\)"),
+        ({"head_dim": 18}, r"sizes that are not multiples of 16 \(heads times width 72\)"),
+        ({"num_attention_heads": 3, "head_dim": 16}, "3 heads of width 16 over 2 groups"),
+        ({"num_attention_heads": 6, "head_dim": 16}, "a hidden size of 32 for 6 heads"),
+        ({"transformers_weights": "other.safetensors"}, "weights in a file of another name"),
+        ({"quantization_config": {"llm_int8_skip_modules": []}}, "an int8 checkpoint with its own list of layers"),
     ],
 )
 def test_what_the_lean_loop_cannot_compute_it_says(changes, reason):
     config = tiny_llama(torch.float32).config.to_dict() | changes
-    with pytest.raises(Unsupported, match=reason):
+    with pytest.raises(Unsupported, match=f"^{reason}"):
         architecture_of(config)
     assert choose_engines("auto", [METHODS["fp16"]], config, "cuda:0") == ["hf"]
-    with pytest.raises(BadChoice, match=reason):
+    with pytest.raises(BadChoice, match=f"^engine 'lean': the lean loop does not compute {reason}"):
         choose_engines("lean", [METHODS["fp16"]], config, "cuda:0")
 
 
@@ -192,6 +234,16 @@ def test_old_configurations_are_read_too():
     found = architecture_of(old)
     assert (found.rope.theta, found.rope.factor, found.groups, found.width) == (5e5, 8.0, 4, 16)
     assert architecture_of(shape | {"model_type": "qwen2"}).qkv_bias
+    both = shape | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 7.0}}
+    assert architecture_of(both).rope.factor == 2.0  # transformers' order where a file has both
+
+
+def test_what_a_family_ignores_is_ignored():
+    """Mistral has no biases, whatever its configuration says."""
+    shape = tiny_llama(torch.float32).config.to_dict() | {"attention_bias": True, "sliding_window": None}
+    assert architecture_of(shape).qkv_bias and architecture_of(shape).output_bias
+    mistral = architecture_of(shape | {"model_type": "mistral"})
+    assert not mistral.qkv_bias and not mistral.output_bias
 
 
 LEAN_CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}

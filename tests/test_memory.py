@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_config, tiny_llama
 from tiny_runs import engine_of, light, source_of
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from llmq import memory
+from llmq.cli import main
 from llmq.engine.hf import HFEngine
 from llmq.machine.door import Machine
 from llmq.memory import Prediction
@@ -33,7 +36,7 @@ def test_kv_formula_equals_a_real_cache(kv_heads, changes, batch, tokens):
     model = tiny_llama(torch.float16, num_key_value_heads=kv_heads, **changes)
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(torch.ones(batch, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+        model(torch.ones(batch, tokens, dtype=torch.long), cache=cache, use_cache=True)
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert memory.kv_bytes(model.config, tokens=tokens, batch=batch, itemsize=2) == real
 
@@ -109,6 +112,22 @@ def test_a_prediction_grows_with_tokens_and_batch():
     assert (long.kv, wide.kv) == (2 * small.kv, 2 * small.kv)
     assert min(long.workspace, wide.workspace) > small.workspace > 0
     assert small.total == small.weights + small.scales + small.kv + small.workspace
+
+
+def test_what_is_not_known_is_said_and_is_no_zero(tmp_path, capsys):
+    """A model that keeps latents: the total is unknown with them, and a plan counts the rest."""
+    from transformers import MiniCPM3Config
+
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MiniCPM3Config(**small, kv_lora_rank=16, q_lora_rank=16, vocab_size=259)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    predicted = memory.predict(meta_model(config), METHODS["fp16"], tokens=10)
+    assert predicted.kv is None and predicted.total == predicted.weights + predicted.scales + predicted.workspace > 0
+    assert main(["memory", "--model", str(tmp_path), "--methods", "fp16", "--device-memory", "15", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["results"]
+    assert (row["kv"], row["total"], row["fits"]) == (None, None, None)
+    assert main(["memory", "--model", str(tmp_path), "--methods", "fp16", "--device-memory", "15"]) == 0
+    assert capsys.readouterr().out.count("not known") == 2
 
 
 def need(*totals: int) -> list[Prediction]:

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_llama
+from tiny_runs import key_of
 
 from llmq import telemetry
+from llmq.engine.loading import load_engine
 from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.methods import METHODS
 from llmq.models import choice
 from llmq.models.choice import choose_model
 from llmq.models.demo import demo_folder
+from llmq.models.hub import Download
 from llmq.models.loading import (
     Source,
     folder_of,
@@ -122,18 +126,65 @@ def damaged(tiny_folder, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda folder: (folder / "config.json").unlink(), "holds no model: it has no config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "my-model has no safetensors weights"),
-        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "no safetensors weights"),
-    ],
-    ids=["no configuration", "no weights", "pickled weights"],
-)
-def test_a_folder_without_a_model_is_told_what_is_missing(damage, words, damaged):
+def renamed(name: str, without: str = ""):
+    """The weights under another name, and perhaps without another file."""
+
+    def change(folder: Path):
+        (folder / "model.safetensors").rename(folder / name)
+        if without:
+            (folder / without).unlink()
+
+    return change
+
+
+def pointer(name: str):
+    return content(name, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def in_parts(missing: bool = False, index: bytes = b""):
+    """Three files and their index, the second missing or the index damaged."""
+
+    def change(folder: Path):
+        (folder / "model.safetensors").unlink()
+        tiny_llama(torch.float16).save_pretrained(folder, max_shard_size="30kB")
+        if missing:
+            (folder / "model-00002-of-00003.safetensors").unlink()
+        if index:
+            (folder / "model.safetensors.index.json").write_bytes(index)
+
+    return change
+
+
+NOT_WHOLE = "my-model lacks 1 of 3 files: model-00002-of-00003.safetensors; fetch it again"
+FOLDERS = {
+    "no configuration": (lambda folder: (folder / "config.json").unlink(), "my-model holds no model: it has no config"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "my-model has no safetensors weights"),
+    "nothing": (lambda folder: [file.unlink() for file in folder.iterdir()], "my-model holds no model: it has no conf"),
+    "pickled": (renamed("pytorch_model.bin"), "no safetensors weights, and files of other formats can run code"),
+    "GGUF": (renamed("tiny.Q8_0.gguf"), "my-model holds GGUF files, whose weights are rounded already"),
+    "GGUF alone": (renamed("tiny.Q8_0.gguf", without="config.json"), "my-model holds GGUF files"),
+    "Mistral's own format": (renamed("consolidated.safetensors"), "in the format of the model's makers"),
+    "a copy in FP16": (renamed("model.fp16.safetensors"), "my-model has no safetensors weights"),
+    "an adapter": (content("adapter_config.json", b"{}"), "my-model is an adapter of another model"),
+    "a pointer": (pointer("model.safetensors"), "model.safetensors of my-model is a Git LFS pointer.*run git lfs pull"),
+    "a pointer to words": (pointer("tokenizer.json"), "tokenizer.json of my-model is a Git LFS pointer"),
+    "a part missing": (in_parts(missing=True), NOT_WHOLE),
+    "half an index": (in_parts(index=b'{"weight_map"'), "index.json of my-model cannot be read"),
+    "an index of nothing": (in_parts(index=b"[]"), "index.json of my-model cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_that_is_no_whole_model_says_what_it_is(kind, damaged):
+    damage, words = FOLDERS[kind]
     with pytest.raises(ModelUnavailable, match=words):
         folder_of(damaged(damage))
+
+
+@pytest.mark.parametrize("engine", ["hf", "lean"])
+def test_both_loops_say_it_alike(engine, damaged):
+    with pytest.raises(ModelUnavailable, match=NOT_WHOLE):
+        load_engine(key_of(damaged(in_parts(missing=True)), "fp16", loop=engine))
 
 
 def test_the_demo_that_was_never_fetched_says_how_to_fetch_it(tmp_path):
@@ -213,20 +264,29 @@ def test_a_loaded_model_only_answers(tiny_folder):
     assert revision_of(resolve(str(tiny_folder))) == "local folder"
 
 
+CACHED, ELSEWHERE = Download(0, 10**12, True), Download(13_476_000_000, 200 * 10**9, False)
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "free", "hub", "model", "words"),
     [
-        ("anything", "cpu", 0, False, "anything", ""),
-        (None, "cpu", 10**12, True, "demo", "no GPU"),
-        (None, "cuda:0", 14.9e9, True, "demo", "15 GB of VRAM are free and 7 B needs 15"),
-        (None, "cuda:0", 6e9, True, "demo", "6 GB of VRAM are free"),
-        (None, "cuda:0", 15e9, False, "demo", "hub cannot be reached"),
-        (None, "cuda:0", 15e9, True, "llama-2-7b-chat", "GPU holds it"),
+        ("anything", "cpu", 0, None, "anything", ""),
+        (None, "cpu", 10**12, CACHED, "demo", "no GPU"),
+        (None, "cuda:0", 14.9e9, CACHED, "demo", "15 GB of VRAM are free and 7 B needs 15"),
+        (None, "cuda:0", 6e9, CACHED, "demo", "6 GB of VRAM are free"),
+        (None, "cuda:0", 15e9, None, "demo", "hub cannot be reached"),
+        (None, "cuda:0", 15e9, ELSEWHERE, "demo", "`python app.py --model llama-2-7b-chat` fetches its 13.5 GB; 200"),
+        (None, "cuda:0", 15e9, CACHED, "llama-2-7b-chat", "GPU holds it"),
     ],
 )
 def test_the_first_model_is_chosen_for_a_reason(asked, device, free, hub, model, words, monkeypatch):
+    def plan(repo):
+        if hub is None:
+            raise ModelUnavailable("nobody there")
+        return hub
+
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: free)
-    monkeypatch.setattr(choice, "hub_has", lambda repository: hub)
+    monkeypatch.setattr(choice.hub, "plan", plan)
     chosen = choose_model(asked, device)
     assert chosen.model == model and words in chosen.reason
 

@@ -20,7 +20,7 @@ from llmq.engine.interface import Interrupted
 from llmq.engine.llama import LeanEngine
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
-from llmq.errors import BadChoice, UserError
+from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.kernels import primitives, reference
 from llmq.kernels.cpu import build
 from llmq.kernels.cpu.library import why_not_native
@@ -279,7 +279,7 @@ def test_a_matrix_may_lie_the_other_way():
 def test_norms_and_biases_have_the_sizes_the_configuration_says():
     model = tiny_llama(torch.float32, intermediate_size=64)
     model.model.norm.weight.data = torch.ones(31)
-    with pytest.raises(ValueError, match="model.norm.weight have 31 numbers; the configuration says 32"):
+    with pytest.raises(ModelUnavailable, match="model.norm.weight: 31 numbers; the configuration says 32"):
         built(ModelTensors(model), architecture_of(model.config.to_dict()), "fp16", packed=True)
 
 

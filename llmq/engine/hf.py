@@ -11,6 +11,7 @@ call, so what a call needed beyond what was allocated before it is this engine's
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from llmq.engine.interface import Interrupted, Token, token_of
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import timer_for
+from llmq.errors import UserError
 from llmq.methods import Method
 from llmq.methods.swap import stored_bytes
 
@@ -126,6 +128,7 @@ class Generation:
         assert prompt_ids, "a generation needs at least one prompt token"
         self._engine = engine
         self._prompt_ids = prompt_ids
+        self._cache_name = cache_name(engine.model)
         self._cache = DynamicCache(config=engine.model.config)
         self._sampler = Sampler(settings, engine.device)
         self._last: int | None = None
@@ -162,7 +165,8 @@ class Generation:
         kv_before = self.kv_bytes
         with torch.inference_mode(), timer:
             tokens = torch.tensor([ids], device=self._engine.device)
-            logits = model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            kept = {self._cache_name: self._cache}
+            logits = model(tokens, **kept, use_cache=True, logits_to_keep=1).logits[0, -1]
             token_id, logprob = self._sampler.choose(logits).tolist()
         self.logits = logits
         self._account(kv_before, timer.growth_bytes)
@@ -179,6 +183,15 @@ class Generation:
     def close(self) -> None:
         """Free the KV cache; the object is of no more use."""
         self._cache = self.logits = None
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """Find the name under which `model.forward` takes a KV cache and gives it back: under another it would stay empty,
+    without a word. Raises UserError for a model that takes none."""
+    known = inspect.signature(type(model).forward).parameters
+    if name := next((name for name in ("cache", "past_key_values") if name in known), None):
+        return name
+    raise UserError(f"{type(model).__name__} takes no KV cache, which writing text here needs")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from llmq.errors import ModelUnavailable
 from llmq.kernels.primitives import Int8Weight
 from llmq.models.architecture import Architecture
 
@@ -109,12 +110,22 @@ def load_weights(
     head in int8 too."""
     made = _Maker(source, dtype, int8, device, kernels, form or AsTheyAre())
     ends = replace(made, int8=int8_head)
-    size = architecture.vocabulary, architecture.hidden
-    embedding = ends.linear(["model.embed_tokens"], *size)
-    layers = tuple(_layer(made, f"model.layers.{i}.", architecture) for i in range(architecture.layers))
-    norm = made.vector("model.norm.weight", size=architecture.hidden)
-    tied = architecture.tied or "lm_head.weight" not in source
-    return LlamaWeights(embedding, layers, norm, embedding if tied else ends.linear(["lm_head"], *size))
+    a, prefix = architecture, "model." if "model.norm.weight" in source else ""  # none in a decoder saved by itself
+    names = _ends(source, prefix + "embed_tokens", device if architecture.tied else None)
+    embedding, *head = [ends.linear([name], a.vocabulary, a.hidden) for name in names]
+    layers = tuple(_layer(made, f"{prefix}layers.{i}.", a) for i in range(a.layers))
+    norm = made.vector(prefix + "norm.weight", size=a.hidden)
+    return LlamaWeights(embedding, layers, norm, head[0] if head else embedding)
+
+
+def _ends(source: Tensors, embedding: str, tied_on: str | None) -> list[str]:
+    """The names of embedding and head; one where they are tied (compared on the device `tied_on`): as in transformers,
+    a tied pair may be there under either name, and one whose halves differ is none."""
+    there = [name for name in (embedding, "lm_head") if f"{name}.weight" in source]
+    if tied_on is None or not there:
+        return [embedding, "lm_head"]
+    same = len(there) == 2 and torch.equal(*(source.get(f"{name}.weight", tied_on) for name in there))
+    return there[:1] if same else there
 
 
 def _layer(made: _Maker, prefix: str, architecture: Architecture) -> Layer:
@@ -146,7 +157,7 @@ class _Maker:
         """The named vectors behind one another, `size` numbers together."""
         parts = [self.source.get(name, self.device).to(self.dtype) for name in names]
         if (found := sum(part.numel() for part in parts)) != size:
-            raise ValueError(f"{', '.join(names)} have {found} numbers; the configuration says {size}")
+            raise ModelUnavailable(f"{', '.join(names)}: {found} numbers; the configuration says {size}")
         return self.form.vector(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def linear(self, names: list[str], rows: int, width: int, *, paired: bool = False) -> Weight:
@@ -173,12 +184,12 @@ class _Maker:
         return Int8Weight(codes, absmax)
 
     def _placed(self, names: list[str], rows: int, width: int) -> Iterator[tuple[slice, torch.Tensor, str]]:
-        at = 0
+        at, stated = 0, f"the configuration says ({rows}, {width})"
         for name in names:
             part = self.source.get(f"{name}.weight", self.device)
             if part.shape[1] != width or at + part.shape[0] > rows:
-                raise ValueError(f"{name}.weight is {tuple(part.shape)}; the configuration says (…, {width})")
+                raise ModelUnavailable(f"{name}.weight is {tuple(part.shape)}; {stated} for {', '.join(names)}")
             yield slice(at, at + part.shape[0]), part, name
             at += part.shape[0]
         if at != rows:
-            raise ValueError(f"{', '.join(names)} have {at} rows together; the configuration says {rows}")
+            raise ModelUnavailable(f"{', '.join(names)}: {at} rows; {stated}")

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from llmq.engine.hf import cache_name
 from llmq.errors import BadChoice
 from llmq.inspect.recorder import Account, OutlierRecorder, Stopped
 from llmq.inspect.report import THRESHOLDS, ModuleOutliers, OutlierReport, PhaseStatistics, TokenMap
@@ -59,8 +60,9 @@ def observe_in_parts(
     soon as the prompt is read, and the whole one.
 
     `input_ids`: (1, tokens) int64. Every generated token is run through the model, and has its columns; an end-of-text
-    token ends the loop and is not run. The model runs in eval mode, as bitsandbytes quantizes activations only there,
-    and is put back. `stop` ends it within one layer; the report then says `stopped`.
+    token ends the loop and is not run. The head reads the prompt's last position alone, as in writing text, so its
+    columns are that one's (demo model: 6, and 35 over a whole prompt). The model runs in eval mode, as bitsandbytes
+    quantizes activations only there, and is put back. `stop` ends it within one layer; the report then says `stopped`.
     """
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
         raise BadChoice(f"input_ids of shape {tuple(input_ids.shape)} must be (1, tokens)")
@@ -99,9 +101,10 @@ def _greedy(
         if token_id in ends:
             return
         recorder.phase("decode")
+        kept = cache_name(model)
         with torch.inference_mode():
             token = torch.tensor([[token_id]], device=model.device)
-            out = model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+            out = model(token, **{kept: out[kept]}, use_cache=True, logits_to_keep=1)
         yield token_id
 
 

@@ -94,7 +94,7 @@ def _share_row(report: OutlierReport, kind: str, phase: str, threshold: float) -
     values = [module.share_of_values(threshold, phase) for module in modules]
     largest = max(float(module.statistics(phase).absmax.max(initial=0)) for module in modules)
     return [
-        kind,
+        kind + (" (last position alone)" if modules[0].layer is None and phase == "prefill" else ""),
         phase,
         f"{sum(share > 0 for share in channels)} of {len(modules)}",
         format_share(sum(channels) / len(channels)),

@@ -51,13 +51,15 @@ class BnbInt8(Method):
         return arguments | {"quantization_config": config}
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
-        """A Linear8bitLt with the codes and scales of `linear`; one that is there already stays."""
+        """A Linear8bitLt with the codes and scales of `linear`; one that is there already stays, but for a threshold of
+        its own."""
         import bitsandbytes as bnb
         import torch
 
         from llmq.methods.layers.int8_linear import int8_weight
 
         if isinstance(linear, bnb.nn.Linear8bitLt):
+            linear.state.threshold = DEFAULT_THRESHOLD
             return linear
         made = int8_weight(linear.weight)
         with torch.device("meta"):

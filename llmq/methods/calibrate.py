@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from llmq.methods.swap import non_head_linears
+from llmq.methods.swap import linear_layers
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ class Calibration:
     def __init__(self, model: nn.Module, method: Method):
         from llmq.hooks import Watched
 
-        layers = dict(non_head_linears(model))
+        layers = dict(linear_layers(model))
         self._observers = {name: method.observer(layer) for name, layer in layers.items()}
         self._watched = Watched(layers, on_input=lambda name, module, x: self._observers[name].update(x))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
+
+from llmq.errors import BadChoice
 
 if TYPE_CHECKING:
     import torch
@@ -15,15 +18,15 @@ if TYPE_CHECKING:
 def convert_(model: nn.Module, method: Method, device: str, statistics: Mapping[str, torch.Tensor]) -> nn.Module:
     """Replace every linear layer but the head as `method` says, in place; returns the model in eval mode.
 
-    Layers that an int8 checkpoint was opened into have scales beside their weights; such a model is where it belongs
-    and may not be moved.
+    Of a model out of an int8 checkpoint those that are int8 there; it is where it belongs and may not be moved. Raises
+    BadChoice where there is nothing to replace.
     """
     import torch
 
     opened = opened_int8(model)
     cast_parameters_(model if opened else model.to(device), getattr(torch, method.dtype))
-    for name, linear in [] if method.dense else [*non_head_linears(model), *opened]:
-        replace_module(model, name, method.quantize(linear, statistics.get(name)))
+    if not method.dense:
+        _replace_(model, method, opened or list(linear_layers(model)), statistics)
     if method.int8_head:
         from llmq.methods.layers.int8_linear import convert_ends_
 
@@ -31,19 +34,46 @@ def convert_(model: nn.Module, method: Method, device: str, statistics: Mapping[
     return model.eval()
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` says."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _replace_(model: nn.Module, method: Method, layers: list, statistics: Mapping[str, torch.Tensor]) -> None:
+    if not layers:
+        owners = (m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
+        kinds = ", ".join(sorted({type(module).__name__ for module in owners}))
+        raise BadChoice(f"{type(model).__name__} keeps its weights in {kinds}: no linear layer to replace")
+    for name, layer in layers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, method.quantize(_as_linear(layer), statistics.get(name)))
 
 
-def non_head_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, linear) of every linear but the output head, which LLM.int8() as transformers integrates it leaves out."""
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every linear layer that methods replace: all but the output head, which LLM.int8() as
+    transformers integrates it leaves out, what the model keeps in FP32, and classes with a forward of their own."""
     from torch import nn
 
-    head = model.get_output_embeddings()
-    found = [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear and m is not head]
-    return iter(found)
+    head, kept = model.get_output_embeddings(), kept_in_fp32(model)
+    for name, module in model.named_modules():
+        if (type(module) is nn.Linear or is_conv1d(module)) and module is not head and not kept(f"{name}.weight"):
+            yield name, module
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is GPT-2's linear layer, whose weight is (in, out); its class takes seconds to import."""
+    return type(module).__name__ == "Conv1D" and module.weight.ndim == 2
+
+
+def _as_linear(layer: nn.Module) -> nn.Linear:
+    from torch import nn
+
+    if not is_conv1d(layer):
+        return layer
+    linear = nn.Linear(*layer.weight.shape, device="meta")
+    linear.weight, linear.bias = nn.Parameter(layer.weight.data.t().contiguous(), requires_grad=False), layer.bias
+    return linear
+
+
+def kept_in_fp32(model: nn.Module) -> Callable[[str], object]:
+    """Tell by its name whether transformers keeps a parameter of a 16-bit model in FP32: routers and the like."""
+    lists = (getattr(model, f"_keep_in_fp32_modules{end}", None) or () for end in ("", "_strict"))
+    return re.compile("|".join(name for names in lists for name in names).replace("*", ".*") or "$^").search
 
 
 def opened_int8(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -57,10 +87,11 @@ def predict(meta_model: nn.Module, method: Method) -> WeightBytes:
 
     from llmq.methods.base import WeightBytes
 
-    layers = [] if method.dense else [linear for _, linear in non_head_linears(meta_model)]
+    layers = [] if method.dense else [layer for _, layer in linear_layers(meta_model)]
     if method.int8_head:
         layers += [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
-    quantized = {id(layer.weight): method.bytes(tuple(layer.weight.shape)) for layer in layers}
+    shapes = {id(m.weight): tuple(m.weight.shape)[:: -1 if is_conv1d(m) else 1] for m in layers}
+    quantized = {key: method.bytes(shape) for key, shape in shapes.items()}
     itemsize = getattr(torch, method.dtype).itemsize
     rest = sum(
         tensor.numel() * itemsize if tensor.requires_grad else tensor.nbytes
@@ -71,13 +102,9 @@ def predict(meta_model: nn.Module, method: Method) -> WeightBytes:
     return WeightBytes(rest + weights, scales)
 
 
-def stored_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+def stored_tensors(model: nn.Module) -> list[torch.Tensor]:
     """Every parameter and buffer once; tied weights are one tensor."""
-    seen = set()
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
+    return [*model.parameters(), *model.buffers()]
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -86,8 +113,10 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def cast_parameters_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast the floating-point parameters and leave the buffers: rotary frequencies stay in FP32, as in a checkpoint."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
+    """Cast the floating-point parameters, but for those the model keeps in FP32, and leave the buffers: rotary
+    frequencies stay in FP32, as in a checkpoint."""
+    kept = kept_in_fp32(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not kept(name):
             parameter.data = parameter.data.to(dtype)
     return model

@@ -67,11 +67,14 @@ class Architecture:
 
 
 def architecture_of(config: Mapping) -> Architecture:
-    """From a `config.json`, old or new style. Raises Unsupported for anything the lean loop does not compute."""
+    """Read a `config.json`, old or new style. Raises Unsupported for anything the lean loop does not compute."""
     kind = config.get("model_type")
-    _need(kind in MODEL_TYPES, f"{kind!r} is not of the LLaMA family")
+    _need(kind in MODEL_TYPES, f"models of type {kind!r}")
     _need(config.get("hidden_act", "silu") == "silu", f"activation {config.get('hidden_act')!r}")
     _need(not config.get("mlp_bias"), "a bias in the MLP")
+    _need(not config.get("transformers_weights"), "weights in a file of another name")
+    kept = (config.get("quantization_config") or {}).get("llm_int8_skip_modules")  # without the head it may be int8
+    _need(kept is None or set(kept) == {"lm_head"}, "an int8 checkpoint with its own list of layers kept in 16 bit")
     context = int(config.get("max_position_embeddings") or 2048)
     window = config.get("sliding_window")
     windowed = kind == "mistral" or config.get("use_sliding_window")
@@ -81,8 +84,11 @@ def architecture_of(config: Mapping) -> Architecture:
     groups = int(config.get("num_key_value_heads") or heads)
     inner = int(config["intermediate_size"])
     _need(heads % groups == 0 and width % 2 == 0, f"{heads} heads of width {width} over {groups} groups")
-    _need(not (hidden % 16 or inner % 16 or heads * width % 16), f"sizes {hidden}, {inner} are not multiples of 16")
-    biased = bool(config.get("attention_bias"))
+    _need(kind != "llama" or hidden % heads == 0, f"a hidden size of {hidden} for {heads} heads")
+    sizes = {"hidden": hidden, "intermediate": inner, "heads times width": heads * width}
+    odd = [f"{name} {size}" for name, size in sizes.items() if size % 16]
+    _need(not odd, f"sizes that are not multiples of 16 ({', '.join(odd)})")
+    biased = kind == "llama" and bool(config.get("attention_bias"))  # Mistral and Qwen2 do not look at it
     return Architecture(
         hidden=hidden,
         inner=inner,
@@ -96,25 +102,29 @@ def architecture_of(config: Mapping) -> Architecture:
         rope=_rope(config),
         tied=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=biased or kind == "qwen2",
-        output_bias=biased and kind == "llama",
+        output_bias=biased,
     )
 
 
 def _rope(config: Mapping) -> Rope:
-    settings = config.get("rope_parameters") or {**(config.get("rope_scaling") or {})}
+    settings = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both are, transformers' order
     theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = settings.get("rope_type") or settings.get("type") or "default"
+    _need(not any(isinstance(v, Mapping) for v in settings.values()), "a rotary embedding for each kind of layer")
     if kind == "default":
         return Rope(theta)
+    partial = {**config, **settings}.get("partial_rotary_factor")
+    _need(partial in (None, 1), f"rotary embedding of {partial} of each head")
     if kind == "linear":
         return Rope(theta, factor=float(settings["factor"]))
     _need(kind == "llama3", f"rotary embedding {kind!r}")
+    original = config.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
     return Rope(
         theta,
         float(settings["factor"]),
         float(settings["low_freq_factor"]),
         float(settings["high_freq_factor"]),
-        int(settings["original_max_position_embeddings"]),
+        int(original or config["max_position_embeddings"]),
     )
 
 

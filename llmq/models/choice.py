@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from urllib.request import Request, urlopen
 
 from llmq import telemetry
+from llmq.errors import ModelUnavailable
+from llmq.models import hub
 from llmq.models.presets import PRESETS
 
 GPU_DEFAULT = "llama-2-7b-chat"
 GPU_BYTES = 15e9  # FP16 weights of 7 B parameters, a KV cache and workspace; the int8 copy is then loaded in turn
-HUB_TIMEOUT_SECONDS = 3
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Choice:
 
 
 def choose_model(asked: str | None, device: str) -> Choice:
-    """The model asked for; else LLaMA-2-7B-chat where a GPU holds it and the hub answers; else the demo model."""
+    """The model asked for; else LLaMA-2-7B-chat where a GPU holds it and it is here already; else the demo model."""
     if asked:
         return Choice(asked, "")
     if not device.startswith("cuda"):
@@ -29,22 +28,12 @@ def choose_model(asked: str | None, device: str) -> Choice:
     free = telemetry.free_bytes(device)
     if free < GPU_BYTES:
         return Choice("demo", f"The small demo model, because {free / 1e9:.0f} GB of VRAM are free and 7 B needs 15.")
-    if not hub_has(PRESETS[GPU_DEFAULT].hub_id):
-        return Choice("demo", "The small demo model, because the model hub cannot be reached from here.")
-    return Choice(GPU_DEFAULT, "Chosen because this GPU holds it and the model hub answers.")
-
-
-def hub_has(repository: str) -> bool:
-    """Whether the repository's configuration is in the local cache, or the hub answers for it in a few seconds."""
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(repository, "config.json"), str):
-        return True
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return False
-    question = Request(hf_hub_url(repository, "config.json"), method="HEAD")
     try:
-        with urlopen(question, timeout=HUB_TIMEOUT_SECONDS):
-            return True
-    except OSError:  # no name, no route, a refusal, a time-out, an HTTP error
-        return False
+        found = hub.plan(PRESETS[GPU_DEFAULT].hub_id)
+    except ModelUnavailable:
+        return Choice("demo", "The small demo model, because the model hub cannot be reached from here.")
+    if found.cached:
+        return Choice(GPU_DEFAULT, "Chosen because this GPU holds it and this machine has it.")
+    get = f"`python app.py --model {GPU_DEFAULT}` fetches its {found.bytes / 1e9:.1f} GB"
+    disk = f"{found.free_bytes / 1e9:.0f} GB are free on the disk"
+    return Choice("demo", f"The small demo model, because {GPU_DEFAULT} is not here yet: {get}; {disk}.")

@@ -1,4 +1,4 @@
-"""A LLaMA's configuration read from its `config.json` alone, because importing transformers' takes seconds."""
+"""A LLaMA's configuration read from `config.json` alone, because importing transformers' takes seconds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from llmq.models.architecture import Unsupported, architecture_of
 # Without one of these transformers would fill in its own, which differ between models and versions.
 STATED = {"eos_token_id", "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads"}
 STATED |= {"num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "vocab_size"}
+
+# What changes the tokens that transformers' `generate` writes, and nothing here looks at.
+REWRITING = {"repetition_penalty", "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"}
+REWRITING |= {"forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens", "sequence_bias"}
+REWRITING |= {"guidance_scale", "penalty_alpha", "stop_strings", "min_p", "typical_p", "num_beams"}
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,16 @@ def plain_config(folder: Path) -> PlainConfig | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, Unsupported):
         return None  # whatever is wrong with it, transformers says so
     return PlainConfig(values)
+
+
+def generation_settings(folder: Path) -> dict:
+    """What `generation_config.json` in `folder` says, {} without one. Raises ValueError for one that is not JSON."""
+    path = folder / "generation_config.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def ignored_settings(folder: Path) -> tuple[str, ...]:
+    """The generation settings of the model in `folder` that no engine here follows, as 'repetition_penalty 1.05': with
+    one of them, greedy tokens need not be those of transformers' `generate`."""
+    found = ((name, value) for name, value in generation_settings(folder).items() if name in REWRITING)
+    return tuple(f"{name} {value}" for name, value in found if value not in (None, 0, 1, [], {}))

@@ -2,68 +2,170 @@
 
 from __future__ import annotations
 
+import glob
+import re
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
-from llmq.errors import ModelUnavailable
+from llmq.errors import BadChoice, ModelUnavailable, UserError
+from llmq.models.checkpoint import require_model, weight_files
 from llmq.models.demo import Progress
 
-FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+SETTINGS = re.compile(r"[^/]+\.(json|jinja|model)|merges\.txt|vocab\.txt|additional_chat_templates/[^/]+\.jinja")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_ADDRESS = re.compile(  # of a repository's page, of a revision of it, or of its git
+    r"(?:\w+://)?(?:git@|www\.)?(?:huggingface\.co|hf\.co)[/:](?P<repo>(?!datasets/|spaces/)[^/?#]+/[^/?#]+?)(?:\.git)?"
+    r"(?:/(?:tree|commit)/(?P<revision>[^/?#]+))?/?(?:[?#].*)?"
+)
+LARGE_BYTES = 1e9  # a download from here on says its size
+_UNREACHABLE = "%s is not in the local cache and the hub cannot be reached. The model 'demo' needs no hub."
 
 
-def download(repo: str) -> Iterator[Progress]:
-    """Fetch a repository in a thread, reporting how long that has been going on."""
+@dataclass(frozen=True)
+class Download:
+    """`bytes` to fetch, `free_bytes` on the cache's disk; `cached`: the model opens without asking anybody."""
+
+    bytes: int
+    free_bytes: int
+    cached: bool
+
+
+def address_of(name: str) -> tuple[str, str | None] | None:
+    """The repository and the revision that `name` means: 'o/n', 'o/n@revision', the address of its page or of its git;
+    None for what is no such name. Raises BadChoice for one that is understood and cannot be opened."""
+    repo, at, revision = name.partition("@")
+    if page := _ADDRESS.fullmatch(name):
+        repo, at, revision = page["repo"], page["revision"], unquote(page["revision"] or "")
+    elif "://" in name or name.startswith("git@"):
+        raise BadChoice(f"{name!r} is no model on the hub: choose owner/name, or fetch it and name the folder it is in")
+    if name.endswith(".gguf") or ":" in repo and HUB_ID.fullmatch(repo.partition(":")[0]):
+        raise BadChoice(f"{name!r} is GGUF, rounded already: choose the repository or folder of its safetensors")
+    return (repo, revision or None) if HUB_ID.fullmatch(repo) and bool(at) == bool(revision) else None
+
+
+def plan(repo: str, revision: str | None = None) -> Download:
+    """Find out what a download would take, and fetch nothing large. Raises ModelUnavailable."""
+    cached = is_cached(repo, revision)
+    return Download(0 if cached else sum(_missing(repo, revision).values()), _free_bytes(), cached)
+
+
+def download(repo: str, revision: str | None = None) -> Iterator[Progress]:
+    """Fetch what a repository's model needs in a thread, reporting how long that has been going on. A hub that does not
+    answer is no failure where all is here already. Raises UserError, where the disk has no room before it fetches."""
+    try:
+        missing = yield from _patiently(lambda: _missing(repo, revision), f"asking the hub for {repo}")
+    except ModelUnavailable:
+        if is_cached(repo, revision):
+            return
+        raise
+    needed, free = sum(missing.values()), _free_bytes()
+    if needed > free:
+        sizes = f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in the hub's cache"
+        raise UserError(f"{repo} needs {sizes}: make room, or set HF_HOME to a folder on another disk")
+    size = f", {needed / 1e9:.1f} GB of {free / 1e9:.0f} GB that are free on the disk" if needed > LARGE_BYTES else ""
+    yield from _patiently(lambda: _fetch(repo, revision, list(missing)), f"fetching {repo} from the hub{size}")
+
+
+def is_cached(repo: str, revision: str | None = None) -> bool:
+    """Whether the model is here as a whole."""
+    try:
+        return bool(require_model(snapshot(repo, revision), repo))
+    except ModelUnavailable:
+        return False
+
+
+def snapshot(repo: str, revision: str | None = None) -> Path:
+    """The folder a repository was fetched into, named by its commit; nothing is fetched. Raises ModelUnavailable."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with _explained(repo, revision):
+        if isinstance(config := try_to_load_from_cache(repo, "config.json", revision=revision), str):
+            return Path(config).parent
+    raise ModelUnavailable(_UNREACHABLE % repo)
+
+
+def _missing(repo: str, revision: str | None) -> dict[str, int]:
+    """The files a model needs, and of each the bytes that are still to fetch."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    def read(name: str) -> str:
+        return Path(hf_hub_download(repo, name, revision=revision)).read_text(encoding="utf-8")
+
+    with _explained(repo, revision):
+        found = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=5)
+        sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
+        names = [*weight_files(sizes, read, repo), *filter(SETTINGS.fullmatch, sizes)]
+        here = {name for name in names if isinstance(try_to_load_from_cache(repo, name, revision=found.sha), str)}
+    return {name: 0 if name in here else sizes[name] for name in names}
+
+
+def _fetch(repo: str, revision: str | None, names: list[str]) -> None:
+    from huggingface_hub import snapshot_download
+
+    with _explained(repo, revision):
+        snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in names])
+
+
+def _free_bytes() -> int:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE).absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+
+
+def _patiently(work: Callable[[], dict | None], what: str) -> Generator[Progress, None, dict | None]:
+    """Run `work` in a thread, reporting how long that has been going on; returns its result."""
     started = time.monotonic()
-    fetched: Future = Future()
+    done: Future = Future()
 
-    def fetch() -> None:
+    def run() -> None:
         try:
-            fetched.set_result(snapshot(repo, local_only=False))
+            done.set_result(work())
         except BaseException as error:  # handed to whoever waits
-            fetched.set_exception(error)
+            done.set_exception(error)
 
     # A daemon: neither a stop nor the end of the program waits for gigabytes; what has arrived serves the next try.
-    threading.Thread(target=fetch, name="hub-download", daemon=True).start()
-    while wait([fetched], timeout=0.5).not_done:
-        yield Progress(0.0, f"fetching {repo} from the hub ({time.monotonic() - started:.0f} s)")
-    fetched.result()
+    threading.Thread(target=run, name="hub-download", daemon=True).start()
+    while wait([done], timeout=0.5).not_done:
+        yield Progress(0.0, f"{what} ({time.monotonic() - started:.0f} s)")
+    return done.result()
 
 
-def snapshot(repo: str, *, local_only: bool) -> Path:
-    """The folder a repository is in; with `local_only` nothing is fetched. Raises ModelUnavailable."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
+@contextmanager
+def _explained(repo: str, revision: str | None) -> Iterator[None]:
+    """Whatever the hub's client raises inside becomes ModelUnavailable that says what to do."""
     try:
-        return Path(snapshot_download(repo, allow_patterns=FILES, local_files_only=local_only))
-    except GatedRepoError as error:
-        raise ModelUnavailable(
-            f"{repo} is gated: accept its licence on the hub, then set the HF_TOKEN environment variable. "
-            "The model 'demo' needs neither."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelUnavailable(
-            f"the hub has no repository {repo!r}, or it is private and HF_TOKEN is not set"
-        ) from error
-    except HFValidationError as error:
-        raise ModelUnavailable(f"{repo!r} is no name a hub knows: {error}") from error
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code == 401:
-            raise ModelUnavailable(f"the hub refused {repo}: the token in HF_TOKEN is wrong or has expired") from error
-        raise _unreachable(repo) from error
-    except OSError as error:
-        on_disk = (error.errno or 0) > 0 and not isinstance(error, ConnectionError | TimeoutError)
-        if on_disk:
-            raise ModelUnavailable(f"cannot store {repo} in the hub's cache (HF_HOME moves it): {error}") from error
-        raise _unreachable(repo) from error
-    except Exception as error:  # the hub's client raises its transport's own errors, and changes transports
-        raise _unreachable(repo) from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # its transport's own errors too, and it changes transports
+        raise ModelUnavailable(_explanation(error, repo, revision)) from error
 
 
-def _unreachable(repo: str) -> ModelUnavailable:
-    return ModelUnavailable(
-        f"{repo} is not in the local cache and the hub cannot be reached. The model 'demo' needs no hub."
-    )
+def _explanation(error: Exception, repo: str, revision: str | None) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        licence = "accept its licence on the hub, then set the HF_TOKEN environment variable"
+        return f"{repo} is gated: {licence}. The model 'demo' needs neither."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"the hub has no repository {repo!r}, or it is private and HF_TOKEN is not set"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r} on the hub"
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r} is no name a hub knows: {error}"
+    if isinstance(error, errors.HfHubHTTPError):
+        refused = error.response is not None and error.response.status_code == 401
+        return (
+            f"the hub refused {repo}: the token in HF_TOKEN is wrong or has expired" if refused else _UNREACHABLE % repo
+        )
+    if isinstance(error, OSError) and (error.errno or 0) > 0 and not isinstance(error, ConnectionError | TimeoutError):
+        return f"cannot store {repo} in the hub's cache (HF_HOME moves it): {error}"
+    return _UNREACHABLE % repo

@@ -16,8 +16,8 @@ from llmq.cache import require_space, sweep, workplace
 from llmq.errors import BadChoice, UserError
 from llmq.kernels.primitives import quantize_rows
 from llmq.methods.base import DEFAULT_THRESHOLD
-from llmq.methods.swap import non_head_linears
-from llmq.models.checkpoint import INDEX, CheckpointTensors
+from llmq.methods.swap import is_conv1d, linear_layers
+from llmq.models.checkpoint import INDEX, CheckpointTensors, require_model
 from llmq.models.demo import Progress
 from llmq.models.loading import Source, folder_of, transformers_config
 
@@ -41,7 +41,9 @@ def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
     if getattr(config, "quantization_config", None):
         raise BadChoice(f"{source.name} is quantized already")
     tensors, quantized = CheckpointTensors(origin), _quantized_names(config)
-    needed = sum(path.stat().st_size for path in origin.glob("*.safetensors"))
+    if absent := [name for name in quantized if name not in tensors]:
+        raise BadChoice(f"{source.name} calls its tensors by other names than its layers: there is no {absent[0]!r}")
+    needed = sum(path.stat().st_size for path in require_model(origin, source.name))
     sweep(folder.parent, WORK)
     require_space(folder.parent, needed, "the int8 weights")
     try:
@@ -54,17 +56,17 @@ def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
         raise UserError(f"cannot write {folder}: {error}") from error
 
 
-def _quantized_names(config: PretrainedConfig) -> set[str]:
-    """The weights LLM.int8() stores as int8: of every linear layer but the head."""
+def _quantized_names(config: PretrainedConfig) -> dict[str, bool]:
+    """The weights that LLM.int8() stores as int8, and whether the checkpoint has them (in, out), as GPT-2's."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return {f"{name}.weight" for name, _ in non_head_linears(model)}
+    return {f"{name}.weight": is_conv1d(module) for name, module in linear_layers(model)}
 
 
-def _write(tensors: CheckpointTensors, quantized: set[str], folder: Path) -> Iterator[Progress]:
+def _write(tensors: CheckpointTensors, quantized: dict[str, bool], folder: Path) -> Iterator[Progress]:
     import torch
     from safetensors.torch import save_file
 
@@ -72,7 +74,7 @@ def _write(tensors: CheckpointTensors, quantized: set[str], folder: Path) -> Ite
     for done, name in enumerate(names := tensors.names(), 1):
         tensor = tensors.get(name, "cpu")
         if name in quantized:
-            made, layer = quantize_rows(tensor), name.removesuffix(".weight")
+            made, layer = quantize_rows(tensor.t() if quantized[name] else tensor), name.removesuffix(".weight")
             found = {name: made.codes, f"{layer}.SCB": made.absmax}
             found[f"{layer}.weight_format"] = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
         else:

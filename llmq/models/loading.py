@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
 from llmq.models import hub
-from llmq.models.config import PlainConfig, plain_config
+from llmq.models.checkpoint import CheckpointTensors, require_model, require_scales, require_whole
+from llmq.models.config import PlainConfig, generation_settings, plain_config
 from llmq.models.demo import Progress, demo_folder, prepare_demo
 from llmq.models.edits import Edit, EditedTensors, edit_model_
 from llmq.models.presets import PRESETS
@@ -25,26 +25,27 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmq.methods import Method
-    from llmq.models.checkpoint import CheckpointTensors
     from llmq.models.random_weights import RandomTensors
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+ROUND_TRIP = "hello world how are you today"  # what a tokenizer must give back, whatever it does to spaces and capitals
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names for one class
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a model comes from. `kind`: 'demo', 'hub', 'folder' or 'random' (a preset's shape, no checkpoint).
-    `edit`: what is done to its weights on their way (`edits`)."""
+    `edit`: what is done to its weights on their way (`edits`). `revision`: of a hub's repository, None for its main."""
 
     name: str
     kind: str
     location: str
     edit: Edit | None = None
+    revision: str | None = None
 
 
 def resolve(name: str, *, random_weights: bool = False) -> Source:
-    """What `name` means: a preset, a local folder, or a hub id. Raises BadChoice naming the choices."""
+    """What `name` means: a preset, a local folder, or a hub id, '@revision' and all. Raises BadChoice naming the
+    choices."""
     name = (name or "").strip()
     if random_weights:
         if name not in PRESETS:
@@ -54,8 +55,9 @@ def resolve(name: str, *, random_weights: bool = False) -> Source:
         return Source(name, "hub", preset.hub_id) if preset.hub_id else Source(name, "demo", str(demo_folder()))
     if folder := _local_folder(name):
         return Source(name, "folder", str(folder))
-    if HUB_ID.fullmatch(name):
-        return Source(name, "hub", name)
+    if address := hub.address_of(name):
+        repo, revision = address
+        return Source(f"{repo}@{revision}" if revision else repo, "hub", repo, revision=revision)
     raise unknown("model", name, [*PRESETS, "a hub id such as owner/name", "a local folder"])
 
 
@@ -72,18 +74,18 @@ def prepare(source: Source) -> Iterator[Progress]:
     if source.kind in ("demo", "random"):  # random weights borrow the demo model's tokenizer
         yield from prepare_demo()
     elif source.kind == "hub":
-        yield from hub.download(source.location)
+        yield from hub.download(source.location, source.revision)
 
 
 def folder_of(source: Source) -> Path:
     """The local folder of a prepared model. Raises ModelUnavailable when it holds no model llmq can open."""
-    folder = hub.snapshot(source.location, local_only=True) if source.kind == "hub" else Path(source.location)
+    folder = hub.snapshot(source.location, source.revision) if source.kind == "hub" else Path(source.location)
     if source.kind == "demo" and not (folder / "config.json").exists():
         raise ModelUnavailable(f"the demo model is not in {folder}; run `python -m llmq models --fetch demo`")
-    if not (folder / "config.json").is_file():
-        raise ModelUnavailable(f"{folder} holds no model: it has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelUnavailable(f"{source.name} has no safetensors weights; llmq opens no other kind of checkpoint")
+    try:
+        require_model(folder, source.name)
+    except OSError as error:
+        raise ModelUnavailable(f"cannot read {folder}: {error.strerror or error}") from error
     return folder
 
 
@@ -95,7 +97,7 @@ def revision_of(source: Source) -> str:
         return f"{REQUIREMENT}, sha256 {GGUF_SHA256[:12]}"
     if source.kind == "hub":
         return folder_of(source).name
-    return "random weights" if source.kind == "random" else "local folder"
+    return "random weights; a borrowed tokenizer" if source.kind == "random" else "local folder"
 
 
 def load_config(source: Source) -> PretrainedConfig | PlainConfig:
@@ -113,7 +115,7 @@ def transformers_config(source: Source) -> PretrainedConfig:
     if source.kind == "random":
         shape = asdict(PRESETS[source.location].shape)
         rope = {"rope_theta": shape.pop("rope_theta"), **(shape.pop("rope_scaling") or {"rope_type": "default"})}
-        return LlamaConfig(**shape, rope_parameters=rope, dtype="float16")
+        return LlamaConfig(**shape, rope_parameters=rope, dtype="float16", borrowed_tokenizer=True)
     folder = folder_of(source)
     with _blamed_on(source, "read the configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -159,10 +161,16 @@ def _open_tokenizer(source: Source, folder: Path, stamps: tuple) -> PreTrainedTo
         if _names_no_family(folder):
             from transformers import PreTrainedTokenizerFast
 
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        from transformers import AutoTokenizer
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        else:
+            from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        ids = tokenizer(ROUND_TRIP, add_special_tokens=False)["input_ids"]
+        back = tokenizer.decode(ids)
+    if tokenizer.unk_token_id not in ids and back.lower().split() != ROUND_TRIP.split():
+        raise ModelUnavailable(f"the tokenizer of {source.name} loses text: {ROUND_TRIP!r} becomes {back!r}")
+    return tokenizer
 
 
 def _names_no_family(folder: Path) -> bool:
@@ -176,8 +184,14 @@ def _names_no_family(folder: Path) -> bool:
 
 
 def ids_within(config: PretrainedConfig | PlainConfig, ids: list[int]) -> list[int]:
-    """Token ids folded into the model's vocabulary: only a borrowed tokenizer has ids beyond it."""
-    return [i % config.vocab_size for i in ids]
+    """Token ids that the model's embedding has. Raises ModelUnavailable for one that it has not; only those of a
+    borrowed tokenizer, for random weights whose text means nothing, are folded into the vocabulary."""
+    size = config.get_text_config().vocab_size
+    if getattr(config, "borrowed_tokenizer", False):
+        return [i % size for i in ids]
+    if beyond := [i for i in ids if not 0 <= i < size]:
+        raise ModelUnavailable(f"token {beyond[0]} is beyond the model's {size:,}: its tokenizer is another model's")
+    return ids
 
 
 def load_model(
@@ -211,10 +225,11 @@ def _opened(source: Source, arguments: dict) -> PreTrainedModel:
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in one line
             **arguments,
         )
-    if wrong := sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"]))):
-        raise ModelUnavailable(f"the weights of {source.name} are not whole: {wrong[0]} and {len(wrong) - 1} more")
+    require_whole(source.name, model, found)
+    model.generation_config.eos_token_id = sorted(eos_ids_of(source, model.config)) or None
     return model
 
 
@@ -226,21 +241,24 @@ def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTe
         from llmq.models.random_weights import RandomTensors
 
         return RandomTensors(load_config(source))
-    from llmq.models.checkpoint import CheckpointTensors
-
     with _blamed_on(source, "open the weights"):
-        return CheckpointTensors(folder_of(source))
+        tensors = CheckpointTensors(folder_of(source), source.name)
+    stated = getattr(load_config(source), "quantization_config", None)  # then all of a LLaMA's layers but the head
+    layers = {name.removesuffix(".weight") for name in tensors.names() if stated and name.endswith("_proj.weight")}
+    require_scales(source.name, layers, tensors.names())
+    return tensors
 
 
 def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozenset[int]:
-    """The tokens that end a text: the generation settings' where the model has them, else the configuration's."""
-    eos = config.eos_token_id
+    """The tokens that end a text: those of the generation settings, of the configuration and of the tokenizer, because
+    each of the three is wrong somewhere."""
+    ends = [getattr(config.get_text_config(), "eos_token_id", None)]
     if source.kind != "random":
-        path = folder_of(source) / "generation_config.json"
-        if path.is_file():
-            with _blamed_on(source, "read the generation settings"):
-                eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", eos)
-    return frozenset([eos] if isinstance(eos, int) else eos or ())
+        with _blamed_on(source, "read the generation settings"):
+            ends.append(generation_settings(folder_of(source)).get("eos_token_id"))
+        ends.append(load_tokenizer(source).eos_token_id)
+    lists = (end if isinstance(end, list | tuple) else [end] for end in ends)
+    return frozenset(i for ids in lists for i in ids if isinstance(i, int))
 
 
 def quiet_libraries() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from llmq.errors import BadChoice
 from llmq.kernels.backend import current, kernels_for, quantizer_for
 from llmq.kernels.primitives import Int8Weight
 
@@ -32,6 +33,10 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out); the rows of one call pool their outlier columns, as in bitsandbytes."""
+        if not x.is_floating_point():  # some models cast what comes to the type of the weight
+            raise BadChoice(
+                "this model casts activations to a weight's type, which is int8 here: choose another method"
+            )
         rows = x.reshape(-1, self.in_features).contiguous()
         weight = Int8Weight(self.weight.data, self.absmax)
         self.marks = marks = torch.zeros(self.in_features, dtype=torch.int8, device=x.device)
@@ -41,17 +46,20 @@ class Int8Linear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding:
     """A table of int8 rows, each with its scale. `weight`: int8 (vocabulary, width), `absmax`: float32 (vocabulary,);
-    a tied head has the same two."""
-
-    def __init__(self, weight: nn.Parameter, absmax: torch.Tensor, dtype: torch.dtype):
-        super().__init__()
-        self.weight, self.absmax, self.dtype = weight, absmax, dtype
+    a tied head has the same two. Mixed in before the embedding's own class, which sees the rows that are looked up, in
+    16 bit, as its whole table: so whatever it does besides (a scale, a norm) is done."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """(...) -> (..., width)."""
-        return (self.weight[ids] * (self.absmax[ids] / 127)[..., None]).to(self.dtype)
+        codes, padding = self._parameters["weight"], self.padding_idx
+        rows = (codes[ids] * (self.absmax[ids] / 127)[..., None]).to(self.dtype)
+        self._parameters["weight"], self.padding_idx = rows.view(-1, codes.shape[1]), None
+        try:
+            return super().forward(torch.arange(ids.numel(), device=ids.device).view(ids.shape))
+        finally:
+            self._parameters["weight"], self.padding_idx = codes, padding
 
 
 def int8_weight(weight: nn.Parameter) -> Int8Weight:
@@ -65,11 +73,19 @@ def int8_weight(weight: nn.Parameter) -> Int8Weight:
 
 
 def convert_ends_(model: nn.Module, threshold: float | None) -> None:
-    """Embedding and head of `model` in int8; one table where they are tied."""
+    """Embedding and head of `model` in int8; one table where they are tied. Raises BadChoice where they are no such."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    plain = isinstance(embedding, nn.Embedding) and embedding.max_norm is None
+    if not plain or type(head) not in (nn.Linear, Int8Linear):
+        raise BadChoice(f"the embedding and head of {type(model).__name__} cannot be int8; choose llm-int8")
     tied = embedding.weight is head.weight
-    made = Int8Linear.over(head, threshold)
-    table = Int8Weight(made.weight, made.absmax) if tied else int8_weight(embedding.weight)
-    weight = made.weight if tied else nn.Parameter(table.codes, requires_grad=False)
+    made = head if isinstance(head, Int8Linear) else Int8Linear.over(head, threshold)
     model.set_output_embeddings(made)
-    model.set_input_embeddings(Int8Embedding(weight, table.absmax, embedding.weight.dtype))
+    table = Int8Weight(made.weight, made.absmax) if tied else int8_weight(embedding.weight)
+    ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)[-8:].flip(0)
+    before, embedding.dtype = embedding(ids), embedding.weight.dtype
+    embedding.weight = made.weight if tied else nn.Parameter(table.codes, requires_grad=False)
+    embedding.absmax, own = table.absmax, type(embedding)
+    embedding.__class__ = type(f"Int8{own.__name__}", (Int8Embedding, own), {})
+    if ((embedding(ids) - before).abs() > 0.02 * before.abs().amax(-1, keepdim=True)).any():
+        raise BadChoice(f"the embedding of {type(model).__name__} does more than look up rows; choose llm-int8")

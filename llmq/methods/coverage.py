@@ -1,0 +1,60 @@
+"""What an int8 label really converts: the share of a model's linear weights, and of all its weights, in fewer bits."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Numbers of weights. Linear: every matrix that is multiplied, in a linear layer or not (experts), and the head, be
+    it a tied embedding. `left`: the linear ones that stay as they are, by name, with 'N' for the number of a layer."""
+
+    linear_weights: int
+    converted_linear_weights: int
+    all_weights: int
+    converted_weights: int
+    left: tuple[str, ...]
+
+    @property
+    def linear_share(self) -> float:
+        return self.converted_linear_weights / max(1, self.linear_weights)
+
+    @property
+    def share(self) -> float:
+        return self.converted_weights / max(1, self.all_weights)
+
+
+def coverage(model) -> Coverage:
+    """Count a loaded model, or the weights of a lean engine. Converted is what takes one byte a number."""
+    numbers, names, linear, converted = {}, {}, set(), set()
+    for name, weight, is_linear, is_converted in _lean(model) if hasattr(model, "parts") else _parameters(model):
+        key = id(weight)  # a tied weight has two places
+        numbers[key] = math.prod(weight.shape)
+        names.setdefault(key, re.sub(r"\d+", "N", name))
+        linear |= {key} if is_linear else set()
+        converted |= {key} if is_converted else set()
+    left = tuple(dict.fromkeys(names[key] for key in numbers if key in linear - converted))
+    groups = (linear, linear & converted, numbers, converted)
+    return Coverage(*(sum(numbers[key] for key in group) for group in groups), left)
+
+
+def _parameters(model: nn.Module):
+    from torch import nn
+
+    for place, module in model.named_modules():
+        for name, weight in module.named_parameters(place, recurse=False):
+            linear = weight.ndim > 1 and not isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
+            yield name, weight, linear, weight.element_size() == 1
+
+
+def _lean(weights):
+    for part in weights.parts():
+        linear = len(part.shape) > 1 and (part is not weights.embedding or part is weights.head)
+        yield "head" if part is weights.head else "layers", part, linear, getattr(part, "absmax", None) is not None
