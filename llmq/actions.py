@@ -119,10 +119,11 @@ def _text(field: Field, given: str | None, options) -> str:
 
 def show(found: Answer, options) -> int:
     """Write what is to be written of an answer, and print it for people or as JSON."""
-    from llmq.figures.pages import page
     from llmq.labs import save_answer
 
     if options.html:
+        from llmq.figures.pages import page
+
         write_text(options.html, page(found.title, found.blocks()))
     if options.save:
         save_answer(found, options.save)

@@ -47,6 +47,13 @@ def device_label(device: str) -> str:
     return f"{_cpu_name()}, {cores} cores" + (f", {granted:g} of them granted" if granted < cores else "")
 
 
+def cpu_capability() -> str:
+    """The vector instructions torch found on this processor, by its name for them: 'AVX2', 'AVX512', 'DEFAULT'."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def describe(device: str, source: Source | None = None) -> dict:
     """Plain JSON: everything needed to judge or repeat a measurement."""
     import torch
@@ -61,6 +68,7 @@ def describe(device: str, source: Source | None = None) -> dict:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {"llmq": __version__} | _versions(),
         "torch_threads": torch.get_num_threads(),
+        "cpu_capability": cpu_capability(),
         "commit": _commit(),
     }
     if device.startswith("cuda"):

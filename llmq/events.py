@@ -62,7 +62,8 @@ class Loading:
 class Loaded:
     """`seconds` is 0 when the weights were already resident from an earlier run (`resident`).
 
-    `engine` is the loop the contestant runs through; speeds compare within one.
+    `engine` is the loop the contestant runs through; speeds compare within one. `coverage`: which share of its linear
+    weights ('linear') and of all its weights ('all') the method stores in 8 bit; empty in older recordings.
     """
 
     contestant: str
@@ -70,6 +71,7 @@ class Loaded:
     seconds: float
     resident: bool = False
     engine: str = "hf"
+    coverage: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

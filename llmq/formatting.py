@@ -6,6 +6,7 @@ Every function accepts None (not known, or not yet) and answers with `MISSING`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 MISSING = "–"
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -58,6 +59,13 @@ def format_share(share: float | None) -> str:
     if not _known(share):
         return MISSING
     return f"{share:.0%}" if share == 0 or share >= 0.1 else f"{100 * share:.2g} %".replace(" %", "%")
+
+
+def shown_coverage(shares: Mapping[str, float]) -> str:
+    """Which share of a model a method stores in 8 bit, in words; '' where nothing is, or nothing is known."""
+    if not shares.get("all"):
+        return ""
+    return f"{format_share(shares['linear'])} of linear, {format_share(shares['all'])} of all weights"
 
 
 def plain_json(value):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.methods import Method, WeightBytes
+from llmq.methods.coverage import predicted_coverage
 from llmq.models.config import PlainConfig
 from llmq.models.opening import open_model
 from llmq.models.presets import PRESETS
@@ -76,9 +77,12 @@ def forecast(
     rows = []
     for contestant in contestants:
         found = predict(opened.shape, contestant.method, tokens=tokens, batch=batch)
+        covered = predicted_coverage(opened.shape, contestant.method)
         total = found.total if found.kv is not None else None
         fits = None if device_bytes is None or total is None else total <= HEADROOM * device_bytes
-        rows.append({"method": contestant.label, **asdict(found), "total": total, "fits": fits})
+        rows.append(
+            {"method": contestant.label, **asdict(found), "total": total, "fits": fits, "coverage": covered.shares}
+        )
     return {"model": model, "context": tokens, "batch": batch, "device_memory": device_bytes, "results": rows}
 
 

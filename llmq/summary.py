@@ -16,6 +16,7 @@ class Outcome:
     contestant: str
     weight_bytes: int | None = None
     load_seconds: float | None = None
+    coverage: dict[str, float] = field(default_factory=dict)
     engine: str | None = None
     prompt_tokens: int | None = None
     prefill_seconds: float | None = None
@@ -60,7 +61,7 @@ class Summary:
         match event:
             case Loaded():
                 outcome.weight_bytes, outcome.load_seconds = event.weight_bytes, event.seconds
-                outcome.engine = event.engine
+                outcome.engine, outcome.coverage = event.engine, event.coverage
             case Prefilled():
                 outcome.prompt_tokens, outcome.prefill_seconds = event.prompt_tokens, event.seconds
             case Step():

@@ -27,7 +27,7 @@ from llmq import memory
 from llmq.errors import BadChoice
 from llmq.methods import METHODS
 from llmq.methods.base import WeightBytes
-from llmq.methods.coverage import Coverage, coverage
+from llmq.methods.coverage import Coverage, coverage, predicted_coverage
 from llmq.methods.swap import is_conv1d, linear_layers, stored_bytes
 
 LARGEST = 1_000_000  # parameters: above that an architecture is not made small by these numbers
@@ -200,6 +200,14 @@ def test_coverage_says_what_is_left(folders):
     assert found("gpt2", "llm-int8").left == ("transformer.wte.weight",)  # its Conv1D are converted, its tied head not
     experts = [name for name in found("mixtral", "llm-int8").left if "experts" in name]
     assert experts == ["model.layers.N.mlp.experts.gate_up_proj", "model.layers.N.mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
+def test_coverage_is_predicted_from_the_shape(model_type, method, folders):
+    shape = copy.deepcopy(dense(model_type, folders(model_type))[torch.float32]).to("meta")
+    shape.tie_weights()
+    assert predicted_coverage(shape, METHODS[method]) == coverage(converted(model_type, folders(model_type), method))
 
 
 @pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head"])

@@ -240,3 +240,15 @@ def test_labels_name_the_method_and_an_unusual_threshold(text, label):
 
 def test_the_folder_is_the_source(tiny_folder):
     assert source_of(tiny_folder).kind == "folder"
+
+
+def test_every_contestant_states_what_its_method_converted(tiny_folder, machine):
+    """The share of the linear weights, and of all weights, counted from the loaded tensors."""
+    events = list(machine.run(comparison(tiny_folder, "fp32,llm-int8,llm-int8-head")))
+    found = {event.contestant: event.coverage for event in events if isinstance(event, Loaded)}
+    head, rest = 259 * 32, 259 * 32 + 5 * 32
+    linear = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 64 * 32)
+    assert found["fp32"] == {"linear": 0, "all": 0}
+    assert found["llm-int8"]["linear"] == pytest.approx(linear / (linear + head))
+    assert found["llm-int8"]["all"] == pytest.approx(linear / (linear + head + rest))
+    assert found["llm-int8-head"]["linear"] == 1 > found["llm-int8-head"]["all"] > 0.9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Step
+from llmq.methods import METHODS
 from llmq.summary import Summary
 from llmq.ui.parts.verdict import USUAL, WHY_OURS_CPU, WHY_SLOWER_CPU, WHY_SLOWER_GPU, verdict
 
@@ -162,3 +163,15 @@ def test_no_word_of_the_models_text_is_repeated():
 def test_a_method_of_another_version_is_called_by_its_own_name():
     """A recording may hold methods that this version does not have."""
     assert "mystery-int4" in said(lane("fp16"), lane("mystery-int4", megabytes=50))
+
+
+def test_the_reason_on_a_cpu_is_one_that_this_processor_has():
+    """With AVX-512 bitsandbytes multiplies in int8: the reason for slowness elsewhere is none there."""
+    lanes = [lane("fp16"), lane("bnb-int8", speed=4.0)]
+    events = [planned("fp16", "bnb-int8", device="cpu"), *sum(lanes, [])]
+    said = {cpu: verdict(Summary(events), cpu) for cpu in ("", "AVX2", "AVX512")}
+    assert WHY_SLOWER_CPU in said["AVX2"] and said["AVX2"] == said[""]
+    assert "times slower" in said["AVX512"] and "FP32" not in said["AVX512"] and USUAL not in said["AVX512"]
+    told = {cpu: METHODS["bnb-int8"].arithmetic("cpu", "hf", cpu) for cpu in ("", "AVX2", "AVX512")}
+    assert "FP32 matrix products" in told["AVX2"] and "int32" in told["AVX512"]
+    assert "FP32" not in told[""] and "int32" not in told[""]

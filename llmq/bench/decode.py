@@ -55,7 +55,8 @@ class DecodeBench(Bench):
         ready_seconds = lease.clock() - started
         runs = [_Repeat.of(engine, setup.prompt_ids, self.new_tokens, lease.clock) for _ in range(self.repeats)]
         speeds = [run.tokens_per_second for run in runs]
-        bytes_per_token = engine.read_bytes_per_token + self._mean_kv_bytes(setup.model, engine)
+        kv = self._mean_kv_bytes(setup.model, engine)
+        bytes_per_token = None if kv is None else engine.read_bytes_per_token + kv
         bandwidth = max(setup.facts["read_bandwidth_bytes_per_second"], read_bandwidth(self.device))
         return {
             "engine": engine.name,
@@ -77,7 +78,7 @@ class DecodeBench(Bench):
             **_allocation(engine, setup.model, setup.prompt_ids),
         }
 
-    def _mean_kv_bytes(self, model: Model, engine: Engine) -> int:
+    def _mean_kv_bytes(self, model: Model, engine: Engine) -> int | None:
         """Bytes of keys and values read per token: those of the positions in use, halfway through the new tokens."""
         itemsize = 4 if engine.method.dtype == "float32" else 2
         return memory.kv_bytes(model.config, tokens=self.prompt_tokens + self.new_tokens // 2, itemsize=itemsize)
@@ -119,7 +120,8 @@ def _allocation(engine: Engine, model: Model, prompt_ids: list[int]) -> dict:
     """
     tokens = capacity_for(len(prompt_ids) + 1, engine.context) if engine.name == "lean" else len(prompt_ids)
     predicted = memory.predict(model.shape, engine.method, tokens=tokens)
-    found = {"predicted_bytes": predicted.weights + predicted.scales + predicted.kv}
+    known = predicted.kv is not None
+    found = {"predicted_bytes": predicted.weights + predicted.scales + predicted.kv if known else None}
     if not engine.device.startswith("cuda"):
         return found | {"allocated_bytes": None, "library_workspace_bytes": None}
     import torch

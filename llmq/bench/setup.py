@@ -148,8 +148,11 @@ def read_bandwidth(device: str) -> float:
     return data.nbytes / statistics.median(list(_sum_seconds(data, cuda))[2:])
 
 
-def bandwidth_fraction(bytes_per_token: int, tokens_per_second: float, bandwidth: float) -> float | None:
-    """Share of the read bandwidth that decoding used; None over 1: then the two were not measured alike."""
+def bandwidth_fraction(bytes_per_token: int | None, tokens_per_second: float, bandwidth: float) -> float | None:
+    """Share of the read bandwidth that decoding used; None where the bytes are not known, and over 1: then the two were
+    not measured alike."""
+    if bytes_per_token is None:
+        return None
     share = bytes_per_token * tokens_per_second / bandwidth
     return share if share <= 1 else None
 

@@ -8,8 +8,6 @@ import math
 import re
 from collections.abc import Iterable
 
-from plotly.offline import get_plotlyjs
-
 from llmq.figures.blocks import Block, Drawing, Markup, Table
 from llmq.figures.palette import DARK, KL_EDGES, LIGHT, PAINT, properties
 
@@ -65,6 +63,8 @@ def page(title: str, blocks: Iterable[Block]) -> str:
         elif block:
             parts.append(f"<p>{_bold(html.escape(block))}</p>")
     if drawn:
+        from plotly.offline import get_plotlyjs
+
         scripts = get_plotlyjs(), f"const config = {json.dumps(NO_CLOUD)};{PAINT}{_DRAW}"
         parts += [f"<script>{script}</script>" for script in scripts]
     colors = {"light": properties(LIGHT), "dark": properties(DARK)}

@@ -33,7 +33,7 @@ from llmq.events import (
     Step,
 )
 from llmq.figures.blocks import Block, Table
-from llmq.formatting import format_bytes, format_seconds, format_speed
+from llmq.formatting import MISSING, format_bytes, format_seconds, format_speed, shown_coverage
 from llmq.machine.door import Lease, out_of_memory, shortage
 from llmq.methods import METHODS
 from llmq.models.loading import range_note
@@ -208,9 +208,14 @@ class _Race:
         return [lane for lane in self.lanes if not lane.over]
 
     def _load(self, lane: _Lane) -> Iterator[Event]:
-        note = range_note(self.model.config, lane.contestant.method)
+        note = "; ".join(filter(None, (range_note(self.model.config, lane.contestant.method), self._ignored())))
         lane.engine = yield from self.lease.load(lane.key, lane.contestant, lane.prediction, note)
         lane.engine.warm_up(self.prompt_ids)
+
+    def _ignored(self) -> str:
+        """Generation settings of the model that its answers here do not follow; '' where there are none."""
+        ignored = self.model.ignored_settings
+        return f"ignored, of the model's own generation settings: {', '.join(ignored)}" if ignored else ""
 
     def _prefill(self, lane: _Lane) -> Iterator[Event]:
         sampling, stopped = self.comparison.sampling, self.lease.stop.is_set
@@ -299,11 +304,12 @@ class RunAnswer:
                 format_seconds(outcome.prefill_seconds),
                 format_speed(outcome.decode_tokens_per_second),
                 format_bytes(outcome.weight_bytes),
+                shown_coverage(outcome.coverage) or MISSING,
                 format_bytes(outcome.peak_bytes),
             ]
             for outcome in outcomes
         ]
-        yield Table(["Method", "First token", "Decode", "Weights", "Peak"], rows, "Measured")
+        yield Table(["Method", "First token", "Decode", "Weights", "In 8 bit", "Peak"], rows, "Measured")
         yield self._first_divergence()
 
     def _first_divergence(self) -> str:
@@ -341,6 +347,7 @@ def _outcome_json(outcome: Outcome) -> dict:
         "prefill_seconds": outcome.prefill_seconds,
         "decode_tokens_per_second": outcome.decode_tokens_per_second,
         "weight_bytes": outcome.weight_bytes,
+        "coverage": outcome.coverage or None,
         "kv_bytes": outcome.kv_bytes,
         "peak_bytes": outcome.peak_bytes,
         "finish_reason": outcome.reason,

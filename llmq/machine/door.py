@@ -25,6 +25,7 @@ from llmq.machine.queue import DeviceQueue, Turn
 from llmq.machine.thread import ComputeThread
 from llmq.methods import METHODS, Method
 from llmq.methods.calibrate import Calibration, save_statistics
+from llmq.methods.coverage import coverage
 from llmq.models.opening import Model, open_model
 from llmq.models.reference_text import windows
 
@@ -142,6 +143,7 @@ class Lease:
             seconds=seconds,
             resident=resident,
             engine=engine.name,
+            coverage=coverage(engine.model).shares,
         )
         return engine
 

@@ -104,9 +104,9 @@ class Method:
         value = field.kind.spell(getattr(self, field.name))
         return value if bare else f"{field.name}={value}"
 
-    def arithmetic(self, device: str, loop: str = "hf") -> str:
+    def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         """One plain sentence: what is stored in which type, and in which type it is multiplied on this device in this
-        loop ('hf' or 'lean')."""
+        loop ('hf' or 'lean'). `cpu`: torch's name of the processor's capability, such as 'AVX512'; '' is unknown."""
         raise NotImplementedError
 
     # What becomes of a model

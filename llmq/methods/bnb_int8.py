@@ -32,9 +32,11 @@ class BnbInt8(Method):
     opens_int8 = True
     live = frozenset({"threshold"})
 
-    def arithmetic(self, device: str, loop: str = "hf") -> str:
-        on_cpu = device.startswith("cpu")
-        products = "int8 products done as FP32 matrix products" if on_cpu else "int8 products summed in int32"
+    def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
+        """On a CPU bitsandbytes multiplies in int8 where there is AVX-512, and in FP32 elsewhere."""
+        products = "int8 products summed in int32"
+        if device.startswith("cpu") and cpu != "AVX512":
+            products = "int8 products done as FP32 matrix products" if cpu else "int8 products"
         return f"int8 linear weights, FP16 embedding, norms and head; {products}; outlier columns in FP16"
 
     def load_arguments(self, device: str) -> dict[str, Any]:

@@ -7,8 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmq.methods.swap import linear_layers
+
 if TYPE_CHECKING:
     from torch import nn
+
+    from llmq.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,32 @@ class Coverage:
         return self.converted_linear_weights / max(1, self.linear_weights)
 
     @property
+    def shares(self) -> dict[str, float]:
+        """As a contestant states them: of the linear weights, and of all."""
+        return {"linear": self.linear_share, "all": self.share}
+
+    @property
     def share(self) -> float:
         return self.converted_weights / max(1, self.all_weights)
 
 
 def coverage(model) -> Coverage:
     """Count a loaded model, or the weights of a lean engine. Converted is what takes one byte a number."""
+    return _counted(_lean(model) if hasattr(model, "parts") else _parameters(model))
+
+
+def predicted_coverage(meta_model: nn.Module, method: Method) -> Coverage:
+    """What `method` will convert, from a dense model on the meta device."""
+    layers = [] if method.bits > 8 else [layer for _, layer in linear_layers(meta_model)]
+    if method.int8_head:
+        layers += [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
+    converted = {id(layer.weight) for layer in layers}
+    return _counted((name, w, linear, id(w) in converted) for name, w, linear, _ in _parameters(meta_model))
+
+
+def _counted(weights) -> Coverage:
     numbers, names, linear, converted = {}, {}, set(), set()
-    for name, weight, is_linear, is_converted in _lean(model) if hasattr(model, "parts") else _parameters(model):
+    for name, weight, is_linear, is_converted in weights:
         key = id(weight)  # a tied weight has two places
         numbers[key] = math.prod(weight.shape)
         names.setdefault(key, re.sub(r"\d+", "N", name))

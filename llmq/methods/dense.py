@@ -15,7 +15,7 @@ class Dense(Method):
     packed = "dense"
     short = ""
 
-    def arithmetic(self, device: str, loop: str = "hf") -> str:
+    def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         """On a CPU without 16-bit units torch multiplies and adds in FP32 and rounds each result (measured: a 16-bit
         dot product of 2048 and 575 ones gives 2624 in FP16, which an FP16 accumulator could not reach)."""
         short = self.short

@@ -51,7 +51,7 @@ class LlmInt8(Int8Weights):
     source = "Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 3"
     live = frozenset({"threshold"})
 
-    def arithmetic(self, device: str, loop: str = "hf") -> str:
+    def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         on_cpu = device.startswith("cpu")
         products = "done as FP32 matrix products" if on_cpu and loop == "hf" else "summed exactly in integers"
         return f"{self._stored}; int8 products {products}; outliers keep FP16, summed with them"
@@ -76,7 +76,7 @@ class Int8WeightOnly(Int8Weights):
     about = "Int8 weights with one scale per row; activations stay in FP16, so there is nothing to decompose."
     source = "the weights of Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 3.1"
 
-    def arithmetic(self, device: str, loop: str = "hf") -> str:
+    def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         kept = "FP32" if device.startswith("cpu") and loop == "lean" else "FP16"
         return f"{self._stored}; {kept} activations, products summed in FP32"
 

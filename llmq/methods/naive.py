@@ -26,7 +26,7 @@ class Naive(Method):
     by_row = False
     weights = activations = True
 
-    def arithmetic(self, device: str, loop: str = "hf") -> str:
+    def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         weights = "int8 linear weights" if self.weights else "FP32 linear weights"
         activations = "int8 activations" if self.activations else "FP32 activations"
         scales = "one scale a row" if self.by_row else "one scale a tensor"

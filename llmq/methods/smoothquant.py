@@ -41,7 +41,7 @@ class SmoothQuant(Vectorwise):
     calibrated = True
     calibration = "channel-maximum"
 
-    def arithmetic(self, device: str, loop: str = "hf") -> str:
+    def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         return f"{super().arithmetic(device, loop)}; inputs divided by smoothing factors in FP32"
 
     def observer(self, linear: nn.Module) -> Observer:

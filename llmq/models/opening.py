@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llmq.models import loading
+from llmq.models.config import ignored_settings
 from llmq.models.demo import Progress
 from llmq.models.edits import Edit
 from llmq.models.loading import Source
@@ -77,6 +78,11 @@ class Model:
     def eos_ids(self) -> frozenset[int]:
         """The tokens that end a text."""
         return loading.eos_ids_of(self.source, self.config)
+
+    @property
+    def ignored_settings(self) -> tuple[str, ...]:
+        """Generation settings that our answers do not follow, such as 'repetition_penalty 1.05'."""
+        return () if self.source.kind == "random" else ignored_settings(loading.folder_of(self.source))
 
     def encode(self, prompt: str, *, new_tokens: int = 0) -> list[int]:
         """Token ids of `prompt` as the user's turn of the chat template. Raises BadChoice where it is empty or leaves

@@ -19,18 +19,19 @@ WHY_OURS_CPU = (
 LOOPS = {"hf": "transformers", "lean": "the lean loop"}
 
 
-def verdict(summary: Summary) -> str:
-    """Cost and saving of each later contestant against the first, and how far the texts agree. Markdown."""
+def verdict(summary: Summary, cpu: str = "") -> str:
+    """Cost and saving of each later contestant against the first, and how far the texts agree. Markdown. `cpu`: the
+    processor's capability as torch names it."""
     if not summary.outcomes:
         return ""
     baseline, *others = summary.outcomes.values()
-    on_gpu = bool(summary.plan and summary.plan.device.startswith("cuda"))
-    lines = dict.fromkeys(line for other in others for line in _against(baseline, other, on_gpu))
+    place = "gpu" if summary.plan and summary.plan.device.startswith("cuda") else cpu
+    lines = dict.fromkeys(line for other in others for line in _against(baseline, other, place))
     agreement = _agreement(summary, baseline, others[0]) if others else ""
     return "\n\n".join(line for line in (*lines, agreement) if line)
 
 
-def _against(baseline: Outcome, other: Outcome, on_gpu: bool) -> list[str]:
+def _against(baseline: Outcome, other: Outcome, place: str) -> list[str]:
     if failed := [o for o in (baseline, other) if o.error]:
         return [f"**{_name(o)} did not finish**, so there is nothing to compare." for o in failed]
     if not (baseline.weight_bytes and other.weight_bytes):
@@ -39,7 +40,7 @@ def _against(baseline: Outcome, other: Outcome, on_gpu: bool) -> list[str]:
         f"**{_name(other)}** holds {format_bytes(other.weight_bytes)} of weights where {_name(baseline)} holds "
         f"{format_bytes(baseline.weight_bytes)}: {_change(other.weight_bytes / baseline.weight_bytes)}."
     )
-    return [f"{memory} {_speed(baseline, other, on_gpu)}".strip()]
+    return [f"{memory} {_speed(baseline, other, place)}".strip()]
 
 
 def _change(share: float) -> str:
@@ -47,25 +48,26 @@ def _change(share: float) -> str:
     return "as much memory" if percent == "0%" else f"{percent} {'less' if share < 1 else 'more'} memory"
 
 
-def _speed(baseline: Outcome, other: Outcome, on_gpu: bool) -> str:
+def _speed(baseline: Outcome, other: Outcome, place: str) -> str:
     ours, theirs = other.decode_tokens_per_second, baseline.decode_tokens_per_second
     if not (ours and theirs):
         return "There were too few tokens to state a speed."
     ratio = theirs / ours
     pair = f"{format_speed(ours)} against {format_speed(theirs)}{_crossing(baseline, other)}"
     if ratio > 1.05:
-        reason = _reason(other, on_gpu)
+        reason = _reason(other, place)
         return f"It decoded at {pair}: **{ratio:.1f} times slower** in this run.{reason}"
     if ratio < 0.95:
         return f"It decoded at {pair}: **{1 / ratio:.1f} times faster** in this run."
     return f"It decoded at {pair}: about the same speed in this run."
 
 
-def _reason(slower: Outcome, on_gpu: bool) -> str:
+def _reason(slower: Outcome, place: str) -> str:
     if slower.contestant.startswith("bnb-"):
-        return f" {USUAL} {WHY_SLOWER_GPU if on_gpu else WHY_SLOWER_CPU}"
+        reason = {"gpu": WHY_SLOWER_GPU, "AVX512": ""}.get(place, WHY_SLOWER_CPU)  # with AVX-512 we have measured none
+        return f" {USUAL} {reason}" if reason else ""
     ours = slower.contestant.startswith("llm-int8") and slower.engine != "lean"
-    return f" {WHY_OURS_CPU}" if ours and not on_gpu else ""
+    return f" {WHY_OURS_CPU}" if ours and place != "gpu" else ""
 
 
 def _crossing(baseline: Outcome, other: Outcome) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.environment import describe
+from llmq.environment import cpu_capability, describe
 from llmq.errors import UserError
 from llmq.events import Run
 from llmq.labs.compare import SCHEDULES
@@ -214,7 +214,7 @@ class CompareTab:
             raise notice(error) from error
         run = Run(comparison.settings(), {})
         events = run.record(self.state.run(comparison, owner), time.monotonic)
-        view = CompareView(labels_in(comparison), self.state.next_run(), comparison.device)
+        view = CompareView(labels_in(comparison), self.state.next_run(), comparison.device, cpu=cpu_capability())
         results: dict = {}
         for update in self._show(view, events):
             if self.verdict in update:  # the last one: the page says 'Finished' when all of it is there
@@ -240,7 +240,8 @@ class CompareTab:
         except UserError as error:
             yield {self.status: f"Not replayed: {error}"}
             raise notice(error) from error
-        view = CompareView(labels, self.state.next_run(), str(run.settings.get("device", "cpu")), opening=about)
+        device, cpu = str(run.settings.get("device", "cpu")), str(run.environment.get("cpu_capability", ""))
+        view = CompareView(labels, self.state.next_run(), device, opening=about, cpu=cpu)
         yield self._frame(labels)
         yield from self._show(view, run.replay(time.sleep, time.monotonic))
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from llmq.contestant import Contestant
 from llmq.errors import UserError
 from llmq.events import Event, Finished, Loaded, Loading, Step
+from llmq.formatting import shown_coverage
 from llmq.summary import Summary
 from llmq.ui.parts.live_state import LiveState
 from llmq.ui.parts.progress import event_line
@@ -34,11 +35,14 @@ class CompareView:
     run: str
     device: str
     opening: str = ""
+    cpu: str = ""
     clock: Callable[[], float] = time.monotonic
     summary: Summary = field(default_factory=Summary)
 
     def __post_init__(self):
-        self.live = LiveState({label: arithmetic(label, self.device) for label in self.labels}, run=self.run)
+        self.live = LiveState(
+            {label: arithmetic(label, self.device, cpu=self.cpu) for label in self.labels}, run=self.run
+        )
         self._texts = [""] * len(self.labels)
         self._tokens: list[list[tuple[int, str]]] = [[] for _ in self.labels]
         self._status = "Starting"
@@ -66,7 +70,9 @@ class CompareView:
         if not isinstance(event, Loading) or event.contestant:
             self.live.add(event)
         if isinstance(event, Loaded):
-            self.live.describe(event.contestant, arithmetic(event.contestant, self.device, event.engine))
+            told = arithmetic(event.contestant, self.device, event.engine, self.cpu)
+            share = shown_coverage(event.coverage)
+            self.live.describe(event.contestant, f"{told}; 8 bit: {share}" if share else told)
         if isinstance(event, Step | Finished):
             self._texts[self.labels.index(event.contestant)] += event.text
         if isinstance(event, Step):
@@ -94,17 +100,17 @@ class CompareView:
 
     def _final(self) -> dict:
         if len(self.labels) < 2 or not all(self._tokens[:2]):
-            return {"verdict": verdict(self.summary), "diff": {}}
+            return {"verdict": verdict(self.summary, self.cpu), "diff": {}}
         return {
-            "verdict": verdict(self.summary),
+            "verdict": verdict(self.summary, self.cpu),
             "diff": diff_value((self.labels[0], self.labels[1]), self._tokens[0], self._tokens[1]),
         }
 
 
-def arithmetic(label: str, device: str, loop: str = "hf") -> str:
+def arithmetic(label: str, device: str, loop: str = "hf", cpu: str = "") -> str:
     """What a contestant stores and multiplies in; empty for a method this version does not know (old recordings)."""
     try:
-        return Contestant.parse(label).method.arithmetic(device, loop)
+        return Contestant.parse(label).method.arithmetic(device, loop, cpu)
     except UserError:
         return ""
 
