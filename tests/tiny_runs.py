@@ -16,7 +16,7 @@ from llmq.engine.hf import HFEngine
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.events import Event, Finished, Memory, Step
-from llmq.machine.door import Machine
+from llmq.machine.door import Lease, Machine
 from llmq.methods import parse_method
 from llmq.models.loading import Source, resolve
 from llmq.models.opening import Model
@@ -79,7 +79,8 @@ def key_of(model, method: str, device: str = "cpu", loop: str = "hf") -> Key:
 
 
 def engine_of(machine: Machine, folder, method: str) -> HFEngine:
-    return machine.pool.get(key_of(folder, method), parse_method(method))[0]
+    """Of a folder or of what a name was resolved to; calibrated where its method needs it."""
+    return Lease(machine, "cpu", threading.Event()).get(key_of(folder, method), parse_method(method))
 
 
 def without_memory(events) -> list[Event]:
