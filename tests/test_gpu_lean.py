@@ -117,7 +117,7 @@ def outliers(kernels, x, weight) -> set[int]:
 @pytest.mark.demo
 @pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head"])
 def test_the_graph_replays_what_the_kernels_compute_for_500_tokens(method, demo, machine, monkeypatch):
-    from llmq.engine.captured import Runner
+    from llmq.engine.cuda_graph import Runner
 
     lean, ids = engine(machine, demo, method, "lean"), reference_ids(demo, 40)
     replayed = generate(lean, ids, 500)
@@ -168,7 +168,7 @@ def test_without_triton_or_a_graph_the_tokens_come_slower_and_one_line_says_so(m
 
 @pytest.mark.demo
 def test_out_of_memory_in_capture_fails_its_contestants_alone(demo, monkeypatch):
-    from llmq.engine.captured import Runner
+    from llmq.engine.cuda_graph import Runner
     from llmq.events import Failed, Finished
     from llmq.labs.compare import Comparison
 
@@ -259,7 +259,7 @@ def test_decode_steps_agree_with_the_prompt_path(demo, machine):
 @pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head", "int8-weight-only"])
 def test_a_captured_prompt_is_a_prompt(method, demo, machine, monkeypatch):
     """Rows that only fill the graph's shape change nothing: same likelihoods, same text, whatever was there before."""
-    from llmq.engine.captured import Runner
+    from llmq.engine.cuda_graph import Runner
 
     lean, ids = engine(machine, demo, method, "lean"), reference_ids(demo, 300)
     lengths = [300, 5, 64, 65, 1, 200]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import tiny_llama
 
+from llmq.engine.base import Interrupted, capacity_for
 from llmq.engine.choice import choose_engines
 from llmq.engine.hf import HFEngine
-from llmq.engine.interface import Interrupted, capacity_for
-from llmq.engine.llama import LeanEngine
+from llmq.engine.llama_cuda import LeanEngine
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError

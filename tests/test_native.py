@@ -15,9 +15,9 @@ import torch
 from conftest import tiny_llama
 from test_lean import KINDS, PROMPT, ModelTensors, generate
 
+from llmq.engine.base import Interrupted
 from llmq.engine.choice import choose_engines
-from llmq.engine.interface import Interrupted
-from llmq.engine.llama import LeanEngine
+from llmq.engine.llama_cuda import LeanEngine
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
@@ -31,7 +31,7 @@ from llmq.models.architecture import Architecture, Rope, architecture_of
 if reason := why_not_native():
     pytest.skip(reason, allow_module_level=True)
 
-from llmq.engine.native import NativeEngine  # noqa: E402
+from llmq.engine.llama_cpu import NativeEngine  # noqa: E402
 from llmq.kernels.cpu import library  # noqa: E402
 from llmq.kernels.cpu.library import Matrix, Packing, open_library, quantize_rows  # noqa: E402
 

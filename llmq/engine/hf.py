@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llmq.engine.interface import Interrupted, Token, token_of
+from llmq.engine.base import Interrupted, Token, token_of
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import timer_for
 from llmq.errors import UserError

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Protocol
 
-from llmq.engine.interface import Generation
+from llmq.engine.base import Generation
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.sampling import SamplingSettings
 from llmq.methods import Method
@@ -24,7 +24,7 @@ class Room(Protocol):
 
 
 class LeanLoop:
-    """The half of `interface.Engine` that its two engines, `llama` and `native`, share."""
+    """The half of `base.Engine` that its two engines, `llama_cuda` and `llama_cpu`, share."""
 
     name = "lean"
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmq.cache import cache_folder
+from llmq.engine.base import Engine
 from llmq.engine.hf import HFEngine
-from llmq.engine.interface import Engine
 from llmq.methods import Method
 from llmq.methods.calibrate import FOLDER, file_name, load_statistics
 from llmq.models.loading import folder_of, load_model, require_method
@@ -82,12 +82,12 @@ def _load_lean(key: Key) -> Engine:
     }
     tensors = key.model.tensors()
     if key.device == "cpu":
-        from llmq.engine.native import NativeEngine
+        from llmq.engine.llama_cpu import NativeEngine
         from llmq.kernels.cpu import library
 
         weights = load_weights(tensors, architecture, **wanted, kernels=library, form=library.Packing())
         return NativeEngine(weights, architecture, method, eos_ids=eos_ids)
-    from llmq.engine.llama import LeanEngine
+    from llmq.engine.llama_cuda import LeanEngine
     from llmq.kernels.backend import kernels_for
 
     kernels, slower = kernels_for(key.device)

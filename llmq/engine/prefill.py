@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional
 
-from llmq.engine.interface import Interrupted
+from llmq.engine.base import Interrupted
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.kernels.buffers import Cache
 from llmq.models.architecture import Architecture

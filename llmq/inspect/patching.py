@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from llmq.engine.interface import Interrupted
+from llmq.engine.base import Interrupted
 from llmq.errors import BadChoice, unknown
 from llmq.events import Progress
 from llmq.hooks import Watched, decoder_blocks, kind_and_layer, linear_modules

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from llmq.contestant import Contestant
-from llmq.engine.interface import Engine
+from llmq.engine.base import Engine
 from llmq.engine.sampling import SamplingSettings
 from llmq.fields import Choice, Numbers
 from llmq.formatting import format_share

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llmq import telemetry
-from llmq.engine.interface import Engine
+from llmq.engine.base import Engine
 from llmq.engine.loading import Key, load_engine
 from llmq.methods import Method
 

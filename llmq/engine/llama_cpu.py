@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from llmq import cgroup
-from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
+from llmq.engine.base import Interrupted, Token, capacity_for, token_of
 from llmq.engine.lean import LeanLoop, share_of_columns
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.rope import rope_table
@@ -160,7 +160,7 @@ class _Room:
 
 
 class NativeGeneration:
-    """One answer in the making; see `interface.Generation`."""
+    """One answer in the making; see `base.Generation`."""
 
     allocator_peak_bytes = 0  # a CPU has no allocator to ask
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from llmq.engine.captured import Flight, Runner, draw_of
-from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
+from llmq.engine.base import Interrupted, Token, capacity_for, token_of
+from llmq.engine.cuda_graph import Flight, Runner, draw_of
 from llmq.engine.lean import LeanLoop, share_of_columns
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.prefill import marks_for, read_prompt
@@ -85,7 +85,7 @@ class LeanEngine(LeanLoop):
 
 
 class LeanGeneration:
-    """One answer in the making; see `interface.Generation`."""
+    """One answer in the making; see `base.Generation`."""
 
     def __init__(self, engine: LeanEngine, prompt_ids: list[int], settings: SamplingSettings):
         assert prompt_ids, "a generation needs at least one prompt token"
