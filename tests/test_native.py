@@ -288,7 +288,7 @@ def test_a_fork_ends_without_the_threads_it_does_not_have():
     expected = generate(native, 2)
     child = os.fork()
     if child == 0:
-        native._freed()
+        native.library.pool_free(native.pool.address)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert generate(native, 2) == expected
