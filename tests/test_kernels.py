@@ -1,6 +1,6 @@
 """Every Triton kernel, run by Triton's interpreter, against the reference: ugly shapes included.
 
-DP4A, the fast division and programmatic launch exist on a GPU only; `test_gpu_lean` runs those.
+DP4A, the fast division and programmatic launch exist on a GPU only; `test_gpu_llama` runs those.
 """
 
 from __future__ import annotations

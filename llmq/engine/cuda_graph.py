@@ -23,7 +23,7 @@ def draw_of(settings: SamplingSettings) -> tuple:
 
 
 @dataclass(frozen=True)
-class Flight:
+class InFlight:
     """A step under way on a GPU: where on the host its token will be, and when that is."""
 
     chosen: torch.Tensor
@@ -31,12 +31,12 @@ class Flight:
     ended: torch.cuda.Event
 
     @classmethod
-    def make(cls) -> Flight:
+    def make(cls) -> InFlight:
         events = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         return cls(torch.empty(2, dtype=torch.float64, pin_memory=True), *events)
 
 
-class Runner:
+class StepGraph:
     """A decoder and the way to run its step: captured on a GPU, called elsewhere."""
 
     def __init__(self, engine, capacity: int, settings: SamplingSettings):
@@ -52,8 +52,8 @@ class Runner:
         self.kind = (capacity, draw_of(settings), engine.threshold)
         self.sampler = Sampler(settings, engine.device)
         on_gpu = engine.device.startswith("cuda")
-        self.slots = [Flight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
-        self.graph = captured(self._capture) if on_gpu else None
+        self.slots = [InFlight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
+        self.graph = try_capture(self._capture) if on_gpu else None
         self.prompts: dict[int, PromptGraph | None] = {}
 
     @property
@@ -71,7 +71,7 @@ class Runner:
         if not possible or rows > min(LONGEST_PROMPT_GRAPH, self.decoder.capacity):
             return None
         if rows not in self.prompts:
-            self.prompts[rows] = captured(lambda: PromptGraph(self, rows))
+            self.prompts[rows] = try_capture(lambda: PromptGraph(self, rows))
         return self.prompts[rows]
 
     def step(self) -> None:
@@ -110,7 +110,7 @@ class Runner:
         return graph
 
 
-def captured(capture: Callable):
+def try_capture(capture: Callable):
     """What `capture` makes; None, and a line in the log, where it cannot be captured."""
     try:
         return capture()
@@ -124,8 +124,8 @@ def captured(capture: Callable):
 class PromptGraph:
     """The reading of a prompt of up to `rows` tokens as a graph: hundreds of kernels, each shorter than its launch."""
 
-    def __init__(self, runner: Runner, rows: int):
-        engine, decoder = runner.engine, runner.decoder
+    def __init__(self, step_graph: StepGraph, rows: int):
+        engine, decoder = step_graph.engine, step_graph.decoder
         self.ids = torch.zeros(rows, dtype=torch.int64, device=engine.device)
         self.used = torch.full((1,), rows, dtype=torch.int32, device=engine.device)
         self.level = torch.cuda.memory_allocated(engine.device)

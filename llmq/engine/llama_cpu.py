@@ -16,7 +16,7 @@ import torch
 
 from llmq import cgroup
 from llmq.engine.base import Interrupted, Token, capacity_for, token_of
-from llmq.engine.lean import LeanLoop, share_of_columns
+from llmq.engine.llama import LlamaEngine, share_of_columns
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.rope import rope_table
 from llmq.engine.sampling import Sampler, SamplingSettings
@@ -26,7 +26,7 @@ from llmq.methods import Method
 from llmq.models.architecture import Architecture
 
 
-class NativeEngine(LeanLoop):
+class CpuLlama(LlamaEngine):
     """One LLaMA under one method on the CPU, for one generation at a time. `weights` are packed (`library.Packing`)."""
 
     def __init__(
@@ -46,9 +46,9 @@ class NativeEngine(LeanLoop):
         self.pool = ThreadPool(self.library, threads or usable_threads(), self.library.llmq_regions(self.shape))
         self.threads = self.pool.threads
 
-    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> NativeGeneration:
+    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> CpuGeneration:
         """Begin a generation: nothing runs until its `prefill()`."""
-        return NativeGeneration(self, prompt_ids, settings)
+        return CpuGeneration(self, prompt_ids, settings)
 
     def room(self, tokens: int) -> _Room:
         """Cache and buffers for generations of up to `tokens` positions."""
@@ -88,7 +88,7 @@ class ThreadPool:
 class _Room:
     """The memory of one generation at a time, and the library's view of it."""
 
-    def __init__(self, engine: NativeEngine, capacity: int, *, watch: bool = False):
+    def __init__(self, engine: CpuLlama, capacity: int, *, watch: bool = False):
         a = engine.architecture
         self.engine, self.capacity = engine, capacity
         self.kind = (capacity, engine.threshold is not None)
@@ -159,12 +159,12 @@ class _Room:
         )
 
 
-class NativeGeneration:
+class CpuGeneration:
     """One answer in the making; see `base.Generation`."""
 
     allocator_peak_bytes = 0  # a CPU has no allocator to ask
 
-    def __init__(self, engine: NativeEngine, prompt_ids: list[int], settings: SamplingSettings):
+    def __init__(self, engine: CpuLlama, prompt_ids: list[int], settings: SamplingSettings):
         assert prompt_ids, "a generation needs at least one prompt token"
         self._engine, self._prompt_ids, self._settings = engine, prompt_ids, settings
         self._sampler = Sampler(settings, "cpu")

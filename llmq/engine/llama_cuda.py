@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 
 from llmq.engine.base import Interrupted, Token, capacity_for, token_of
-from llmq.engine.cuda_graph import Flight, Runner, draw_of
-from llmq.engine.lean import LeanLoop, share_of_columns
+from llmq.engine.cuda_graph import InFlight, StepGraph, draw_of
+from llmq.engine.llama import LlamaEngine, share_of_columns
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.prefill import marks_for, read_prompt
 from llmq.engine.rope import rope_table
@@ -28,7 +28,7 @@ from llmq.methods import Method
 from llmq.models.architecture import Architecture
 
 
-class LeanEngine(LeanLoop):
+class CudaLlama(LlamaEngine):
     """One LLaMA under one method on one device, for one generation at a time. `kernels`: reference or triton."""
 
     def __init__(
@@ -45,15 +45,15 @@ class LeanEngine(LeanLoop):
         super().__init__(weights, architecture, method, device, eos_ids)
         self.kernels, self.timer, self.here = kernels, timer_for(device, clock), current(device)
 
-    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> LeanGeneration:
+    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> CudaGeneration:
         """Begin a generation: nothing runs until its `prefill()`."""
-        return LeanGeneration(self, prompt_ids, settings)
+        return CudaGeneration(self, prompt_ids, settings)
 
-    def runner(self, tokens: int, settings: SamplingSettings) -> Runner:
+    def step_graph(self, tokens: int, settings: SamplingSettings) -> StepGraph:
         """The buffers, and on a GPU the graph, for generations of up to `tokens` positions sampled so."""
         capacity = capacity_for(tokens, self.context)
         kind = (capacity, draw_of(settings), self.threshold)
-        return self.take(kind, lambda: Runner(self, capacity, settings))
+        return self.take(kind, lambda: StepGraph(self, capacity, settings))
 
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
         """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
@@ -84,22 +84,22 @@ class LeanEngine(LeanLoop):
         return self.kernels.linear_rows(rows, self.model.head)
 
 
-class LeanGeneration:
+class CudaGeneration:
     """One answer in the making; see `base.Generation`."""
 
-    def __init__(self, engine: LeanEngine, prompt_ids: list[int], settings: SamplingSettings):
+    def __init__(self, engine: CudaLlama, prompt_ids: list[int], settings: SamplingSettings):
         assert prompt_ids, "a generation needs at least one prompt token"
         self._engine, self._prompt_ids, self._settings = engine, prompt_ids, settings
         self._tokens = min(engine.context, len(prompt_ids) + settings.max_new_tokens)
-        self._runner: Runner | None = None
-        self._flights: deque[Flight] = deque()
+        self._graph: StepGraph | None = None
+        self._in_flight: deque[InFlight] = deque()
         self._begun = 0  # decode steps
         self.workspace_bytes = self.peak_bytes = self.allocator_peak_bytes = 0
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the room for keys and values, exact tensor sizes."""
-        return self._runner.decoder.kv_bytes if self._runner else 0
+        return self._graph.decoder.kv_bytes if self._graph else 0
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
@@ -108,10 +108,10 @@ class LeanGeneration:
 
     def _prefill(self, stopped: Callable[[], bool] | None) -> Token:
         engine = self._engine
-        self._runner = engine.runner(self._tokens, self._settings)
-        decoder, sampler = self._runner.decoder, self._runner.sampler
+        self._graph = engine.step_graph(self._tokens, self._settings)
+        decoder, sampler = self._graph.decoder, self._graph.sampler
         sampler.generator.manual_seed(int(self._settings.seed))
-        timer, captured = engine.timer, self._runner.prompt_of(len(self._prompt_ids))
+        timer, captured = engine.timer, self._graph.prompt_of(len(self._prompt_ids))
         if captured and stopped and stopped():
             raise Interrupted
         with timer:
@@ -119,13 +119,13 @@ class LeanGeneration:
                 captured.read(self._prompt_ids)
             else:
                 self._read(stopped)
-            self._runner.choose()
+            self._graph.choose()
             token_id, logprob = decoder.chosen.tolist()
         self._account(captured.workspace_bytes if captured else timer.growth_bytes, timer.peak_bytes)
         return token_of(token_id, logprob, timer.seconds)
 
     def _read(self, stopped: Callable[[], bool] | None) -> None:
-        engine, decoder = self._engine, self._runner.decoder
+        engine, decoder = self._engine, self._graph.decoder
         ids = torch.tensor(self._prompt_ids, device=engine.device)
         hidden = read_prompt(
             engine.model,
@@ -142,7 +142,7 @@ class LeanGeneration:
 
     def step(self) -> Token:
         """Sample the next token."""
-        assert self._runner is not None, "prefill before the first step"
+        assert self._graph is not None, "prefill before the first step"
         if not self._engine.device.startswith("cuda"):
             return self._timed_step()
         with self._engine.here:
@@ -150,43 +150,43 @@ class LeanGeneration:
 
     def _next(self) -> Token:
         """Keep the device busy, and wait for the oldest step under way."""
-        while len(self._flights) < len(self._runner.slots) and self._begun < self._limit:
+        while len(self._in_flight) < len(self._graph.slots) and self._begun < self._limit:
             self._begin()
-        flight = self._flights.popleft()
-        flight.ended.synchronize()
+        oldest = self._in_flight.popleft()
+        oldest.ended.synchronize()
         self.allocator_peak_bytes = torch.cuda.max_memory_allocated(self._engine.device)
-        return token_of(*flight.chosen.tolist(), flight.begun.elapsed_time(flight.ended) / 1e3)
+        return token_of(*oldest.chosen.tolist(), oldest.begun.elapsed_time(oldest.ended) / 1e3)
 
     def _timed_step(self) -> Token:
         timer = self._engine.timer
         with timer:
-            self._runner.step()
-            token_id, logprob = self._runner.decoder.chosen.tolist()
+            self._graph.step()
+            token_id, logprob = self._graph.decoder.chosen.tolist()
         return token_of(token_id, logprob, timer.seconds)
 
     def _begin(self) -> None:
         """Put one more step under way."""
-        flight = self._runner.slots[self._begun % len(self._runner.slots)]
-        flight.begun.record()
-        self._runner.step()
-        flight.chosen.copy_(self._runner.decoder.chosen, non_blocking=True)
-        flight.ended.record()
-        self._flights.append(flight)
+        new = self._graph.slots[self._begun % len(self._graph.slots)]
+        new.begun.record()
+        self._graph.step()
+        new.chosen.copy_(self._graph.decoder.chosen, non_blocking=True)
+        new.ended.record()
+        self._in_flight.append(new)
         self._begun += 1
 
     @property
     def _limit(self) -> int:
         """Decode steps that the room allows."""
-        return self._runner.decoder.capacity - len(self._prompt_ids)
+        return self._graph.decoder.capacity - len(self._prompt_ids)
 
     def _account(self, growth: int, allocator_peak: int) -> None:
-        self.workspace_bytes = max(growth, self._runner.decoder.workspace_bytes)
+        self.workspace_bytes = max(growth, self._graph.decoder.workspace_bytes)
         self.peak_bytes = self.kv_bytes + self.workspace_bytes
         self.allocator_peak_bytes = max(self.allocator_peak_bytes, allocator_peak)
 
     def close(self) -> None:
         """Give the room back for the next generation; the object is of no more use."""
-        self._flights.clear()
-        if self._runner:
-            self._engine.spare.append(self._runner)
-        self._runner = None
+        self._in_flight.clear()
+        if self._graph:
+            self._engine.spare.append(self._graph)
+        self._graph = None

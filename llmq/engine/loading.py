@@ -82,19 +82,19 @@ def _load_lean(key: Key) -> Engine:
     }
     tensors = key.model.tensors()
     if key.device == "cpu":
-        from llmq.engine.llama_cpu import NativeEngine
+        from llmq.engine.llama_cpu import CpuLlama
         from llmq.kernels.cpu import library
 
         weights = load_weights(tensors, architecture, **wanted, kernels=library, form=library.Packing())
-        return NativeEngine(weights, architecture, method, eos_ids=eos_ids)
-    from llmq.engine.llama_cuda import LeanEngine
+        return CpuLlama(weights, architecture, method, eos_ids=eos_ids)
+    from llmq.engine.llama_cuda import CudaLlama
     from llmq.kernels.backend import kernels_for
 
     kernels, slower = kernels_for(key.device)
     if slower:
         log.warning("%s", slower)
     weights = load_weights(tensors, architecture, **wanted, kernels=kernels)
-    return LeanEngine(weights, architecture, method, key.device, kernels=kernels, eos_ids=eos_ids)
+    return CudaLlama(weights, architecture, method, key.device, kernels=kernels, eos_ids=eos_ids)
 
 
 @contextmanager

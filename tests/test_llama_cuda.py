@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from llmq.engine.base import Interrupted, capacity_for
 from llmq.engine.choice import choose_engines
 from llmq.engine.hf import HFEngine
-from llmq.engine.llama_cuda import LeanEngine
+from llmq.engine.llama_cuda import CudaLlama
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
@@ -53,7 +53,7 @@ class ModelTensors:
         return self.tensors[name].detach()
 
 
-def pair(method: str = "fp32", **changes) -> tuple[HFEngine, LeanEngine]:
+def pair(method: str = "fp32", **changes) -> tuple[HFEngine, CudaLlama]:
     """The same weights in both loops; FP32 for the dense methods, so that differences are bugs and not rounding."""
     model = tiny_llama(torch.float32, intermediate_size=64, **changes)
     method, int8 = METHODS[method], "int8" in method
@@ -61,7 +61,7 @@ def pair(method: str = "fp32", **changes) -> tuple[HFEngine, LeanEngine]:
     dtype = torch.float16 if int8 else torch.float32
     kind = {"dtype": dtype, "int8": int8, "int8_head": method.int8_head}
     weights = load_weights(ModelTensors(model), architecture, **kind, device="cpu", kernels=reference)
-    lean = LeanEngine(weights, architecture, method, "cpu", kernels=reference)
+    lean = CudaLlama(weights, architecture, method, "cpu", kernels=reference)
     return HFEngine(method.quantize_(model, "cpu").requires_grad_(False).eval(), method, "cpu"), lean
 
 

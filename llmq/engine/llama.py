@@ -23,7 +23,7 @@ class Room(Protocol):
     workspace_bytes: int
 
 
-class LeanLoop:
+class LlamaEngine:
     """The half of `base.Engine` that its two engines, `llama_cuda` and `llama_cpu`, share."""
 
     name = "lean"
@@ -41,7 +41,7 @@ class LeanLoop:
     def threshold(self) -> float | None:
         return self.method.threshold
 
-    def under(self, method: Method) -> LeanLoop:
+    def under(self, method: Method) -> LlamaEngine:
         """A view of the same weights with another threshold; views share their spare rooms."""
         view = copy.copy(self)
         view.method = method

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_llama
-from test_lean import KINDS, PROMPT, ModelTensors, generate
+from test_llama_cuda import KINDS, PROMPT, ModelTensors, generate
 
 from llmq.engine.base import Interrupted
 from llmq.engine.choice import choose_engines
-from llmq.engine.llama_cuda import LeanEngine
+from llmq.engine.llama_cuda import CudaLlama
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
@@ -31,7 +31,7 @@ from llmq.models.architecture import Architecture, Rope, architecture_of
 if reason := why_not_native():
     pytest.skip(reason, allow_module_level=True)
 
-from llmq.engine.llama_cpu import NativeEngine  # noqa: E402
+from llmq.engine.llama_cpu import CpuLlama  # noqa: E402
 from llmq.kernels.cpu import library  # noqa: E402
 from llmq.kernels.cpu.library import Matrix, Packing, open_library, quantize_rows  # noqa: E402
 
@@ -78,8 +78,8 @@ def built(source, architecture, method: str, *, packed: bool, threads: int = 2, 
         form=Packing() if packed else None,
     )
     if packed:
-        return NativeEngine(weights, architecture, method, threads=threads)
-    return LeanEngine(weights, architecture, method, "cpu", kernels=with_cache_of(dtype))
+        return CpuLlama(weights, architecture, method, threads=threads)
+    return CudaLlama(weights, architecture, method, "cpu", kernels=with_cache_of(dtype))
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -236,7 +236,7 @@ def test_gate_rows_and_up_rows_alternate_in_blocks():
     assert packed.absmax.tolist() == [float(n) for block in blocks for n in block]
 
 
-def tiny(method: str = "llm-int8", **changes) -> NativeEngine:
+def tiny(method: str = "llm-int8", **changes) -> CpuLlama:
     model = tiny_llama(torch.float32, intermediate_size=64, **changes)
     return built(ModelTensors(model), architecture_of(model.config.to_dict()), method, packed=True)
 
