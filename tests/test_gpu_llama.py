@@ -194,7 +194,7 @@ def test_a_generation_ends_with_the_context(demo, machine):
     generation = lean.start(ids, SamplingSettings(max_new_tokens=50))
     tokens = [generation.prefill(), *(generation.step() for _ in range(3))]
     generation.close()
-    assert all(0 <= t.token_id < lean.architecture.vocabulary for t in tokens)
+    assert all(0 <= t.token_id < lean.architecture.vocab_size for t in tokens)
     lean.warm_up((reference_ids(demo, 512) * 16)[: lean.context - 1])
 
 

@@ -106,12 +106,11 @@ class DrawnTensors:
     """Weights of any shape, each drawn from its name."""
 
     def __init__(self, a: Architecture):
-        q, kv = a.heads * a.width, a.groups * a.width
-        self.shapes = {"q_proj": (q, a.hidden), "k_proj": (kv, a.hidden), "v_proj": (kv, a.hidden)}
-        self.shapes |= {"o_proj": (a.hidden, q), "gate_proj": (a.inner, a.hidden), "up_proj": (a.inner, a.hidden)}
-        self.shapes |= {"down_proj": (a.hidden, a.inner), "embed_tokens": (a.vocabulary, a.hidden)}
+        q, kv, n, m = a.heads * a.head_dim, a.kv_heads * a.head_dim, a.hidden_size, a.intermediate_size
+        self.shapes = {"q_proj": (q, n), "k_proj": (kv, n), "v_proj": (kv, n), "o_proj": (n, q)}
+        self.shapes |= {"gate_proj": (m, n), "up_proj": (m, n), "down_proj": (n, m), "embed_tokens": (a.vocab_size, n)}
         self.shapes["lm_head"] = self.shapes["embed_tokens"]
-        self.other = (a.hidden,)
+        self.other = (n,)
 
     def __contains__(self, name: str) -> bool:
         return True
@@ -136,8 +135,8 @@ UGLY = [
 def test_ugly_shapes(shape, method):
     hidden, inner, heads, groups, width, vocabulary = shape
     a = Architecture(
-        layers=2, hidden=hidden, inner=inner, heads=heads, groups=groups, width=width, vocabulary=vocabulary,
-        context=64, eps=1e-5, rope=Rope(10000.0), tied=True, qkv_bias=False, output_bias=False,
+        layers=2, hidden_size=hidden, intermediate_size=inner, heads=heads, kv_heads=groups, head_dim=width,
+        vocab_size=vocabulary, context=64, eps=1e-5, rope=Rope(10000.0), tied=True, qkv_bias=False, output_bias=False,
     )  # fmt: skip
     ids = [i % vocabulary for i in range(21)]
     expected = built(DrawnTensors(a), a, method, packed=False).logits(ids)

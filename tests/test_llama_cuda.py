@@ -180,7 +180,8 @@ def test_bytes_are_those_of_the_tensors():
     assert generation.kv_bytes == 0
     generation.prefill()
     a = lean.architecture
-    assert generation.kv_bytes == 2 * a.layers * a.groups * a.width * capacity_for(len(PROMPT) + 300, a.context) * 4
+    capacity = capacity_for(len(PROMPT) + 300, a.context)
+    assert generation.kv_bytes == 2 * a.layers * a.kv_heads * a.head_dim * capacity * 4
     held = generation.kv_bytes
     generation.close()
     assert generation.kv_bytes == 0
@@ -232,7 +233,7 @@ def test_old_configurations_are_read_too():
     }
     old = shape | {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
     found = architecture_of(old)
-    assert (found.rope.theta, found.rope.factor, found.groups, found.width) == (5e5, 8.0, 4, 16)
+    assert (found.rope.theta, found.rope.factor, found.kv_heads, found.head_dim) == (5e5, 8.0, 4, 16)
     assert architecture_of(shape | {"model_type": "qwen2"}).qkv_bias
     both = shape | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 7.0}}
     assert architecture_of(both).rope.factor == 2.0  # transformers' order where a file has both

@@ -38,7 +38,7 @@ class Decoder:
         def room(size: int, kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(size, dtype=kind, device=device)
 
-        shape = (a.groups, capacity, a.width)
+        shape = (a.kv_heads, capacity, a.head_dim)
         self.caches = [
             Cache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
             for _ in range(a.layers)
@@ -46,11 +46,11 @@ class Decoder:
         self.rope = rope_table(a, capacity, device)
         self.token, self.position = room(1, torch.int64), room(1, torch.int64)
         self.chosen = room(2, torch.float64)
-        self.logits = room(a.vocabulary, torch.float32)
-        self._hidden, self._normed = room(a.hidden), room(a.hidden)
-        self._qkv, self._attended, self._inner = room(a.qkv_rows), room(a.heads * a.width), room(a.inner)
-        self._scratch = Partials.empty(a.heads, a.width, capacity, device)
-        widths = (a.hidden, a.heads * a.width, a.inner)
+        self.logits = room(a.vocab_size, torch.float32)
+        self._hidden, self._normed = room(a.hidden_size), room(a.hidden_size)
+        self._qkv, self._attended, self._inner = room(a.qkv_rows), room(a.heads * a.head_dim), room(a.intermediate_size)
+        self._scratch = Partials.empty(a.heads, a.head_dim, capacity, device)
+        widths = (a.hidden_size, a.heads * a.head_dim, a.intermediate_size)
         splits = [None if threshold is None else SplitVector.empty(width, device) for width in widths]
         self._normed_split, self._attended_split, self._inner_split = splits
 
@@ -60,9 +60,9 @@ class Decoder:
 
     @property
     def workspace_bytes(self) -> int:
-        rooms = (self.rope, self.logits, self._hidden, self._normed, self._qkv, self._attended, self._inner)
+        buffers = (self.rope, self.logits, self._hidden, self._normed, self._qkv, self._attended, self._inner)
         splits = filter(None, (self._normed_split, self._attended_split, self._inner_split))
-        return sum(part.nbytes for part in (*rooms, self._scratch, *splits))
+        return sum(part.nbytes for part in (*buffers, self._scratch, *splits))
 
     def step(self) -> None:
         """Feed `token` at `position`; afterwards `logits` are the next token's and `position` is one more."""
@@ -94,14 +94,14 @@ class Decoder:
         self.kernels.likeliest(self.logits, self.token, self.chosen)
 
     def _norm(
-        self, x: torch.Tensor, gain: torch.Tensor, empty: SplitVector | None, threshold: float | None
+        self, x: torch.Tensor, norm_weight: torch.Tensor, empty: SplitVector | None, threshold: float | None
     ) -> torch.Tensor | SplitVector:
         """RMSNorm, in the form the weights are multiplied with; `empty` is the split that comes next."""
         eps = self.architecture.eps
         if threshold is None:
-            self.kernels.norm(x, gain, eps, self._normed)
+            self.kernels.norm(x, norm_weight, eps, self._normed)
             return self._normed
-        self.kernels.norm_split(x, gain, eps, threshold, self._normed_split, empty)
+        self.kernels.norm_split(x, norm_weight, eps, threshold, self._normed_split, empty)
         return self._normed_split
 
     def _input(self, x: torch.Tensor, split: SplitVector | None) -> torch.Tensor | SplitVector:

@@ -85,6 +85,6 @@ def share_of_columns(architecture: Architecture, counts: list[int]) -> float:
     """Mean share of the columns a linear layer keeps in 16 bit, from how many there are in the inputs of q/k/v, output,
     gate/up and down of each layer in turn: three, one, two and one linear layers read them."""
     a = architecture
-    widths, readers = (a.hidden, a.heads * a.width, a.hidden, a.inner), (3, 1, 2, 1)
+    widths, readers = (a.hidden_size, a.heads * a.head_dim, a.hidden_size, a.intermediate_size), (3, 1, 2, 1)
     shares = (count / widths[i % 4] * readers[i % 4] for i, count in enumerate(counts))
     return sum(shares) / (sum(readers) * a.layers)

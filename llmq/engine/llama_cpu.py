@@ -58,15 +58,15 @@ class CpuLlama(LlamaEngine):
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
         """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
         room = _Room(self, len(ids))
-        logits = torch.empty(len(ids), _eights(self.architecture.vocabulary))
+        logits = torch.empty(len(ids), _eights(self.architecture.vocab_size))
         room.read(ids, logits, every=True, stopped=stopped)
-        return logits[:, : self.architecture.vocabulary]
+        return logits[:, : self.architecture.vocab_size]
 
     def outlier_columns(self, ids: list[int]) -> list[set[int]]:
         """The columns that the library sends to 16 bit while it reads `ids`: of the inputs of qkv, output, gate_up and
         down of each layer in turn."""
         room = _Room(self, len(ids), watch=True)
-        room.read(ids, torch.empty(_eights(self.architecture.vocabulary)), every=False)
+        room.read(ids, torch.empty(_eights(self.architecture.vocab_size)), every=False)
         return [set(row.nonzero().view(-1).tolist()) for row in room.marks[: 4 * self.architecture.layers]]
 
     def sixteen_bit_share(self, ids: list[int]) -> float:
@@ -93,12 +93,12 @@ class _Room:
         self.engine, self.capacity = engine, capacity
         self.kind = (capacity, engine.threshold is not None)
         kind = torch.bfloat16 if engine.method.dtype == "bfloat16" else torch.float16
-        self.cache = torch.empty(2, a.layers, a.groups, capacity, a.width, dtype=kind)
+        self.cache = torch.empty(2, a.layers, a.kv_heads, capacity, a.head_dim, dtype=kind)
         self.rope = rope_table(a, capacity, "cpu")
-        self.logits = torch.empty(_eights(a.vocabulary))
+        self.logits = torch.empty(_eights(a.vocab_size))
         self.chosen = (ctypes.c_double * 2)()
         self.buffers = self._buffers(0)
-        widest = max(a.hidden, a.inner, a.heads * a.width)
+        widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
         self.marks = torch.zeros(4 * a.layers + 1, _eights(widest), dtype=torch.uint8) if watch else None
         self.read_bytes = 0  # what the last prompt needed besides
 
@@ -133,8 +133,8 @@ class _Room:
         """The library believes what it is told."""
         if not (ids and 0 <= first and first + len(ids) <= self.capacity):
             raise IndexError(f"{len(ids)} tokens from position {first}; there is room for {self.capacity}")
-        if not (0 <= min(ids) and max(ids) < self.engine.architecture.vocabulary):
-            raise IndexError(f"token {min(ids)} or {max(ids)}; there are {self.engine.architecture.vocabulary}")
+        if not (0 <= min(ids) and max(ids) < self.engine.architecture.vocab_size):
+            raise IndexError(f"token {min(ids)} or {max(ids)}; there are {self.engine.architecture.vocab_size}")
 
     def _buffers(self, rows: int) -> torch.Tensor:
         engine, splits = self.engine, self.engine.threshold is not None
@@ -204,7 +204,7 @@ class CpuGeneration:
     def _choose(self) -> tuple[float, float]:
         if self._settings.temperature == 0:
             return tuple(self._room.chosen)
-        return tuple(self._sampler.choose(self._room.logits[: self._engine.architecture.vocabulary]).tolist())
+        return tuple(self._sampler.choose(self._room.logits[: self._engine.architecture.vocab_size]).tolist())
 
     def _made(self, token_id: float, logprob: float) -> Token:
         self._token = int(token_id) if not math.isnan(token_id) else 0
@@ -232,7 +232,7 @@ def _model(weights: LlamaWeights, a: Architecture, dtype: str) -> Model:
             for layer in weights.layers
         )
     )
-    sizes = (a.layers, a.hidden, a.inner, a.heads, a.groups, a.width, a.vocabulary)
+    sizes = (a.layers, a.hidden_size, a.intermediate_size, a.heads, a.kv_heads, a.head_dim, a.vocab_size)
     kind = KINDS[torch.bfloat16 if dtype == "bfloat16" else torch.float16]
     head, embedding = weights.head.matrix(), weights.embedding.matrix()
     return Model(*sizes, kind, a.eps, layers, embedding, head, weights.norm.data_ptr())

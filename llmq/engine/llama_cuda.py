@@ -71,7 +71,7 @@ class CudaLlama(LlamaEngine):
         self, ids: list[int], stopped: Callable[[], bool] | None, marks: torch.Tensor | None = None
     ) -> torch.Tensor:
         a, dtype = self.architecture, self.model.dtype
-        shape = (2, a.groups, len(ids), a.width)
+        shape = (2, a.kv_heads, len(ids), a.head_dim)
         caches = [Cache(*torch.empty(shape, dtype=dtype, device=self.device)) for _ in range(a.layers)]
         tokens = torch.tensor(ids, device=self.device)
         rope = rope_table(a, len(ids), self.device)
@@ -79,7 +79,7 @@ class CudaLlama(LlamaEngine):
             self.model, a, self.kernels, tokens, caches, rope, threshold=self.threshold, stopped=stopped, marks=marks
         )
         threshold = self.threshold if isinstance(self.model.head, Int8Weight) else None
-        noted = torch.zeros(a.hidden, dtype=torch.int8, device=self.device)
+        noted = torch.zeros(a.hidden_size, dtype=torch.int8, device=self.device)
         rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, threshold, noted)
         return self.kernels.linear_rows(rows, self.model.head)
 

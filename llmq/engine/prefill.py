@@ -39,7 +39,7 @@ def read_prompt(
     turn is multiplied in 16 bit.
     """
     a = architecture
-    hidden = torch.empty(len(ids), a.hidden, dtype=weights.dtype, device=ids.device)
+    hidden = torch.empty(len(ids), a.hidden_size, dtype=weights.dtype, device=ids.device)
     kernels.embed(weights.embedding, ids, hidden)
     marks = iter(marks_for(a, ids.device) if marks is None else marks)
     for layer, cache in zip(weights.layers, caches, strict=True):
@@ -59,12 +59,12 @@ def read_prompt(
 def marks_for(architecture: Architecture, device: torch.device | str) -> torch.Tensor:
     """Room for the `marks` of a prompt."""
     a = architecture
-    widest = max(a.hidden, a.inner, a.heads * a.width)
+    widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
     return torch.zeros(4 * a.layers, widest, dtype=torch.int8, device=device)
 
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the prompt: (heads, rows, width), twice (groups, rows, width) -> (rows, heads·width)."""
+    """Attend causally: (heads, rows, head_dim), twice (kv_heads, rows, head_dim) -> (rows, heads·head_dim)."""
     y = functional.scaled_dot_product_attention(
         queries[None], keys[None], values[None], is_causal=True, enable_gqa=keys.shape[0] != queries.shape[0]
     )

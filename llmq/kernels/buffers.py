@@ -59,7 +59,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of one layer. `keys`, `values`: (groups, capacity, width), groups being key/value heads."""
+    """Keys and values of one layer. `keys`, `values`: (kv_heads, capacity, head_dim)."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -75,8 +75,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Partials:
-    """Attention over parts of the context, to be combined: float32 `sums` (heads, parts, width), `peaks` and `weights`
-    (heads, parts), the largest score and the sum of exponentials of each part."""
+    """Attention over parts of the context, to be combined: float32 `sums` (heads, parts, head_dim), `peaks` and
+    `weights` (heads, parts), the largest score and the sum of exponentials of each part."""
 
     sums: torch.Tensor
     peaks: torch.Tensor
@@ -84,11 +84,11 @@ class Partials:
     part: int  # positions in one part
 
     @classmethod
-    def empty(cls, heads: int, width: int, capacity: int, device: str) -> Partials:
+    def empty(cls, heads: int, head_dim: int, capacity: int, device: str) -> Partials:
         part = capacity if capacity <= UNDIVIDED else max(SHORTEST_PART, capacity // MOST_PARTS)
         parts = -(-capacity // part)
         return cls(
-            torch.empty(heads, parts, width, device=device),
+            torch.empty(heads, parts, head_dim, device=device),
             torch.empty(heads, parts, device=device),
             torch.empty(heads, parts, device=device),
             part,

@@ -34,11 +34,11 @@ def embed(table: Weight, tokens: torch.Tensor, out: torch.Tensor) -> None:
         torch.index_select(table, 0, tokens, out=out)
 
 
-def norm(x: torch.Tensor, gain: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x²) + eps) · gain. `x`: (..., width)."""
+def norm(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x²) + eps) · norm_weight. `x`: (..., width)."""
     x32 = x.float()
     scaled = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)  # rounded here, as in LLaMA
-    out.copy_(scaled * gain)
+    out.copy_(scaled * norm_weight)
 
 
 def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
@@ -57,12 +57,12 @@ def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
 
 
 def norm_split(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
 ) -> None:
     """`norm`, then `split`, in one; also empties the list of `empty`, which the next `split` fills."""
     empty.count.zero_()
     normed = torch.empty_like(x)
-    norm(x, gain, eps, normed)
+    norm(x, norm_weight, eps, normed)
     split(normed, threshold, out)
 
 
@@ -108,23 +108,23 @@ def attend(
 ) -> None:
     """One token's attention over the cache, its own key and value appended first.
 
-    `qkv`: (heads·width + 2·groups·width,), queries first. `rope`: float32 (positions, width), cosines then sines.
-    `position`: int64 (1,), how many positions are in the cache already. `out`: (heads·width,). `scratch` gives the
-    other implementations room.
+    `qkv`: ((heads + 2·kv_heads)·head_dim,), queries first. `rope`: float32 (positions, head_dim), cosines then sines.
+    `position`: int64 (1,), how many positions are in the cache already. `out`: (heads·head_dim,). `scratch` is memory
+    for the other implementations.
     """
-    groups, _, width = cache.keys.shape
-    heads = out.shape[0] // width
+    kv_heads, _, head_dim = cache.keys.shape
+    heads = out.shape[0] // head_dim
     at = int(position)
-    queries, keys, values = qkv.split((heads * width, groups * width, groups * width))
-    cache.keys[:, at] = _rotated(keys.view(groups, width), rope[at]).to(cache.keys.dtype)
-    cache.values[:, at] = values.view(groups, width)
-    queries = _rotated(queries.view(heads, width), rope[at]).view(groups, heads // groups, width)
-    scores = queries @ cache.keys[:, : at + 1].float().transpose(1, 2) * width**-0.5
+    queries, keys, values = qkv.split((heads * head_dim, kv_heads * head_dim, kv_heads * head_dim))
+    cache.keys[:, at] = _rotated(keys.view(kv_heads, head_dim), rope[at]).to(cache.keys.dtype)
+    cache.values[:, at] = values.view(kv_heads, head_dim)
+    queries = _rotated(queries.view(heads, head_dim), rope[at]).view(kv_heads, heads // kv_heads, head_dim)
+    scores = queries @ cache.keys[:, : at + 1].float().transpose(1, 2) * head_dim**-0.5
     out.copy_((scores.softmax(-1) @ cache.values[:, : at + 1].float()).view(-1))
 
 
 def _rotated(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding, halves paired as in LLaMA checkpoints. `x`: (..., width), `rope`: (width,)."""
+    """Rotary position embedding, halves paired as in LLaMA checkpoints. `x`: (..., head_dim), `rope`: (head_dim,)."""
     first, second = x.float().chunk(2, -1)
     cosine, sine = rope.chunk(2, -1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
@@ -143,17 +143,17 @@ def append_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotate queries and keys of several tokens and append keys and values to the cache at `start`.
 
-    `qkv`: (rows, heads·width + 2·groups·width). Returns queries (heads, rows, width) and views of the cache's keys and
-    values (groups, start + rows, width).
+    `qkv`: (rows, (heads + 2·kv_heads)·head_dim). Returns queries (heads, rows, head_dim) and views of the cache's keys
+    and values (kv_heads, start + rows, head_dim).
     """
     rows = qkv.shape[0]
-    groups, _, width = cache.keys.shape
+    kv_heads, _, head_dim = cache.keys.shape
     stop = start + rows
-    parts = qkv.view(rows, -1, width).transpose(0, 1)
-    rotated = _rotated(parts[:-groups], rope[start:stop]).to(qkv.dtype)
-    cache.keys[:, start:stop] = rotated[-groups:]
-    cache.values[:, start:stop] = parts[-groups:]
-    return rotated[:-groups], cache.keys[:, :stop], cache.values[:, :stop]
+    parts = qkv.view(rows, -1, head_dim).transpose(0, 1)
+    rotated = _rotated(parts[:-kv_heads], rope[start:stop]).to(qkv.dtype)
+    cache.keys[:, start:stop] = rotated[-kv_heads:]
+    cache.values[:, start:stop] = parts[-kv_heads:]
+    return rotated[:-kv_heads], cache.keys[:, :stop], cache.values[:, :stop]
 
 
 def plain_rows(
@@ -172,7 +172,7 @@ def _used_only(x: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
 
 def norm_rows(
     x: torch.Tensor,
-    gain: torch.Tensor,
+    norm_weight: torch.Tensor,
     eps: float,
     threshold: float | None,
     marks: torch.Tensor | None,
@@ -180,14 +180,14 @@ def norm_rows(
 ) -> Rows:
     """`norm` of several tokens, (rows, width)."""
     out = torch.empty_like(x)
-    norm(x, gain, eps, out)
+    norm(x, norm_weight, eps, out)
     return plain_rows(out, threshold, marks, used)
 
 
 def gate_rows(
     gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
-    """(rows, 2·inner) -> (rows, inner): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
+    """(rows, 2·in) -> (rows, in): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
     gate, up = gate_up.chunk(2, -1)
     return plain_rows(functional.silu(gate) * up, threshold, marks, used)
 

@@ -48,12 +48,12 @@ class RandomTensors:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         c = self.config
-        width = c.head_dim or c.hidden_size // c.num_attention_heads
-        queries, groups = c.num_attention_heads * width, c.num_key_value_heads * width
+        head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
+        queries, kv_rows = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
         projections = {
             "q_proj": (queries, c.hidden_size),
-            "k_proj": (groups, c.hidden_size),
-            "v_proj": (groups, c.hidden_size),
+            "k_proj": (kv_rows, c.hidden_size),
+            "v_proj": (kv_rows, c.hidden_size),
             "o_proj": (c.hidden_size, queries),
             "gate_proj": (c.intermediate_size, c.hidden_size),
             "up_proj": (c.intermediate_size, c.hidden_size),

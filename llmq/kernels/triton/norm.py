@@ -117,24 +117,24 @@ def _norm_split(
         tl.store(out_ptr + at, x, mask=inside)
 
 
-def norm(x: torch.Tensor, gain: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+def norm(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     """See `reference.norm`; `x` is one token's, (width,)."""
-    _normalise(x, gain, eps, 0.0, out, None, None)
+    _normalise(x, norm_weight, eps, 0.0, out, None, None)
 
 
 def norm_split(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
 ) -> None:
     """See `reference.norm_split`."""
-    _normalise(x, gain, eps, threshold, x, out, empty)
+    _normalise(x, norm_weight, eps, threshold, x, out, empty)
 
 
-def _normalise(x, gain, eps: float, threshold: float, out, parts: SplitVector | None, empty: SplitVector | None):
+def _normalise(x, norm_weight, eps: float, threshold: float, out, parts: SplitVector | None, empty: SplitVector | None):
     width = x.shape[-1]
     places = (parts.codes, parts.absmax, parts.count, parts.index, parts.value) if parts else (None,) * 5
     emptied = (empty.count, empty.index, empty.value) if empty else (None,) * 3
     _norm_split[(1,)](
-        x, gain, out, *places, *emptied, width, eps, float(threshold),
+        x, norm_weight, out, *places, *emptied, width, eps, float(threshold),
         BLOCK=triton.next_power_of_2(width), SPLIT=parts is not None, NEXT=empty is not None, PTX=not INTERPRETED,
         PADDING=PADDING, num_warps=4 if width <= 2048 else 32 if parts else 16, **options(x.device),
     )  # fmt: skip

@@ -139,12 +139,12 @@ def gate_rows(
     gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
     """See `reference.gate_rows`."""
-    rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, inner, dtype=gate_up.dtype, device=gate_up.device)
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
     _gate[(rows,)](
-        gate_up, out, marks, absmax, used, inner, float(threshold or 0),
-        BLOCK=min(2048, triton.next_power_of_2(inner)), NOTE=threshold is not None, USED=used is not None, num_warps=8,
+        gate_up, out, marks, absmax, used, width, float(threshold or 0),
+        BLOCK=min(2048, triton.next_power_of_2(width)), NOTE=threshold is not None, USED=used is not None, num_warps=8,
     )  # fmt: skip
     return Rows(out, threshold, absmax, marks)
 
@@ -169,7 +169,7 @@ def _norm(
 
 def norm_rows(
     x: torch.Tensor,
-    gain: torch.Tensor,
+    norm_weight: torch.Tensor,
     eps: float,
     threshold: float | None,
     marks: torch.Tensor | None,
@@ -180,7 +180,7 @@ def norm_rows(
     out = torch.empty_like(x)
     absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=x.device)
     _norm[(rows,)](
-        x, gain, out, marks, absmax, used, width, eps, float(threshold or 0),
+        x, norm_weight, out, marks, absmax, used, width, eps, float(threshold or 0),
         BLOCK=triton.next_power_of_2(width), NOTE=threshold is not None, USED=used is not None, num_warps=8,
     )  # fmt: skip
     return Rows(out, threshold, absmax, marks)
