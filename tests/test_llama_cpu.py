@@ -261,13 +261,13 @@ def test_a_weight_that_is_not_a_number_stops_the_run(method):
 def test_what_has_no_room_never_reaches_the_library():
     native = tiny("fp16", max_position_embeddings=64)
     native.warm_up([1] * 63)  # one step less than usual: the context ends
-    room = native.room(64)
+    workspace = native.workspace(64)
     for ids in ([], [1] * 65, [259], [-1]):
         with pytest.raises(IndexError):
-            room.read(ids, room.logits, every=False)
+            workspace.read(ids, workspace.logits, every=False)
     for token, position in ((1, 64), (1, -1), (259, 3)):
         with pytest.raises(IndexError):
-            room.step(token, position)
+            workspace.step(token, position)
 
 
 def test_a_matrix_may_lie_the_other_way():
@@ -310,8 +310,8 @@ def test_the_peak_is_everything_that_was_held_at_once():
     native = tiny("llm-int8")
     generation = native.start(PROMPT, SamplingSettings(max_new_tokens=4))
     generation.prefill()
-    longest, held = generation.peak_bytes, native.room_bytes
-    assert longest == held + native._room.read_bytes > held
+    longest, held = generation.peak_bytes, native.reserved_bytes
+    assert longest == held + native._workspace.read_bytes > held
     generation.close()
     shorter = native.start(PROMPT[:3], SamplingSettings(max_new_tokens=4))
     shorter.prefill()

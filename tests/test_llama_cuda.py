@@ -185,7 +185,7 @@ def test_bytes_are_those_of_the_tensors():
     held = generation.kv_bytes
     generation.close()
     assert generation.kv_bytes == 0
-    assert lean.room_bytes > held  # cache and buffers stay with the engine, and are counted there
+    assert lean.reserved_bytes > held  # cache and buffers stay with the engine, and are counted there
     assert lean.read_bytes_per_token == lean.weight_bytes - lean.model.embedding.nbytes
 
 

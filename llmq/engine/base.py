@@ -19,7 +19,7 @@ SHORTEST_CAPACITY = 256
 
 
 def capacity_for(tokens: int, context: int) -> int:
-    """Positions the lean loop makes room for: the next power of two, so that few graphs serve many lengths."""
+    """Return the positions the lean loop allocates: the next power of two, so that few graphs serve many lengths."""
     return min(context, max(SHORTEST_CAPACITY, 1 << (tokens - 1).bit_length()))
 
 
@@ -86,14 +86,14 @@ class Scorer(Writer, Protocol):
 class Engine(Scorer, Protocol):
     """An engine that holds a model in this process: one model under one method on one device.
 
-    `model` holds the weights; `room_bytes` is what stays allocated beside them between generations. `under` gives a
+    `model` holds the weights; `reserved_bytes` is what stays allocated beside them between generations. `under` gives a
     view of the same weights with other live fields (a threshold), for generations of its own.
     """
 
     model: object
     method: Method
     scale_bytes: int
-    room_bytes: int
+    reserved_bytes: int
     read_bytes_per_token: int
 
     def under(self, method: Method) -> Engine: ...

@@ -35,7 +35,7 @@ class Decoder:
         self.capacity, self.threshold, self.device = capacity, threshold, device
         a, dtype = architecture, weights.dtype
 
-        def room(size: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        def zeros(size: int, kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(size, dtype=kind, device=device)
 
         shape = (a.kv_heads, capacity, a.head_dim)
@@ -44,13 +44,13 @@ class Decoder:
             for _ in range(a.layers)
         ]
         self.rope = rope_table(a, capacity, device)
-        self.token, self.position = room(1, torch.int64), room(1, torch.int64)
-        self.chosen = room(2, torch.float64)
-        self.logits = room(a.vocab_size, torch.float32)
-        self._hidden, self._normed = room(a.hidden_size), room(a.hidden_size)
-        self._qkv, self._attended, self._inner = room(a.qkv_rows), room(a.heads * a.head_dim), room(a.intermediate_size)
-        self._scratch = Partials.empty(a.heads, a.head_dim, capacity, device)
+        self.token, self.position = zeros(1, torch.int64), zeros(1, torch.int64)
+        self.chosen = zeros(2, torch.float64)
+        self.logits = zeros(a.vocab_size, torch.float32)
+        self._hidden, self._normed = zeros(a.hidden_size), zeros(a.hidden_size)
         widths = (a.hidden_size, a.heads * a.head_dim, a.intermediate_size)
+        self._qkv, self._attended, self._inner = map(zeros, (a.qkv_rows, *widths[1:]))
+        self._scratch = Partials.empty(a.heads, a.head_dim, capacity, device)
         splits = [None if threshold is None else SplitVector.empty(width, device) for width in widths]
         self._normed_split, self._attended_split, self._inner_split = splits
 

@@ -39,7 +39,7 @@ class HFEngine:
     """
 
     name = "hf"
-    room_bytes = 0  # a generation's cache goes with it
+    reserved_bytes = 0  # a generation's cache goes with it
 
     def __init__(
         self, model: PreTrainedModel, method: Method, device: str, *, clock: Callable[[], float] = time.perf_counter

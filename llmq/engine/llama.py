@@ -15,7 +15,7 @@ from llmq.models.architecture import Architecture
 WARM_UP_STEPS = 3
 
 
-class Room(Protocol):
+class Workspace(Protocol):
     """The memory of one generation: caches, buffers, and on a GPU the graph that knows them by their addresses."""
 
     kind: tuple
@@ -35,21 +35,21 @@ class LlamaEngine:
         self.eos_ids, self.context = eos_ids, architecture.context
         self.weight_bytes, self.scale_bytes = weights.weight_bytes, weights.scale_bytes
         self._warm: set[tuple] = set()  # (tokens of a prompt, threshold)
-        self.spare: list[Room] = []
+        self.spare: list[Workspace] = []
 
     @property
     def threshold(self) -> float | None:
         return self.method.threshold
 
     def under(self, method: Method) -> LlamaEngine:
-        """A view of the same weights with another threshold; views share their spare rooms."""
+        """Return a view of the same weights with another threshold; views share their spare workspaces."""
         view = copy.copy(self)
         view.method = method
         return view
 
-    def take(self, kind: tuple, make: Callable[[], Room]) -> Room:
-        """A spare room of this kind, or a new one after the others are freed; its user gives it back to `spare`."""
-        found = next((room for room in self.spare if room.kind == kind), None)
+    def take(self, kind: tuple, make: Callable[[], Workspace]) -> Workspace:
+        """Return a spare workspace of this kind, or free the others and make one; its user gives it back to `spare`."""
+        found = next((workspace for workspace in self.spare if workspace.kind == kind), None)
         if found is None:
             self.spare.clear()
             return make()
@@ -57,9 +57,9 @@ class LlamaEngine:
         return found
 
     @property
-    def room_bytes(self) -> int:
+    def reserved_bytes(self) -> int:
         """Caches and buffers that stay allocated for the next generations."""
-        return sum(room.kv_bytes + room.workspace_bytes for room in self.spare)
+        return sum(workspace.kv_bytes + workspace.workspace_bytes for workspace in self.spare)
 
     @property
     def read_bytes_per_token(self) -> int:

@@ -50,24 +50,24 @@ class CpuLlama(LlamaEngine):
         """Begin a generation: nothing runs until its `prefill()`."""
         return CpuGeneration(self, prompt_ids, settings)
 
-    def room(self, tokens: int) -> _Room:
+    def workspace(self, tokens: int) -> _CpuWorkspace:
         """Cache and buffers for generations of up to `tokens` positions."""
         capacity = capacity_for(tokens, self.context)
-        return self.take((capacity, self.threshold is not None), lambda: _Room(self, capacity))
+        return self.take((capacity, self.threshold is not None), lambda: _CpuWorkspace(self, capacity))
 
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
         """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
-        room = _Room(self, len(ids))
+        workspace = _CpuWorkspace(self, len(ids))
         logits = torch.empty(len(ids), _eights(self.architecture.vocab_size))
-        room.read(ids, logits, every=True, stopped=stopped)
+        workspace.read(ids, logits, every=True, stopped=stopped)
         return logits[:, : self.architecture.vocab_size]
 
     def outlier_columns(self, ids: list[int]) -> list[set[int]]:
         """The columns that the library sends to 16 bit while it reads `ids`: of the inputs of qkv, output, gate_up and
         down of each layer in turn."""
-        room = _Room(self, len(ids), watch=True)
-        room.read(ids, torch.empty(_eights(self.architecture.vocab_size)), every=False)
-        return [set(row.nonzero().view(-1).tolist()) for row in room.marks[: 4 * self.architecture.layers]]
+        workspace = _CpuWorkspace(self, len(ids), watch=True)
+        workspace.read(ids, torch.empty(_eights(self.architecture.vocab_size)), every=False)
+        return [set(row.nonzero().view(-1).tolist()) for row in workspace.marks[: 4 * self.architecture.layers]]
 
     def sixteen_bit_share(self, ids: list[int]) -> float:
         """As `HFEngine.sixteen_bit_share`; of the layers but the head."""
@@ -85,7 +85,7 @@ class ThreadPool:
         self.threads = library.pool_threads(self.address)
 
 
-class _Room:
+class _CpuWorkspace:
     """The memory of one generation at a time, and the library's view of it."""
 
     def __init__(self, engine: CpuLlama, capacity: int, *, watch: bool = False):
@@ -113,7 +113,7 @@ class _Room:
     def read(
         self, ids: list[int], logits: torch.Tensor, *, every: bool, stopped: Callable[[], bool] | None = None
     ) -> None:
-        """Fill the cache from `ids`; see llama.h. Raises Interrupted, and IndexError for what has no room."""
+        """Fill the cache from `ids`; see llama.h. Raises Interrupted, and IndexError for tokens beyond the capacity."""
         library = self.engine.library
         self._require(ids, first=0)
         buffers = self._buffers(len(ids))
@@ -168,14 +168,14 @@ class CpuGeneration:
         assert prompt_ids, "a generation needs at least one prompt token"
         self._engine, self._prompt_ids, self._settings = engine, prompt_ids, settings
         self._sampler = Sampler(settings, "cpu")
-        self._room: _Room | None = None
+        self._workspace: _CpuWorkspace | None = None
         self._position, self._token = len(prompt_ids), -1
         self.workspace_bytes = 0
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the room for keys and values, exact tensor sizes."""
-        return self._room.kv_bytes if self._room else 0
+        """Bytes allocated for keys and values, exact tensor sizes."""
+        return self._workspace.kv_bytes if self._workspace else 0
 
     @property
     def peak_bytes(self) -> int:
@@ -184,37 +184,37 @@ class CpuGeneration:
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
         engine = self._engine
-        self._room = engine.room(min(engine.context, len(self._prompt_ids) + self._settings.max_new_tokens))
-        self._room.engine = engine  # whose threshold it computes with
+        self._workspace = engine.workspace(min(engine.context, len(self._prompt_ids) + self._settings.max_new_tokens))
+        self._workspace.engine = engine  # whose threshold it computes with
         with engine.timer:
-            self._room.read(self._prompt_ids, self._room.logits, every=False, stopped=stopped)
+            self._workspace.read(self._prompt_ids, self._workspace.logits, every=False, stopped=stopped)
             token_id, logprob = self._choose()
-        self.workspace_bytes = self._room.workspace_bytes + self._room.read_bytes
+        self.workspace_bytes = self._workspace.workspace_bytes + self._workspace.read_bytes
         return self._made(token_id, logprob)
 
     def step(self) -> Token:
         """Sample the next token."""
-        assert self._room is not None, "prefill before the first step"
+        assert self._workspace is not None, "prefill before the first step"
         with self._engine.timer:
-            self._room.step(self._token, self._position)
+            self._workspace.step(self._token, self._position)
             token_id, logprob = self._choose()
         self._position += 1
         return self._made(token_id, logprob)
 
     def _choose(self) -> tuple[float, float]:
         if self._settings.temperature == 0:
-            return tuple(self._room.chosen)
-        return tuple(self._sampler.choose(self._room.logits[: self._engine.architecture.vocab_size]).tolist())
+            return tuple(self._workspace.chosen)
+        return tuple(self._sampler.choose(self._workspace.logits[: self._engine.architecture.vocab_size]).tolist())
 
     def _made(self, token_id: float, logprob: float) -> Token:
         self._token = int(token_id) if not math.isnan(token_id) else 0
         return token_of(token_id, logprob, self._engine.timer.seconds)
 
     def close(self) -> None:
-        """Give the room back for the next generation; the object is of no more use."""
-        if self._room:
-            self._engine.spare.append(self._room)
-        self._room = None
+        """Give the workspace back for the next generation; the object is of no more use."""
+        if self._workspace:
+            self._engine.spare.append(self._workspace)
+        self._workspace = None
 
 
 def _model(weights: LlamaWeights, a: Architecture, dtype: str) -> Model:

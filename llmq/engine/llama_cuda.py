@@ -98,7 +98,7 @@ class CudaGeneration:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the room for keys and values, exact tensor sizes."""
+        """Bytes allocated for keys and values, exact tensor sizes."""
         return self._graph.decoder.kv_bytes if self._graph else 0
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
@@ -176,7 +176,7 @@ class CudaGeneration:
 
     @property
     def _limit(self) -> int:
-        """Decode steps that the room allows."""
+        """Decode steps that the KV cache has positions for."""
         return self._graph.decoder.capacity - len(self._prompt_ids)
 
     def _account(self, growth: int, allocator_peak: int) -> None:
@@ -185,7 +185,7 @@ class CudaGeneration:
         self.allocator_peak_bytes = max(self.allocator_peak_bytes, allocator_peak)
 
     def close(self) -> None:
-        """Give the room back for the next generation; the object is of no more use."""
+        """Give the workspace back for the next generation; the object is of no more use."""
         self._in_flight.clear()
         if self._graph:
             self._engine.spare.append(self._graph)
