@@ -310,9 +310,10 @@ def test_the_peak_is_everything_that_was_held_at_once():
     native = tiny("llm-int8")
     generation = native.start(PROMPT, SamplingSettings(max_new_tokens=4))
     generation.prefill()
-    longest, held = generation.peak_bytes, native.reserved_bytes
-    assert longest == held + native._workspace.read_bytes > held
+    longest = generation.peak_bytes
     generation.close()
+    held = native.reserved_bytes
+    assert longest == held + native.spare[0].read_bytes > held
     shorter = native.start(PROMPT[:3], SamplingSettings(max_new_tokens=4))
     shorter.prefill()
     assert held < shorter.peak_bytes < longest
@@ -405,12 +406,12 @@ def test_without_a_working_compiler_transformers_runs_and_one_line_says_so(
     compiler, said, empty_cache, monkeypatch, caplog
 ):
     monkeypatch.setenv("CC", compiler)
-    assert choose_engines("auto", ["fp16", "llm-int8"], LEAN_CONFIG, "cpu") == ["hf", "hf"]
+    assert choose_engines("auto", [METHODS["fp16"], METHODS["llm-int8"]], LEAN_CONFIG, "cpu") == ["hf", "hf"]
     assert len(caplog.messages) == 1 and said in caplog.messages[0] and "slower" in caplog.messages[0]
     caplog.clear()
-    assert choose_engines("auto", ["fp32"], LEAN_CONFIG, "cpu") == ["hf"] and not caplog.messages
+    assert choose_engines("auto", [METHODS["fp32"]], LEAN_CONFIG, "cpu") == ["hf"] and not caplog.messages
     with pytest.raises(BadChoice, match=said):
-        choose_engines("lean", ["fp16"], LEAN_CONFIG, "cpu")
+        choose_engines("lean", [METHODS["fp16"]], LEAN_CONFIG, "cpu")
 
 
 def test_a_library_that_cannot_be_opened_is_no_library(empty_cache, monkeypatch):
