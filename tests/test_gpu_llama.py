@@ -111,7 +111,7 @@ def outliers(kernels, x, weight) -> set[int]:
     if len(x) == 1:
         made = split_vector(kernels, x)
         return set(made.index[: int(made.count)].tolist())
-    return set(noted(kernels, x).marks.nonzero().view(-1).tolist())
+    return set(noted(kernels, x).outlier_marks.nonzero().view(-1).tolist())
 
 
 @pytest.mark.demo

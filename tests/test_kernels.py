@@ -158,7 +158,7 @@ def test_rows_note_their_outliers_while_they_are_written(threshold):
     ):
         assert difference(made.x, expected.x) < 1e-3
         split = split_rows(made.x, threshold)
-        assert made.marks.nonzero().view(-1).tolist() == split.columns.tolist()
+        assert made.outlier_marks.nonzero().view(-1).tolist() == split.columns.tolist()
         assert torch.equal(made.absmax, split.absmax)
         assert difference(fast.linear_rows(made, weight), int8_linear(made.x, weight, threshold)) < 1e-3
 

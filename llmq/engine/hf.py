@@ -96,12 +96,12 @@ class HFEngine:
         with torch.inference_mode(), _interruptible(self.model, stopped):
             return self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0]
 
-    def sixteen_bit_share(self, ids: list[int]) -> float:
-        """Share of its input's columns that a linear layer multiplies in 16 bit while it reads `ids` in one call, by
-        its own account: the mean over the layers that keep one; 0 where none does."""
+    def outlier_share(self, ids: list[int]) -> float:
+        """Return the mean share of input columns that a linear layer says it multiplied in 16 bit while the model read
+        `ids` in one call; over the layers that can say, 0 if none can."""
         self.logits(ids)
-        accounts = ((module, self.method.outlier_columns(module)) for module in self.model.modules())
-        shares = [len(columns) / module.in_features for module, columns in accounts if columns is not None]
+        found = ((module, self.method.outlier_columns(module)) for module in self.model.modules())
+        shares = [len(columns) / module.in_features for module, columns in found if columns is not None]
         return sum(shares) / len(shares) if shares else 0.0
 
     def warm_up(self, prompt_ids: list[int]) -> None:
@@ -169,12 +169,12 @@ class Generation:
             logits = model(tokens, **kept, use_cache=True, logits_to_keep=1).logits[0, -1]
             token_id, logprob = self._sampler.choose(logits).tolist()
         self.logits = logits
-        self._account(kv_before, timer.growth_bytes)
+        self._record_memory(kv_before, timer.growth_bytes)
         token = token_of(token_id, logprob, timer.seconds)
         self._last = token.token_id
         return token
 
-    def _account(self, kv_before: int, growth: int) -> None:
+    def _record_memory(self, kv_before: int, growth: int) -> None:
         kv_growth = self.kv_bytes - kv_before
         self.workspace_bytes = max(self.workspace_bytes, growth - kv_growth)
         self.peak_bytes = max(self.peak_bytes, kv_before + max(growth, kv_growth))

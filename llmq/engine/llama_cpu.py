@@ -63,14 +63,14 @@ class CpuLlama(LlamaEngine):
         return logits[:, : self.architecture.vocab_size]
 
     def outlier_columns(self, ids: list[int]) -> list[set[int]]:
-        """The columns that the library sends to 16 bit while it reads `ids`: of the inputs of qkv, output, gate_up and
-        down of each layer in turn."""
+        """Return the columns that the library multiplies in 16 bit while it reads `ids`: of the inputs of qkv, output,
+        gate_up and down of each layer in turn."""
         workspace = _CpuWorkspace(self, len(ids), watch=True)
         workspace.read(ids, torch.empty(_eights(self.architecture.vocab_size)), every=False)
-        return [set(row.nonzero().view(-1).tolist()) for row in workspace.marks[: 4 * self.architecture.layers]]
+        return [set(row.nonzero().view(-1).tolist()) for row in workspace.outlier_marks[: 4 * self.architecture.layers]]
 
-    def sixteen_bit_share(self, ids: list[int]) -> float:
-        """As `HFEngine.sixteen_bit_share`; of the layers but the head."""
+    def outlier_share(self, ids: list[int]) -> float:
+        """Return the same as `HFEngine.outlier_share`, over the layers without the head."""
         return share_of_columns(self.architecture, [len(columns) for columns in self.outlier_columns(ids)])
 
 
@@ -99,7 +99,7 @@ class _CpuWorkspace:
         self.chosen = (ctypes.c_double * 2)()
         self.buffers = self._buffers(0)
         widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
-        self.marks = torch.zeros(4 * a.layers + 1, _eights(widest), dtype=torch.uint8) if watch else None
+        self.outlier_marks = torch.zeros(4 * a.layers + 1, _eights(widest), dtype=torch.uint8) if watch else None
         self.read_bytes = 0  # what the last prompt needed besides
 
     @property
@@ -153,8 +153,8 @@ class _CpuWorkspace:
             self.capacity,
             engine.threshold is not None,
             engine.threshold or 0.0,
-            self.marks.shape[1] if self.marks is not None else 0,
-            self.marks.data_ptr() if self.marks is not None else None,
+            self.outlier_marks.shape[1] if self.outlier_marks is not None else 0,
+            self.outlier_marks.data_ptr() if self.outlier_marks is not None else None,
             buffers.data_ptr(),
         )
 

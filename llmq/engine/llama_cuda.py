@@ -17,7 +17,7 @@ from llmq.engine.base import Interrupted, Token, capacity_for, token_of
 from llmq.engine.cuda_graph import InFlight, StepGraph, draw_of
 from llmq.engine.llama import LlamaEngine, share_of_columns
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.engine.prefill import marks_for, read_prompt
+from llmq.engine.prefill import outlier_marks_for, read_prompt
 from llmq.engine.rope import rope_table
 from llmq.engine.sampling import SamplingSettings
 from llmq.engine.timing import timer_for
@@ -60,15 +60,15 @@ class CudaLlama(LlamaEngine):
         with self.here:
             return self._logits(ids, stopped)
 
-    def sixteen_bit_share(self, ids: list[int]) -> float:
-        """As `HFEngine.sixteen_bit_share`; of the layers but the head."""
-        marks = marks_for(self.architecture, self.device)
+    def outlier_share(self, ids: list[int]) -> float:
+        """Return the same as `HFEngine.outlier_share`, over the layers without the head."""
+        outlier_marks = outlier_marks_for(self.architecture, self.device)
         with self.here:
-            self._logits(ids, None, marks)
-        return share_of_columns(self.architecture, marks.sum(1, dtype=torch.int64).tolist())
+            self._logits(ids, None, outlier_marks)
+        return share_of_columns(self.architecture, outlier_marks.sum(1, dtype=torch.int64).tolist())
 
     def _logits(
-        self, ids: list[int], stopped: Callable[[], bool] | None, marks: torch.Tensor | None = None
+        self, ids: list[int], stopped: Callable[[], bool] | None, outlier_marks: torch.Tensor | None = None
     ) -> torch.Tensor:
         a, dtype = self.architecture, self.model.dtype
         shape = (2, a.kv_heads, len(ids), a.head_dim)
@@ -76,11 +76,12 @@ class CudaLlama(LlamaEngine):
         tokens = torch.tensor(ids, device=self.device)
         rope = rope_table(a, len(ids), self.device)
         hidden = read_prompt(
-            self.model, a, self.kernels, tokens, caches, rope, threshold=self.threshold, stopped=stopped, marks=marks
-        )
+            self.model, a, self.kernels, tokens, caches, rope,
+            threshold=self.threshold, stopped=stopped, outlier_marks=outlier_marks,
+        )  # fmt: skip
         threshold = self.threshold if isinstance(self.model.head, Int8Weight) else None
-        noted = torch.zeros(a.hidden_size, dtype=torch.int8, device=self.device)
-        rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, threshold, noted)
+        outlier_marks = torch.zeros(a.hidden_size, dtype=torch.int8, device=self.device)
+        rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, threshold, outlier_marks)
         return self.kernels.linear_rows(rows, self.model.head)
 
 
@@ -121,7 +122,7 @@ class CudaGeneration:
                 self._read(stopped)
             self._graph.choose()
             token_id, logprob = decoder.chosen.tolist()
-        self._account(captured.workspace_bytes if captured else timer.growth_bytes, timer.peak_bytes)
+        self._record_memory(captured.workspace_bytes if captured else timer.growth_bytes, timer.peak_bytes)
         return token_of(token_id, logprob, timer.seconds)
 
     def _read(self, stopped: Callable[[], bool] | None) -> None:
@@ -179,7 +180,7 @@ class CudaGeneration:
         """Decode steps that the KV cache has positions for."""
         return self._graph.decoder.capacity - len(self._prompt_ids)
 
-    def _account(self, growth: int, allocator_peak: int) -> None:
+    def _record_memory(self, growth: int, allocator_peak: int) -> None:
         self.workspace_bytes = max(growth, self._graph.decoder.workspace_bytes)
         self.peak_bytes = self.kv_bytes + self.workspace_bytes
         self.allocator_peak_bytes = max(self.allocator_peak_bytes, allocator_peak)

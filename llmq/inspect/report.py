@@ -130,8 +130,8 @@ class ModuleOutliers:
     """The input of one linear layer. `dtype` is the activation's; `quantized` layers compare it in float16.
 
     `decode_steps`: for every generated token the channels (int32, ascending) with |x| >= `lowest_threshold` and their
-    |x| (float32). `layer` is None outside the layers, as for lm_head. `sent`: the channels that the layer multiplied in
-    16 bit by its own account, of the prefill and then of every generated token; None for a layer that keeps none.
+    |x| (float32). `layer` is None outside the layers, as for lm_head. `outlier_columns`: the channels that the layer
+    itself says it multiplied in 16 bit, in the prefill and then for every generated token; None if it cannot say.
     """
 
     name: str
@@ -146,7 +146,7 @@ class ModuleOutliers:
     decode_steps: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     token_map: TokenMap | None = None
     positions: PromptPositions | None = None
-    sent: tuple[np.ndarray, ...] | None = None
+    outlier_columns: tuple[np.ndarray, ...] | None = None
 
     @property
     def compared_as(self) -> str:
@@ -235,6 +235,7 @@ class OutlierReport:
 
 
 def _module_json(module: ModuleOutliers, threshold: float) -> dict:
+    own = module.outlier_columns
     return {
         "name": module.name,
         "kind": module.kind,
@@ -243,7 +244,7 @@ def _module_json(module: ModuleOutliers, threshold: float) -> dict:
         "absmax": module.absmax if math.isfinite(module.absmax) else 1e308,  # JSON has no infinity
         "prefill_columns": module.prefill_columns(threshold),
         "decode_columns": module.decode_columns(threshold),
-        "kernel_columns": None if module.sent is None else [columns.tolist() for columns in module.sent],
+        "kernel_columns": None if own is None else [columns.tolist() for columns in own],
     }
 
 
@@ -253,11 +254,11 @@ def columns_at(module: ModuleOutliers, moment: int, threshold: float) -> list[in
 
 
 def agreement_with_kernel(report: OutlierReport) -> tuple[int, int] | None:
-    """In how many calls the layer's own account is the list that the hooks found at the run's threshold, and of how
-    many; None where no layer keeps an account."""
+    """Count the calls in which a layer's own outlier columns are those that the hooks found at the run's threshold:
+    (calls that agree, all calls); None where no layer reports its own."""
     calls = [
-        np.array_equal(sent, columns_at(module, moment, report.threshold))
+        np.array_equal(columns, columns_at(module, moment, report.threshold))
         for module in report.modules
-        for moment, sent in enumerate(module.sent or ())
+        for moment, columns in enumerate(module.outlier_columns or ())
     ]
     return (sum(calls), len(calls)) if calls else None

@@ -47,14 +47,14 @@ class Rows:
     """Activations of a call, (rows, in), on their way into linear layers.
 
     `threshold`: float for LLM.int8(), None where they keep their 16 bits. With a threshold an implementation may note
-    what it saw while it wrote `x`: `absmax` float32 (rows,) over the values below the threshold, and `marks` int8, at
-    least (in,), not 0 in every column that reaches it.
+    what it saw while it wrote `x`: `absmax` float32 (rows,) over the values below the threshold, and `outlier_marks`
+    int8, at least (in,), not 0 in every column that reaches it.
     """
 
     x: torch.Tensor
     threshold: float | None = None
     absmax: torch.Tensor | None = None
-    marks: torch.Tensor | None = None
+    outlier_marks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -157,12 +157,12 @@ def append_rows(
 
 
 def plain_rows(
-    x: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+    x: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
-    """`x` (rows, in) as it is. `marks`: int8, zeros, at least `in` of them: the columns that are multiplied in 16 bit
-    become 1, here or at the latest in `linear_rows`.
+    """Hand on `x` (rows, in) as it is. `outlier_marks`: int8 zeros, at least (in,): the columns that are multiplied in
+    16 bit become 1, here or at the latest in `linear_rows`.
     `used`: None, or int32 (1,): so many rows are the prompt's, and outliers are looked for in those alone."""
-    return Rows(x if used is None else _used_only(x, used), threshold, marks=marks)
+    return Rows(x if used is None else _used_only(x, used), threshold, outlier_marks=outlier_marks)
 
 
 def _used_only(x: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
@@ -175,21 +175,21 @@ def norm_rows(
     norm_weight: torch.Tensor,
     eps: float,
     threshold: float | None,
-    marks: torch.Tensor | None,
+    outlier_marks: torch.Tensor | None,
     used: torch.Tensor | None = None,
 ) -> Rows:
     """`norm` of several tokens, (rows, width)."""
     out = torch.empty_like(x)
     norm(x, norm_weight, eps, out)
-    return plain_rows(out, threshold, marks, used)
+    return plain_rows(out, threshold, outlier_marks, used)
 
 
 def gate_rows(
-    gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+    gate_up: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
     """(rows, 2·in) -> (rows, in): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
     gate, up = gate_up.chunk(2, -1)
-    return plain_rows(functional.silu(gate) * up, threshold, marks, used)
+    return plain_rows(functional.silu(gate) * up, threshold, outlier_marks, used)
 
 
 def linear_rows(
@@ -205,16 +205,16 @@ def linear_rows(
     elif rows.threshold is None:
         y = functional.linear(x, weight.dequantized(x.dtype), bias)
     else:
-        y = _int8_rows(x, weight, bias, rows.threshold, rows.marks)
+        y = _int8_rows(x, weight, bias, rows.threshold, rows.outlier_marks)
     return y if residual is None else residual.add_(y)
 
 
 def _int8_rows(
-    x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, threshold: float, marks: torch.Tensor | None
+    x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, threshold: float, outlier_marks: torch.Tensor | None
 ) -> torch.Tensor:
     split = split_rows(x, threshold)
-    if marks is not None:
-        marks[split.columns] = 1
+    if outlier_marks is not None:
+        outlier_marks[split.columns] = 1
     y = _integer_product(split.codes, weight.codes).mul_(split.absmax[:, None]).mul_(weight.absmax / 127**2)
     if len(split.columns):
         outliers = weight.codes[:, split.columns].float() * (weight.absmax / 127)[:, None]

@@ -64,7 +64,7 @@ class Thresholds(RowLab):
                     "method": self.method,
                     "engine": engine.name,
                     **bench.score(bench.read(engine), truth),
-                    "outlier_share": engine.sixteen_bit_share(bench.texts[0]),
+                    "outlier_share": engine.outlier_share(bench.texts[0]),
                     "tokens_per_second": statistics.median(speeds[contestant.threshold]),
                     "tokens_per_second_min": min(speeds[contestant.threshold]),
                     "tokens_per_second_max": max(speeds[contestant.threshold]),

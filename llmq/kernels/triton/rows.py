@@ -103,7 +103,7 @@ def _survey(x_ptr, marks_ptr, absmax_ptr, used_ptr, width, threshold, BLOCK: tl.
 
 
 def plain_rows(
-    x: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+    x: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
     """See `reference.plain_rows`; `x` is contiguous."""
     if threshold is None:
@@ -111,8 +111,10 @@ def plain_rows(
     rows, width = x.shape
     absmax = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = min(4096, triton.next_power_of_2(width))
-    _survey[(rows,)](x, marks, absmax, used, width, float(threshold), BLOCK=block, USED=used is not None, num_warps=4)
-    return Rows(x, threshold, absmax, marks)
+    _survey[(rows,)](
+        x, outlier_marks, absmax, used, width, float(threshold), BLOCK=block, USED=used is not None, num_warps=4,
+    )  # fmt: skip
+    return Rows(x, threshold, absmax, outlier_marks)
 
 
 @triton.jit
@@ -136,17 +138,17 @@ def _gate(
 
 
 def gate_rows(
-    gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+    gate_up: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
     """See `reference.gate_rows`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
     _gate[(rows,)](
-        gate_up, out, marks, absmax, used, width, float(threshold or 0),
+        gate_up, out, outlier_marks, absmax, used, width, float(threshold or 0),
         BLOCK=min(2048, triton.next_power_of_2(width)), NOTE=threshold is not None, USED=used is not None, num_warps=8,
     )  # fmt: skip
-    return Rows(out, threshold, absmax, marks)
+    return Rows(out, threshold, absmax, outlier_marks)
 
 
 @triton.jit
@@ -172,7 +174,7 @@ def norm_rows(
     norm_weight: torch.Tensor,
     eps: float,
     threshold: float | None,
-    marks: torch.Tensor | None,
+    outlier_marks: torch.Tensor | None,
     used: torch.Tensor | None = None,
 ) -> Rows:
     """See `reference.norm_rows`; `x` is contiguous."""
@@ -180,10 +182,10 @@ def norm_rows(
     out = torch.empty_like(x)
     absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=x.device)
     _norm[(rows,)](
-        x, norm_weight, out, marks, absmax, used, width, eps, float(threshold or 0),
+        x, norm_weight, out, outlier_marks, absmax, used, width, eps, float(threshold or 0),
         BLOCK=triton.next_power_of_2(width), NOTE=threshold is not None, USED=used is not None, num_warps=8,
     )  # fmt: skip
-    return Rows(out, threshold, absmax, marks)
+    return Rows(out, threshold, absmax, outlier_marks)
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def split_matrix(rows: Rows, weight: Int8Weight) -> SplitMatrix:
     gathered = torch.empty(count + n_out, GATHERED, dtype=torch.float16, device=device)
     split = SplitMatrix(codes, rows.absmax, columns[1:], columns[:1], gathered[:count], gathered[count:])
     _code[(count + 1,)](
-        rows.x, rows.marks, rows.absmax, codes, split.columns, split.count, count, width,
+        rows.x, rows.outlier_marks, rows.absmax, codes, split.columns, split.count, count, width,
         BLOCK=min(4096, triton.next_power_of_2(width)), WHOLE=triton.next_power_of_2(width), PTX=not INTERPRETED,
         num_warps=8,
     )  # fmt: skip
