@@ -1,4 +1,4 @@
-"""What the lean loop captures on a GPU, and calls elsewhere: a decode step with its choice, and short prompts."""
+"""CUDA graphs of the lean loop: a decode step with its choice, and short prompts; elsewhere plain calls."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 
 def draw_of(settings: SamplingSettings) -> tuple:
-    """What of the settings is part of a captured step; greedy ignores all but the temperature."""
+    """Return the settings that a captured step depends on; greedy decoding depends on the temperature alone."""
     return (settings.temperature, settings.top_k, settings.top_p) if settings.temperature else (0.0,)
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A step under way on a GPU: where on the host its token will be, and when that is."""
+    """A step under way on a GPU: where on the host its token arrives, and the events of its start and end."""
 
     chosen: torch.Tensor
     begun: torch.cuda.Event
@@ -65,7 +65,7 @@ class StepGraph:
         return self.decoder.workspace_bytes
 
     def prompt_of(self, tokens: int) -> PromptGraph | None:
-        """The captured reading of prompts about so long, made now if need be; None where there is none."""
+        """Return the graph that reads prompts of about so many tokens, captured now if needed; None if impossible."""
         rows = max(SHORTEST_PROMPT_GRAPH, 1 << (tokens - 1).bit_length())
         possible = self.graph and self.engine.kernels.prompts_can_be_captured
         if not possible or rows > min(LONGEST_PROMPT_GRAPH, self.decoder.capacity):
@@ -75,7 +75,7 @@ class StepGraph:
         return self.prompts[rows]
 
     def step(self) -> None:
-        """One token: forward pass and choice."""
+        """Run one token: the forward pass and the choice of the next token."""
         if self.graph:
             self.graph.replay()
         else:
@@ -86,7 +86,7 @@ class StepGraph:
         self.choose()
 
     def choose(self) -> None:
-        """From the decoder's `logits` to its `token` and `chosen`."""
+        """Choose the next token: from the decoder's `logits` to its `token` and `chosen`."""
         decoder = self.decoder
         if self.sampler.settings.temperature == 0:
             decoder.choose_likeliest()
@@ -111,7 +111,7 @@ class StepGraph:
 
 
 def try_capture(capture: Callable):
-    """What `capture` makes; None, and a line in the log, where it cannot be captured."""
+    """Return what `capture` makes; where capturing fails, None and a line in the log."""
     try:
         return capture()
     except torch.OutOfMemoryError:

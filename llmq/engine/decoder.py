@@ -83,14 +83,14 @@ class Decoder:
         self.position.add_(1)
 
     def score(self, hidden: torch.Tensor) -> None:
-        """From the last layer's output (hidden,) to `logits`."""
+        """Compute `logits` from the last layer's output (hidden_size,)."""
         head = self.weights.head
         threshold = self.threshold if isinstance(head, Int8Weight) else None
         x = self._norm(hidden, self.weights.norm, self._attended_split, threshold)
         self.kernels.product(x, head, self.logits)
 
     def choose_likeliest(self) -> None:
-        """Greedy choice from `logits` into `token` and `chosen`."""
+        """Choose the most likely token of `logits`, into `token` and `chosen`."""
         self.kernels.likeliest(self.logits, self.token, self.chosen)
 
     def _norm(

@@ -56,7 +56,7 @@ class HFEngine:
 
     @property
     def read_bytes_per_token(self) -> int:
-        """Bytes of weights and scales one decode step must read: of an input embedding apart only one row is used."""
+        """Bytes of weights and scales that one decode step reads; of an untied input embedding it reads one row."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         tied = head is not None and head.weight is embedding.weight
         return self.weight_bytes + self.scale_bytes - (0 if tied else embedding.weight.nbytes)
@@ -72,7 +72,7 @@ class HFEngine:
         return frozenset([eos] if isinstance(eos, int) else eos or ())
 
     def under(self, method: Method) -> HFEngine:
-        """A view of the same weights with other live fields; its layers are set before every call."""
+        """Return a view of the same weights with other live fields; its layers are set before every call."""
         view = copy.copy(self)
         view.method = method
         view.settle()
@@ -89,7 +89,7 @@ class HFEngine:
         return Generation(self, prompt_ids, settings)
 
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
-        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
+        """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
         import torch
 
         self.settle()
@@ -120,7 +120,7 @@ class HFEngine:
 
 
 class Generation:
-    """One answer in the making: `prefill()` gives token 0, each `step()` the next. Drop it to free its KV cache."""
+    """One generation under way: `prefill()` gives token 0, each `step()` the next. Drop it to free its KV cache."""
 
     def __init__(self, engine: HFEngine, prompt_ids: list[int], settings: SamplingSettings):
         from transformers import DynamicCache
@@ -196,7 +196,7 @@ def cache_name(model: PreTrainedModel) -> str:
 
 @contextmanager
 def _interruptible(model: torch.nn.Module, stopped: Callable[[], bool] | None) -> Iterator[None]:
-    """While inside, every linear layer of `model` first asks `stopped()` and raises Interrupted when told so."""
+    """Make every linear layer of `model` ask `stopped()` before it runs, and raise Interrupted if it says yes."""
     from torch import nn
 
     def check(module, args):

@@ -1,4 +1,4 @@
-"""What the lean loop is on every device: weights of our own layout, one generation at a time, warmed up uncounted."""
+"""The part of the lean loop that all devices share: weights in our own layout, one generation at a time, warm-up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Workspace(Protocol):
 
 
 class LlamaEngine:
-    """The half of `base.Engine` that its two engines, `llama_cuda` and `llama_cpu`, share."""
+    """The half of `base.Engine` that `CudaLlama` and `CpuLlama` share."""
 
     name = "lean"
 
@@ -82,8 +82,8 @@ class LlamaEngine:
 
 
 def share_of_columns(architecture: Architecture, counts: list[int]) -> float:
-    """Mean share of the columns a linear layer keeps in 16 bit, from how many there are in the inputs of q/k/v, output,
-    gate/up and down of each layer in turn: three, one, two and one linear layers read them."""
+    """Return the mean share of columns a linear layer keeps in 16 bit, from how many there are in the inputs of q/k/v,
+    output, gate/up and down of each layer in turn: three, one, two and one linear layers read them."""
     a = architecture
     widths, readers = (a.hidden_size, a.heads * a.head_dim, a.hidden_size, a.intermediate_size), (3, 1, 2, 1)
     shares = (count / widths[i % 4] * readers[i % 4] for i, count in enumerate(counts))

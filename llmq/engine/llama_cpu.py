@@ -51,12 +51,12 @@ class CpuLlama(LlamaEngine):
         return CpuGeneration(self, prompt_ids, settings)
 
     def workspace(self, tokens: int) -> _CpuWorkspace:
-        """Cache and buffers for generations of up to `tokens` positions."""
+        """Return cache and buffers for generations of up to `tokens` positions."""
         capacity = capacity_for(tokens, self.context)
         return self.take((capacity, self.threshold is not None), lambda: _CpuWorkspace(self, capacity))
 
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
-        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
+        """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
         workspace = _CpuWorkspace(self, len(ids))
         logits = torch.empty(len(ids), _eights(self.architecture.vocab_size))
         workspace.read(ids, logits, every=True, stopped=stopped)
@@ -130,7 +130,7 @@ class _CpuWorkspace:
         self.engine.library.llmq_step(self._session(self.buffers), token, position, self.logits.data_ptr(), self.chosen)
 
     def _require(self, ids: list[int], *, first: int) -> None:
-        """The library believes what it is told."""
+        """Check the range of positions and tokens: the library itself checks nothing."""
         if not (ids and 0 <= first and first + len(ids) <= self.capacity):
             raise IndexError(f"{len(ids)} tokens from position {first}; there is room for {self.capacity}")
         if not (0 <= min(ids) and max(ids) < self.engine.architecture.vocab_size):
@@ -160,7 +160,7 @@ class _CpuWorkspace:
 
 
 class CpuGeneration:
-    """One answer in the making; see `base.Generation`."""
+    """One generation under way; see `base.Generation`."""
 
     allocator_peak_bytes = 0  # a CPU has no allocator to ask
 
@@ -239,8 +239,8 @@ def _model(weights: LlamaWeights, a: Architecture, dtype: str) -> Model:
 
 
 def usable_threads() -> int:
-    """Torch's number, but no more than a container's share of the processors: threads beyond it would be put to sleep
-    in the middle of a token."""
+    """Return torch's number of threads, but no more than a container's share of the processors: threads beyond it would
+    be put to sleep in the middle of a token."""
     return max(1, math.ceil(min(torch.get_num_threads(), cgroup.processors())))
 
 

@@ -1,4 +1,4 @@
-"""The lean loop: a LLaMA without a framework's overhead, the same for FP16 and int8, so that their speeds compare.
+"""The lean loop on a GPU: a LLaMA without a framework's overhead, the same for FP16 and int8, so that speeds compare.
 
 On a GPU a decode step is one CUDA graph, sampling included, and nothing in it waits for the host. The host runs one
 step ahead: while a token is read back the next step is already running, so an end-of-text is noticed one step late and
@@ -50,13 +50,13 @@ class CudaLlama(LlamaEngine):
         return CudaGeneration(self, prompt_ids, settings)
 
     def step_graph(self, tokens: int, settings: SamplingSettings) -> StepGraph:
-        """The buffers, and on a GPU the graph, for generations of up to `tokens` positions sampled so."""
+        """Return the buffers, and on a GPU the graph, for generations of up to `tokens` positions."""
         capacity = capacity_for(tokens, self.context)
         kind = (capacity, draw_of(settings), self.threshold)
         return self.take(kind, lambda: StepGraph(self, capacity, settings))
 
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
-        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
+        """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
         with self.here:
             return self._logits(ids, stopped)
 
@@ -86,7 +86,7 @@ class CudaLlama(LlamaEngine):
 
 
 class CudaGeneration:
-    """One answer in the making; see `base.Generation`."""
+    """One generation under way; see `base.Generation`."""
 
     def __init__(self, engine: CudaLlama, prompt_ids: list[int], settings: SamplingSettings):
         assert prompt_ids, "a generation needs at least one prompt token"

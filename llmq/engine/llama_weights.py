@@ -1,4 +1,4 @@
-"""A LLaMA's weights as the lean loop wants them: q, k, v in one matrix, gate and up in one, int8 where the method says.
+"""A LLaMA's weights as the lean loop needs them: q, k, v in one matrix, gate and up in one, int8 where the method says.
 
 Tensors come one at a time from a source and go straight to their final place, so that the device never holds more than
 the finished model and the tensor in hand.
@@ -20,7 +20,7 @@ Weight = torch.Tensor | Int8Weight
 
 
 class Form(Protocol):
-    """What becomes of a finished matrix and of a vector: another layout, say. `paired`: gate rows, then up rows."""
+    """How finished matrices and vectors are stored, such as in another layout. `paired`: gate rows, then up rows."""
 
     def matrix(self, weight: Weight, *, paired: bool = False) -> Weight: ...
     def vector(self, values: torch.Tensor) -> torch.Tensor: ...
@@ -39,7 +39,7 @@ class Tensors(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
     def get(self, name: str, device: str) -> torch.Tensor:
-        """The tensor on `device`, contiguous; not kept by the source."""
+        """Return the tensor on `device`, contiguous; not kept by the source."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class LlamaWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations."""
+        """The dtype of the activations."""
         return self.norm.dtype
 
     def parts(self) -> Iterator[Weight]:
-        """Every weight once; a tied head is the embedding."""
+        """Yield every weight once; a tied head is the embedding."""
         yield self.embedding
         for layer in self.layers:
             yield from (part for part in vars(layer).values() if part is not None)
@@ -90,7 +90,7 @@ class LlamaWeights:
 
     @property
     def read_bytes_per_token(self) -> int:
-        """Bytes of weights and scales one decode step must read: of an input embedding apart only one row is used."""
+        """Bytes of weights and scales that one decode step reads; of an untied input embedding it reads one row."""
         apart = 0 if self.head is self.embedding else self.embedding.nbytes
         return self.weight_bytes + self.scale_bytes - apart
 
@@ -154,7 +154,7 @@ class _Maker:
     form: Form
 
     def vector(self, *names: str, size: int) -> torch.Tensor:
-        """The named vectors behind one another, `size` numbers together."""
+        """Concatenate the named vectors, `size` numbers together."""
         parts = [self.source.get(name, self.device).to(self.dtype) for name in names]
         if (found := sum(part.numel() for part in parts)) != size:
             raise ModelUnavailable(f"{', '.join(names)}: {found} numbers; the configuration says {size}")

@@ -57,8 +57,8 @@ def _load_hf(key: Key) -> HFEngine:
 
 
 def statistics_file(key: Key) -> Path:
-    """Where the statistics of a calibrated method are, or will be: beside a checkpoint that brings them, else in the
-    cache, by checkpoint, text and what is collected."""
+    """Tell where the statistics of a calibrated method are, or will be: beside a checkpoint that brings them, else in
+    the cache, by checkpoint, text and what is collected."""
     if key.model.source.kind in ("folder", "hub"):
         brought = folder_of(key.model.source) / FOLDER / file_name(key.method)
         if brought.is_file():

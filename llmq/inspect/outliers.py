@@ -38,7 +38,7 @@ __all__ = [
 
 
 def observe(model: nn.Module, input_ids: torch.Tensor, **options) -> OutlierReport:
-    """The whole report of `observe_in_parts`, which has the options."""
+    """Return the whole report of `observe_in_parts`, which has the options."""
     *_, report = observe_in_parts(model, input_ids, **options)
     return report
 

@@ -224,7 +224,7 @@ def _has_plain_stack(model: nn.Module) -> bool:
 
 @contextmanager
 def _stack_from(model: nn.Module, layer: int) -> Iterator[None]:
-    """While inside, the decoder begins at `layer`."""
+    """Make the decoder begin at `layer` inside the `with` block."""
     stack = model.model.layers
     model.model.layers = stack[layer:]
     try:

@@ -125,7 +125,7 @@ class OutlierRecorder:
             self._forget()
 
     def phase(self, name: str) -> None:
-        """What the next calls of the model are: 'prefill', or 'decode', of which each call is one generated token."""
+        """Say what the next calls of the model are: 'prefill', or 'decode', where each call is one generated token."""
         check_phase(name)
         self._close()
         if name == "prefill" and self._prompt_of:
@@ -141,7 +141,7 @@ class OutlierRecorder:
         token_texts: Iterable[str] = (),
         stopped: bool = False,
     ) -> OutlierReport:
-        """Everything recorded, as numpy arrays; every linear layer of the model has its entry, in the model's order."""
+        """Return everything recorded, as numpy arrays: an entry for every linear layer, in the model's order."""
         cutoff(threshold, "float32")
         self._close()
         decode = self._decode_statistics()

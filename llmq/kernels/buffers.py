@@ -1,4 +1,4 @@
-"""What kernels read and write: preallocated, so that a captured graph finds everything where it was."""
+"""The buffers that kernels read and write, preallocated so that their addresses in a captured graph stay valid."""
 
 from __future__ import annotations
 

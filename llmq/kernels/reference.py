@@ -1,4 +1,4 @@
-"""What each operation computes, in torch: the definition, the fallback on any device, and the oracle of the tests.
+"""Each operation in torch: its definition, the fallback on any device, and what the tests compare with.
 
 Every function writes into `out`; vectors are one token's. Products and sums are in float32 and rounded once, at the
 end, to the type of `out`.
@@ -20,14 +20,14 @@ FEWEST_ROWS = 17  # of cuBLAS' int8 product, as torch calls it
 
 
 def quantize_rows(weight: torch.Tensor, out: Int8Weight) -> None:
-    """(out, in) floating point -> int8 codes and row scales, in place."""
+    """Convert (out, in) floating point -> int8 codes and row scales, in place."""
     made = primitives.quantize_rows(weight)
     out.codes.copy_(made.codes)
     out.absmax.copy_(made.absmax)
 
 
 def embed(table: Weight, tokens: torch.Tensor, out: torch.Tensor) -> None:
-    """Rows of `table` (vocabulary, width), one for each of `tokens` int64 (n,), into `out` (n, width)."""
+    """Copy rows of `table` (vocab_size, width), one for each of `tokens` int64 (n,), into `out` (n, width)."""
     if isinstance(table, Int8Weight):
         torch.mul(table.codes[tokens], (table.absmax[tokens] / 127)[:, None], out=out)
     else:
@@ -35,7 +35,7 @@ def embed(table: Weight, tokens: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def norm(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x²) + eps) · norm_weight. `x`: (..., width)."""
+    """Do RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x²) + eps) · norm_weight. `x`: (..., width)."""
     x32 = x.float()
     scaled = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)  # rounded here, as in LLaMA
     out.copy_(scaled * norm_weight)
@@ -59,7 +59,7 @@ def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
 def norm_split(
     x: torch.Tensor, norm_weight: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
 ) -> None:
-    """`norm`, then `split`, in one; also empties the list of `empty`, which the next `split` fills."""
+    """Do `norm`, then `split`; also empty the list of `empty`, which the next `split` fills."""
     empty.count.zero_()
     normed = torch.empty_like(x)
     norm(x, norm_weight, eps, normed)
@@ -75,7 +75,7 @@ def product(
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> None:
-    """out = weight · x [+ bias] [+ residual]; with `gated`, SiLU(first half of the rows · x) · (second half · x).
+    """Set out = weight · x [+ bias] [+ residual]; with `gated`, SiLU(first half of the rows · x) · (second half · x).
 
     `x`: (in,), or a SplitVector with an int8 weight (LLM.int8()); an int8 weight with a plain `x` is weight-only.
     """
@@ -106,7 +106,7 @@ def _split_product(x: SplitVector, weight: Int8Weight) -> torch.Tensor:
 def attend(
     qkv: torch.Tensor, cache: Cache, rope: torch.Tensor, position: torch.Tensor, out: torch.Tensor, scratch: Partials
 ) -> None:
-    """One token's attention over the cache, its own key and value appended first.
+    """Append one token's key and value to the cache, and attend over it.
 
     `qkv`: ((heads + 2·kv_heads)·head_dim,), queries first. `rope`: float32 (positions, head_dim), cosines then sines.
     `position`: int64 (1,), how many positions are in the cache already. `out`: (heads·head_dim,). `scratch` is memory
@@ -131,8 +131,8 @@ def _rotated(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 
 def likeliest(logits: torch.Tensor, token: torch.Tensor, chosen: torch.Tensor) -> None:
-    """Greedy choice. `logits`: float32 (vocabulary,); `token`: int64 (1,), the next step's input; `chosen`: float64
-    (2,), the token and its log-probability, NaN where a logit is."""
+    """Choose the most likely token. `logits`: float32 (vocab_size,); `token`: int64 (1,), the next step's input;
+    `chosen`: float64 (2,), the token and its log-probability, NaN where a logit is."""
     best = logits.argmax()
     token.copy_(best)
     chosen.copy_(torch.stack((best.double(), (logits[best] - logits.logsumexp(-1)).double())))
@@ -178,7 +178,7 @@ def norm_rows(
     outlier_marks: torch.Tensor | None,
     used: torch.Tensor | None = None,
 ) -> Rows:
-    """`norm` of several tokens, (rows, width)."""
+    """Compute `norm` of several tokens, (rows, width)."""
     out = torch.empty_like(x)
     norm(x, norm_weight, eps, out)
     return plain_rows(out, threshold, outlier_marks, used)
@@ -187,7 +187,7 @@ def norm_rows(
 def gate_rows(
     gate_up: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
-    """(rows, 2·in) -> (rows, in): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
+    """Multiply (rows, 2·in) -> (rows, in): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
     gate, up = gate_up.chunk(2, -1)
     return plain_rows(functional.silu(gate) * up, threshold, outlier_marks, used)
 
@@ -195,7 +195,7 @@ def gate_rows(
 def linear_rows(
     rows: Rows, weight: Weight, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(rows, in) -> (rows, out) [+ bias] in the type of the input; with `residual`, added to it in place.
+    """Multiply (rows, in) -> (rows, out) [+ bias] in the type of the input; with `residual`, added to it in place.
 
     An int8 weight is LLM.int8() for rows with a threshold and weight-only for those without.
     """

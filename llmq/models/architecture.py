@@ -27,7 +27,7 @@ class Rope:
     original_context: int = 0
 
     def frequencies(self, head_dim: int) -> list[float]:
-        """Radians per position for each of the head_dim/2 pairs."""
+        """Return radians per position for each of the head_dim/2 pairs."""
         return [self._stretched(self.theta ** (-2 * i / head_dim)) for i in range(head_dim // 2)]
 
     def _stretched(self, frequency: float) -> float:

@@ -33,7 +33,7 @@ class RandomTensors:
         return name != "lm_head.weight" or not self.config.tie_word_embeddings
 
     def get(self, name: str, device: str) -> torch.Tensor:
-        """The tensor called `name`, drawn on `device`: the same again for the same name, seed and kind of device."""
+        """Draw the tensor called `name` on `device`: the same for the same name, seed and kind of device."""
         import torch
 
         shape = self._shape(name)
@@ -76,7 +76,7 @@ _PLANTED = {"layernorm": NORM_GAIN, "v_proj": VALUE_GAIN, "up_proj": GATED_GAIN}
 
 
 def random_llama(config: LlamaConfig, device: str, seed: int = 0) -> LlamaForCausalLM:
-    """An fp16 LLaMA of `config`'s shape on `device` with the weights of `RandomTensors`."""
+    """Return an fp16 LLaMA of `config`'s shape on `device` with the weights of `RandomTensors`."""
     import torch
     from transformers import LlamaForCausalLM
 

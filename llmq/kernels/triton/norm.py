@@ -20,8 +20,8 @@ SLICE = 1024  # values coded by one program
 
 @triton.jit
 def rounded(x, PTX: tl.constexpr):
-    """To the nearest integer, ties to even, for |x| < 2^22. Adding 1.5·2^23 leaves no bits after the point, but where
-    `x` is a product a compiler may fuse that with it, which rounds once and not twice."""
+    """Round to the nearest integer, ties to even, for |x| < 2^22. Adding 1.5·2^23 leaves no bits after the point, but
+    where `x` is a product a compiler may fuse that with it, which rounds once and not twice."""
     if PTX:
         return tl.inline_asm_elementwise("cvt.rni.f32.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return (x + 12582912.0) - 12582912.0
@@ -29,7 +29,7 @@ def rounded(x, PTX: tl.constexpr):
 
 @triton.jit
 def code_scale(absmax, PTX: tl.constexpr):
-    """127 / absmax, 0 for 0. bitsandbytes divides with CUDA's fast division, so equal codes need it too."""
+    """Return 127 / absmax, 0 for 0. bitsandbytes divides with CUDA's fast division, so equal codes need it too."""
     if PTX:
         scale = tl.inline_asm_elementwise(
             "div.approx.f32 $0, 0f42FE0000, $1;", "=f,f", [absmax], dtype=tl.float32, is_pure=True, pack=1
