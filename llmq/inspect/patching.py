@@ -166,7 +166,7 @@ def _trace(model: nn.Module, ids: list[int], threshold: float, stop: threading.E
         if layer is None or not 0 < threshold < math.inf or (layer, kind) in seen:
             return
         seen.add((layer, kind))
-        last = x.reshape(-1, x.shape[-1])[-1].abs().float()
+        last = x.reshape(-1, x.shape[-1])[-1].abs().float()  # (in_features,)
         strong = (last >= float(cutoff(threshold, "float16"))).nonzero().view(-1)
         found = zip([kind] * len(strong), strong.tolist(), last[strong].tolist(), strict=True)
         outliers.setdefault(layer, []).extend(found)

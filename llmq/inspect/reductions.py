@@ -74,13 +74,13 @@ class PromptStatistics:
 def reduce_prompt(absolute: torch.Tensor, compared_as: str) -> PromptStatistics:
     """Reduce |x|, (tokens, in_features), to statistics. Overwrites NaN in `absolute` with 0 after counting them."""
     rows, columns = absolute.shape
-    histogram = count_bins(absolute.flatten(), compared_as)
-    bits = _bits_without_nan(absolute)
+    histogram = count_bins(absolute.flatten(), compared_as)  # (1, BINS)
+    bits = _bits_without_nan(absolute)  # (rows, columns)
     height, width = -(-rows // MAP_ROWS), -(-columns // MAP_COLUMNS)
     edge = edge_bits(CRITERION, compared_as, absolute.dtype)
     narrow = torch.int16 if rows < 1 << 15 else torch.int32  # a sum of bytes in int16 is 10 times faster than of bool
-    counts = (bits >= edge).view(torch.int8).sum(0, dtype=narrow).int()
-    peaks = first_peaks(bits, height, width)
+    counts = (bits >= edge).view(torch.int8).sum(0, dtype=narrow).int()  # (columns,)
+    peaks = first_peaks(bits, height, width)  # (down, across) cells
     tensors = bits.amax(0), histogram, peaks, counts, bits.amax(1) >= edge
     return PromptStatistics(tensors, absolute.dtype, rows, height, width)
 
@@ -168,7 +168,7 @@ def _count_bits(absolute: torch.Tensor, compared_as: str, owner: torch.Tensor | 
     ends, bins = _bins_of_bits(compared_as, absolute.dtype)
     bits = absolute.view(torch.int16)
     if owner is None:
-        below = torch.bincount(bits, minlength=PATTERNS).cumsum(0)[ends]
+        below = torch.bincount(bits, minlength=PATTERNS).cumsum(0)[ends]  # (BINS,)
         return below.diff(prepend=below.new_zeros(1))[None]
     found = torch.bincount(bins.index_select(0, bits.int()).add_(owner), minlength=owners * BINS)
     return found.view(owners, BINS)
@@ -229,11 +229,11 @@ class StepTotals:
         single = all(rows == 1 for _, (rows, _) in self.layout.inputs)  # one token: |x| is its own maximum
         values = torch.cat(inputs, 1)[0] if single else torch.cat([x.flatten() for x in inputs])
         self._histogram += count_bins(values, compared_as, self._owner, len(inputs))
-        absmax = (values if single else torch.cat([x.amax(0) for x in inputs])).float()
+        absmax = (values if single else torch.cat([x.amax(0) for x in inputs])).float()  # (all channels,)
         absmax.nan_to_num_(nan=0.0, posinf=torch.inf)
         self._absmax = torch.maximum(self._absmax, absmax)
         self._steps += 1
-        strong = (absmax >= float(cutoff(lowest_threshold, compared_as))).nonzero().flatten()
+        strong = (absmax >= float(cutoff(lowest_threshold, compared_as))).nonzero().flatten()  # places in absmax
         positions, peaks = strong.cpu().numpy(), absmax[strong].cpu().numpy()
         found_until = np.searchsorted(positions, self._ends)
         starts = np.concatenate([[0], self._ends[:-1]])

@@ -82,7 +82,7 @@ def _split(
     whole, at = tl.arange(0, BLOCK), tl.program_id(0) * SLICE + tl.arange(0, SLICE)
     wait_for_previous(OVERLAP)
     absmax = _absmax(tl.load(x_ptr + whole, mask=whole < width, other=0.0).to(tl.float32), threshold)
-    value = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+    value = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)  # (SLICE,)
     _store(value, at, at < width, absmax, threshold, codes_ptr, count_ptr, index_ptr, value_ptr, PTX)
     tl.store(absmax_ptr, absmax)
 
@@ -97,16 +97,16 @@ def _norm_split(
     let_next_start(OVERLAP)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    gain = tl.load(gain_ptr + at, mask=inside, other=0.0)
+    gain = tl.load(gain_ptr + at, mask=inside, other=0.0)  # (BLOCK,), BLOCK >= width
     wait_for_previous(OVERLAP)
     if SPLIT:
         _empty(count_ptr, index_ptr, value_ptr, PADDING)
         if NEXT:
             _empty(next_count_ptr, next_index_ptr, next_value_ptr, PADDING)
         tl.debug_barrier()
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)  # (BLOCK,)
     wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)  # a scalar
     x = ((wide * scale).to(x.dtype) * gain).to(x.dtype)
     if SPLIT:
         value = x.to(tl.float32)

@@ -27,14 +27,14 @@ def _append(
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]  # (HEADS, 1)
     half = width // 2
-    at = tl.arange(0, HALF)[None, :]
+    at = tl.arange(0, HALF)[None, :]  # (1, HALF)
     inside = (at < half) & (head < heads + 2 * groups)
     x_ptr = qkv_ptr + row * (heads + 2 * groups) * width + head * width + at
-    first = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)  # (HEADS, HALF)
     second = tl.load(x_ptr + half, mask=inside, other=0.0).to(tl.float32)
-    cosine = tl.load(rope_ptr + (start + row) * width + at, mask=at < half, other=0.0)
+    cosine = tl.load(rope_ptr + (start + row) * width + at, mask=at < half, other=0.0)  # (1, HALF)
     sine = tl.load(rope_ptr + (start + row) * width + half + at, mask=at < half, other=0.0)
     turned = head < heads + groups
     kind = queries_ptr.dtype.element_ty
@@ -127,9 +127,9 @@ def _gate(
     peak = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, inner, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        gate = tl.load(x_ptr + row * 2 * inner + at, mask=at < inner, other=0.0).to(tl.float32)
+        gate = tl.load(x_ptr + row * 2 * inner + at, mask=at < inner, other=0.0).to(tl.float32)  # (BLOCK,)
         up = tl.load(x_ptr + row * 2 * inner + inner + at, mask=at < inner, other=0.0).to(tl.float32)
-        y = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
+        y = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)  # (BLOCK,)
         tl.store(out_ptr + row * inner + at, y, mask=at < inner)
         if NOTE:
             peak = _note(y, at, at < noted, threshold, marks_ptr, peak)
@@ -159,7 +159,7 @@ def _norm(
     row = tl.program_id(0).to(tl.int64)
     noted = _noted_width(row, width, used_ptr, USED)
     at = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0)
+    x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0)  # (BLOCK,), the whole row
     gain = tl.load(gain_ptr + at, mask=at < width, other=0.0)
     wide = x.to(tl.float32)
     y = ((wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(x.dtype) * gain).to(x.dtype)
@@ -213,13 +213,13 @@ def _code(
         scale = code_scale(tl.load(absmax_ptr + row), PTX)
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32)  # (BLOCK,)
             mark = tl.load(marks_ptr + at, mask=at < width, other=1)
             codes = tl.where(mark != 0, 0.0, rounded(x * scale, PTX))
             tl.store(codes_ptr + row * width + at, codes.to(tl.int8), mask=at < width)
     else:
         at = tl.arange(0, WHOLE)
-        mark = tl.load(marks_ptr + at, mask=at < width, other=0).to(tl.int32)
+        mark = tl.load(marks_ptr + at, mask=at < width, other=0).to(tl.int32)  # (WHOLE,)
         place = tl.cumsum(mark, 0)
         tl.store(columns_ptr + place - 1, at, mask=mark != 0)
         tl.store(count_ptr, tl.sum(mark, 0))
@@ -231,7 +231,7 @@ def _gather(x_ptr, w_ptr, columns_ptr, count_ptr, xo_ptr, wo_ptr, rows, width, G
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, GATHERED)
     listed = at < tl.load(count_ptr)
-    column = tl.load(columns_ptr + at, mask=listed, other=0)
+    column = tl.load(columns_ptr + at, mask=listed, other=0)  # (GATHERED,)
     if row < rows:
         x = tl.load(x_ptr + row * width + column, mask=listed, other=0.0)
         tl.store(xo_ptr + row * GATHERED + at, x.to(tl.float16))
