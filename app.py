@@ -137,7 +137,7 @@ def warm_up(model: str, methods: tuple[str, ...]) -> None:
     with suppress(UserError):  # the first run says it where it is read
         open_model(model).tokenizer  # noqa: B018
     if not any(method.startswith("bnb-") for method in methods):
-        from llmq.engine import native  # noqa: F401
+        from llmq.engine import llama_cpu  # noqa: F401
 
         time.sleep(AFTER_THE_PAGE)
     # Whatever looks into a model, and bitsandbytes, goes through transformers.

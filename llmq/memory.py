@@ -93,12 +93,12 @@ def kv_bytes(config: PretrainedConfig | PlainConfig, *, tokens: int, batch: int 
     try:
         heads, kept = config.num_attention_heads, _kept(config, tokens)
         alone = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-        groups = 1 if alone else getattr(config, "num_key_value_heads", None) or heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = 1 if alone else getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     except (AttributeError, KeyError, RuntimeError):  # what transformers raises for a setting each layer has its own of
         return None
     other = any(getattr(config, name, None) for name in ("kv_lora_rank", "n_recurrent_loops"))
-    return None if other or kept is None else 2 * batch * kept * groups * width * itemsize
+    return None if other or kept is None else 2 * batch * kept * kv_heads * head_dim * itemsize
 
 
 def _kept(config: PretrainedConfig | PlainConfig, tokens: int) -> int | None:

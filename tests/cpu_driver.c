@@ -67,14 +67,14 @@ static void answer(const model *m, int threads, int tokens, float threshold, flo
     s.marks_stride = whole(m->hidden > m->inner ? m->hidden : m->inner) + whole(m->heads * m->width);
     s.marks = calloc((size_t)(4 * m->layers + 1), (size_t)s.marks_stride);
     if (read) {
-        s.room = memory((size_t)llmq_room_bytes(m, pool_threads(p), tokens, read, threshold >= 0));
+        s.workspace = memory((size_t)llmq_workspace_bytes(m, pool_threads(p), tokens, read, threshold >= 0));
         llmq_prefill(&s, ids, read, 0, logits, chosen, never);
-        free(s.room);
+        free(s.workspace);
     }
     if (!at_once) {
-        s.room = memory((size_t)llmq_room_bytes(m, pool_threads(p), tokens, 0, threshold >= 0));
+        s.workspace = memory((size_t)llmq_workspace_bytes(m, pool_threads(p), tokens, 0, threshold >= 0));
         llmq_step(&s, ids[tokens - 1], tokens - 1, logits, chosen);
-        free(s.room);
+        free(s.workspace);
     }
     pool_free(p);
     free(s.keys), free(s.values), free(s.marks), free(rope);

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from llmq.engine.interface import Token
+from llmq.engine.base import Token
 from llmq.engine.sampling import SamplingSettings
 from llmq.methods import METHODS, Method
 
@@ -57,7 +57,7 @@ class ScriptedEngine:
     warm_up_seconds: float = 0.0
     weight_bytes: int = 0
     scale_bytes: int = 0
-    room_bytes: int = 0
+    reserved_bytes: int = 0
     read_bytes_per_token: int = 0
     context: int = 128
     eos_ids: frozenset[int] = frozenset()
@@ -77,7 +77,7 @@ class ScriptedEngine:
     def logits(self, ids: list[int], stopped=None) -> torch.Tensor:
         return torch.zeros(len(ids), 259)
 
-    def sixteen_bit_share(self, ids: list[int]) -> float:
+    def outlier_share(self, ids: list[int]) -> float:
         return self.share
 
 

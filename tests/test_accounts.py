@@ -19,19 +19,23 @@ def converted(method):
     return method.quantize_(planted_llama(getattr(torch, method.dtype)), "cpu").eval(), method
 
 
+def lists(module):
+    return [columns.tolist() for columns in module.outlier_columns]
+
+
 @pytest.mark.parametrize("threshold", [2.1, 6.0])
 @pytest.mark.parametrize("method", ["bnb-int8", "llm-int8"])
 def test_the_layers_own_account_is_what_the_hooks_found(method, threshold):
     """Of the prompt and of every generated token, layer by layer."""
     model, method = converted(method)
     replace(method, threshold=threshold).apply_(model)
-    report = observe(model, PROMPT, new_tokens=4, threshold=threshold, account=method.outlier_columns)
+    report = observe(model, PROMPT, new_tokens=4, threshold=threshold, outlier_columns=method.outlier_columns)
     *layers, head = report.modules
     for module in layers:
-        assert [sent.tolist() for sent in module.sent] == [columns_at(module, moment, threshold) for moment in range(5)]
-    assert (len(layers), head.sent) == (3 * 7, None)
+        assert lists(module) == [columns_at(module, moment, threshold) for moment in range(5)]
+    assert (len(layers), head.outlier_columns) == (3 * 7, None)
     assert agreement_with_kernel(report) == (21 * 5, 21 * 5)
-    assert sum(len(sent) for module in layers for sent in module.sent) >= 45, "too few outliers to prove anything"
+    assert sum(len(found) for module in layers for found in lists(module)) >= 45, "too few outliers to prove anything"
     plain = report.to_json()
     assert plain["kernel_agrees"] == (21 * 5, 21 * 5) and plain["modules"][-1]["kernel_columns"] is None
     assert plain["modules"][0]["kernel_columns"] == [layers[0].prefill_columns(threshold)] + layers[0].decode_columns(
@@ -46,8 +50,8 @@ def test_the_account_is_of_the_last_call_and_empty_with_the_decomposition_off(me
     model, method = converted(method)
     observe(model, PROMPT)
     replace(method, threshold=0).apply_(model)
-    report = observe(model, PROMPT, new_tokens=2, account=method.outlier_columns)
-    assert {len(sent) for module in report.modules[:-1] for sent in module.sent} == {0}
+    report = observe(model, PROMPT, new_tokens=2, outlier_columns=method.outlier_columns)
+    assert {len(found) for module in report.modules[:-1] for found in lists(module)} == {0}
     quiet = sum(not columns_at(module, moment, 6.0) for module in report.modules[:-1] for moment in range(3))
     assert agreement_with_kernel(report) == (quiet, 21 * 3) and quiet < 21 * 3
 
@@ -55,16 +59,16 @@ def test_the_account_is_of_the_last_call_and_empty_with_the_decomposition_off(me
 @pytest.mark.parametrize("method", ["fp16", "int8-weight-only", "vectorwise"])
 def test_a_layer_without_a_decomposition_keeps_no_account(method):
     model, method = converted(method)
-    report = observe(model, PROMPT, new_tokens=1, account=method.outlier_columns)
-    assert {module.sent for module in report.modules} == {None} and agreement_with_kernel(report) is None
+    report = observe(model, PROMPT, new_tokens=1, outlier_columns=method.outlier_columns)
+    assert {module.outlier_columns for module in report.modules} == {None} and agreement_with_kernel(report) is None
 
 
 @pytest.mark.parametrize(("layers_run", "accounts"), [(0, []), (5, [1] * 5), (22 + 10, [1] * 21), (22 * 3, [3] * 21)])
 def test_a_stop_keeps_the_account_of_whole_calls_and_of_the_prompt_as_far_as_it_came(layers_run, accounts):
     model, method = converted("llm-int8")
     stop, account = StopAfter(layers_run), method.outlier_columns
-    report = observe(model, PROMPT, new_tokens=4, stop=stop, account=account)
-    assert [len(module.sent) for module in report.modules if module.sent is not None] == accounts
+    report = observe(model, PROMPT, new_tokens=4, stop=stop, outlier_columns=account)
+    assert [len(lists(module)) for module in report.modules if module.outlier_columns is not None] == accounts
     assert agreement_with_kernel(report) == ((sum(accounts), sum(accounts)) if accounts else None)
 
 
@@ -82,16 +86,14 @@ def test_an_account_stays_with_its_call_where_a_layer_is_left_out_of_some():
 
     model, x = Choosing(), torch.zeros(1, 1, 3)
     x[..., 1] = 9.0
-    with torch.no_grad(), OutlierRecorder(model, account=lambda module: torch.tensor([1])) as recorder:
+    with torch.no_grad(), OutlierRecorder(model, outlier_columns=lambda module: torch.tensor([1])) as recorder:
         for phase in ("prefill", "decode", "decode"):
             recorder.phase(phase)
             model(x)
     report = recorder.report(model="", method="")
     one, other = report.modules
-    assert (
-        [sent.tolist() for sent in one.sent] == [columns_at(one, moment, 6.0) for moment in range(3)] == [[], [1], []]
-    )
-    assert [sent.tolist() for sent in other.sent] == [[1], [], [1]] and agreement_with_kernel(report) == (6, 6)
+    assert lists(one) == [columns_at(one, moment, 6.0) for moment in range(3)] == [[], [1], []]
+    assert lists(other) == [[1], [], [1]] and agreement_with_kernel(report) == (6, 6)
 
 
 @pytest.mark.parametrize("method", ["fp16", "bnb-int8", "vectorwise"])

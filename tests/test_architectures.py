@@ -15,7 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_llama
-from test_lean import pair
+from test_llama_cuda import pair
 from tiny_runs import light
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, DynamicCache

@@ -234,7 +234,7 @@ def test_a_layer_without_an_account_is_asked_once():
     asked = []
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     account = lambda module: asked.append(module) or (torch.tensor([2]) if module is model[1] else None)  # noqa: E731
-    with torch.inference_mode(), OutlierRecorder(model, account=account) as recorder:
+    with torch.inference_mode(), OutlierRecorder(model, outlier_columns=account) as recorder:
         model(torch.ones(1, 1, 3))  # before the first phase nobody is asked
         for phase in ("prefill", "decode", "decode"):
             recorder.phase(phase)
@@ -242,5 +242,6 @@ def test_a_layer_without_an_account_is_asked_once():
         assert [len(layer._forward_hooks) for layer in model] == [0, 1]
     without, with_account = recorder.report(model="", method="").modules
     assert asked == [model[0], *[model[1]] * 3]
-    assert without.sent is None and [columns.tolist() for columns in with_account.sent] == [[2]] * 3
+    assert without.outlier_columns is None
+    assert [columns.tolist() for columns in with_account.outlier_columns] == [[2]] * 3
     assert len(without.decode_steps) == 2 and not any(layer._forward_hooks for layer in model)

@@ -94,7 +94,7 @@ def test_the_page_says_how_many_processors_are_granted(groups, monkeypatch):
 
 @pytest.mark.parametrize(("quota", "expected"), [("-1", 8), ("150000", 2), ("20000", 1), ("odd", 8), ("1600000", 8)])
 def test_a_container_gets_no_more_threads_than_processors(quota, expected, groups, monkeypatch):
-    from llmq.engine.native import usable_threads
+    from llmq.engine.llama_cpu import usable_threads
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     groups(v1(quota))

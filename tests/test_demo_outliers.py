@@ -53,9 +53,9 @@ def test_columns_equal_bitsandbytes_at_every_layer(demo, machine, prompt, thresh
     ours = {m.name: [m.prefill_columns(threshold), *m.decode_columns(threshold)] for m in quantized}
     assert len(ours) == 210 and {len(phases) for phases in ours.values()} == {1 + NEW_TOKENS}
     assert ours == seen
-    assert {module.name: [sent.tolist() for sent in module.sent] for module in quantized} == seen
+    assert {module.name: [sent.tolist() for sent in module.outlier_columns] for module in quantized} == seen
     assert agreement_with_kernel(report) == (210 * (1 + NEW_TOKENS),) * 2
-    assert {module.sent for module in report.modules if not module.quantized} == {None}
+    assert {module.outlier_columns for module in report.modules if not module.quantized} == {None}
     assert sum(len(columns) for phases in ours.values() for columns in phases) > 100
 
 

@@ -1,6 +1,6 @@
 """Every Triton kernel, run by Triton's interpreter, against the reference: ugly shapes included.
 
-DP4A, the fast division and programmatic launch exist on a GPU only; `test_gpu_lean` runs those.
+DP4A, the fast division and programmatic launch exist on a GPU only; `test_gpu_llama` runs those.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def test_rows_note_their_outliers_while_they_are_written(threshold):
     ):
         assert difference(made.x, expected.x) < 1e-3
         split = split_rows(made.x, threshold)
-        assert made.marks.nonzero().view(-1).tolist() == split.columns.tolist()
+        assert made.outlier_marks.nonzero().view(-1).tolist() == split.columns.tolist()
         assert torch.equal(made.absmax, split.absmax)
         assert difference(fast.linear_rows(made, weight), int8_linear(made.x, weight, threshold)) < 1e-3
 

@@ -150,9 +150,9 @@ def test_the_share_in_sixteen_bit_is_counted_from_the_inputs(folder, machine, me
     if threshold:
         with lab.engine(contestant, loop=loop) as engine:
             low = engine.under(replace(engine.method, threshold=0.5))
-            low.sixteen_bit_share(ids)  # what an earlier threshold marked must not stay
+            low.outlier_share(ids)  # what an earlier threshold marked must not stay
     with lab.engine(contestant, loop=loop) as engine:
-        found = engine.sixteen_bit_share(ids)
+        found = engine.outlier_share(ids)
     with lab.engine(contestant, loop="hf") as engine:
         inputs, handles = {}, []
         for name, module in engine.model.named_modules():

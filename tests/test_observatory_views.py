@@ -294,7 +294,7 @@ def test_every_number_of_a_saved_report_comes_back():
     restored = lab_classes()["outliers"].restore(json.loads(json.dumps(ReportAnswer(source, 6.0).stored()))).report
     for one, other in zip(source.modules, restored.modules, strict=True):
         assert np.array_equal(one.prefill.absmax, other.prefill.absmax) and one.prefill.absmax.dtype == np.float32
-        assert [c.tolist() for c in one.sent] == [c.tolist() for c in other.sent]
+        assert [c.tolist() for c in one.outlier_columns] == [c.tolist() for c in other.outlier_columns]
         assert [(c.tolist(), v.tolist()) for c, v in one.decode_steps] == [
             (c.tolist(), v.tolist()) for c, v in other.decode_steps
         ]

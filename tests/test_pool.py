@@ -11,7 +11,7 @@ from llmq.engine.loading import Key
 from llmq.machine.pool import FreedMemory, Pool
 from llmq.methods import METHODS, parse_method
 
-WEIGHTS, SCALES, ROOM = 800, 200, 70
+WEIGHTS, SCALES, RESERVED = 800, 200, 70
 
 
 def key(method: str = "fp16", device: str = "cpu") -> Key:
@@ -27,7 +27,7 @@ def clock() -> Clock:
 def pool(clock) -> Pool:
     def load(key: Key) -> ScriptedEngine:
         clock.take(3.0)
-        sizes = {"weight_bytes": WEIGHTS, "scale_bytes": SCALES, "room_bytes": ROOM}
+        sizes = {"weight_bytes": WEIGHTS, "scale_bytes": SCALES, "reserved_bytes": RESERVED}
         return ScriptedEngine(clock, in_order([]), key.method, **sizes)
 
     return Pool(load, clock)
@@ -91,7 +91,7 @@ def test_an_engine_is_loaded_once_and_its_seconds_are_those_of_loading(pool):
 def test_bytes_on_a_device_are_everything_its_engines_hold(pool):
     for wanted in (key(), key("fp32"), key("fp16", "cuda:0")):
         pool.get(wanted)
-    assert pool.bytes_on("cpu") == 2 * (WEIGHTS + SCALES + ROOM) and pool.bytes_on("cuda:1") == 0
+    assert pool.bytes_on("cpu") == 2 * (WEIGHTS + SCALES + RESERVED) and pool.bytes_on("cuda:1") == 0
     pool.drop_others({key("fp32"), key("fp16", "cuda:0")})
     assert list(pool) == [key("fp32"), key("fp16", "cuda:0")]
-    assert pool.bytes_on("cpu") == pool.bytes_on("cuda:0") == WEIGHTS + SCALES + ROOM
+    assert pool.bytes_on("cpu") == pool.bytes_on("cuda:0") == WEIGHTS + SCALES + RESERVED

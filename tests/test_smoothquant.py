@@ -13,7 +13,7 @@ from planted import planted_llama
 from tiny_runs import key_of, light, run_cli
 from torch import nn
 
-from llmq.engine.interface import Interrupted
+from llmq.engine.base import Interrupted
 from llmq.engine.loading import statistics_file
 from llmq.errors import BadChoice
 from llmq.events import Progress

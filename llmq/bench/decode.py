@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from llmq import memory
 from llmq.bench.setup import Bench, Setup, bandwidth_fraction, read_bandwidth, require_whole
 from llmq.contestant import Contestant
-from llmq.engine.interface import Engine, capacity_for
+from llmq.engine.base import Engine, capacity_for
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.machine.door import Lease

@@ -59,7 +59,7 @@ class HooksBench(DecodeBench):
         engine = lease.get(key, contestant.method)
         rounds = []
         for number in range(self.repeats + 1):  # the first is not counted
-            recorder = OutlierRecorder(engine.model, account=engine.method.outlier_columns)
+            recorder = OutlierRecorder(engine.model, outlier_columns=engine.method.outlier_columns)
             sides = (None, recorder) if number % 2 else (recorder, None)  # who comes second may find warmer caches
             rounds.append({bool(s): _seconds(engine, setup.prompt_ids, self.new_tokens, s, lease.clock) for s in sides})
         held = held_bytes(recorder.report(model=self.model, method=contestant.label))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmq.bench.setup import Bench, bandwidth_fraction, read_bandwidth, require_whole
-from llmq.engine.interface import Engine
+from llmq.engine.base import Engine
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError

@@ -6,7 +6,7 @@ import statistics
 
 from llmq.bench.setup import Bench, Setup
 from llmq.contestant import Contestant
-from llmq.engine.interface import Engine
+from llmq.engine.base import Engine
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.machine.door import Lease

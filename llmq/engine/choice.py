@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def choose_engines(wanted: str, methods: Sequence[Method], config: Mapping, device: str) -> list[str]:
-    """'hf' or 'lean' for each of `methods`. `config` is the model's configuration as a mapping.
+    """Return 'hf' or 'lean' for each of `methods`. `config` is the model's configuration as a mapping.
 
     Raises BadChoice for an unknown engine, and for 'lean' where it cannot run one of the methods or the model.
     """
@@ -47,7 +47,7 @@ def _why_not_native() -> str:
 
 
 def why_not_lean(method: Method, config: Mapping) -> str:
-    """Why the lean loop cannot run `method` on this model; '' where it can."""
+    """Tell why the lean loop cannot run `method` on this model; '' where it can."""
     if method.packed is None:
         return f"{method.spelled} runs through transformers only"
     try:

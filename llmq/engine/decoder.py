@@ -35,22 +35,22 @@ class Decoder:
         self.capacity, self.threshold, self.device = capacity, threshold, device
         a, dtype = architecture, weights.dtype
 
-        def room(size: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        def zeros(size: int, kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(size, dtype=kind, device=device)
 
-        shape = (a.groups, capacity, a.width)
+        shape = (a.kv_heads, capacity, a.head_dim)
         self.caches = [
             Cache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
             for _ in range(a.layers)
         ]
         self.rope = rope_table(a, capacity, device)
-        self.token, self.position = room(1, torch.int64), room(1, torch.int64)
-        self.chosen = room(2, torch.float64)
-        self.logits = room(a.vocabulary, torch.float32)
-        self._hidden, self._normed = room(a.hidden), room(a.hidden)
-        self._qkv, self._attended, self._inner = room(a.qkv_rows), room(a.heads * a.width), room(a.inner)
-        self._scratch = Partials.empty(a.heads, a.width, capacity, device)
-        widths = (a.hidden, a.heads * a.width, a.inner)
+        self.token, self.position = zeros(1, torch.int64), zeros(1, torch.int64)
+        self.chosen = zeros(2, torch.float64)
+        self.logits = zeros(a.vocab_size, torch.float32)
+        self._hidden, self._normed = zeros(a.hidden_size), zeros(a.hidden_size)
+        widths = (a.hidden_size, a.heads * a.head_dim, a.intermediate_size)
+        self._qkv, self._attended, self._inner = map(zeros, (a.qkv_rows, *widths[1:]))
+        self._scratch = Partials.empty(a.heads, a.head_dim, capacity, device)
         splits = [None if threshold is None else SplitVector.empty(width, device) for width in widths]
         self._normed_split, self._attended_split, self._inner_split = splits
 
@@ -60,9 +60,9 @@ class Decoder:
 
     @property
     def workspace_bytes(self) -> int:
-        rooms = (self.rope, self.logits, self._hidden, self._normed, self._qkv, self._attended, self._inner)
+        buffers = (self.rope, self.logits, self._hidden, self._normed, self._qkv, self._attended, self._inner)
         splits = filter(None, (self._normed_split, self._attended_split, self._inner_split))
-        return sum(part.nbytes for part in (*rooms, self._scratch, *splits))
+        return sum(part.nbytes for part in (*buffers, self._scratch, *splits))
 
     def step(self) -> None:
         """Feed `token` at `position`; afterwards `logits` are the next token's and `position` is one more."""
@@ -83,25 +83,25 @@ class Decoder:
         self.position.add_(1)
 
     def score(self, hidden: torch.Tensor) -> None:
-        """From the last layer's output (hidden,) to `logits`."""
+        """Compute `logits` from the last layer's output (hidden_size,)."""
         head = self.weights.head
         threshold = self.threshold if isinstance(head, Int8Weight) else None
         x = self._norm(hidden, self.weights.norm, self._attended_split, threshold)
         self.kernels.product(x, head, self.logits)
 
     def choose_likeliest(self) -> None:
-        """Greedy choice from `logits` into `token` and `chosen`."""
+        """Choose the most likely token of `logits`, into `token` and `chosen`."""
         self.kernels.likeliest(self.logits, self.token, self.chosen)
 
     def _norm(
-        self, x: torch.Tensor, gain: torch.Tensor, empty: SplitVector | None, threshold: float | None
+        self, x: torch.Tensor, norm_weight: torch.Tensor, empty: SplitVector | None, threshold: float | None
     ) -> torch.Tensor | SplitVector:
         """RMSNorm, in the form the weights are multiplied with; `empty` is the split that comes next."""
         eps = self.architecture.eps
         if threshold is None:
-            self.kernels.norm(x, gain, eps, self._normed)
+            self.kernels.norm(x, norm_weight, eps, self._normed)
             return self._normed
-        self.kernels.norm_split(x, gain, eps, threshold, self._normed_split, empty)
+        self.kernels.norm_split(x, norm_weight, eps, threshold, self._normed_split, empty)
         return self._normed_split
 
     def _input(self, x: torch.Tensor, split: SplitVector | None) -> torch.Tensor | SplitVector:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llmq.engine.interface import Interrupted, Token, token_of
+from llmq.engine.base import Interrupted, Token, token_of
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import timer_for
 from llmq.errors import UserError
@@ -39,7 +39,7 @@ class HFEngine:
     """
 
     name = "hf"
-    room_bytes = 0  # a generation's cache goes with it
+    reserved_bytes = 0  # a generation's cache goes with it
 
     def __init__(
         self, model: PreTrainedModel, method: Method, device: str, *, clock: Callable[[], float] = time.perf_counter
@@ -56,7 +56,7 @@ class HFEngine:
 
     @property
     def read_bytes_per_token(self) -> int:
-        """Bytes of weights and scales one decode step must read: of an input embedding apart only one row is used."""
+        """Bytes of weights and scales that one decode step reads; of an untied input embedding it reads one row."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         tied = head is not None and head.weight is embedding.weight
         return self.weight_bytes + self.scale_bytes - (0 if tied else embedding.weight.nbytes)
@@ -72,7 +72,7 @@ class HFEngine:
         return frozenset([eos] if isinstance(eos, int) else eos or ())
 
     def under(self, method: Method) -> HFEngine:
-        """A view of the same weights with other live fields; its layers are set before every call."""
+        """Return a view of the same weights with other live fields; its layers are set before every call."""
         view = copy.copy(self)
         view.method = method
         view.settle()
@@ -89,19 +89,19 @@ class HFEngine:
         return Generation(self, prompt_ids, settings)
 
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
-        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
+        """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
         import torch
 
         self.settle()
         with torch.inference_mode(), _interruptible(self.model, stopped):
             return self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0]
 
-    def sixteen_bit_share(self, ids: list[int]) -> float:
-        """Share of its input's columns that a linear layer multiplies in 16 bit while it reads `ids` in one call, by
-        its own account: the mean over the layers that keep one; 0 where none does."""
+    def outlier_share(self, ids: list[int]) -> float:
+        """Return the mean share of input columns that a linear layer says it multiplied in 16 bit while the model read
+        `ids` in one call; over the layers that can say, 0 if none can."""
         self.logits(ids)
-        accounts = ((module, self.method.outlier_columns(module)) for module in self.model.modules())
-        shares = [len(columns) / module.in_features for module, columns in accounts if columns is not None]
+        found = ((module, self.method.outlier_columns(module)) for module in self.model.modules())
+        shares = [len(columns) / module.in_features for module, columns in found if columns is not None]
         return sum(shares) / len(shares) if shares else 0.0
 
     def warm_up(self, prompt_ids: list[int]) -> None:
@@ -120,7 +120,7 @@ class HFEngine:
 
 
 class Generation:
-    """One answer in the making: `prefill()` gives token 0, each `step()` the next. Drop it to free its KV cache."""
+    """One generation under way: `prefill()` gives token 0, each `step()` the next. Drop it to free its KV cache."""
 
     def __init__(self, engine: HFEngine, prompt_ids: list[int], settings: SamplingSettings):
         from transformers import DynamicCache
@@ -169,12 +169,12 @@ class Generation:
             logits = model(tokens, **kept, use_cache=True, logits_to_keep=1).logits[0, -1]
             token_id, logprob = self._sampler.choose(logits).tolist()
         self.logits = logits
-        self._account(kv_before, timer.growth_bytes)
+        self._record_memory(kv_before, timer.growth_bytes)
         token = token_of(token_id, logprob, timer.seconds)
         self._last = token.token_id
         return token
 
-    def _account(self, kv_before: int, growth: int) -> None:
+    def _record_memory(self, kv_before: int, growth: int) -> None:
         kv_growth = self.kv_bytes - kv_before
         self.workspace_bytes = max(self.workspace_bytes, growth - kv_growth)
         self.peak_bytes = max(self.peak_bytes, kv_before + max(growth, kv_growth))
@@ -196,7 +196,7 @@ def cache_name(model: PreTrainedModel) -> str:
 
 @contextmanager
 def _interruptible(model: torch.nn.Module, stopped: Callable[[], bool] | None) -> Iterator[None]:
-    """While inside, every linear layer of `model` first asks `stopped()` and raises Interrupted when told so."""
+    """Make every linear layer of `model` ask `stopped()` before it runs, and raise Interrupted if it says yes."""
     from torch import nn
 
     def check(module, args):

@@ -1,192 +1,90 @@
-"""The lean loop: a LLaMA without a framework's overhead, the same for FP16 and int8, so that their speeds compare.
-
-On a GPU a decode step is one CUDA graph, sampling included, and nothing in it waits for the host. The host runs one
-step ahead: while a token is read back the next step is already running, so an end-of-text is noticed one step late and
-that step's result is dropped.
-"""
+"""The part of the lean loop that all devices share: weights in our own layout, one generation at a time, warm-up."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
+import copy
 from collections.abc import Callable
+from typing import Protocol
 
-import torch
-
-from llmq.engine.captured import Flight, Runner, draw_of
-from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
-from llmq.engine.lean import LeanLoop, share_of_columns
+from llmq.engine.base import Generation
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.engine.prefill import marks_for, read_prompt
-from llmq.engine.rope import rope_table
 from llmq.engine.sampling import SamplingSettings
-from llmq.engine.timing import timer_for
-from llmq.kernels.backend import current
-from llmq.kernels.buffers import Cache
-from llmq.kernels.primitives import Int8Weight
 from llmq.methods import Method
 from llmq.models.architecture import Architecture
 
+WARM_UP_STEPS = 3
 
-class LeanEngine(LeanLoop):
-    """One LLaMA under one method on one device, for one generation at a time. `kernels`: reference or triton."""
+
+class Workspace(Protocol):
+    """The memory of one generation: caches, buffers, and on a GPU the graph that knows them by their addresses."""
+
+    kind: tuple
+    kv_bytes: int
+    workspace_bytes: int
+
+
+class LlamaEngine:
+    """The half of `base.Engine` that `CudaLlama` and `CpuLlama` share."""
+
+    name = "lean"
 
     def __init__(
-        self,
-        weights: LlamaWeights,
-        architecture: Architecture,
-        method: Method,
-        device: str,
-        *,
-        kernels,
-        eos_ids: frozenset[int] = frozenset(),
-        clock: Callable[[], float] = time.perf_counter,
+        self, weights: LlamaWeights, architecture: Architecture, method: Method, device: str, eos_ids: frozenset[int]
     ):
-        super().__init__(weights, architecture, method, device, eos_ids)
-        self.kernels, self.timer, self.here = kernels, timer_for(device, clock), current(device)
+        self.model, self.architecture, self.method, self.device = weights, architecture, method, device
+        self.eos_ids, self.context = eos_ids, architecture.context
+        self.weight_bytes, self.scale_bytes = weights.weight_bytes, weights.scale_bytes
+        self._warm: set[tuple] = set()  # (tokens of a prompt, threshold)
+        self.spare: list[Workspace] = []
 
-    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> LeanGeneration:
+    @property
+    def threshold(self) -> float | None:
+        return self.method.threshold
+
+    def under(self, method: Method) -> LlamaEngine:
+        """Return a view of the same weights with another threshold; views share their spare workspaces."""
+        view = copy.copy(self)
+        view.method = method
+        return view
+
+    def take(self, kind: tuple, make: Callable[[], Workspace]) -> Workspace:
+        """Return a spare workspace of this kind, or free the others and make one; its user gives it back to `spare`."""
+        found = next((workspace for workspace in self.spare if workspace.kind == kind), None)
+        if found is None:
+            self.spare.clear()
+            return make()
+        self.spare.remove(found)
+        return found
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Caches and buffers that stay allocated for the next generations."""
+        return sum(workspace.kv_bytes + workspace.workspace_bytes for workspace in self.spare)
+
+    @property
+    def read_bytes_per_token(self) -> int:
+        return self.model.read_bytes_per_token
+
+    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> Generation:
         """Begin a generation: nothing runs until its `prefill()`."""
-        return LeanGeneration(self, prompt_ids, settings)
+        raise NotImplementedError
 
-    def runner(self, tokens: int, settings: SamplingSettings) -> Runner:
-        """The buffers, and on a GPU the graph, for generations of up to `tokens` positions sampled so."""
-        capacity = capacity_for(tokens, self.context)
-        kind = (capacity, draw_of(settings), self.threshold)
-        return self.take(kind, lambda: Runner(self, capacity, settings))
-
-    def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
-        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
-        with self.here:
-            return self._logits(ids, stopped)
-
-    def sixteen_bit_share(self, ids: list[int]) -> float:
-        """As `HFEngine.sixteen_bit_share`; of the layers but the head."""
-        marks = marks_for(self.architecture, self.device)
-        with self.here:
-            self._logits(ids, None, marks)
-        return share_of_columns(self.architecture, marks.sum(1, dtype=torch.int64).tolist())
-
-    def _logits(
-        self, ids: list[int], stopped: Callable[[], bool] | None, marks: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        a, dtype = self.architecture, self.model.dtype
-        shape = (2, a.groups, len(ids), a.width)
-        caches = [Cache(*torch.empty(shape, dtype=dtype, device=self.device)) for _ in range(a.layers)]
-        tokens = torch.tensor(ids, device=self.device)
-        rope = rope_table(a, len(ids), self.device)
-        hidden = read_prompt(
-            self.model, a, self.kernels, tokens, caches, rope, threshold=self.threshold, stopped=stopped, marks=marks
-        )
-        threshold = self.threshold if isinstance(self.model.head, Int8Weight) else None
-        noted = torch.zeros(a.hidden, dtype=torch.int8, device=self.device)
-        rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, threshold, noted)
-        return self.kernels.linear_rows(rows, self.model.head)
+    def warm_up(self, prompt_ids: list[int]) -> None:
+        """Run what a generation of this prompt will run, uncounted: kernels compile and load, clocks settle."""
+        if (len(prompt_ids), self.threshold) in self._warm:
+            return
+        generation = self.start(prompt_ids, SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
+        generation.prefill()
+        for _ in range(min(WARM_UP_STEPS, self.context - len(prompt_ids))):  # the context may end sooner
+            generation.step()
+        generation.close()
+        self._warm.add((len(prompt_ids), self.threshold))
 
 
-class LeanGeneration:
-    """One answer in the making; see `interface.Generation`."""
-
-    def __init__(self, engine: LeanEngine, prompt_ids: list[int], settings: SamplingSettings):
-        assert prompt_ids, "a generation needs at least one prompt token"
-        self._engine, self._prompt_ids, self._settings = engine, prompt_ids, settings
-        self._tokens = min(engine.context, len(prompt_ids) + settings.max_new_tokens)
-        self._runner: Runner | None = None
-        self._flights: deque[Flight] = deque()
-        self._begun = 0  # decode steps
-        self.workspace_bytes = self.peak_bytes = self.allocator_peak_bytes = 0
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the room for keys and values, exact tensor sizes."""
-        return self._runner.decoder.kv_bytes if self._runner else 0
-
-    def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
-        """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
-        with self._engine.here:
-            return self._prefill(stopped)
-
-    def _prefill(self, stopped: Callable[[], bool] | None) -> Token:
-        engine = self._engine
-        self._runner = engine.runner(self._tokens, self._settings)
-        decoder, sampler = self._runner.decoder, self._runner.sampler
-        sampler.generator.manual_seed(int(self._settings.seed))
-        timer, captured = engine.timer, self._runner.prompt_of(len(self._prompt_ids))
-        if captured and stopped and stopped():
-            raise Interrupted
-        with timer:
-            if captured:
-                captured.read(self._prompt_ids)
-            else:
-                self._read(stopped)
-            self._runner.choose()
-            token_id, logprob = decoder.chosen.tolist()
-        self._account(captured.workspace_bytes if captured else timer.growth_bytes, timer.peak_bytes)
-        return token_of(token_id, logprob, timer.seconds)
-
-    def _read(self, stopped: Callable[[], bool] | None) -> None:
-        engine, decoder = self._engine, self._runner.decoder
-        ids = torch.tensor(self._prompt_ids, device=engine.device)
-        hidden = read_prompt(
-            engine.model,
-            engine.architecture,
-            engine.kernels,
-            ids,
-            decoder.caches,
-            decoder.rope,
-            threshold=engine.threshold,
-            stopped=stopped,
-        )
-        decoder.score(hidden[-1])
-        decoder.position.fill_(len(ids))
-
-    def step(self) -> Token:
-        """Sample the next token."""
-        assert self._runner is not None, "prefill before the first step"
-        if not self._engine.device.startswith("cuda"):
-            return self._timed_step()
-        with self._engine.here:
-            return self._next()
-
-    def _next(self) -> Token:
-        """Keep the device busy, and wait for the oldest step under way."""
-        while len(self._flights) < len(self._runner.slots) and self._begun < self._limit:
-            self._begin()
-        flight = self._flights.popleft()
-        flight.ended.synchronize()
-        self.allocator_peak_bytes = torch.cuda.max_memory_allocated(self._engine.device)
-        return token_of(*flight.chosen.tolist(), flight.begun.elapsed_time(flight.ended) / 1e3)
-
-    def _timed_step(self) -> Token:
-        timer = self._engine.timer
-        with timer:
-            self._runner.step()
-            token_id, logprob = self._runner.decoder.chosen.tolist()
-        return token_of(token_id, logprob, timer.seconds)
-
-    def _begin(self) -> None:
-        """Put one more step under way."""
-        flight = self._runner.slots[self._begun % len(self._runner.slots)]
-        flight.begun.record()
-        self._runner.step()
-        flight.chosen.copy_(self._runner.decoder.chosen, non_blocking=True)
-        flight.ended.record()
-        self._flights.append(flight)
-        self._begun += 1
-
-    @property
-    def _limit(self) -> int:
-        """Decode steps that the room allows."""
-        return self._runner.decoder.capacity - len(self._prompt_ids)
-
-    def _account(self, growth: int, allocator_peak: int) -> None:
-        self.workspace_bytes = max(growth, self._runner.decoder.workspace_bytes)
-        self.peak_bytes = self.kv_bytes + self.workspace_bytes
-        self.allocator_peak_bytes = max(self.allocator_peak_bytes, allocator_peak)
-
-    def close(self) -> None:
-        """Give the room back for the next generation; the object is of no more use."""
-        self._flights.clear()
-        if self._runner:
-            self._engine.spare.append(self._runner)
-        self._runner = None
+def share_of_columns(architecture: Architecture, counts: list[int]) -> float:
+    """Return the mean share of columns a linear layer keeps in 16 bit, from how many there are in the inputs of q/k/v,
+    output, gate/up and down of each layer in turn: three, one, two and one linear layers read them."""
+    a = architecture
+    widths, readers = (a.hidden_size, a.heads * a.head_dim, a.hidden_size, a.intermediate_size), (3, 1, 2, 1)
+    shares = (count / widths[i % 4] * readers[i % 4] for i, count in enumerate(counts))
+    return sum(shares) / (sum(readers) * a.layers)

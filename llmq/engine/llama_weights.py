@@ -1,4 +1,4 @@
-"""A LLaMA's weights as the lean loop wants them: q, k, v in one matrix, gate and up in one, int8 where the method says.
+"""A LLaMA's weights as the lean loop needs them: q, k, v in one matrix, gate and up in one, int8 where the method says.
 
 Tensors come one at a time from a source and go straight to their final place, so that the device never holds more than
 the finished model and the tensor in hand.
@@ -20,7 +20,7 @@ Weight = torch.Tensor | Int8Weight
 
 
 class Form(Protocol):
-    """What becomes of a finished matrix and of a vector: another layout, say. `paired`: gate rows, then up rows."""
+    """How finished matrices and vectors are stored, such as in another layout. `paired`: gate rows, then up rows."""
 
     def matrix(self, weight: Weight, *, paired: bool = False) -> Weight: ...
     def vector(self, values: torch.Tensor) -> torch.Tensor: ...
@@ -39,12 +39,12 @@ class Tensors(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
     def get(self, name: str, device: str) -> torch.Tensor:
-        """The tensor on `device`, contiguous; not kept by the source."""
+        """Return the tensor on `device`, contiguous; not kept by the source."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. `qkv`: (qkv_rows, hidden); `gate_up`: (2·inner, hidden), gate first."""
+    """One decoder layer. `qkv`: (qkv_rows, hidden_size); `gate_up`: (2·intermediate_size, hidden_size), gate first."""
 
     attention_norm: torch.Tensor
     qkv: Weight
@@ -58,7 +58,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class LlamaWeights:
-    """`embedding`, `head`: (vocabulary, hidden); one object where they are tied."""
+    """`embedding`, `head`: (vocab_size, hidden_size); one object where they are tied."""
 
     embedding: Weight
     layers: tuple[Layer, ...]
@@ -67,11 +67,11 @@ class LlamaWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations."""
+        """The dtype of the activations."""
         return self.norm.dtype
 
     def parts(self) -> Iterator[Weight]:
-        """Every weight once; a tied head is the embedding."""
+        """Yield every weight once; a tied head is the embedding."""
         yield self.embedding
         for layer in self.layers:
             yield from (part for part in vars(layer).values() if part is not None)
@@ -90,7 +90,7 @@ class LlamaWeights:
 
     @property
     def read_bytes_per_token(self) -> int:
-        """Bytes of weights and scales one decode step must read: of an input embedding apart only one row is used."""
+        """Bytes of weights and scales that one decode step reads; of an untied input embedding it reads one row."""
         apart = 0 if self.head is self.embedding else self.embedding.nbytes
         return self.weight_bytes + self.scale_bytes - apart
 
@@ -112,9 +112,9 @@ def load_weights(
     ends = replace(made, int8=int8_head)
     a, prefix = architecture, "model." if "model.norm.weight" in source else ""  # none in a decoder saved by itself
     names = _ends(source, prefix + "embed_tokens", device if architecture.tied else None)
-    embedding, *head = [ends.linear([name], a.vocabulary, a.hidden) for name in names]
+    embedding, *head = [ends.linear([name], a.vocab_size, a.hidden_size) for name in names]
     layers = tuple(_layer(made, f"{prefix}layers.{i}.", a) for i in range(a.layers))
-    norm = made.vector(prefix + "norm.weight", size=a.hidden)
+    norm = made.vector(prefix + "norm.weight", size=a.hidden_size)
     return LlamaWeights(embedding, layers, norm, head[0] if head else embedding)
 
 
@@ -133,14 +133,14 @@ def _layer(made: _Maker, prefix: str, architecture: Architecture) -> Layer:
     qkv, gate_up = [f"{attention}{part}_proj" for part in "qkv"], [mlp + "gate_proj", mlp + "up_proj"]
     qkv_biases, output_bias = [f"{name}.bias" for name in qkv], attention + "o_proj.bias"
     return Layer(
-        attention_norm=made.vector(prefix + "input_layernorm.weight", size=a.hidden),
-        qkv=made.linear(qkv, a.qkv_rows, a.hidden),
+        attention_norm=made.vector(prefix + "input_layernorm.weight", size=a.hidden_size),
+        qkv=made.linear(qkv, a.qkv_rows, a.hidden_size),
         qkv_bias=made.vector(*qkv_biases, size=a.qkv_rows) if a.qkv_bias else None,
-        output=made.linear([attention + "o_proj"], a.hidden, a.heads * a.width),
-        output_bias=made.vector(output_bias, size=a.hidden) if a.output_bias else None,
-        mlp_norm=made.vector(prefix + "post_attention_layernorm.weight", size=a.hidden),
-        gate_up=made.linear(gate_up, 2 * a.inner, a.hidden, paired=True),
-        down=made.linear([mlp + "down_proj"], a.hidden, a.inner),
+        output=made.linear([attention + "o_proj"], a.hidden_size, a.heads * a.head_dim),
+        output_bias=made.vector(output_bias, size=a.hidden_size) if a.output_bias else None,
+        mlp_norm=made.vector(prefix + "post_attention_layernorm.weight", size=a.hidden_size),
+        gate_up=made.linear(gate_up, 2 * a.intermediate_size, a.hidden_size, paired=True),
+        down=made.linear([mlp + "down_proj"], a.hidden_size, a.intermediate_size),
     )
 
 
@@ -154,28 +154,28 @@ class _Maker:
     form: Form
 
     def vector(self, *names: str, size: int) -> torch.Tensor:
-        """The named vectors behind one another, `size` numbers together."""
+        """Concatenate the named vectors, `size` numbers together."""
         parts = [self.source.get(name, self.device).to(self.dtype) for name in names]
         if (found := sum(part.numel() for part in parts)) != size:
             raise ModelUnavailable(f"{', '.join(names)}: {found} numbers; the configuration says {size}")
         return self.form.vector(parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def linear(self, names: list[str], rows: int, width: int, *, paired: bool = False) -> Weight:
-        return self.form.matrix(self._joined(names, rows, width), paired=paired)
+    def linear(self, names: list[str], rows: int, in_features: int, *, paired: bool = False) -> Weight:
+        return self.form.matrix(self._joined(names, rows, in_features), paired=paired)
 
-    def _joined(self, names: list[str], rows: int, width: int) -> Weight:
+    def _joined(self, names: list[str], rows: int, in_features: int) -> Weight:
         """The named matrices below one another."""
         if not self.int8:
             if len(names) == 1:
-                [(_, part, _)] = self._placed(names, rows, width)
+                [(_, part, _)] = self._placed(names, rows, in_features)
                 return part.to(self.dtype)
-            made = torch.empty(rows, width, dtype=self.dtype, device=self.device)
-            for place, part, _ in self._placed(names, rows, width):
+            made = torch.empty(rows, in_features, dtype=self.dtype, device=self.device)
+            for place, part, _ in self._placed(names, rows, in_features):
                 made[place] = part
             return made
-        codes = torch.empty(rows, width, dtype=torch.int8, device=self.device)
+        codes = torch.empty(rows, in_features, dtype=torch.int8, device=self.device)
         absmax = torch.empty(rows, dtype=torch.float32, device=self.device)
-        for place, part, name in self._placed(names, rows, width):
+        for place, part, name in self._placed(names, rows, in_features):
             if part.dtype == torch.int8:  # a checkpoint of int8 weights has the scales beside them
                 codes[place] = part
                 absmax[place].copy_(self.source.get(f"{name}.SCB", self.device).view(len(part)))
@@ -183,11 +183,11 @@ class _Maker:
                 self.kernels.quantize_rows(part, Int8Weight(codes[place], absmax[place]))
         return Int8Weight(codes, absmax)
 
-    def _placed(self, names: list[str], rows: int, width: int) -> Iterator[tuple[slice, torch.Tensor, str]]:
-        at, stated = 0, f"the configuration says ({rows}, {width})"
+    def _placed(self, names: list[str], rows: int, in_features: int) -> Iterator[tuple[slice, torch.Tensor, str]]:
+        at, stated = 0, f"the configuration says ({rows}, {in_features})"
         for name in names:
             part = self.source.get(f"{name}.weight", self.device)
-            if part.shape[1] != width or at + part.shape[0] > rows:
+            if part.shape[1] != in_features or at + part.shape[0] > rows:
                 raise ModelUnavailable(f"{name}.weight is {tuple(part.shape)}; {stated} for {', '.join(names)}")
             yield slice(at, at + part.shape[0]), part, name
             at += part.shape[0]

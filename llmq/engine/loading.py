@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmq.cache import cache_folder
+from llmq.engine.base import Engine
 from llmq.engine.hf import HFEngine
-from llmq.engine.interface import Engine
 from llmq.methods import Method
 from llmq.methods.calibrate import FOLDER, file_name, load_statistics
 from llmq.models.loading import folder_of, load_model, require_method
@@ -57,8 +57,8 @@ def _load_hf(key: Key) -> HFEngine:
 
 
 def statistics_file(key: Key) -> Path:
-    """Where the statistics of a calibrated method are, or will be: beside a checkpoint that brings them, else in the
-    cache, by checkpoint, text and what is collected."""
+    """Tell where the statistics of a calibrated method are, or will be: beside a checkpoint that brings them, else in
+    the cache, by checkpoint, text and what is collected."""
     if key.model.source.kind in ("folder", "hub"):
         brought = folder_of(key.model.source) / FOLDER / file_name(key.method)
         if brought.is_file():
@@ -82,19 +82,19 @@ def _load_lean(key: Key) -> Engine:
     }
     tensors = key.model.tensors()
     if key.device == "cpu":
-        from llmq.engine.native import NativeEngine
+        from llmq.engine.llama_cpu import CpuLlama
         from llmq.kernels.cpu import library
 
         weights = load_weights(tensors, architecture, **wanted, kernels=library, form=library.Packing())
-        return NativeEngine(weights, architecture, method, eos_ids=eos_ids)
-    from llmq.engine.llama import LeanEngine
+        return CpuLlama(weights, architecture, method, eos_ids=eos_ids)
+    from llmq.engine.llama_cuda import CudaLlama
     from llmq.kernels.backend import kernels_for
 
     kernels, slower = kernels_for(key.device)
     if slower:
         log.warning("%s", slower)
     weights = load_weights(tensors, architecture, **wanted, kernels=kernels)
-    return LeanEngine(weights, architecture, method, key.device, kernels=kernels, eos_ids=eos_ids)
+    return CudaLlama(weights, architecture, method, key.device, kernels=kernels, eos_ids=eos_ids)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional
 
-from llmq.engine.interface import Interrupted
+from llmq.engine.base import Interrupted
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.kernels.buffers import Cache
 from llmq.models.architecture import Architecture
@@ -27,44 +27,44 @@ def read_prompt(
     threshold: float | None,
     used: torch.Tensor | None = None,
     stopped: Callable[[], bool] | None = None,
-    marks: torch.Tensor | None = None,
+    outlier_marks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Fill empty `caches` from `ids` (tokens,); returns what the final norm gets, (tokens, hidden).
 
     `used`: int32 (1,), how many of `ids` are the prompt's where the rest only fills a captured graph's shape: those
     rows mean nothing and change nothing else.
 
-    `stopped` is asked before every layer, so a long prompt can be given up at once (raises Interrupted). `marks`: int8
-    zeros (4·layers, widest input): 1 where a column of the inputs of q/k/v, output, gate/up and down of each layer in
-    turn is multiplied in 16 bit.
+    `stopped` is asked before every layer, so a long prompt can be given up (raises Interrupted). `outlier_marks`:
+    int8 zeros (4·layers, widest input): 1 where a column of the inputs of q/k/v, output, gate/up and down of each layer
+    in turn is multiplied in 16 bit.
     """
     a = architecture
-    hidden = torch.empty(len(ids), a.hidden, dtype=weights.dtype, device=ids.device)
+    hidden = torch.empty(len(ids), a.hidden_size, dtype=weights.dtype, device=ids.device)
     kernels.embed(weights.embedding, ids, hidden)
-    marks = iter(marks_for(a, ids.device) if marks is None else marks)
+    outlier_marks = iter(outlier_marks_for(a, ids.device) if outlier_marks is None else outlier_marks)
     for layer, cache in zip(weights.layers, caches, strict=True):
         if stopped and stopped():
             raise Interrupted
-        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, threshold, next(marks), used)
+        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, threshold, next(outlier_marks), used)
         qkv = kernels.linear_rows(rows, layer.qkv, bias=layer.qkv_bias)
         attended = _attend(*kernels.append_rows(qkv, cache, rope, 0))
-        rows = kernels.plain_rows(attended, threshold, next(marks), used)
+        rows = kernels.plain_rows(attended, threshold, next(outlier_marks), used)
         kernels.linear_rows(rows, layer.output, bias=layer.output_bias, residual=hidden)
-        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, threshold, next(marks), used)
-        rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), threshold, next(marks), used)
+        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, threshold, next(outlier_marks), used)
+        rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), threshold, next(outlier_marks), used)
         kernels.linear_rows(rows, layer.down, residual=hidden)
     return hidden
 
 
-def marks_for(architecture: Architecture, device: torch.device | str) -> torch.Tensor:
-    """Room for the `marks` of a prompt."""
+def outlier_marks_for(architecture: Architecture, device: torch.device | str) -> torch.Tensor:
+    """Return zeros for the `outlier_marks` of a prompt."""
     a = architecture
-    widest = max(a.hidden, a.inner, a.heads * a.width)
+    widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
     return torch.zeros(4 * a.layers, widest, dtype=torch.int8, device=device)
 
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the prompt: (heads, rows, width), twice (groups, rows, width) -> (rows, heads·width)."""
+    """Attend causally: (heads, rows, head_dim), twice (kv_heads, rows, head_dim) -> (rows, heads·head_dim)."""
     y = functional.scaled_dot_product_attention(
         queries[None], keys[None], values[None], is_causal=True, enable_gqa=keys.shape[0] != queries.shape[0]
     )

@@ -8,7 +8,7 @@ from llmq.models.architecture import Architecture
 
 
 def rope_table(architecture: Architecture, positions: int, device: str) -> torch.Tensor:
-    """float32 (positions, width): cosines, then sines, of each position's angles."""
-    frequencies = torch.tensor(architecture.rope.frequencies(architecture.width), dtype=torch.float64)
+    """Return float32 (positions, head_dim): cosines, then sines, of each position's angles."""
+    frequencies = torch.tensor(architecture.rope.frequencies(architecture.head_dim), dtype=torch.float64)
     angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), 1).float().to(device)

@@ -60,7 +60,7 @@ class Sampler:
         self.generator = torch.Generator(device=device).manual_seed(int(settings.seed))
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """(vocabulary,) float logits -> float64 tensor [token id, its log-probability before any filter].
+        """Choose from (vocab_size,) float logits -> float64 tensor [token id, its log-probability before any filter].
 
         One small tensor so that a GPU needs one transfer. NaN logits give a NaN log-probability.
         """
@@ -81,7 +81,7 @@ class Sampler:
 
 
 def filtered_probabilities(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
-    """(vocabulary,) float32 logits -> (vocabulary,) float32 probabilities after temperature, top-k and top-p."""
+    """Turn (vocab_size,) float32 logits into (vocab_size,) float32 probabilities after temperature, top-k, top-p."""
     import torch
 
     # The largest logit is moved to 0 first, in float64: hardly any temperature then divides to -inf, never to NaN.

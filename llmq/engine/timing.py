@@ -47,5 +47,5 @@ class CudaTimer:
 
 
 def timer_for(device: str, clock: Callable[[], float]) -> HostTimer | CudaTimer:
-    """`clock` returns seconds and is used on a CPU only."""
+    """Return the timer of a device; `clock` returns seconds and is used on a CPU only."""
     return CudaTimer(device) if device.startswith("cuda") else HostTimer(clock)

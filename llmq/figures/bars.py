@@ -24,9 +24,9 @@ def columns_figure(report: OutlierReport, kind: str, moment: int, threshold: flo
     hooked = [(m, channel) for m in modules for channel in columns_at(m, moment, threshold)][:MOST_DOTS]
     figure = go.Figure()
     _dots(figure, "found by the hooks", hooked, 1, symbol="circle-open", size=9)
-    if any(module.sent for module in modules) and threshold == report.threshold:
-        own = [(m, int(c)) for m in modules if m.sent and moment < len(m.sent) for c in m.sent[moment]][:MOST_DOTS]
-        _dots(figure, "sent to 16 bit by the layer itself", own, 0, symbol="circle", size=4)
+    if any(module.outlier_columns for module in modules) and threshold == report.threshold:
+        own = [(m, int(c)) for m in modules if len(found := m.outlier_columns or ()) > moment for c in found[moment]]
+        _dots(figure, "sent to 16 bit by the layer itself", own[:MOST_DOTS], 0, symbol="circle", size=4)
     counts = _counts(modules, report.generated_tokens, threshold)
     bars = [named("line-0" if number == moment else "grid") for number in range(len(counts))]
     texts = [_moment_name(report, number) for number in range(len(counts))]

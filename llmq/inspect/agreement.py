@@ -94,7 +94,7 @@ class Agreement:
         return sorted((token for token in self.tokens if not token.agrees), key=lambda token: -token.kl)
 
     def at(self, position: int) -> TokenAgreement:
-        """The entry of one position. Raises BadChoice where there is none."""
+        """Return the entry of one position. Raises BadChoice where there is none."""
         wanted = None if isinstance(position, bool) else position
         found = next((token for token in self.tokens if token.position == wanted), None)
         if found is None:
@@ -104,7 +104,7 @@ class Agreement:
 
 
 def compare_logits(baseline: torch.Tensor, other: torch.Tensor, ids: list[int], first: int = 1) -> list[TokenAgreement]:
-    """Agreement on `ids` from position `first` on. `baseline`, `other`: (tokens, vocabulary) logits after each token.
+    """Compute the agreement on `ids` from position `first` on. `baseline`, `other`: (tokens, vocab_size) logits.
 
     Raises UserError where the logits are not numbers: nothing agrees with that.
     """

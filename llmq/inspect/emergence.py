@@ -99,7 +99,7 @@ class MassiveActivation:
 
 
 def emergence(report: OutlierReport) -> Emergence:
-    """The paper's figures from a prompt that was watched whole; of no layer where none ran."""
+    """Return the paper's figures from a prompt that was watched whole; of no layer where none ran."""
     by_layer = stream_inputs(report)
     if not by_layer:
         return Emergence(0, 0, (), ())
@@ -122,8 +122,8 @@ def emergence(report: OutlierReport) -> Emergence:
 
 
 def stream_inputs(report: OutlierReport) -> dict[int, list[ModuleOutliers]]:
-    """The layers' linear inputs that have the residual stream's channels, by layer: those of the stream's width, but
-    the ones whose name says that they read something else."""
+    """Return the layers' linear inputs that have the residual stream's channels, by layer: those of the stream's width,
+    but the ones whose name says that they read something else."""
     watched = [m for m in report.modules if m.layer is not None and m.positions is not None]
     widths = [len(peak.absmax) for peak in report.stream[:1]] or [m.in_features for m in watched[:1]]
     inside = [m for m in watched if m.kind not in NOT_THE_STREAM and [m.in_features] == widths]
@@ -134,8 +134,8 @@ def stream_inputs(report: OutlierReport) -> dict[int, list[ModuleOutliers]]:
 
 
 def massive_activations(report: OutlierReport, n: int = 12) -> list[MassiveActivation]:
-    """The strongest numbers of the residual stream (one a channel and token, in the layer where it is largest) and of
-    what the linear layers read, strongest first; `n` of each."""
+    """Return the strongest numbers of the residual stream (one a channel and token, in the layer where it is largest)
+    and of what the linear layers read, strongest first; `n` of each."""
     texts = report.token_texts
     return [*_massive_stream(report, texts, n), *_massive_inputs(report, texts, n)]
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from llmq.engine.hf import cache_name
 from llmq.errors import BadChoice
-from llmq.inspect.recorder import Account, OutlierRecorder, Stopped
+from llmq.inspect.recorder import OutlierColumns, OutlierRecorder, Stopped
 from llmq.inspect.report import THRESHOLDS, ModuleOutliers, OutlierReport, PhaseStatistics, TokenMap
 from llmq.inspect.views import ChannelMap, StrongChannel, layer_channel_map, strongest_channels
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def observe(model: nn.Module, input_ids: torch.Tensor, **options) -> OutlierReport:
-    """The whole report of `observe_in_parts`, which has the options."""
+    """Return the whole report of `observe_in_parts`, which has the options."""
     *_, report = observe_in_parts(model, input_ids, **options)
     return report
 
@@ -54,7 +54,7 @@ def observe_in_parts(
     token_text: Callable[[int], str] = str,
     name: str = "",
     method: str = "",
-    account: Account | None = None,
+    outlier_columns: OutlierColumns | None = None,
 ) -> Iterator[OutlierReport]:
     """Run a prompt and up to `new_tokens` greedy tokens through a Hugging Face causal LM; a report of its outliers as
     soon as the prompt is read, and the whole one.
@@ -67,7 +67,7 @@ def observe_in_parts(
     if input_ids.ndim != 2 or input_ids.shape[0] != 1 or not input_ids.shape[1]:
         raise BadChoice(f"input_ids of shape {tuple(input_ids.shape)} must be (1, tokens)")
     token_ids, stopped = input_ids[0].tolist(), False
-    recorder = OutlierRecorder(model, lowest_threshold=lowest_threshold, stop=stop, account=account)
+    recorder = OutlierRecorder(model, lowest_threshold=lowest_threshold, stop=stop, outlier_columns=outlier_columns)
 
     def report() -> OutlierReport:
         texts = [token_text(token_id) for token_id in token_ids]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from llmq.engine.interface import Interrupted
+from llmq.engine.base import Interrupted
 from llmq.errors import BadChoice, unknown
 from llmq.events import Progress
 from llmq.hooks import Watched, decoder_blocks, kind_and_layer, linear_modules
@@ -166,7 +166,7 @@ def _trace(model: nn.Module, ids: list[int], threshold: float, stop: threading.E
         if layer is None or not 0 < threshold < math.inf or (layer, kind) in seen:
             return
         seen.add((layer, kind))
-        last = x.reshape(-1, x.shape[-1])[-1].abs().float()
+        last = x.reshape(-1, x.shape[-1])[-1].abs().float()  # (in_features,)
         strong = (last >= float(cutoff(threshold, "float16"))).nonzero().view(-1)
         found = zip([kind] * len(strong), strong.tolist(), last[strong].tolist(), strict=True)
         outliers.setdefault(layer, []).extend(found)
@@ -224,7 +224,7 @@ def _has_plain_stack(model: nn.Module) -> bool:
 
 @contextmanager
 def _stack_from(model: nn.Module, layer: int) -> Iterator[None]:
-    """While inside, the decoder begins at `layer`."""
+    """Make the decoder begin at `layer` inside the `with` block."""
     stack = model.model.layers
     model.model.layers = stack[layer:]
     try:

@@ -41,7 +41,7 @@ from llmq.inspect.report import (
     cutoff,
 )
 
-Account = Callable[[nn.Module], torch.Tensor | None]  # `methods.Method.outlier_columns`
+OutlierColumns = Callable[[nn.Module], torch.Tensor | None]  # `methods.Method.outlier_columns`
 
 
 class Stopped(Exception):
@@ -73,8 +73,8 @@ class OutlierRecorder:
 
     Before the first `phase` nothing is recorded (warm-up). Decode keeps single channels from `lowest_threshold` up.
     Layers that read the same tensor (q, k, v) are reduced once. With `stop` set, the next layer raises `Stopped`.
-    `account`, asked after each layer ran, says which columns it multiplied in 16 bit by its own account. What each
-    decoder block puts out is watched in the prefill too. Activations are fp16, bf16 or fp32. RuntimeError when the
+    `outlier_columns` is asked after each layer ran: which columns did it multiply in 16 bit? The output of each decoder
+    block is watched in the prefill too. Activations are fp16, bf16 or fp32. RuntimeError when the
     prefill runs twice.
     """
 
@@ -84,7 +84,7 @@ class OutlierRecorder:
         *,
         lowest_threshold: float = 2.0,
         stop: threading.Event | None = None,
-        account: Account | None = None,
+        outlier_columns: OutlierColumns | None = None,
     ) -> None:
         cutoff(lowest_threshold, "float32")
         self.lowest_threshold = lowest_threshold
@@ -93,10 +93,10 @@ class OutlierRecorder:
         self._blocks = decoder_blocks(model)
         self._hooks = ExitStack()
         self._watched = (
-            Watched(self._modules, self._on_input, self._on_output if account else None),
+            Watched(self._modules, self._on_input, self._on_output if outlier_columns else None),
             Watched(self._blocks, on_output=self._on_block),
         )
-        self._account = account
+        self._columns_of = outlier_columns
         self._stop = stop
         self._phase: str | None = None
         self._dtypes: dict[str, str] = {}
@@ -105,8 +105,8 @@ class OutlierRecorder:
         self._prompt_of: dict[str, tuple[PhaseStatistics, TokenMap, PromptPositions]] = {}
         self._stream: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
         self._peaks: tuple[StreamPeak, ...] = ()
-        self._sent: dict[str, torch.Tensor] = {}  # of the call under way
-        self._accounts: list[dict[str, np.ndarray]] = []  # the prefill's, then each step's
+        self._outlier_columns: dict[str, torch.Tensor] = {}  # of the call under way
+        self._outlier_calls: list[dict[str, np.ndarray]] = []  # the prefill's, then each step's
         self._step: list[_Input] = []
         self._seen: set[str] = set()
         self._totals: dict[Layout, StepTotals] = {}
@@ -125,7 +125,7 @@ class OutlierRecorder:
             self._forget()
 
     def phase(self, name: str) -> None:
-        """What the next calls of the model are: 'prefill', or 'decode', of which each call is one generated token."""
+        """Say what the next calls of the model are: 'prefill', or 'decode', where each call is one generated token."""
         check_phase(name)
         self._close()
         if name == "prefill" and self._prompt_of:
@@ -141,7 +141,7 @@ class OutlierRecorder:
         token_texts: Iterable[str] = (),
         stopped: bool = False,
     ) -> OutlierReport:
-        """Everything recorded, as numpy arrays; every linear layer of the model has its entry, in the model's order."""
+        """Return everything recorded, as numpy arrays: an entry for every linear layer, in the model's order."""
         cutoff(threshold, "float32")
         self._close()
         decode = self._decode_statistics()
@@ -156,7 +156,7 @@ class OutlierRecorder:
         nothing = np.zeros(in_features, np.float32), np.zeros(len(THRESHOLDS), np.int64)
         prefill, token_map, positions = self._prompt_of.get(name, (PhaseStatistics(*nothing), None, None))
         quiet = np.empty(0, np.int32), np.empty(0, np.float32)
-        keeps_account = any(name in call for call in self._accounts)
+        known = any(name in call for call in self._outlier_calls)
         return ModuleOutliers(
             name,
             *kind_and_layer(name),
@@ -169,7 +169,7 @@ class OutlierRecorder:
             decode_steps=tuple(step.get(name, quiet) for step in self._steps),
             token_map=token_map,
             positions=positions,
-            sent=tuple(call.get(name, quiet[0]) for call in self._accounts) if keeps_account else None,
+            outlier_columns=tuple(call.get(name, quiet[0]) for call in self._outlier_calls) if known else None,
         )
 
     def _decode_statistics(self) -> dict[str, PhaseStatistics]:
@@ -187,7 +187,7 @@ class OutlierRecorder:
         if self._stop is not None and self._stop.is_set():
             self._step.clear()  # an unfinished token; an unfinished prompt keeps the layers that it reached
             if self._phase == "decode":
-                self._sent.clear()
+                self._outlier_columns.clear()
             raise Stopped
         if self._phase is None or x.numel() == 0:
             return
@@ -198,10 +198,10 @@ class OutlierRecorder:
     def _on_output(self, name: str, module: nn.Module, y: torch.Tensor) -> None:
         if self._phase is None:
             return
-        if (columns := self._account(module)) is None:
+        if (columns := self._columns_of(module)) is None:
             self._watched[0].skip_output(name)  # asked once: it keeps none in later calls either
         else:
-            self._sent[name] = columns
+            self._outlier_columns[name] = columns
 
     def _on_block(self, name: str, block: nn.Module, y: torch.Tensor) -> None:
         if self._phase == "prefill" and y.numel():
@@ -230,11 +230,11 @@ class OutlierRecorder:
         """Move the finished prefill's or step's statistics off the device."""
         self._last = None
         self._seen.clear()
-        if self._sent:
-            arrays = fetch(list(self._sent.values()))
+        if self._outlier_columns:
+            arrays = fetch(list(self._outlier_columns.values()))
             found = (columns.astype(np.int32) for columns in arrays)
-            self._accounts.append(dict(zip(self._sent, found, strict=True)))
-            self._sent = {}
+            self._outlier_calls.append(dict(zip(self._outlier_columns, found, strict=True)))
+            self._outlier_columns = {}
         if self._stream:
             self._close_stream()
         if self._prompt:
@@ -245,7 +245,7 @@ class OutlierRecorder:
     def _forget(self) -> None:
         """Let go of what is on the device."""
         self._last = None
-        for kept in (self._prompt, self._step, self._stream, self._sent):
+        for kept in (self._prompt, self._step, self._stream, self._outlier_columns):
             kept.clear()
 
     def _close_stream(self) -> None:

@@ -58,7 +58,7 @@ class PromptStatistics:
         *,
         first_token: int,
     ) -> tuple[PhaseStatistics, TokenMap, PromptPositions]:
-        """The fetched `tensors` as what a report holds; row 0 of this input is the prompt's token `first_token`."""
+        """Turn the fetched `tensors` into parts of a report; row 0 of this input is the prompt's `first_token`."""
         values, place = split_peaks(peaks, self.dtype)
         down = place // self.width
         tokens = np.arange(len(place))[:, None] * self.height + (down + first_token)
@@ -72,29 +72,29 @@ class PromptStatistics:
 
 @torch.inference_mode()
 def reduce_prompt(absolute: torch.Tensor, compared_as: str) -> PromptStatistics:
-    """Statistics of |x|, (tokens, in_features). Overwrites NaN in `absolute` with 0 after counting them."""
+    """Reduce |x|, (tokens, in_features), to statistics. Overwrites NaN in `absolute` with 0 after counting them."""
     rows, columns = absolute.shape
-    histogram = count_bins(absolute.flatten(), compared_as)
-    bits = _bits_without_nan(absolute)
+    histogram = count_bins(absolute.flatten(), compared_as)  # (1, BINS)
+    bits = _bits_without_nan(absolute)  # (rows, columns)
     height, width = -(-rows // MAP_ROWS), -(-columns // MAP_COLUMNS)
     edge = edge_bits(CRITERION, compared_as, absolute.dtype)
     narrow = torch.int16 if rows < 1 << 15 else torch.int32  # a sum of bytes in int16 is 10 times faster than of bool
-    counts = (bits >= edge).view(torch.int8).sum(0, dtype=narrow).int()
-    peaks = first_peaks(bits, height, width)
+    counts = (bits >= edge).view(torch.int8).sum(0, dtype=narrow).int()  # (columns,)
+    peaks = first_peaks(bits, height, width)  # (down, across) cells
     tensors = bits.amax(0), histogram, peaks, counts, bits.amax(1) >= edge
     return PromptStatistics(tensors, absolute.dtype, rows, height, width)
 
 
 @torch.inference_mode()
 def reduce_stream(y: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
-    """A decoder block's output (1, tokens, width) -> (width,) peaks, max |y| of each channel and at which token; and
-    the dtype to give `split_peaks`."""
+    """Reduce a decoder block's output (1, tokens, hidden_size) -> (hidden_size,) peaks, max |y| of each channel and its
+    token; and the dtype to give `split_peaks`."""
     absolute = absolute_values(y.reshape(-1, y.shape[-1]))
     return first_peaks(_bits_without_nan(absolute), len(absolute), 1)[0], absolute.dtype
 
 
 def absolute_values(x: torch.Tensor) -> torch.Tensor:
-    """|x|, a new tensor, in x's dtype where its bits can be read (`INTEGERS`), else in float32."""
+    """Return |x|, a new tensor, in x's dtype where its bits can be read (`INTEGERS`), else in float32."""
     return x.abs() if x.dtype in INTEGERS else x.abs().float()
 
 
@@ -103,7 +103,7 @@ def _bits_without_nan(absolute: torch.Tensor) -> torch.Tensor:
 
 
 def first_peaks(bits: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The maximum of each cell of `height` rows x `width` columns, and the first place in it that has it, as one
+    """Return the maximum of each cell of `height` rows x `width` columns, and the first place in it that has it, as one
     integer: the magnitude's bits over the place counted backwards, so that of two equal ones the earlier is larger."""
     rows, columns = bits.shape
     shift, integer = _peak_layout(bits.dtype, height * width)
@@ -125,13 +125,13 @@ def _peak_layout(bits: torch.dtype, places: int) -> tuple[int, torch.dtype]:
 
 
 def split_peaks(peaks: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """`first_peaks` of activations of `dtype` as (maximum, float32; place in its cell, of their dtype)."""
+    """Turn `first_peaks` of activations of `dtype` into (maximum, float32; place in its cell, of their dtype)."""
     shift = 16 if peaks.dtype == np.int32 else 32
     return magnitudes(peaks >> shift, dtype), ~peaks & ((1 << shift) - 1)
 
 
 def magnitudes(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Bits of magnitudes of `dtype` as float32."""
+    """Turn bits of magnitudes of `dtype` into float32."""
     if dtype == torch.float16:
         return bits.astype(np.int16).view(np.float16).astype(np.float32)
     return (bits.astype(np.int32) << (16 if dtype == torch.bfloat16 else 0)).view(np.float32)
@@ -139,7 +139,7 @@ def magnitudes(bits: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 
 @cache
 def edge_bits(threshold: float, compared_as: str, dtype: torch.dtype) -> int:
-    """The bits of the smallest magnitude of `dtype` that reaches the threshold where it is compared."""
+    """Return the bits of the smallest magnitude of `dtype` that reaches the threshold where it is compared."""
     edge = cutoff(threshold, compared_as)
     if dtype == torch.float32:
         return int(edge.view(np.int32))
@@ -154,7 +154,8 @@ def _infinity(dtype: torch.dtype) -> int:
 def count_bins(
     absolute: torch.Tensor, compared_as: str, owner: torch.Tensor | None = None, owners: int = 1
 ) -> torch.Tensor:
-    """Histogram of flat |x| over the bins between `THRESHOLDS`: (owners, BINS) int64. Exact: the edges are `cutoff`s.
+    """Count a histogram of flat |x| over the bins between `THRESHOLDS`: (owners, BINS) int64. Exact: the edges are
+    `cutoff`s.
 
     `owner`: int32, same shape, which row each value counts for, times BINS.
     """
@@ -167,7 +168,7 @@ def _count_bits(absolute: torch.Tensor, compared_as: str, owner: torch.Tensor | 
     ends, bins = _bins_of_bits(compared_as, absolute.dtype)
     bits = absolute.view(torch.int16)
     if owner is None:
-        below = torch.bincount(bits, minlength=PATTERNS).cumsum(0)[ends]
+        below = torch.bincount(bits, minlength=PATTERNS).cumsum(0)[ends]  # (BINS,)
         return below.diff(prepend=below.new_zeros(1))[None]
     found = torch.bincount(bins.index_select(0, bits.int()).add_(owner), minlength=owners * BINS)
     return found.view(owners, BINS)
@@ -228,11 +229,11 @@ class StepTotals:
         single = all(rows == 1 for _, (rows, _) in self.layout.inputs)  # one token: |x| is its own maximum
         values = torch.cat(inputs, 1)[0] if single else torch.cat([x.flatten() for x in inputs])
         self._histogram += count_bins(values, compared_as, self._owner, len(inputs))
-        absmax = (values if single else torch.cat([x.amax(0) for x in inputs])).float()
+        absmax = (values if single else torch.cat([x.amax(0) for x in inputs])).float()  # (all channels,)
         absmax.nan_to_num_(nan=0.0, posinf=torch.inf)
         self._absmax = torch.maximum(self._absmax, absmax)
         self._steps += 1
-        strong = (absmax >= float(cutoff(lowest_threshold, compared_as))).nonzero().flatten()
+        strong = (absmax >= float(cutoff(lowest_threshold, compared_as))).nonzero().flatten()  # places in absmax
         positions, peaks = strong.cpu().numpy(), absmax[strong].cpu().numpy()
         found_until = np.searchsorted(positions, self._ends)
         starts = np.concatenate([[0], self._ends[:-1]])
@@ -240,7 +241,7 @@ class StepTotals:
         return list(zip(_split(channels, found_until), _split(peaks, found_until), strict=True))
 
     def statistics(self) -> Iterator[tuple[tuple[str, ...], PhaseStatistics]]:
-        """The modules of every input and its statistics over all the steps added."""
+        """Return the modules of every input and its statistics over all the steps added."""
         absmax, histogram = fetch([self._absmax, self._histogram])
         for (names, (rows, columns)), peaks, row in zip(
             self.layout.inputs, _split(absmax, self._ends), histogram, strict=True

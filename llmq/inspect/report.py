@@ -24,7 +24,7 @@ LARGEST_THRESHOLD = 65504.0  # the largest float16
 
 
 def cutoff(threshold: float | np.ndarray, dtype: str) -> np.ndarray:
-    """The smallest float32 that passes `x.abs() >= threshold` once x is rounded to `dtype`, as torch compares.
+    """Return the smallest float32 that passes `x.abs() >= threshold` once x is rounded to `dtype`, as torch compares.
 
     `dtype`: 'float16', 'bfloat16' or 'float32', the dtype of the comparison; torch rounds a Python threshold to it.
     """
@@ -59,7 +59,7 @@ def _next_below(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def grid_index(threshold: float) -> int:
-    """The stop of `THRESHOLDS` nearest to `threshold`; BadChoice outside their range."""
+    """Return the index in `THRESHOLDS` nearest to `threshold`. Raises BadChoice outside their range."""
     low, high = THRESHOLDS[0], THRESHOLDS[-1]
     if not low - 1e-6 <= threshold <= high + 1e-6:
         raise BadChoice(f"threshold {threshold!r}: shares of values are known from {low:g} to {high:g}")
@@ -101,7 +101,7 @@ class StreamPeak:
     tokens: np.ndarray
 
     def strongest(self, n: int = 1) -> list[tuple[int, int, float]]:
-        """The `n` strongest channels, as (channel, token, |y|)."""
+        """Return the `n` strongest channels, as (channel, token, |y|)."""
         order = np.argsort(-self.absmax, kind="stable")[:n]
         return [(int(channel), int(self.tokens[channel]), float(self.absmax[channel])) for channel in order]
 
@@ -130,8 +130,8 @@ class ModuleOutliers:
     """The input of one linear layer. `dtype` is the activation's; `quantized` layers compare it in float16.
 
     `decode_steps`: for every generated token the channels (int32, ascending) with |x| >= `lowest_threshold` and their
-    |x| (float32). `layer` is None outside the layers, as for lm_head. `sent`: the channels that the layer multiplied in
-    16 bit by its own account, of the prefill and then of every generated token; None for a layer that keeps none.
+    |x| (float32). `layer` is None outside the layers, as for lm_head. `outlier_columns`: the channels that the layer
+    itself says it multiplied in 16 bit, in the prefill and then for every generated token; None if it cannot say.
     """
 
     name: str
@@ -146,7 +146,7 @@ class ModuleOutliers:
     decode_steps: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     token_map: TokenMap | None = None
     positions: PromptPositions | None = None
-    sent: tuple[np.ndarray, ...] | None = None
+    outlier_columns: tuple[np.ndarray, ...] | None = None
 
     @property
     def compared_as(self) -> str:
@@ -158,25 +158,25 @@ class ModuleOutliers:
         return float(max(self.prefill.absmax.max(initial=0), self.decode.absmax.max(initial=0)))
 
     def prefill_columns(self, threshold: float) -> list[int]:
-        """Channels with |x| >= threshold at any token of the prompt, ascending: what bitsandbytes keeps in 16 bit."""
+        """Return channels with |x| >= threshold at any prompt token, ascending: what bitsandbytes keeps in 16 bit."""
         return np.flatnonzero(self.prefill.absmax >= cutoff(threshold, self.compared_as)).tolist()
 
     def decode_columns(self, threshold: float) -> list[list[int]]:
-        """The same for every generated token alone. BadChoice under the `lowest_threshold` of the recording."""
+        """Return the same for each generated token. Raises BadChoice under the `lowest_threshold` of the recording."""
         limit = cutoff(threshold, self.compared_as)
         if limit < cutoff(self.lowest_threshold, self.compared_as):
             raise BadChoice(f"threshold {threshold!r}: generated tokens were recorded from {self.lowest_threshold} up")
         return [channels[values >= limit].tolist() for channels, values in self.decode_steps]
 
     def share_of_channels(self, threshold: float, phase: str) -> float:
-        """Channels over the threshold / in_features. In decode, the mean over the generated tokens, each for itself."""
+        """Return channels over the threshold / in_features. In decode, the mean over the generated tokens."""
         if check_phase(phase) == "prefill":
             return len(self.prefill_columns(threshold)) / self.in_features
         steps = self.decode_columns(threshold)
         return sum(map(len, steps)) / len(steps) / self.in_features if steps else 0.0
 
     def share_of_values(self, threshold: float, phase: str) -> float:
-        """Numbers with |x| >= threshold / all numbers, exact at the nearest of `THRESHOLDS`, to which it is moved."""
+        """Return numbers with |x| >= threshold / all numbers; the threshold moves to the nearest of `THRESHOLDS`."""
         found = self.statistics(phase)
         return int(found.counts[grid_index(threshold)]) / found.values if found.values else 0.0
 
@@ -220,7 +220,7 @@ class OutlierReport:
         raise unknown("linear layer", name, [module.name for module in self.modules])
 
     def to_json(self, threshold: float | None = None) -> dict:
-        """Plain values for `json.dumps`, at `threshold` (default: the report's own)."""
+        """Return plain values for `json.dumps`, at `threshold` (default: the report's own)."""
         threshold = self.threshold if threshold is None else threshold
         return {
             "model": self.model,
@@ -235,6 +235,7 @@ class OutlierReport:
 
 
 def _module_json(module: ModuleOutliers, threshold: float) -> dict:
+    own = module.outlier_columns
     return {
         "name": module.name,
         "kind": module.kind,
@@ -243,21 +244,21 @@ def _module_json(module: ModuleOutliers, threshold: float) -> dict:
         "absmax": module.absmax if math.isfinite(module.absmax) else 1e308,  # JSON has no infinity
         "prefill_columns": module.prefill_columns(threshold),
         "decode_columns": module.decode_columns(threshold),
-        "kernel_columns": None if module.sent is None else [columns.tolist() for columns in module.sent],
+        "kernel_columns": None if own is None else [columns.tolist() for columns in own],
     }
 
 
 def columns_at(module: ModuleOutliers, moment: int, threshold: float) -> list[int]:
-    """Channels that reach the threshold at one moment: 0 is the prompt, n the n-th generated token."""
+    """Return channels that reach the threshold at one moment: 0 is the prompt, n the n-th generated token."""
     return module.prefill_columns(threshold) if moment == 0 else module.decode_columns(threshold)[moment - 1]
 
 
 def agreement_with_kernel(report: OutlierReport) -> tuple[int, int] | None:
-    """In how many calls the layer's own account is the list that the hooks found at the run's threshold, and of how
-    many; None where no layer keeps an account."""
+    """Count the calls in which a layer's own outlier columns are those that the hooks found at the run's threshold:
+    (calls that agree, all calls); None where no layer reports its own."""
     calls = [
-        np.array_equal(sent, columns_at(module, moment, report.threshold))
+        np.array_equal(columns, columns_at(module, moment, report.threshold))
         for module in report.modules
-        for moment, sent in enumerate(module.sent or ())
+        for moment, columns in enumerate(module.outlier_columns or ())
     ]
     return (sum(calls), len(calls)) if calls else None

@@ -41,7 +41,7 @@ class StrongChannel:
 
 
 def layer_channel_map(report: OutlierReport, kind: str, phase: str, columns: int = 512) -> ChannelMap:
-    """max |x| by layer and channel for the modules of `kind`, in at most `columns` cells a layer: a maximum survives.
+    """Return max |x| by layer and channel for modules of `kind`, in at most `columns` cells a layer; maxima survive.
 
     Modules of one kind in one layer (q, k and v) are merged by maximum. In 'decode' over all generated tokens.
     """
@@ -58,7 +58,7 @@ def layer_channel_map(report: OutlierReport, kind: str, phase: str, columns: int
 
 
 def strongest_channels(report: OutlierReport, threshold: float, n: int = 20) -> list[StrongChannel]:
-    """The `n` strongest channels that reach `threshold` in either phase, strongest first; one row a (kind, channel)."""
+    """Return the `n` strongest channels that reach `threshold` in either phase, strongest first, by (kind, channel)."""
     rows = [row for kind in report.kinds for row in _strongest_of_kind(report, kind, threshold, n)]
     return sorted(rows, key=lambda row: -row.absmax)[:n]
 
@@ -82,7 +82,7 @@ def _strongest_of_kind(report: OutlierReport, kind: str, threshold: float, n: in
 
 
 def shares_table(report: OutlierReport, threshold: float) -> list[list[str]]:
-    """One row a kind of linear layer and phase: how many layers, which share of channels and of values."""
+    """Return one row for each kind of linear layer and phase: how many layers, which shares of channels and values."""
     phases = ("prefill", "decode") if report.generated_tokens else ("prefill",)
     return [_share_row(report, kind, phase, threshold) for kind in report.kinds for phase in phases]
 
@@ -104,7 +104,7 @@ def _share_row(report: OutlierReport, kind: str, phase: str, threshold: float) -
 
 
 def strongest_table(report: OutlierReport, threshold: float) -> list[list[str]]:
-    """The strongest channels, strongest first, and the layers where each reaches the threshold."""
+    """Return the strongest channels, strongest first, and the layers where each reaches the threshold."""
     return [
         [
             row.kind,
@@ -119,7 +119,7 @@ def strongest_table(report: OutlierReport, threshold: float) -> list[list[str]]:
 
 
 def ranges(numbers: list[int]) -> str:
-    """[1, 2, 3, 7] -> '1–3, 7'."""
+    """Write [1, 2, 3, 7] -> '1–3, 7'."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][1] + 1:

@@ -20,7 +20,7 @@ MANY_ROWS = {"gate_rows", "linear_rows", "norm_rows", "plain_rows"}  # they hand
 
 
 def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:
-    """The operations for `device`, and why they are slower than they could be ('' where they are not)."""
+    """Return the operations for `device`, and why they are slower than they could be ('' where they are not)."""
     if not device.startswith("cuda"):
         return reference, ""
     if reason := _why_not_triton(device):
@@ -37,7 +37,7 @@ def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:
 
 
 def quantizer_for(device: str) -> Callable[[torch.Tensor, Int8Weight], None]:
-    """The quickest `quantize_rows` for weights on `device`; all give the same codes and scales."""
+    """Return the quickest `quantize_rows` for weights on `device`; all give the same codes and scales."""
     if device.startswith("cuda"):
         return kernels_for(device)[0].quantize_rows
     from llmq.kernels.cpu import library
@@ -46,7 +46,7 @@ def quantizer_for(device: str) -> Callable[[torch.Tensor, Int8Weight], None]:
 
 
 def current(device: str) -> AbstractContextManager:
-    """While inside, `device` is the GPU that kernels are launched on; nothing for a CPU."""
+    """Return a `with` block in which kernels are launched on the GPU `device`; it does nothing for a CPU."""
     if not device.startswith("cuda"):
         return nullcontext()
     import torch

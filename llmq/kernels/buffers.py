@@ -1,4 +1,4 @@
-"""What kernels read and write: preallocated, so that a captured graph finds everything where it was."""
+"""The buffers that kernels read and write, preallocated so that their addresses in a captured graph stay valid."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ class Rows:
     """Activations of a call, (rows, in), on their way into linear layers.
 
     `threshold`: float for LLM.int8(), None where they keep their 16 bits. With a threshold an implementation may note
-    what it saw while it wrote `x`: `absmax` float32 (rows,) over the values below the threshold, and `marks` int8, at
-    least (in,), not 0 in every column that reaches it.
+    what it saw while it wrote `x`: `absmax` float32 (rows,) over the values below the threshold, and `outlier_marks`
+    int8, at least (in,), not 0 in every column that reaches it.
     """
 
     x: torch.Tensor
     threshold: float | None = None
     absmax: torch.Tensor | None = None
-    marks: torch.Tensor | None = None
+    outlier_marks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of one layer. `keys`, `values`: (groups, capacity, width), groups being key/value heads."""
+    """Keys and values of one layer. `keys`, `values`: (kv_heads, capacity, head_dim)."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -75,8 +75,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Partials:
-    """Attention over parts of the context, to be combined: float32 `sums` (heads, parts, width), `peaks` and `weights`
-    (heads, parts), the largest score and the sum of exponentials of each part."""
+    """Attention over parts of the context, to be combined: float32 `sums` (heads, parts, head_dim), `peaks` and
+    `weights` (heads, parts), the largest score and the sum of exponentials of each part."""
 
     sums: torch.Tensor
     peaks: torch.Tensor
@@ -84,11 +84,11 @@ class Partials:
     part: int  # positions in one part
 
     @classmethod
-    def empty(cls, heads: int, width: int, capacity: int, device: str) -> Partials:
+    def empty(cls, heads: int, head_dim: int, capacity: int, device: str) -> Partials:
         part = capacity if capacity <= UNDIVIDED else max(SHORTEST_PART, capacity // MOST_PARTS)
         parts = -(-capacity // part)
         return cls(
-            torch.empty(heads, parts, width, device=device),
+            torch.empty(heads, parts, head_dim, device=device),
             torch.empty(heads, parts, device=device),
             torch.empty(heads, parts, device=device),
             part,

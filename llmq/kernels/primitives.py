@@ -31,7 +31,7 @@ class Int8Weight:
         return self.codes.nbytes + self.absmax.nbytes
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Each value computed in float32 and rounded once, without a float32 copy of the matrix."""
+        """Return the values, each computed in float32 and rounded once, without a float32 copy of the matrix."""
         made = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         return torch.mul(self.codes, (self.absmax / 127)[:, None], out=made)
 
@@ -48,14 +48,14 @@ class SplitRows:
 
 
 def quantize_rows(weight: torch.Tensor) -> Int8Weight:
-    """(out, in) floating point -> int8 codes with one absmax per row. Rows of zeros get codes of 0."""
+    """Convert (out, in) floating point -> int8 codes with one absmax per row. Rows of zeros get codes of 0."""
     weight = weight.half()  # bitsandbytes casts to FP16 first
     absmax = weight.abs().amax(1).float()
     return Int8Weight(_codes(weight, absmax), absmax)
 
 
 def split_rows(x: torch.Tensor, threshold: float) -> SplitRows:
-    """(rows, in) floating point -> the decomposition for one call: a column with any |x| >= threshold is an outlier.
+    """Decompose (rows, in) floating point for one call: a column with any |x| >= threshold is an outlier.
 
     With a threshold of 0 there are none. A row's absmax is over its own values below the threshold, also those in
     outlier columns, as in bitsandbytes.
@@ -74,7 +74,7 @@ def split_rows(x: torch.Tensor, threshold: float) -> SplitRows:
 
 
 def int8_linear(x: torch.Tensor, weight: Int8Weight, threshold: float) -> torch.Tensor:
-    """LLM.int8() of (rows, in) activations: float32 (rows, out), the sum of the int8 product and the outliers' product.
+    """Do LLM.int8() of (rows, in) activations: float32 (rows, out), the sum of the int8 and the outliers' product.
 
     Computed in float64 from exact integers: the definition that every kernel is compared with. The outlier columns use
     the dequantised int8 weights, as bitsandbytes does.

@@ -1,4 +1,4 @@
-"""What each operation computes, in torch: the definition, the fallback on any device, and the oracle of the tests.
+"""Each operation in torch: its definition, the fallback on any device, and what the tests compare with.
 
 Every function writes into `out`; vectors are one token's. Products and sums are in float32 and rounded once, at the
 end, to the type of `out`.
@@ -20,25 +20,25 @@ FEWEST_ROWS = 17  # of cuBLAS' int8 product, as torch calls it
 
 
 def quantize_rows(weight: torch.Tensor, out: Int8Weight) -> None:
-    """(out, in) floating point -> int8 codes and row scales, in place."""
+    """Convert (out, in) floating point -> int8 codes and row scales, in place."""
     made = primitives.quantize_rows(weight)
     out.codes.copy_(made.codes)
     out.absmax.copy_(made.absmax)
 
 
 def embed(table: Weight, tokens: torch.Tensor, out: torch.Tensor) -> None:
-    """Rows of `table` (vocabulary, width), one for each of `tokens` int64 (n,), into `out` (n, width)."""
+    """Copy rows of `table` (vocab_size, width), one for each of `tokens` int64 (n,), into `out` (n, width)."""
     if isinstance(table, Int8Weight):
         torch.mul(table.codes[tokens], (table.absmax[tokens] / 127)[:, None], out=out)
     else:
         torch.index_select(table, 0, tokens, out=out)
 
 
-def norm(x: torch.Tensor, gain: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x²) + eps) · gain. `x`: (..., width)."""
+def norm(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+    """Do RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x²) + eps) · norm_weight. `x`: (..., width)."""
     x32 = x.float()
     scaled = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)  # rounded here, as in LLaMA
-    out.copy_(scaled * gain)
+    out.copy_(scaled * norm_weight)
 
 
 def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
@@ -57,12 +57,12 @@ def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
 
 
 def norm_split(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
 ) -> None:
-    """`norm`, then `split`, in one; also empties the list of `empty`, which the next `split` fills."""
+    """Do `norm`, then `split`; also empty the list of `empty`, which the next `split` fills."""
     empty.count.zero_()
     normed = torch.empty_like(x)
-    norm(x, gain, eps, normed)
+    norm(x, norm_weight, eps, normed)
     split(normed, threshold, out)
 
 
@@ -75,7 +75,7 @@ def product(
     residual: torch.Tensor | None = None,
     gated: bool = False,
 ) -> None:
-    """out = weight · x [+ bias] [+ residual]; with `gated`, SiLU(first half of the rows · x) · (second half · x).
+    """Set out = weight · x [+ bias] [+ residual]; with `gated`, SiLU(first half of the rows · x) · (second half · x).
 
     `x`: (in,), or a SplitVector with an int8 weight (LLM.int8()); an int8 weight with a plain `x` is weight-only.
     """
@@ -106,33 +106,33 @@ def _split_product(x: SplitVector, weight: Int8Weight) -> torch.Tensor:
 def attend(
     qkv: torch.Tensor, cache: Cache, rope: torch.Tensor, position: torch.Tensor, out: torch.Tensor, scratch: Partials
 ) -> None:
-    """One token's attention over the cache, its own key and value appended first.
+    """Append one token's key and value to the cache, and attend over it.
 
-    `qkv`: (heads·width + 2·groups·width,), queries first. `rope`: float32 (positions, width), cosines then sines.
-    `position`: int64 (1,), how many positions are in the cache already. `out`: (heads·width,). `scratch` gives the
-    other implementations room.
+    `qkv`: ((heads + 2·kv_heads)·head_dim,), queries first. `rope`: float32 (positions, head_dim), cosines then sines.
+    `position`: int64 (1,), how many positions are in the cache already. `out`: (heads·head_dim,). `scratch` is memory
+    for the other implementations.
     """
-    groups, _, width = cache.keys.shape
-    heads = out.shape[0] // width
+    kv_heads, _, head_dim = cache.keys.shape
+    heads = out.shape[0] // head_dim
     at = int(position)
-    queries, keys, values = qkv.split((heads * width, groups * width, groups * width))
-    cache.keys[:, at] = _rotated(keys.view(groups, width), rope[at]).to(cache.keys.dtype)
-    cache.values[:, at] = values.view(groups, width)
-    queries = _rotated(queries.view(heads, width), rope[at]).view(groups, heads // groups, width)
-    scores = queries @ cache.keys[:, : at + 1].float().transpose(1, 2) * width**-0.5
+    queries, keys, values = qkv.split((heads * head_dim, kv_heads * head_dim, kv_heads * head_dim))
+    cache.keys[:, at] = _rotated(keys.view(kv_heads, head_dim), rope[at]).to(cache.keys.dtype)
+    cache.values[:, at] = values.view(kv_heads, head_dim)
+    queries = _rotated(queries.view(heads, head_dim), rope[at]).view(kv_heads, heads // kv_heads, head_dim)
+    scores = queries @ cache.keys[:, : at + 1].float().transpose(1, 2) * head_dim**-0.5
     out.copy_((scores.softmax(-1) @ cache.values[:, : at + 1].float()).view(-1))
 
 
 def _rotated(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding, halves paired as in LLaMA checkpoints. `x`: (..., width), `rope`: (width,)."""
+    """Rotary position embedding, halves paired as in LLaMA checkpoints. `x`: (..., head_dim), `rope`: (head_dim,)."""
     first, second = x.float().chunk(2, -1)
     cosine, sine = rope.chunk(2, -1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
 
 
 def likeliest(logits: torch.Tensor, token: torch.Tensor, chosen: torch.Tensor) -> None:
-    """Greedy choice. `logits`: float32 (vocabulary,); `token`: int64 (1,), the next step's input; `chosen`: float64
-    (2,), the token and its log-probability, NaN where a logit is."""
+    """Choose the most likely token. `logits`: float32 (vocab_size,); `token`: int64 (1,), the next step's input;
+    `chosen`: float64 (2,), the token and its log-probability, NaN where a logit is."""
     best = logits.argmax()
     token.copy_(best)
     chosen.copy_(torch.stack((best.double(), (logits[best] - logits.logsumexp(-1)).double())))
@@ -143,26 +143,26 @@ def append_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rotate queries and keys of several tokens and append keys and values to the cache at `start`.
 
-    `qkv`: (rows, heads·width + 2·groups·width). Returns queries (heads, rows, width) and views of the cache's keys and
-    values (groups, start + rows, width).
+    `qkv`: (rows, (heads + 2·kv_heads)·head_dim). Returns queries (heads, rows, head_dim) and views of the cache's keys
+    and values (kv_heads, start + rows, head_dim).
     """
     rows = qkv.shape[0]
-    groups, _, width = cache.keys.shape
+    kv_heads, _, head_dim = cache.keys.shape
     stop = start + rows
-    parts = qkv.view(rows, -1, width).transpose(0, 1)
-    rotated = _rotated(parts[:-groups], rope[start:stop]).to(qkv.dtype)
-    cache.keys[:, start:stop] = rotated[-groups:]
-    cache.values[:, start:stop] = parts[-groups:]
-    return rotated[:-groups], cache.keys[:, :stop], cache.values[:, :stop]
+    parts = qkv.view(rows, -1, head_dim).transpose(0, 1)
+    rotated = _rotated(parts[:-kv_heads], rope[start:stop]).to(qkv.dtype)
+    cache.keys[:, start:stop] = rotated[-kv_heads:]
+    cache.values[:, start:stop] = parts[-kv_heads:]
+    return rotated[:-kv_heads], cache.keys[:, :stop], cache.values[:, :stop]
 
 
 def plain_rows(
-    x: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+    x: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
-    """`x` (rows, in) as it is. `marks`: int8, zeros, at least `in` of them: the columns that are multiplied in 16 bit
-    become 1, here or at the latest in `linear_rows`.
+    """Hand on `x` (rows, in) as it is. `outlier_marks`: int8 zeros, at least (in,): the columns that are multiplied in
+    16 bit become 1, here or at the latest in `linear_rows`.
     `used`: None, or int32 (1,): so many rows are the prompt's, and outliers are looked for in those alone."""
-    return Rows(x if used is None else _used_only(x, used), threshold, marks=marks)
+    return Rows(x if used is None else _used_only(x, used), threshold, outlier_marks=outlier_marks)
 
 
 def _used_only(x: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
@@ -172,30 +172,30 @@ def _used_only(x: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
 
 def norm_rows(
     x: torch.Tensor,
-    gain: torch.Tensor,
+    norm_weight: torch.Tensor,
     eps: float,
     threshold: float | None,
-    marks: torch.Tensor | None,
+    outlier_marks: torch.Tensor | None,
     used: torch.Tensor | None = None,
 ) -> Rows:
-    """`norm` of several tokens, (rows, width)."""
+    """Compute `norm` of several tokens, (rows, width)."""
     out = torch.empty_like(x)
-    norm(x, gain, eps, out)
-    return plain_rows(out, threshold, marks, used)
+    norm(x, norm_weight, eps, out)
+    return plain_rows(out, threshold, outlier_marks, used)
 
 
 def gate_rows(
-    gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+    gate_up: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
-    """(rows, 2·inner) -> (rows, inner): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
+    """Multiply (rows, 2·in) -> (rows, in): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
     gate, up = gate_up.chunk(2, -1)
-    return plain_rows(functional.silu(gate) * up, threshold, marks, used)
+    return plain_rows(functional.silu(gate) * up, threshold, outlier_marks, used)
 
 
 def linear_rows(
     rows: Rows, weight: Weight, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(rows, in) -> (rows, out) [+ bias] in the type of the input; with `residual`, added to it in place.
+    """Multiply (rows, in) -> (rows, out) [+ bias] in the type of the input; with `residual`, added to it in place.
 
     An int8 weight is LLM.int8() for rows with a threshold and weight-only for those without.
     """
@@ -205,16 +205,16 @@ def linear_rows(
     elif rows.threshold is None:
         y = functional.linear(x, weight.dequantized(x.dtype), bias)
     else:
-        y = _int8_rows(x, weight, bias, rows.threshold, rows.marks)
+        y = _int8_rows(x, weight, bias, rows.threshold, rows.outlier_marks)
     return y if residual is None else residual.add_(y)
 
 
 def _int8_rows(
-    x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, threshold: float, marks: torch.Tensor | None
+    x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, threshold: float, outlier_marks: torch.Tensor | None
 ) -> torch.Tensor:
     split = split_rows(x, threshold)
-    if marks is not None:
-        marks[split.columns] = 1
+    if outlier_marks is not None:
+        outlier_marks[split.columns] = 1
     y = _integer_product(split.codes, weight.codes).mul_(split.absmax[:, None]).mul_(weight.absmax / 127**2)
     if len(split.columns):
         outliers = weight.codes[:, split.columns].float() * (weight.absmax / 127)[:, None]

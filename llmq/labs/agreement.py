@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmq.contestant import Contestant, OneContestant
-from llmq.engine.interface import Engine, tokens_of
+from llmq.engine.base import Engine, tokens_of
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
+from llmq.engine.base import Engine, Generation, Interrupted, Token, capacity_for, tokens_of
 from llmq.engine.choice import ENGINES, choose_engines
-from llmq.engine.interface import Engine, Generation, Interrupted, Token, capacity_for, tokens_of
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, OutOfMemory, UserError, unknown

@@ -77,7 +77,7 @@ class Inspection(Lab):
             token_text=lambda token: model.tokenizer.decode([token]),
             name=self.model,
             method=self.contestant.label,
-            account=engine.method.outlier_columns,
+            outlier_columns=engine.method.outlier_columns,
         ):
             yield ReportAnswer(report, self.threshold)
 
@@ -151,7 +151,7 @@ def account_line(report: OutlierReport, threshold: float) -> str:
     if found is None:
         return f"{report.method} sends no columns to 16 bit apart, so only the hooks' rings are drawn."
     same, calls = found
-    layers = sum(module.sent is not None for module in report.modules)
+    layers = sum(module.outlier_columns is not None for module in report.modules)
     line = (
         f"In {same:,} of {calls:,} calls ({layers} linear layers, the prompt and {report.generated_tokens} tokens) the "
         f"layer's own list is exactly what the hooks found at the run's threshold {report.threshold:g}."

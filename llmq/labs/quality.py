@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from llmq.contestant import Contestant, Contestants
+from llmq.engine.base import Engine
 from llmq.engine.choice import ENGINES, choose_engines
-from llmq.engine.interface import Engine
 from llmq.engine.loading import Key
 from llmq.environment import describe
 from llmq.errors import BadChoice

@@ -13,8 +13,8 @@ from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmq.contestant import Contestant
+from llmq.engine.base import Engine, Interrupted, generate
 from llmq.engine.choice import choose_engines
-from llmq.engine.interface import Engine, Interrupted, generate
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe

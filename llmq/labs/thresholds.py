@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from llmq.contestant import Contestant
-from llmq.engine.interface import Engine
+from llmq.engine.base import Engine
 from llmq.engine.sampling import SamplingSettings
 from llmq.fields import Choice, Numbers
 from llmq.formatting import format_share
@@ -65,7 +65,7 @@ class Thresholds(RowLab):
                     "method": self.method,
                     "engine": engine.name,
                     **bench.score(bench.read(engine), truth),
-                    "outlier_share": engine.sixteen_bit_share(bench.texts[0]),
+                    "outlier_share": engine.outlier_share(bench.texts[0]),
                     "tokens_per_second": median(speeds[contestant.threshold]),
                     "tokens_per_second_min": min(speeds[contestant.threshold]),
                     "tokens_per_second_max": max(speeds[contestant.threshold]),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
-from llmq.engine.interface import Engine, Interrupted
+from llmq.engine.base import Engine, Interrupted
 from llmq.engine.loading import CALIBRATION_WINDOWS, Key, statistics_file
 from llmq.errors import OutOfMemory, is_allocation_failure
 from llmq.events import Event, Loaded, Loading, Progress, Waiting

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llmq import telemetry
-from llmq.engine.interface import Engine
+from llmq.engine.base import Engine
 from llmq.engine.loading import Key, load_engine
 from llmq.methods import Method
 
@@ -38,7 +38,7 @@ class Pool:
     def bytes_on(self, device: str) -> int:
         """What would come back if every engine on `device` were dropped."""
         engines = [engine for key, engine in self._engines.items() if key.device == device]
-        return sum(e.weight_bytes + e.scale_bytes + e.room_bytes for e in engines)
+        return sum(e.weight_bytes + e.scale_bytes + e.reserved_bytes for e in engines)
 
     def __iter__(self) -> Iterator[Key]:
         return iter(list(self._engines))

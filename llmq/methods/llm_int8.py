@@ -64,7 +64,7 @@ class LlmInt8(Int8Weights):
 
     def outlier_columns(self, module: nn.Module) -> torch.Tensor | None:
         """What the kernel marked in the last call."""
-        marks = getattr(module, "marks", None)
+        marks = getattr(module, "outlier_marks", None)
         return None if marks is None else marks.nonzero().view(-1)
 
 

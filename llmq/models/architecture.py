@@ -26,9 +26,9 @@ class Rope:
     high: float = 4.0
     original_context: int = 0
 
-    def frequencies(self, width: int) -> list[float]:
-        """Radians per position for each of the width/2 pairs."""
-        return [self._stretched(self.theta ** (-2 * i / width)) for i in range(width // 2)]
+    def frequencies(self, head_dim: int) -> list[float]:
+        """Return radians per position for each of the head_dim/2 pairs."""
+        return [self._stretched(self.theta ** (-2 * i / head_dim)) for i in range(head_dim // 2)]
 
     def _stretched(self, frequency: float) -> float:
         """Llama 3.1: wavelengths over original_context/low are slowed by `factor`, those under /high are kept."""
@@ -45,15 +45,15 @@ class Rope:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Numbers of a LLaMA-family decoder. `groups`: key/value heads; `width`: of one head; `inner`: of the MLP."""
+    """Sizes of a LLaMA-family decoder, by their names in `config.json`; `kv_heads`: key/value heads."""
 
-    hidden: int
-    inner: int
+    hidden_size: int
+    intermediate_size: int
     layers: int
     heads: int
-    groups: int
-    width: int
-    vocabulary: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
     context: int
     eps: float
     rope: Rope
@@ -63,7 +63,7 @@ class Architecture:
 
     @property
     def qkv_rows(self) -> int:
-        return (self.heads + 2 * self.groups) * self.width
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
 
 
 def architecture_of(config: Mapping) -> Architecture:
@@ -80,23 +80,23 @@ def architecture_of(config: Mapping) -> Architecture:
     windowed = kind == "mistral" or config.get("use_sliding_window")
     _need(not (windowed and window and window < context), "a sliding attention window")
     heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    width = int(config.get("head_dim") or hidden // heads)
-    groups = int(config.get("num_key_value_heads") or heads)
-    inner = int(config["intermediate_size"])
-    _need(heads % groups == 0 and width % 2 == 0, f"{heads} heads of width {width} over {groups} groups")
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    intermediate = int(config["intermediate_size"])
+    _need(heads % kv_heads == 0 and head_dim % 2 == 0, f"{heads} heads of width {head_dim} over {kv_heads} groups")
     _need(kind != "llama" or hidden % heads == 0, f"a hidden size of {hidden} for {heads} heads")
-    sizes = {"hidden": hidden, "intermediate": inner, "heads times width": heads * width}
+    sizes = {"hidden": hidden, "intermediate": intermediate, "heads times width": heads * head_dim}
     odd = [f"{name} {size}" for name, size in sizes.items() if size % 16]
     _need(not odd, f"sizes that are not multiples of 16 ({', '.join(odd)})")
     biased = kind == "llama" and bool(config.get("attention_bias"))  # Mistral and Qwen2 do not look at it
     return Architecture(
-        hidden=hidden,
-        inner=inner,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         layers=int(config["num_hidden_layers"]),
         heads=heads,
-        groups=groups,
-        width=width,
-        vocabulary=int(config["vocab_size"]),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=int(config["vocab_size"]),
         context=context,
         eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=_rope(config),

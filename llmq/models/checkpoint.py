@@ -51,7 +51,7 @@ def _what_else(names: Collection[str]) -> str:
 
 
 def require_model(folder: Path, where: str) -> list[Path]:
-    """The weight files of the model in `folder`. Raises ModelUnavailable, one line, where they cannot be opened."""
+    """Return the weight files of the model in `folder`. Raises ModelUnavailable where they cannot be opened."""
     names = {path.name for path in folder.iterdir()}
     files = [folder / name for name in weight_files(names, lambda name: (folder / name).read_text("utf-8"), where)]
     for path in (*files, folder / "tokenizer.json", folder / "tokenizer.model"):
@@ -75,12 +75,12 @@ class CheckpointTensors:
         return name in self._file
 
     def names(self) -> list[str]:
-        """Every tensor, in the checkpoint's order."""
+        """Return every tensor, in the checkpoint's order."""
         return list(self._file)
 
     def get(self, name: str, device: str) -> torch.Tensor:
-        """The tensor called `name` on `device`. To a GPU it goes through page-locked memory, which the copy needs
-        anyway: without it the driver makes its own copy first."""
+        """Return the tensor called `name` on `device`. To a GPU it goes through page-locked memory, which the copy
+        needs anyway: without it the driver makes its own copy first."""
         if name not in self._file:
             raise ModelUnavailable(f"the checkpoint of {self._where} has no tensor {name!r}")
         tensor = self._file[name].get_tensor(name)

@@ -20,7 +20,7 @@ class Choice:
 
 
 def choose_model(asked: str | None, device: str) -> Choice:
-    """The model asked for; else LLaMA-2-7B-chat where a GPU holds it and it is here already; else the demo model."""
+    """Return the model asked for; else LLaMA-2-7B-chat where it is here and a GPU holds it; else the demo model."""
     if asked:
         return Choice(asked, "")
     if not device.startswith("cuda"):

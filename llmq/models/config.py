@@ -21,7 +21,7 @@ REWRITING |= {"guidance_scale", "penalty_alpha", "stop_strings", "min_p", "typic
 
 @dataclass(frozen=True)
 class PlainConfig:
-    """What is asked of a `PretrainedConfig` here: its entries as attributes."""
+    """The part of a `PretrainedConfig` that is used here: its entries as attributes."""
 
     values: Mapping
 
@@ -43,7 +43,7 @@ class PlainConfig:
 
 
 def plain_config(folder: Path) -> PlainConfig | None:
-    """The configuration in `folder` if the lean loop can compute it and it says all it must; else None."""
+    """Return the configuration in `folder` if the lean loop can compute it and it says all it must; else None."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(values, dict) or not STATED <= values.keys():
@@ -59,13 +59,13 @@ def plain_config(folder: Path) -> PlainConfig | None:
 
 
 def generation_settings(folder: Path) -> dict:
-    """What `generation_config.json` in `folder` says, {} without one. Raises ValueError for one that is not JSON."""
+    """Return what `generation_config.json` in `folder` says, {} without one. Raises ValueError if it is not JSON."""
     path = folder / "generation_config.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def ignored_settings(folder: Path) -> tuple[str, ...]:
-    """The generation settings of the model in `folder` that no engine here follows, as 'repetition_penalty 1.05': with
-    one of them, greedy tokens need not be those of transformers' `generate`."""
+    """Return the generation settings of the model in `folder` that no engine here follows, as 'repetition_penalty
+    1.05': with one of them, greedy tokens need not be those of transformers' `generate`."""
     found = ((name, value) for name, value in generation_settings(folder).items() if name in REWRITING)
     return tuple(f"{name} {value}" for name, value in found if value not in (None, 0, 1, [], {}))

@@ -39,13 +39,13 @@ _whole: set[tuple] = set()  # folders whose files were hashed, and the files' st
 
 
 def demo_folder() -> Path:
-    """Where the converted model is, or will be. Raises UserError for a path that the locale cannot spell."""
+    """Tell where the converted model is, or will be. Raises UserError for a path that the locale cannot spell."""
     return Path(spelled(str(cache_folder() / "smollm2-135m-instruct-fp16")))
 
 
 def is_ready(folder: Path | None = None) -> bool:
-    """Whether every file is there with the hash that was written beside it (269 MB: about 0.2 s, once a process for as
-    long as no file changes)."""
+    """Tell whether every file is there with the hash that was written beside it (269 MB: about 0.2 s, once a process
+    for as long as no file changes)."""
     folder = folder or demo_folder()
     try:
         manifest = json.loads((folder / MANIFEST).read_text())

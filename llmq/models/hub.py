@@ -38,8 +38,8 @@ class Download:
 
 
 def address_of(name: str) -> tuple[str, str | None] | None:
-    """The repository and the revision that `name` means: 'o/n', 'o/n@revision', the address of its page or of its git;
-    None for what is no such name. Raises BadChoice for one that is understood and cannot be opened."""
+    """Return the repository and the revision that `name` means: 'o/n', 'o/n@revision', the address of its page or of
+    its git; None if it is no such name. Raises BadChoice for one that is understood and cannot be opened."""
     repo, at, revision = name.partition("@")
     if page := _ADDRESS.fullmatch(name):
         repo, at, revision = page["repo"], page["revision"], unquote(page["revision"] or "")
@@ -74,7 +74,7 @@ def download(repo: str, revision: str | None = None) -> Iterator[Progress]:
 
 
 def is_cached(repo: str, revision: str | None = None) -> bool:
-    """Whether the model is here as a whole."""
+    """Tell whether the model is here as a whole."""
     try:
         return bool(require_model(snapshot(repo, revision), repo))
     except ModelUnavailable:
@@ -82,7 +82,7 @@ def is_cached(repo: str, revision: str | None = None) -> bool:
 
 
 def snapshot(repo: str, revision: str | None = None) -> Path:
-    """The folder a repository was fetched into, named by its commit; nothing is fetched. Raises ModelUnavailable."""
+    """Return the folder a repository is fetched into, named by its commit. No fetch. Raises ModelUnavailable."""
     from huggingface_hub import try_to_load_from_cache
 
     with _explained(repo, revision):
@@ -140,7 +140,7 @@ def _patiently(work: Callable[[], dict | None], what: str) -> Generator[Progress
 
 @contextmanager
 def _explained(repo: str, revision: str | None) -> Iterator[None]:
-    """Whatever the hub's client raises inside becomes ModelUnavailable that says what to do."""
+    """Turn what the hub's client raises inside into ModelUnavailable that says what to do."""
     try:
         yield
     except UserError:

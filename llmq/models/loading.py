@@ -45,7 +45,7 @@ class Source:
 
 
 def resolve(name: str, *, random_weights: bool = False) -> Source:
-    """What `name` means: a preset, a local folder, or a hub id, '@revision' and all. Raises BadChoice naming the
+    """Tell what `name` means: a preset, a local folder, or a hub id, '@revision' and all. Raises BadChoice naming the
     choices."""
     name = (name or "").strip()
     if random_weights:
@@ -79,7 +79,7 @@ def prepare(source: Source) -> Iterator[Progress]:
 
 
 def folder_of(source: Source) -> Path:
-    """The local folder of a prepared model. Raises ModelUnavailable when it holds no model llmq can open."""
+    """Return the local folder of a prepared model. Raises ModelUnavailable when it holds no model llmq can open."""
     folder = hub.snapshot(source.location, source.revision) if source.kind == "hub" else Path(source.location)
     if source.kind == "demo" and not (folder / "config.json").exists():
         raise ModelUnavailable(f"the demo model is not in {folder}; run `python -m llmq models --fetch demo`")
@@ -91,7 +91,7 @@ def folder_of(source: Source) -> Path:
 
 
 def revision_of(source: Source) -> str:
-    """The exact checkpoint: a hub commit, the demo's pinned hash, or what else identifies it."""
+    """Name the exact checkpoint: a hub commit, the demo's pinned hash, or what else identifies it."""
     if source.kind == "demo":
         from llmq.models.demo import GGUF_SHA256, REQUIREMENT
 
@@ -102,7 +102,7 @@ def revision_of(source: Source) -> str:
 
 
 def load_config(source: Source) -> PretrainedConfig | PlainConfig:
-    """The model's configuration; read without transformers where the lean loop can compute the model. Raises
+    """Return the model's configuration; read without transformers where the lean loop can compute the model. Raises
     ModelUnavailable for unknown architectures."""
     if source.kind != "random" and (plain := plain_config(folder_of(source))):
         return plain
@@ -110,7 +110,7 @@ def load_config(source: Source) -> PretrainedConfig | PlainConfig:
 
 
 def transformers_config(source: Source) -> PretrainedConfig:
-    """The model's configuration as transformers makes models from it. Raises ModelUnavailable as `load_config`."""
+    """Return the configuration that transformers makes models from. Raises ModelUnavailable as `load_config`."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig
 
     if source.kind == "random":
@@ -137,14 +137,14 @@ def require_method(source: Source, config: PretrainedConfig | PlainConfig, metho
 
 
 def range_note(config: PretrainedConfig | PlainConfig, method: Method) -> str:
-    """What to know of a BF16 checkpoint under an FP16 method; '' otherwise."""
+    """Return a note on the range of a BF16 checkpoint under an FP16 method; '' otherwise."""
     if str(getattr(config, "dtype", None)).removeprefix("torch.") != "bfloat16" or method.dtype != "float16":
         return ""
     return "a BF16 checkpoint in FP16, which ends at 65,504: beyond that a run is stopped, and bf16 would go on"
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, chat template included. Random weights borrow the demo model's tokenizer."""
+    """Return the model's tokenizer, chat template included. Random weights borrow the demo model's tokenizer."""
     folder = demo_folder() if source.kind == "random" else folder_of(source)
     return _open_tokenizer(source, folder, _stamps(folder))
 
@@ -185,7 +185,7 @@ def _names_no_family(folder: Path) -> bool:
 
 
 def ids_within(config: PretrainedConfig | PlainConfig, ids: list[int]) -> list[int]:
-    """Token ids that the model's embedding has. Raises ModelUnavailable for one that it has not; only those of a
+    """Return token ids that the model's embedding has. Raises ModelUnavailable for one that it has not; only those of a
     borrowed tokenizer, for random weights whose text means nothing, are folded into the vocabulary."""
     size = config.get_text_config().vocab_size
     if getattr(config, "borrowed_tokenizer", False):
@@ -198,7 +198,7 @@ def ids_within(config: PretrainedConfig | PlainConfig, ids: list[int]) -> list[i
 def load_model(
     source: Source, method: Method, device: str, statistics: Mapping[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:
-    """The model under one method on one device, in eval mode, without gradients.
+    """Return the model under one method on one device, in eval mode, without gradients.
 
     `device`: 'cpu' or 'cuda:N'; `statistics`: of the layers' inputs, for a calibrated method. bitsandbytes silently
     takes another path in training mode, so eval is not optional.
@@ -235,7 +235,7 @@ def _opened(source: Source, arguments: dict) -> PreTrainedModel:
 
 
 def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTensors:
-    """The model's tensors, one at a time, by their names in the checkpoint."""
+    """Return the model's tensors, one at a time, by their names in the checkpoint."""
     if source.edit:
         return EditedTensors(open_tensors(replace(source, edit=None)), source.edit)
     if source.kind == "random":
@@ -251,8 +251,8 @@ def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTe
 
 
 def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozenset[int]:
-    """The tokens that end a text: those of the generation settings, of the configuration and of the tokenizer, because
-    each of the three is wrong somewhere."""
+    """Return the tokens that end a text: those of the generation settings, of the configuration and of the tokenizer,
+    because each of the three is wrong somewhere."""
     ends = [getattr(config.get_text_config(), "eos_token_id", None)]
     if source.kind != "random":
         with _blamed_on(source, "read the generation settings"):
@@ -277,7 +277,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def _blamed_on(source: Source, attempt: str) -> Iterator[None]:
-    """Whatever a library raises while it reads files from elsewhere is those files' fault, and said in one line."""
+    """Turn what a library raises while it reads a model's files into one line that names those files."""
     import torch
 
     try:

@@ -48,7 +48,7 @@ class Model:
         return loading.prepare(self.source)
 
     def edited(self, edit: Edit | None) -> Model:
-        """The same model with changed weights."""
+        """Return the same model with changed weights."""
         return Model(replace(self.source, edit=edit))
 
     @cached_property
@@ -85,17 +85,17 @@ class Model:
         return () if self.source.kind == "random" else ignored_settings(loading.folder_of(self.source))
 
     def encode(self, prompt: str, *, new_tokens: int = 0) -> list[int]:
-        """Token ids of `prompt` as the user's turn of the chat template. Raises BadChoice where it is empty or leaves
-        no room for `new_tokens` in the context."""
+        """Return token ids of `prompt` as the user's turn of the chat template. Raises BadChoice where it is empty or
+        leaves no room for `new_tokens` in the context."""
         ids = encode_prompt(self.tokenizer, prompt, context=self.context - new_tokens)
         return loading.ids_within(self.config, ids)
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text` as it is, without a template or special tokens."""
+        """Return token ids of `text` as it is, without a template or special tokens."""
         return loading.ids_within(self.config, self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def tensors(self):
-        """The weights, one at a time, by their names in the checkpoint: `name in t`, `t.get(name, device)`."""
+        """Return the weights, one at a time, by their names in the checkpoint: `name in t`, `t.get(name, device)`."""
         return loading.open_tensors(self.source)
 
     @cached_property

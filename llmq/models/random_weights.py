@@ -33,7 +33,7 @@ class RandomTensors:
         return name != "lm_head.weight" or not self.config.tie_word_embeddings
 
     def get(self, name: str, device: str) -> torch.Tensor:
-        """The tensor called `name`, drawn on `device`: the same again for the same name, seed and kind of device."""
+        """Draw the tensor called `name` on `device`: the same for the same name, seed and kind of device."""
         import torch
 
         shape = self._shape(name)
@@ -48,12 +48,12 @@ class RandomTensors:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         c = self.config
-        width = c.head_dim or c.hidden_size // c.num_attention_heads
-        queries, groups = c.num_attention_heads * width, c.num_key_value_heads * width
+        head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
+        queries, kv_rows = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
         projections = {
             "q_proj": (queries, c.hidden_size),
-            "k_proj": (groups, c.hidden_size),
-            "v_proj": (groups, c.hidden_size),
+            "k_proj": (kv_rows, c.hidden_size),
+            "v_proj": (kv_rows, c.hidden_size),
             "o_proj": (c.hidden_size, queries),
             "gate_proj": (c.intermediate_size, c.hidden_size),
             "up_proj": (c.intermediate_size, c.hidden_size),
@@ -76,7 +76,7 @@ _PLANTED = {"layernorm": NORM_GAIN, "v_proj": VALUE_GAIN, "up_proj": GATED_GAIN}
 
 
 def random_llama(config: LlamaConfig, device: str, seed: int = 0) -> LlamaForCausalLM:
-    """An fp16 LLaMA of `config`'s shape on `device` with the weights of `RandomTensors`."""
+    """Return an fp16 LLaMA of `config`'s shape on `device` with the weights of `RandomTensors`."""
     import torch
     from transformers import LlamaForCausalLM
 

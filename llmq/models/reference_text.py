@@ -14,7 +14,7 @@ def reference_text() -> str:
 
 
 def windows(model, count: int) -> list[list[int]]:
-    """The first `count` windows of the text as ids of `model`, each WINDOW tokens or the model's whole context."""
+    """Return the first `count` windows of the text as ids of `model`, each WINDOW tokens or the whole context."""
     length = min(WINDOW, model.context)
     ids = model.tokenize(reference_text()[: 20 * WINDOW * count])
     return [ids[i : i + length] for i in range(0, length * count, length)]

@@ -30,12 +30,12 @@ class Skeleton(nn.Module):
     def __init__(self, a: Architecture, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = _bare(nn.Embedding, a.vocabulary, a.hidden)
+        self.embed_tokens = _bare(nn.Embedding, a.vocab_size, a.hidden_size)
         self.layers = nn.ModuleList(_Layer(a) for _ in range(a.layers))
-        self.norm = nn.Parameter(torch.empty(a.hidden))
-        self.register_buffer("inv_freq", torch.empty(a.width // 2))
-        self.register_buffer("original_inv_freq", torch.empty(a.width // 2))
-        self.lm_head = _bare(nn.Linear, a.vocabulary, a.hidden)
+        self.norm = nn.Parameter(torch.empty(a.hidden_size))
+        self.register_buffer("inv_freq", torch.empty(a.head_dim // 2))
+        self.register_buffer("original_inv_freq", torch.empty(a.head_dim // 2))
+        self.lm_head = _bare(nn.Linear, a.vocab_size, a.hidden_size)
         if a.tied:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -49,22 +49,22 @@ class Skeleton(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, a: Architecture):
         super().__init__()
-        for name, heads in (("q_proj", a.heads), ("k_proj", a.groups), ("v_proj", a.groups)):
-            setattr(self, name, _bare(nn.Linear, heads * a.width, a.hidden, bias=a.qkv_bias))
-        self.o_proj = _bare(nn.Linear, a.hidden, a.heads * a.width, bias=a.output_bias)
-        self.gate_proj = _bare(nn.Linear, a.inner, a.hidden)
-        self.up_proj = _bare(nn.Linear, a.inner, a.hidden)
-        self.down_proj = _bare(nn.Linear, a.hidden, a.inner)
-        self.input_layernorm = nn.Parameter(torch.empty(a.hidden))
-        self.post_attention_layernorm = nn.Parameter(torch.empty(a.hidden))
+        for name, heads in (("q_proj", a.heads), ("k_proj", a.kv_heads), ("v_proj", a.kv_heads)):
+            setattr(self, name, _bare(nn.Linear, heads * a.head_dim, a.hidden_size, bias=a.qkv_bias))
+        self.o_proj = _bare(nn.Linear, a.hidden_size, a.heads * a.head_dim, bias=a.output_bias)
+        self.gate_proj = _bare(nn.Linear, a.intermediate_size, a.hidden_size)
+        self.up_proj = _bare(nn.Linear, a.intermediate_size, a.hidden_size)
+        self.down_proj = _bare(nn.Linear, a.hidden_size, a.intermediate_size)
+        self.input_layernorm = nn.Parameter(torch.empty(a.hidden_size))
+        self.post_attention_layernorm = nn.Parameter(torch.empty(a.hidden_size))
 
 
-def _bare(kind: type[nn.Module], rows: int, width: int, *, bias: bool = False) -> nn.Module:
+def _bare(kind: type[nn.Module], out_features: int, in_features: int, *, bias: bool = False) -> nn.Module:
     """A module without its initialisation: drawing numbers for the meta device makes torch import its compiler, which
     takes two seconds."""
     made = kind.__new__(kind)
     nn.Module.__init__(made)
-    made.weight = nn.Parameter(torch.empty(rows, width))
-    made.bias = nn.Parameter(torch.empty(rows)) if bias else None
-    made.out_features, made.in_features = rows, width
+    made.weight = nn.Parameter(torch.empty(out_features, in_features))
+    made.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+    made.out_features, made.in_features = out_features, in_features
     return made

@@ -15,7 +15,7 @@ _INCOMPLETE = "\ufffd"  # what a decoder shows for the first bytes of a characte
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, context: int) -> list[int]:
-    """Token ids of `prompt` as the user's turn of the model's chat template (plain text where it has none).
+    """Return token ids of `prompt` as the user's turn of the model's chat template (plain text where it has none).
 
     Raises BadChoice for an empty prompt, for one that leaves no room in a context of `context` tokens, and for a
     template that cannot be used.
@@ -83,7 +83,7 @@ class TextStream:
         self._in_bytes = False  # whether a run of byte tokens may go on
 
     def push(self, token_id: int) -> str:
-        """The text that became readable with this token; empty while a character is incomplete."""
+        """Return the text that became readable with this token; empty while a character is incomplete."""
         self._ids.append(token_id)
         if _ONE_BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token_id) or ""):
             self._in_bytes = True
@@ -94,7 +94,7 @@ class TextStream:
         return "" if self._in_bytes else self._take(final=False)
 
     def flush(self) -> str:
-        """What is left when no more tokens come."""
+        """Return the text that is left when no more tokens come."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> str:

@@ -27,7 +27,7 @@ class NoLibrary(Exception):
 
 
 def library_path() -> Path:
-    """The compiled library, made now if it is not in the cache or not as it was made. Raises NoLibrary."""
+    """Return the compiled library, made now if it is not in the cache or not as it was made. Raises NoLibrary."""
     path = cache_folder() / "cpu" / f"llmq-{_key()}.so"
     if _is_whole(path):  # also in a cache that may only be read
         return path
@@ -42,7 +42,7 @@ def library_path() -> Path:
 
 
 def native_flag() -> str:
-    """What makes a compiler use every instruction of this processor."""
+    """Return the flag that makes a compiler use every instruction of this processor."""
     return "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 
 

@@ -60,14 +60,14 @@ class Session(Structure):
         ("threshold", c_float),
         ("marks_stride", c_int32),
         ("marks", c_void_p),
-        ("room", c_void_p),
+        ("workspace", c_void_p),
     ]
 
 
 _SIGNATURES = {
     "llmq_version": (c_int, []),
     "llmq_regions": (c_int, [POINTER(Model)]),
-    "llmq_room_bytes": (c_int64, [POINTER(Model), c_int, c_int, c_int, c_int]),
+    "llmq_workspace_bytes": (c_int64, [POINTER(Model), c_int, c_int, c_int, c_int]),
     "llmq_packed_bytes": (c_int64, [POINTER(Matrix)]),
     "llmq_step": (None, [POINTER(Session), c_int, c_int, c_void_p, POINTER(c_double)]),
     "llmq_prefill": (c_int, [POINTER(Session), c_void_p, c_int, c_int, c_void_p, POINTER(c_double), STOPPED]),
@@ -81,7 +81,7 @@ _SIGNATURES = {
 
 @cache
 def why_not_native() -> str:
-    """Why the CPU loop cannot run here; '' where it can. Compiles the library the first time."""
+    """Tell why the CPU loop cannot run here; '' where it can. Compiles the library the first time."""
     try:
         open_library()
     except NoLibrary as reason:
@@ -91,7 +91,7 @@ def why_not_native() -> str:
 
 @cache
 def open_library() -> ctypes.CDLL:
-    """The library, compiled if need be. Raises NoLibrary."""
+    """Return the library, compiled if need be. Raises NoLibrary."""
     try:
         library = ctypes.CDLL(str(library_path()))
     except OSError as error:
@@ -123,17 +123,17 @@ class Packed:
         return self.data.nbytes + (self.absmax.nbytes if self.absmax is not None else 0)
 
     def matrix(self, bias: torch.Tensor | None = None) -> Matrix:
-        """As the library takes it; the tensors must outlive it."""
+        """Return the library's structure for it; the tensors must outlive it."""
         absmax = None if self.absmax is None else self.absmax.data_ptr()
         bias_ptr = None if bias is None else bias.data_ptr()
         return Matrix(self.data.data_ptr(), absmax, bias_ptr, self.rows, self.width, self.kind, self.paired)
 
 
 class Packing:
-    """What `load_weights` makes of matrices and vectors for the library: each packed as it comes, its source let go."""
+    """The form that `load_weights` gives matrices and vectors for the library: packed one by one, the source freed."""
 
     def matrix(self, weight: torch.Tensor | Int8Weight, *, paired: bool = False) -> Packed:
-        """(rows, width). `paired`: two halves of rows whose blocks alternate, gate and up."""
+        """Pack (rows, width). `paired`: two halves of rows whose blocks alternate, gate and up."""
         codes = (weight.codes if isinstance(weight, Int8Weight) else weight).contiguous()
         absmax = weight.absmax if isinstance(weight, Int8Weight) else None
         rows, width = codes.shape
@@ -144,7 +144,7 @@ class Packing:
         return Packed(data, None if absmax is None else _blocked(absmax, paired), rows, width, shape.kind, paired)
 
     def vector(self, values: torch.Tensor) -> torch.Tensor:
-        """float32, whole eights, the rest 0."""
+        """Convert to float32, whole eights, the rest 0."""
         return _blocked(values, False)
 
 

@@ -12,7 +12,7 @@ static int whole(int n) { return (n + LANES - 1) / LANES * LANES; }
 static int least(int a, int b) { return a < b ? a : b; }
 static int most(int a, int b) { return a > b ? a : b; }
 
-/* ---- room ---- */
+/* ---- workspace ---- */
 
 typedef struct {
     char *at;
@@ -66,10 +66,10 @@ static size_t largest_panel(const model *m) {
     return floats > tiles ? floats : tiles;
 }
 
-/* Lay out the room of a job of `rows` tokens, 0 for a step; without `room` it only counts. `splits`: whether activations
+/* Lay out the workspace of a job of `rows` tokens, 0 for a step; without `workspace` it only counts. `splits`: whether activations
    are decomposed. */
-static size_t arrange(job *j, const model *m, char *room, int threads, int capacity, int rows, int splits) {
-    arena a = {room, 0};
+static size_t arrange(job *j, const model *m, char *workspace, int threads, int capacity, int rows, int splits) {
+    arena a = {workspace, 0};
     size_t n = (size_t)most(rows, 1), widest = (size_t)widest_of(m);
     j->widest = (int)widest;
     j->hidden = take(&a, n * (size_t)whole(m->hidden) * 4);
@@ -97,14 +97,14 @@ static size_t arrange(job *j, const model *m, char *room, int threads, int capac
         own.split.index = take(&a, widest * 4);
         own.split.value = take(&a, widest * 4);
         own.prepared = -1;
-        if (room) j->threads[t] = own;
+        if (workspace) j->threads[t] = own;
     }
     return a.bytes;
 }
 
 int llmq_version(void) { return LLMQ_VERSION; }
 int llmq_regions(const model *m) { return most(STEP_REGIONS * m->layers + 3, PREFILL_REGIONS); }
-int64_t llmq_room_bytes(const model *m, int threads, int capacity, int rows, int splits) {
+int64_t llmq_workspace_bytes(const model *m, int threads, int capacity, int rows, int splits) {
     job j = {0};
     return (int64_t)arrange(&j, m, NULL, threads, capacity, rows, splits);
 }
@@ -362,7 +362,7 @@ void llmq_step(const session *s, int token, int position, float *logits, double 
     int32_t tokens[1] = {token};
     int chunks[regions];
     job j = {.s = s, .m = m, .rows = 1, .position = position, .tokens = tokens, .logits = logits, .chosen = chosen, .chunks = chunks};
-    arrange(&j, m, s->room, threads, s->capacity, 0, s->decompose);
+    arrange(&j, m, s->workspace, threads, s->capacity, 0, s->decompose);
     chunks[0] = chunks[regions - 1] = 1;
     chunks[regions - 2] = least(MOST_PEAKS, chunks_of(&m->head, 4 * threads));
     for (int i = 0; i < m->layers; i++) {
@@ -590,7 +590,7 @@ int llmq_prefill(const session *s, const int32_t *tokens, int rows, int every, f
     const int threads = pool_threads(s->pool);
     int chunks[PREFILL_REGIONS];
     job j = {.s = s, .m = m, .rows = rows, .every = every, .tokens = tokens, .logits = logits, .chosen = chosen, .chunks = chunks};
-    arrange(&j, m, s->room, threads, s->capacity, rows, s->decompose);
+    arrange(&j, m, s->workspace, threads, s->capacity, rows, s->decompose);
     chunks[0] = row_chunks(rows);
     pool_run(s->pool, 1, chunks, embed_work, &j);
     for (j.number = 0; j.number < m->layers; j.number++) {

@@ -32,7 +32,7 @@ typedef struct {
     float threshold;
     int32_t marks_stride;
     uint8_t *marks;
-    char *room; /* of `room_bytes`, on a 64-byte boundary */
+    char *workspace; /* of `llmq_workspace_bytes`, on a 64-byte boundary */
 } session;
 
 enum { LLMQ_VERSION = 1 };
@@ -41,8 +41,8 @@ int llmq_version(void);
 /* Regions a pool must allow for. */
 int llmq_regions(const model *);
 
-/* Bytes of `room` for a prefill of `rows` tokens, or for steps: 0. `splits` is the session's `decompose`. */
-int64_t llmq_room_bytes(const model *, int threads, int capacity, int rows, int splits);
+/* Bytes of `workspace` for a prefill of `rows` tokens, or for steps: 0. `splits` is the session's `decompose`. */
+int64_t llmq_workspace_bytes(const model *, int threads, int capacity, int rows, int splits);
 
 /* Bytes of a packed matrix. */
 int64_t llmq_packed_bytes(const matrix *);

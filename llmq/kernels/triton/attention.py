@@ -30,7 +30,7 @@ def _block(keys_ptr, values_ptr, first, stop, at, whole, half, width, BLOCK: tl.
     """Keys, in their two halves, and values of BLOCK positions; 0 from `stop` on."""
     rows = first + tl.arange(0, BLOCK)
     inside = (rows < stop)[:, None]
-    k = keys_ptr + rows[:, None] * width + at[None, :]
+    k = keys_ptr + rows[:, None] * width + at[None, :]  # (BLOCK, HALF) places
     k1 = tl.load(k, mask=inside & (at < half)[None, :], other=0.0)
     k2 = tl.load(k + half, mask=inside & (at < half)[None, :], other=0.0)
     v = tl.load(values_ptr + rows[:, None] * width + whole[None, :], mask=inside & (whole < width)[None, :], other=0.0)
@@ -60,13 +60,13 @@ def _part(
         k1, k2, v = _block(keys_ptr, values_ptr, start, stop, at, whole, half, width, BLOCK)
         cosine = tl.load(rope_ptr + position * width + at, mask=at < half, other=0.0)
         sine = tl.load(rope_ptr + position * width + half + at, mask=at < half, other=0.0)
-        q1, q2 = _rotated(qkv_ptr + head * width, cosine, sine, half, HALF)
+        q1, q2 = _rotated(qkv_ptr + head * width, cosine, sine, half, HALF)  # (HALF,) each
         q1, q2 = q1 * scale, q2 * scale
         peak = -float("inf")
         weight = 0.0
-        total = tl.zeros((WIDTH,), tl.float32)
+        total = tl.zeros((WIDTH,), tl.float32)  # sum of values, (width,)
         for row in range(start, stop, BLOCK):
-            score = tl.sum(k1.to(tl.float32) * q1[None, :] + k2.to(tl.float32) * q2[None, :], 1)
+            score = tl.sum(k1.to(tl.float32) * q1[None, :] + k2.to(tl.float32) * q2[None, :], 1)  # (BLOCK,)
             score = tl.where(row + tl.arange(0, BLOCK) < stop, score, -float("inf"))
             higher = tl.maximum(peak, tl.max(score, 0))
             share = tl.exp(score - higher)
@@ -78,7 +78,7 @@ def _part(
         if position < start + part:  # the new token belongs to this part
             first, second = _rotated(qkv_ptr + (heads + group) * width, cosine, sine, half, HALF)
             first, second = first.to(keys_ptr.dtype.element_ty), second.to(keys_ptr.dtype.element_ty)
-            new = tl.load(qkv_ptr + (heads + groups + group) * width + whole, mask=whole < width, other=0.0)
+            new = tl.load(qkv_ptr + (heads + groups + group) * width + whole, mask=whole < width, other=0.0)  # (WIDTH,)
             if head % shared == 0:
                 tl.store(keys_ptr + position * width + at, first, mask=at < half)
                 tl.store(keys_ptr + position * width + half + at, second, mask=at < half)
@@ -110,12 +110,12 @@ def _combine(
     wait_for_previous(OVERLAP)
     used = tl.load(position_ptr).to(tl.int32) // part + 1
     slot, whole = tl.arange(0, PARTS), tl.arange(0, WIDTH)
-    peaks = tl.load(peaks_ptr + head * parts + slot, mask=slot < used, other=-float("inf"))
+    peaks = tl.load(peaks_ptr + head * parts + slot, mask=slot < used, other=-float("inf"))  # (PARTS,)
     weights = tl.load(weights_ptr + head * parts + slot, mask=slot < used, other=0.0)
     share = tl.exp(peaks - tl.max(peaks, 0))
-    inside = (slot < used)[:, None] & (whole < width)[None, :]
+    inside = (slot < used)[:, None] & (whole < width)[None, :]  # (PARTS, WIDTH)
     sums = tl.load(sums_ptr + (head * parts + slot)[:, None] * width + whole[None, :], mask=inside, other=0.0)
-    y = tl.sum(sums * share[:, None], 0) / tl.sum(weights * share, 0)
+    y = tl.sum(sums * share[:, None], 0) / tl.sum(weights * share, 0)  # (WIDTH,)
     tl.store(out_ptr + head * width + whole, y.to(out_ptr.dtype.element_ty), mask=whole < width)
 
 

@@ -20,12 +20,12 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 @cache
 def overlaps(device: torch.device) -> bool:
-    """Whether kernels on this device can be launched before their predecessor has ended."""
+    """Tell whether kernels on this device can be launched before their predecessor has ended."""
     return device.type == "cuda" and not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def options(device: torch.device) -> dict[str, bool]:
-    """Launch options for a kernel with an OVERLAP argument."""
+    """Return launch options for a kernel with an OVERLAP argument."""
     return {"OVERLAP": True, "launch_pdl": True} if overlaps(device) else {"OVERLAP": False}
 
 

@@ -88,7 +88,7 @@ def multiply(
     residual: torch.Tensor | None = None,
     tile: tuple | None = None,
 ) -> torch.Tensor:
-    """The product of decomposed rows. `tile`: rows, outputs, inputs, warps, stages, for measurements."""
+    """Multiply decomposed rows. `tile`: rows, outputs, inputs, warps, stages, for measurements."""
     x = rows.x
     (count, width), n_out = x.shape, weight.shape[0]
     out = torch.empty(count, n_out, dtype=x.dtype, device=x.device) if residual is None else residual

@@ -20,8 +20,8 @@ SLICE = 1024  # values coded by one program
 
 @triton.jit
 def rounded(x, PTX: tl.constexpr):
-    """To the nearest integer, ties to even, for |x| < 2^22. Adding 1.5·2^23 leaves no bits after the point, but where
-    `x` is a product a compiler may fuse that with it, which rounds once and not twice."""
+    """Round to the nearest integer, ties to even, for |x| < 2^22. Adding 1.5·2^23 leaves no bits after the point, but
+    where `x` is a product a compiler may fuse that with it, which rounds once and not twice."""
     if PTX:
         return tl.inline_asm_elementwise("cvt.rni.f32.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     return (x + 12582912.0) - 12582912.0
@@ -29,7 +29,7 @@ def rounded(x, PTX: tl.constexpr):
 
 @triton.jit
 def code_scale(absmax, PTX: tl.constexpr):
-    """127 / absmax, 0 for 0. bitsandbytes divides with CUDA's fast division, so equal codes need it too."""
+    """Return 127 / absmax, 0 for 0. bitsandbytes divides with CUDA's fast division, so equal codes need it too."""
     if PTX:
         scale = tl.inline_asm_elementwise(
             "div.approx.f32 $0, 0f42FE0000, $1;", "=f,f", [absmax], dtype=tl.float32, is_pure=True, pack=1
@@ -82,7 +82,7 @@ def _split(
     whole, at = tl.arange(0, BLOCK), tl.program_id(0) * SLICE + tl.arange(0, SLICE)
     wait_for_previous(OVERLAP)
     absmax = _absmax(tl.load(x_ptr + whole, mask=whole < width, other=0.0).to(tl.float32), threshold)
-    value = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)
+    value = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)  # (SLICE,)
     _store(value, at, at < width, absmax, threshold, codes_ptr, count_ptr, index_ptr, value_ptr, PTX)
     tl.store(absmax_ptr, absmax)
 
@@ -97,16 +97,16 @@ def _norm_split(
     let_next_start(OVERLAP)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    gain = tl.load(gain_ptr + at, mask=inside, other=0.0)
+    gain = tl.load(gain_ptr + at, mask=inside, other=0.0)  # (BLOCK,), BLOCK >= width
     wait_for_previous(OVERLAP)
     if SPLIT:
         _empty(count_ptr, index_ptr, value_ptr, PADDING)
         if NEXT:
             _empty(next_count_ptr, next_index_ptr, next_value_ptr, PADDING)
         tl.debug_barrier()
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)  # (BLOCK,)
     wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)  # a scalar
     x = ((wide * scale).to(x.dtype) * gain).to(x.dtype)
     if SPLIT:
         value = x.to(tl.float32)
@@ -117,24 +117,24 @@ def _norm_split(
         tl.store(out_ptr + at, x, mask=inside)
 
 
-def norm(x: torch.Tensor, gain: torch.Tensor, eps: float, out: torch.Tensor) -> None:
+def norm(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     """See `reference.norm`; `x` is one token's, (width,)."""
-    _normalise(x, gain, eps, 0.0, out, None, None)
+    _normalise(x, norm_weight, eps, 0.0, out, None, None)
 
 
 def norm_split(
-    x: torch.Tensor, gain: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
 ) -> None:
     """See `reference.norm_split`."""
-    _normalise(x, gain, eps, threshold, x, out, empty)
+    _normalise(x, norm_weight, eps, threshold, x, out, empty)
 
 
-def _normalise(x, gain, eps: float, threshold: float, out, parts: SplitVector | None, empty: SplitVector | None):
+def _normalise(x, norm_weight, eps: float, threshold: float, out, parts: SplitVector | None, empty: SplitVector | None):
     width = x.shape[-1]
     places = (parts.codes, parts.absmax, parts.count, parts.index, parts.value) if parts else (None,) * 5
     emptied = (empty.count, empty.index, empty.value) if empty else (None,) * 3
     _norm_split[(1,)](
-        x, gain, out, *places, *emptied, width, eps, float(threshold),
+        x, norm_weight, out, *places, *emptied, width, eps, float(threshold),
         BLOCK=triton.next_power_of_2(width), SPLIT=parts is not None, NEXT=empty is not None, PTX=not INTERPRETED,
         PADDING=PADDING, num_warps=4 if width <= 2048 else 32 if parts else 16, **options(x.device),
     )  # fmt: skip

@@ -61,7 +61,7 @@ def _plain(
     let_next_start(OVERLAP)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLUMNS)
-    w = _tile(w_ptr, rows, cols, 0, width, width, n_out)
+    w = _tile(w_ptr, rows, cols, 0, width, width, n_out)  # (ROWS, COLUMNS) of (n_out, width)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     if GATED:
         w2 = _tile(w_ptr, n_out + rows, cols, 0, width, width, 2 * n_out)
@@ -74,7 +74,7 @@ def _plain(
         if GATED:
             acc2 += w2.to(tl.float32) * x
             w2 = _tile(w_ptr, n_out + rows, cols, start + COLUMNS, width, width, 2 * n_out)
-    y = tl.sum(acc, 1)
+    y = tl.sum(acc, 1)  # (ROWS,)
     other = y
     if GATED:
         other = tl.sum(acc2, 1)
@@ -111,7 +111,7 @@ def _outliers(index_ptr, value_ptr, start, OUTLIERS: tl.constexpr):
 @triton.jit
 def _gathered(w_ptr, rows, n_rows, width, column, value):
     """The weights' codes in the outlier columns. A value of 0 is padding and reads nothing."""
-    inside = (rows < n_rows)[:, None] & (value != 0)[None, :]
+    inside = (rows < n_rows)[:, None] & (value != 0)[None, :]  # (rows, outliers)
     return tl.load(w_ptr + rows[:, None].to(tl.int64) * width + column[None, :], mask=inside, other=0)
 
 
@@ -152,29 +152,29 @@ def _split(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLUMNS)
     packed_width = width // 4 if DP4A else width
-    w = _tile(packed_ptr, rows, cols, 0, packed_width, packed_width, n_out)
+    w = _tile(packed_ptr, rows, cols, 0, packed_width, packed_width, n_out)  # (ROWS, COLUMNS) of (n_out, packed_width)
     acc = tl.zeros((ROWS, COLUMNS), tl.int32)
-    w_absmax = tl.load(absmax_ptr + rows, mask=rows < n_out, other=0.0)
+    w_absmax = tl.load(absmax_ptr + rows, mask=rows < n_out, other=0.0)  # (ROWS,)
     if GATED:
         w2 = _tile(packed_ptr, n_out + rows, cols, 0, packed_width, packed_width, 2 * n_out)
         acc2 = tl.zeros((ROWS, COLUMNS), tl.int32)
         w2_absmax = tl.load(absmax_ptr + n_out + rows, mask=rows < n_out, other=0.0)
     wait_for_previous(OVERLAP)
     # Asked for before the long loop, so that these three loads in a row do not wait for its end.
-    column, value = _outliers(index_ptr, value_ptr, 0, OUTLIERS)
+    column, value = _outliers(index_ptr, value_ptr, 0, OUTLIERS)  # (OUTLIERS,) each
     count, x_absmax = tl.load(count_ptr), tl.load(x_absmax_ptr)
-    gathered = _gathered(w_ptr, rows, n_out, width, column, value)
+    gathered = _gathered(w_ptr, rows, n_out, width, column, value)  # (ROWS, OUTLIERS)
     if GATED:
         gathered2 = _gathered(w_ptr, n_out + rows, 2 * n_out, width, column, value)
     for start in range(0, packed_width, COLUMNS):
-        x = tl.load(codes_ptr + start + cols, mask=cols < packed_width - start, other=0)
+        x = tl.load(codes_ptr + start + cols, mask=cols < packed_width - start, other=0)  # (COLUMNS,)
         acc = _accumulate(acc, w, x, DP4A)
         w = _tile(packed_ptr, rows, cols, start + COLUMNS, packed_width, packed_width, n_out)
         if GATED:
             acc2 = _accumulate(acc2, w2, x, DP4A)
             w2 = _tile(packed_ptr, n_out + rows, cols, start + COLUMNS, packed_width, packed_width, 2 * n_out)
     outliers = _further(_weighed(gathered, value), w_ptr, rows, n_out, width, index_ptr, value_ptr, count, OUTLIERS)
-    y = _scaled(tl.sum(acc, 1), outliers, x_absmax, w_absmax)
+    y = _scaled(tl.sum(acc, 1), outliers, x_absmax, w_absmax)  # (ROWS,)
     other = y
     if GATED:
         outliers = _further(
@@ -218,15 +218,15 @@ def product(
 
 
 def split_tile(n_out: int, width: int, gated: bool) -> Tile:
-    """Of those tried on one H100 at LLaMA-2-7B's shapes. One warp a program leaves room for most programs at once, so
-    that most of the first rows are on their way before the activations are there."""
+    """Return the best tile of those tried on one H100 at LLaMA-2-7B's shapes. One warp a program leaves room for most
+    programs at once, so that most of the first rows are on their way before the activations are there."""
     if width < 2048:
         return Tile(1 if gated else 2, max(512, triton.next_power_of_2(width)), 1)
     return Tile(1 if gated else 2, 2048, 4 if gated else 1)
 
 
 def plain_tile(n_out: int, width: int, itemsize: int, gated: bool) -> Tile:
-    """As `split_tile`: 2.86 to 3.13 TB/s with FP16 weights, where cuBLAS reaches 2.04 to 2.78."""
+    """Return as `split_tile` does: 2.86 to 3.13 TB/s with FP16 weights, where cuBLAS reaches 2.04 to 2.78."""
     if itemsize == 1:
         return Tile(1 if gated else 2, 1024, 2)
     if width < 2048:

@@ -27,14 +27,14 @@ def _append(
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]  # (HEADS, 1)
     half = width // 2
-    at = tl.arange(0, HALF)[None, :]
+    at = tl.arange(0, HALF)[None, :]  # (1, HALF)
     inside = (at < half) & (head < heads + 2 * groups)
     x_ptr = qkv_ptr + row * (heads + 2 * groups) * width + head * width + at
-    first = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
+    first = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)  # (HEADS, HALF)
     second = tl.load(x_ptr + half, mask=inside, other=0.0).to(tl.float32)
-    cosine = tl.load(rope_ptr + (start + row) * width + at, mask=at < half, other=0.0)
+    cosine = tl.load(rope_ptr + (start + row) * width + at, mask=at < half, other=0.0)  # (1, HALF)
     sine = tl.load(rope_ptr + (start + row) * width + half + at, mask=at < half, other=0.0)
     turned = head < heads + groups
     kind = queries_ptr.dtype.element_ty
@@ -103,7 +103,7 @@ def _survey(x_ptr, marks_ptr, absmax_ptr, used_ptr, width, threshold, BLOCK: tl.
 
 
 def plain_rows(
-    x: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+    x: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
     """See `reference.plain_rows`; `x` is contiguous."""
     if threshold is None:
@@ -111,8 +111,10 @@ def plain_rows(
     rows, width = x.shape
     absmax = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = min(4096, triton.next_power_of_2(width))
-    _survey[(rows,)](x, marks, absmax, used, width, float(threshold), BLOCK=block, USED=used is not None, num_warps=4)
-    return Rows(x, threshold, absmax, marks)
+    _survey[(rows,)](
+        x, outlier_marks, absmax, used, width, float(threshold), BLOCK=block, USED=used is not None, num_warps=4,
+    )  # fmt: skip
+    return Rows(x, threshold, absmax, outlier_marks)
 
 
 @triton.jit
@@ -125,9 +127,9 @@ def _gate(
     peak = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, inner, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        gate = tl.load(x_ptr + row * 2 * inner + at, mask=at < inner, other=0.0).to(tl.float32)
+        gate = tl.load(x_ptr + row * 2 * inner + at, mask=at < inner, other=0.0).to(tl.float32)  # (BLOCK,)
         up = tl.load(x_ptr + row * 2 * inner + inner + at, mask=at < inner, other=0.0).to(tl.float32)
-        y = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)
+        y = (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty)  # (BLOCK,)
         tl.store(out_ptr + row * inner + at, y, mask=at < inner)
         if NOTE:
             peak = _note(y, at, at < noted, threshold, marks_ptr, peak)
@@ -136,17 +138,17 @@ def _gate(
 
 
 def gate_rows(
-    gate_up: torch.Tensor, threshold: float | None, marks: torch.Tensor | None, used: torch.Tensor | None = None
+    gate_up: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
     """See `reference.gate_rows`."""
-    rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, inner, dtype=gate_up.dtype, device=gate_up.device)
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
     _gate[(rows,)](
-        gate_up, out, marks, absmax, used, inner, float(threshold or 0),
-        BLOCK=min(2048, triton.next_power_of_2(inner)), NOTE=threshold is not None, USED=used is not None, num_warps=8,
+        gate_up, out, outlier_marks, absmax, used, width, float(threshold or 0),
+        BLOCK=min(2048, triton.next_power_of_2(width)), NOTE=threshold is not None, USED=used is not None, num_warps=8,
     )  # fmt: skip
-    return Rows(out, threshold, absmax, marks)
+    return Rows(out, threshold, absmax, outlier_marks)
 
 
 @triton.jit
@@ -157,7 +159,7 @@ def _norm(
     row = tl.program_id(0).to(tl.int64)
     noted = _noted_width(row, width, used_ptr, USED)
     at = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0)
+    x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0)  # (BLOCK,), the whole row
     gain = tl.load(gain_ptr + at, mask=at < width, other=0.0)
     wide = x.to(tl.float32)
     y = ((wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(x.dtype) * gain).to(x.dtype)
@@ -169,10 +171,10 @@ def _norm(
 
 def norm_rows(
     x: torch.Tensor,
-    gain: torch.Tensor,
+    norm_weight: torch.Tensor,
     eps: float,
     threshold: float | None,
-    marks: torch.Tensor | None,
+    outlier_marks: torch.Tensor | None,
     used: torch.Tensor | None = None,
 ) -> Rows:
     """See `reference.norm_rows`; `x` is contiguous."""
@@ -180,10 +182,10 @@ def norm_rows(
     out = torch.empty_like(x)
     absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=x.device)
     _norm[(rows,)](
-        x, gain, out, marks, absmax, used, width, eps, float(threshold or 0),
+        x, norm_weight, out, outlier_marks, absmax, used, width, eps, float(threshold or 0),
         BLOCK=triton.next_power_of_2(width), NOTE=threshold is not None, USED=used is not None, num_warps=8,
     )  # fmt: skip
-    return Rows(out, threshold, absmax, marks)
+    return Rows(out, threshold, absmax, outlier_marks)
 
 
 @dataclass(frozen=True)
@@ -211,13 +213,13 @@ def _code(
         scale = code_scale(tl.load(absmax_ptr + row), PTX)
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * width + at, mask=at < width, other=0.0).to(tl.float32)  # (BLOCK,)
             mark = tl.load(marks_ptr + at, mask=at < width, other=1)
             codes = tl.where(mark != 0, 0.0, rounded(x * scale, PTX))
             tl.store(codes_ptr + row * width + at, codes.to(tl.int8), mask=at < width)
     else:
         at = tl.arange(0, WHOLE)
-        mark = tl.load(marks_ptr + at, mask=at < width, other=0).to(tl.int32)
+        mark = tl.load(marks_ptr + at, mask=at < width, other=0).to(tl.int32)  # (WHOLE,)
         place = tl.cumsum(mark, 0)
         tl.store(columns_ptr + place - 1, at, mask=mark != 0)
         tl.store(count_ptr, tl.sum(mark, 0))
@@ -229,7 +231,7 @@ def _gather(x_ptr, w_ptr, columns_ptr, count_ptr, xo_ptr, wo_ptr, rows, width, G
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, GATHERED)
     listed = at < tl.load(count_ptr)
-    column = tl.load(columns_ptr + at, mask=listed, other=0)
+    column = tl.load(columns_ptr + at, mask=listed, other=0)  # (GATHERED,)
     if row < rows:
         x = tl.load(x_ptr + row * width + column, mask=listed, other=0.0)
         tl.store(xo_ptr + row * GATHERED + at, x.to(tl.float16))
@@ -246,7 +248,7 @@ def split_matrix(rows: Rows, weight: Int8Weight) -> SplitMatrix:
     gathered = torch.empty(count + n_out, GATHERED, dtype=torch.float16, device=device)
     split = SplitMatrix(codes, rows.absmax, columns[1:], columns[:1], gathered[:count], gathered[count:])
     _code[(count + 1,)](
-        rows.x, rows.marks, rows.absmax, codes, split.columns, split.count, count, width,
+        rows.x, rows.outlier_marks, rows.absmax, codes, split.columns, split.count, count, width,
         BLOCK=min(4096, triton.next_power_of_2(width)), WHOLE=triton.next_power_of_2(width), PTX=not INTERPRETED,
         num_warps=8,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from llmq.kernels.primitives import Int8Weight
 
 class Int8Linear(nn.Linear):
     """`weight`: int8 (out, in); `absmax`: float32 (out,), no buffer, so that bytes of weights and of scales stay apart.
-    `threshold` None keeps the activations in 16 bit. `marks`: int8 (in,), 1 at the columns that the last call
+    `threshold` None keeps the activations in 16 bit. `outlier_marks`: int8 (in,), 1 at the columns that the last call
     multiplied in 16 bit.
 
     A subclass of `nn.Linear`, so that hooks find it among the linear layers.
@@ -23,7 +23,7 @@ class Int8Linear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.codes, requires_grad=False)
         self.bias, self.absmax, self.threshold = bias, weight.absmax, threshold
-        self.marks: torch.Tensor | None = None
+        self.outlier_marks: torch.Tensor | None = None
         self._kernels, _ = kernels_for(str(weight.codes.device))
 
     @classmethod
@@ -39,10 +39,10 @@ class Int8Linear(nn.Linear):
             )
         rows = x.reshape(-1, self.in_features).contiguous()
         weight = Int8Weight(self.weight.data, self.absmax)
-        self.marks = marks = torch.zeros(self.in_features, dtype=torch.int8, device=x.device)
+        self.outlier_marks = outlier_marks = torch.zeros(self.in_features, dtype=torch.int8, device=x.device)
         with current(str(x.device)):
-            noted = self._kernels.plain_rows(rows, self.threshold, marks)
-            y = self._kernels.linear_rows(noted, weight, bias=self.bias)
+            prepared = self._kernels.plain_rows(rows, self.threshold, outlier_marks)
+            y = self._kernels.linear_rows(prepared, weight, bias=self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 

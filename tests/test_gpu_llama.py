@@ -111,17 +111,17 @@ def outliers(kernels, x, weight) -> set[int]:
     if len(x) == 1:
         made = split_vector(kernels, x)
         return set(made.index[: int(made.count)].tolist())
-    return set(noted(kernels, x).marks.nonzero().view(-1).tolist())
+    return set(noted(kernels, x).outlier_marks.nonzero().view(-1).tolist())
 
 
 @pytest.mark.demo
 @pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head"])
 def test_the_graph_replays_what_the_kernels_compute_for_500_tokens(method, demo, machine, monkeypatch):
-    from llmq.engine.captured import Runner
+    from llmq.engine.cuda_graph import StepGraph
 
     lean, ids = engine(machine, demo, method, "lean"), reference_ids(demo, 40)
     replayed = generate(lean, ids, 500)
-    monkeypatch.setattr(Runner, "step", Runner._step)
+    monkeypatch.setattr(StepGraph, "step", StepGraph._step)
     assert replayed == generate(lean, ids, 500)
 
 
@@ -168,14 +168,14 @@ def test_without_triton_or_a_graph_the_tokens_come_slower_and_one_line_says_so(m
 
 @pytest.mark.demo
 def test_out_of_memory_in_capture_fails_its_contestants_alone(demo, monkeypatch):
-    from llmq.engine.captured import Runner
+    from llmq.engine.cuda_graph import StepGraph
     from llmq.events import Failed, Finished
     from llmq.labs.compare import Comparison
 
-    def capture(runner):
+    def capture(step_graph):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Runner, "_capture", capture)
+    monkeypatch.setattr(StepGraph, "_capture", capture)
     contestants = tuple(map(Contestant.parse, ("fp16", "bnb-int8", "llm-int8")))
     few = SamplingSettings(max_new_tokens=3)
     comparison = Comparison(model="demo", prompt="Hello", contestants=contestants, device=GPU, sampling=few)
@@ -194,7 +194,7 @@ def test_a_generation_ends_with_the_context(demo, machine):
     generation = lean.start(ids, SamplingSettings(max_new_tokens=50))
     tokens = [generation.prefill(), *(generation.step() for _ in range(3))]
     generation.close()
-    assert all(0 <= t.token_id < lean.architecture.vocabulary for t in tokens)
+    assert all(0 <= t.token_id < lean.architecture.vocab_size for t in tokens)
     lean.warm_up((reference_ids(demo, 512) * 16)[: lean.context - 1])
 
 
@@ -247,10 +247,10 @@ def test_decode_steps_agree_with_the_prompt_path(demo, machine):
     ids, lean = reference_ids(demo, 300), engine(machine, demo, "fp16", "lean")
     generation = lean.start(ids[:200], SamplingSettings(max_new_tokens=100))
     generation.prefill()
-    expected, decoder = lean.logits(ids).float(), generation._runner.decoder
+    expected, decoder = lean.logits(ids).float(), generation._graph.decoder
     for place in range(200, 299):
         decoder.token.fill_(ids[place])
-        generation._runner.step()
+        generation._graph.step()
         p, q = decoder.logits.log_softmax(-1), expected[place].log_softmax(-1)
         assert (q.exp() * (q - p)).sum() < 5e-3
 
@@ -259,12 +259,12 @@ def test_decode_steps_agree_with_the_prompt_path(demo, machine):
 @pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head", "int8-weight-only"])
 def test_a_captured_prompt_is_a_prompt(method, demo, machine, monkeypatch):
     """Rows that only fill the graph's shape change nothing: same likelihoods, same text, whatever was there before."""
-    from llmq.engine.captured import Runner
+    from llmq.engine.cuda_graph import StepGraph
 
     lean, ids = engine(machine, demo, method, "lean"), reference_ids(demo, 300)
     lengths = [300, 5, 64, 65, 1, 200]
     captured = [first_token(lean, ids[:n]) for n in lengths]
-    monkeypatch.setattr(Runner, "prompt_of", lambda runner, tokens: None)
+    monkeypatch.setattr(StepGraph, "prompt_of", lambda step_graph, tokens: None)
     for (token, logprob), n in zip(captured, lengths, strict=True):
         expected, expected_logprob = first_token(lean, ids[:n])
         assert token == expected and abs(logprob - expected_logprob) < 0.02, n

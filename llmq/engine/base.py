@@ -1,4 +1,4 @@
-"""What every engine offers, and the two plain things they share."""
+"""The interface of every engine, and the loop over tokens that all of them share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHORTEST_CAPACITY = 256
 
 
 def capacity_for(tokens: int, context: int) -> int:
-    """Positions the lean loop makes room for: the next power of two, so that few graphs serve many lengths."""
+    """Return the positions the lean loop allocates: the next power of two, so that few graphs serve many lengths."""
     return min(context, max(SHORTEST_CAPACITY, 1 << (tokens - 1).bit_length()))
 
 
@@ -39,14 +39,14 @@ class Token:
 
 
 def token_of(token_id: float, logprob: float, seconds: float) -> Token:
-    """A token as a loop found it. Raises UserError where its probability is not a number."""
+    """Make a Token of what a loop found. Raises UserError where its probability is not a number."""
     if math.isnan(logprob):
         raise UserError(NOT_A_NUMBER)
     return Token(int(token_id), logprob, seconds)
 
 
 class Generation(Protocol):
-    """One answer in the making: `prefill()` gives token 0, each `step()` the next; `close()` frees its KV cache.
+    """One generation under way: `prefill()` gives token 0, each `step()` the next; `close()` frees its KV cache.
 
     Bytes: `kv_bytes` of the cache as allocated, `workspace_bytes` the most a call needed beyond weights and cache,
     `peak_bytes` the most both took together, `allocator_peak_bytes` everyone's on the device during our calls.
@@ -80,24 +80,24 @@ class Scorer(Writer, Protocol):
     """An engine that also tells the logits of a text."""
 
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
-        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
+        """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
 
 
 class Engine(Scorer, Protocol):
     """An engine that holds a model in this process: one model under one method on one device.
 
-    `model` holds the weights; `room_bytes` is what stays allocated beside them between generations. `under` gives a
+    `model` holds the weights; `reserved_bytes` is what stays allocated beside them between generations. `under` gives a
     view of the same weights with other live fields (a threshold), for generations of its own.
     """
 
     model: object
     method: Method
     scale_bytes: int
-    room_bytes: int
+    reserved_bytes: int
     read_bytes_per_token: int
 
     def under(self, method: Method) -> Engine: ...
-    def sixteen_bit_share(self, ids: list[int]) -> float: ...
+    def outlier_share(self, ids: list[int]) -> float: ...
 
 
 def generate(
@@ -119,7 +119,7 @@ def tokens_of(
     settings: SamplingSettings,
     stopped: Callable[[], bool] | None = None,
 ) -> Iterator[Token]:
-    """The one loop over tokens, and the one place where it ends. An end-of-text token is yielded, as 'eos'."""
+    """Yield the tokens of a generation until it ends: the one loop over tokens. An end-of-text is yielded, as 'eos'."""
     for number in range(1, settings.max_new_tokens + 1):
         token = generation.step() if number > 1 else generation.prefill(stopped)
         if token.token_id in engine.eos_ids:

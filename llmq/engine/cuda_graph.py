@@ -1,4 +1,4 @@
-"""What the lean loop captures on a GPU, and calls elsewhere: a decode step with its choice, and short prompts."""
+"""CUDA graphs of the lean loop: a decode step with its choice, and short prompts; elsewhere plain calls."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ log = logging.getLogger(__name__)
 
 
 def draw_of(settings: SamplingSettings) -> tuple:
-    """What of the settings is part of a captured step; greedy ignores all but the temperature."""
+    """Return the settings that a captured step depends on; greedy decoding depends on the temperature alone."""
     return (settings.temperature, settings.top_k, settings.top_p) if settings.temperature else (0.0,)
 
 
 @dataclass(frozen=True)
-class Flight:
-    """A step under way on a GPU: where on the host its token will be, and when that is."""
+class InFlight:
+    """A step under way on a GPU: where on the host its token arrives, and the events of its start and end."""
 
     chosen: torch.Tensor
     begun: torch.cuda.Event
     ended: torch.cuda.Event
 
     @classmethod
-    def make(cls) -> Flight:
+    def make(cls) -> InFlight:
         events = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         return cls(torch.empty(2, dtype=torch.float64, pin_memory=True), *events)
 
 
-class Runner:
+class StepGraph:
     """A decoder and the way to run its step: captured on a GPU, called elsewhere."""
 
     def __init__(self, engine, capacity: int, settings: SamplingSettings):
@@ -52,8 +52,8 @@ class Runner:
         self.kind = (capacity, draw_of(settings), engine.threshold)
         self.sampler = Sampler(settings, engine.device)
         on_gpu = engine.device.startswith("cuda")
-        self.slots = [Flight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
-        self.graph = captured(self._capture) if on_gpu else None
+        self.slots = [InFlight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
+        self.graph = try_capture(self._capture) if on_gpu else None
         self.prompts: dict[int, PromptGraph | None] = {}
 
     @property
@@ -65,17 +65,17 @@ class Runner:
         return self.decoder.workspace_bytes
 
     def prompt_of(self, tokens: int) -> PromptGraph | None:
-        """The captured reading of prompts about so long, made now if need be; None where there is none."""
+        """Return the graph that reads prompts of about so many tokens, captured now if needed; None if impossible."""
         rows = max(SHORTEST_PROMPT_GRAPH, 1 << (tokens - 1).bit_length())
         possible = self.graph and self.engine.kernels.prompts_can_be_captured
         if not possible or rows > min(LONGEST_PROMPT_GRAPH, self.decoder.capacity):
             return None
         if rows not in self.prompts:
-            self.prompts[rows] = captured(lambda: PromptGraph(self, rows))
+            self.prompts[rows] = try_capture(lambda: PromptGraph(self, rows))
         return self.prompts[rows]
 
     def step(self) -> None:
-        """One token: forward pass and choice."""
+        """Run one token: the forward pass and the choice of the next token."""
         if self.graph:
             self.graph.replay()
         else:
@@ -86,7 +86,7 @@ class Runner:
         self.choose()
 
     def choose(self) -> None:
-        """From the decoder's `logits` to its `token` and `chosen`."""
+        """Choose the next token: from the decoder's `logits` to its `token` and `chosen`."""
         decoder = self.decoder
         if self.sampler.settings.temperature == 0:
             decoder.choose_likeliest()
@@ -110,8 +110,8 @@ class Runner:
         return graph
 
 
-def captured(capture: Callable):
-    """What `capture` makes; None, and a line in the log, where it cannot be captured."""
+def try_capture(capture: Callable):
+    """Return what `capture` makes; where capturing fails, None and a line in the log."""
     try:
         return capture()
     except torch.OutOfMemoryError:
@@ -124,8 +124,8 @@ def captured(capture: Callable):
 class PromptGraph:
     """The reading of a prompt of up to `rows` tokens as a graph: hundreds of kernels, each shorter than its launch."""
 
-    def __init__(self, runner: Runner, rows: int):
-        engine, decoder = runner.engine, runner.decoder
+    def __init__(self, step_graph: StepGraph, rows: int):
+        engine, decoder = step_graph.engine, step_graph.decoder
         self.ids = torch.zeros(rows, dtype=torch.int64, device=engine.device)
         self.used = torch.full((1,), rows, dtype=torch.int32, device=engine.device)
         self.level = torch.cuda.memory_allocated(engine.device)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import tiny_llama
 
+from llmq.engine.base import Interrupted, capacity_for
 from llmq.engine.choice import choose_engines
 from llmq.engine.hf import HFEngine
-from llmq.engine.interface import Interrupted, capacity_for
-from llmq.engine.llama import LeanEngine
+from llmq.engine.llama_cuda import CudaLlama
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
@@ -53,7 +53,7 @@ class ModelTensors:
         return self.tensors[name].detach()
 
 
-def pair(method: str = "fp32", **changes) -> tuple[HFEngine, LeanEngine]:
+def pair(method: str = "fp32", **changes) -> tuple[HFEngine, CudaLlama]:
     """The same weights in both loops; FP32 for the dense methods, so that differences are bugs and not rounding."""
     model = tiny_llama(torch.float32, intermediate_size=64, **changes)
     method, int8 = METHODS[method], "int8" in method
@@ -61,7 +61,7 @@ def pair(method: str = "fp32", **changes) -> tuple[HFEngine, LeanEngine]:
     dtype = torch.float16 if int8 else torch.float32
     kind = {"dtype": dtype, "int8": int8, "int8_head": method.int8_head}
     weights = load_weights(ModelTensors(model), architecture, **kind, device="cpu", kernels=reference)
-    lean = LeanEngine(weights, architecture, method, "cpu", kernels=reference)
+    lean = CudaLlama(weights, architecture, method, "cpu", kernels=reference)
     return HFEngine(method.quantize_(model, "cpu").requires_grad_(False).eval(), method, "cpu"), lean
 
 
@@ -180,11 +180,12 @@ def test_bytes_are_those_of_the_tensors():
     assert generation.kv_bytes == 0
     generation.prefill()
     a = lean.architecture
-    assert generation.kv_bytes == 2 * a.layers * a.groups * a.width * capacity_for(len(PROMPT) + 300, a.context) * 4
+    capacity = capacity_for(len(PROMPT) + 300, a.context)
+    assert generation.kv_bytes == 2 * a.layers * a.kv_heads * a.head_dim * capacity * 4
     held = generation.kv_bytes
     generation.close()
     assert generation.kv_bytes == 0
-    assert lean.room_bytes > held  # cache and buffers stay with the engine, and are counted there
+    assert lean.reserved_bytes > held  # cache and buffers stay with the engine, and are counted there
     assert lean.read_bytes_per_token == lean.weight_bytes - lean.model.embedding.nbytes
 
 
@@ -232,7 +233,7 @@ def test_old_configurations_are_read_too():
     }
     old = shape | {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}
     found = architecture_of(old)
-    assert (found.rope.theta, found.rope.factor, found.groups, found.width) == (5e5, 8.0, 4, 16)
+    assert (found.rope.theta, found.rope.factor, found.kv_heads, found.head_dim) == (5e5, 8.0, 4, 16)
     assert architecture_of(shape | {"model_type": "qwen2"}).qkv_bias
     both = shape | {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 7.0}}
     assert architecture_of(both).rope.factor == 2.0  # transformers' order where a file has both

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 
 from llmq import cgroup
-from llmq.engine.interface import Interrupted, Token, capacity_for, token_of
-from llmq.engine.lean import LeanLoop, share_of_columns
+from llmq.engine.base import Interrupted, Token, capacity_for, token_of
+from llmq.engine.llama import LlamaEngine, share_of_columns
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.rope import rope_table
 from llmq.engine.sampling import Sampler, SamplingSettings
@@ -26,7 +26,7 @@ from llmq.methods import Method
 from llmq.models.architecture import Architecture
 
 
-class NativeEngine(LeanLoop):
+class CpuLlama(LlamaEngine):
     """One LLaMA under one method on the CPU, for one generation at a time. `weights` are packed (`library.Packing`)."""
 
     def __init__(
@@ -46,31 +46,31 @@ class NativeEngine(LeanLoop):
         self.pool = ThreadPool(self.library, threads or usable_threads(), self.library.llmq_regions(self.shape))
         self.threads = self.pool.threads
 
-    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> NativeGeneration:
+    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> CpuGeneration:
         """Begin a generation: nothing runs until its `prefill()`."""
-        return NativeGeneration(self, prompt_ids, settings)
+        return CpuGeneration(self, prompt_ids, settings)
 
-    def room(self, tokens: int) -> _Room:
-        """Cache and buffers for generations of up to `tokens` positions."""
+    def workspace(self, tokens: int) -> _CpuWorkspace:
+        """Return cache and buffers for generations of up to `tokens` positions."""
         capacity = capacity_for(tokens, self.context)
-        return self.take((capacity, self.threshold is not None), lambda: _Room(self, capacity))
+        return self.take((capacity, self.threshold is not None), lambda: _CpuWorkspace(self, capacity))
 
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
-        """(tokens, vocabulary) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
-        room = _Room(self, len(ids))
-        logits = torch.empty(len(ids), _eights(self.architecture.vocabulary))
-        room.read(ids, logits, every=True, stopped=stopped)
-        return logits[:, : self.architecture.vocabulary]
+        """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
+        workspace = _CpuWorkspace(self, len(ids))
+        logits = torch.empty(len(ids), _eights(self.architecture.vocab_size))
+        workspace.read(ids, logits, every=True, stopped=stopped)
+        return logits[:, : self.architecture.vocab_size]
 
     def outlier_columns(self, ids: list[int]) -> list[set[int]]:
-        """The columns that the library sends to 16 bit while it reads `ids`: of the inputs of qkv, output, gate_up and
-        down of each layer in turn."""
-        room = _Room(self, len(ids), watch=True)
-        room.read(ids, torch.empty(_eights(self.architecture.vocabulary)), every=False)
-        return [set(row.nonzero().view(-1).tolist()) for row in room.marks[: 4 * self.architecture.layers]]
+        """Return the columns that the library multiplies in 16 bit while it reads `ids`: of the inputs of qkv, output,
+        gate_up and down of each layer in turn."""
+        workspace = _CpuWorkspace(self, len(ids), watch=True)
+        workspace.read(ids, torch.empty(_eights(self.architecture.vocab_size)), every=False)
+        return [set(row.nonzero().view(-1).tolist()) for row in workspace.outlier_marks[: 4 * self.architecture.layers]]
 
-    def sixteen_bit_share(self, ids: list[int]) -> float:
-        """As `HFEngine.sixteen_bit_share`; of the layers but the head."""
+    def outlier_share(self, ids: list[int]) -> float:
+        """Return the same as `HFEngine.outlier_share`, over the layers without the head."""
         return share_of_columns(self.architecture, [len(columns) for columns in self.outlier_columns(ids)])
 
 
@@ -85,21 +85,21 @@ class ThreadPool:
         self.threads = library.pool_threads(self.address)
 
 
-class _Room:
+class _CpuWorkspace:
     """The memory of one generation at a time, and the library's view of it."""
 
-    def __init__(self, engine: NativeEngine, capacity: int, *, watch: bool = False):
+    def __init__(self, engine: CpuLlama, capacity: int, *, watch: bool = False):
         a = engine.architecture
         self.engine, self.capacity = engine, capacity
         self.kind = (capacity, engine.threshold is not None)
         kind = torch.bfloat16 if engine.method.dtype == "bfloat16" else torch.float16
-        self.cache = torch.empty(2, a.layers, a.groups, capacity, a.width, dtype=kind)
+        self.cache = torch.empty(2, a.layers, a.kv_heads, capacity, a.head_dim, dtype=kind)
         self.rope = rope_table(a, capacity, "cpu")
-        self.logits = torch.empty(_eights(a.vocabulary))
+        self.logits = torch.empty(_eights(a.vocab_size))
         self.chosen = (ctypes.c_double * 2)()
         self.buffers = self._buffers(0)
-        widest = max(a.hidden, a.inner, a.heads * a.width)
-        self.marks = torch.zeros(4 * a.layers + 1, _eights(widest), dtype=torch.uint8) if watch else None
+        widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
+        self.outlier_marks = torch.zeros(4 * a.layers + 1, _eights(widest), dtype=torch.uint8) if watch else None
         self.read_bytes = 0  # what the last prompt needed besides
 
     @property
@@ -113,7 +113,7 @@ class _Room:
     def read(
         self, ids: list[int], logits: torch.Tensor, *, every: bool, stopped: Callable[[], bool] | None = None
     ) -> None:
-        """Fill the cache from `ids`; see llama.h. Raises Interrupted, and IndexError for what has no room."""
+        """Fill the cache from `ids`; see llama.h. Raises Interrupted, and IndexError for tokens beyond the capacity."""
         library = self.engine.library
         self._require(ids, first=0)
         buffers = self._buffers(len(ids))
@@ -130,15 +130,15 @@ class _Room:
         self.engine.library.llmq_step(self._session(self.buffers), token, position, self.logits.data_ptr(), self.chosen)
 
     def _require(self, ids: list[int], *, first: int) -> None:
-        """The library believes what it is told."""
+        """Check the range of positions and tokens: the library itself checks nothing."""
         if not (ids and 0 <= first and first + len(ids) <= self.capacity):
             raise IndexError(f"{len(ids)} tokens from position {first}; there is room for {self.capacity}")
-        if not (0 <= min(ids) and max(ids) < self.engine.architecture.vocabulary):
-            raise IndexError(f"token {min(ids)} or {max(ids)}; there are {self.engine.architecture.vocabulary}")
+        if not (0 <= min(ids) and max(ids) < self.engine.architecture.vocab_size):
+            raise IndexError(f"token {min(ids)} or {max(ids)}; there are {self.engine.architecture.vocab_size}")
 
     def _buffers(self, rows: int) -> torch.Tensor:
         engine, splits = self.engine, self.engine.threshold is not None
-        size = engine.library.llmq_room_bytes(engine.shape, engine.threads, self.capacity, rows, splits)
+        size = engine.library.llmq_workspace_bytes(engine.shape, engine.threads, self.capacity, rows, splits)
         return torch.empty(size, dtype=torch.uint8)
 
     def _session(self, buffers: torch.Tensor) -> Session:
@@ -153,29 +153,29 @@ class _Room:
             self.capacity,
             engine.threshold is not None,
             engine.threshold or 0.0,
-            self.marks.shape[1] if self.marks is not None else 0,
-            self.marks.data_ptr() if self.marks is not None else None,
+            self.outlier_marks.shape[1] if self.outlier_marks is not None else 0,
+            self.outlier_marks.data_ptr() if self.outlier_marks is not None else None,
             buffers.data_ptr(),
         )
 
 
-class NativeGeneration:
-    """One answer in the making; see `interface.Generation`."""
+class CpuGeneration:
+    """One generation under way; see `base.Generation`."""
 
     allocator_peak_bytes = 0  # a CPU has no allocator to ask
 
-    def __init__(self, engine: NativeEngine, prompt_ids: list[int], settings: SamplingSettings):
+    def __init__(self, engine: CpuLlama, prompt_ids: list[int], settings: SamplingSettings):
         assert prompt_ids, "a generation needs at least one prompt token"
         self._engine, self._prompt_ids, self._settings = engine, prompt_ids, settings
         self._sampler = Sampler(settings, "cpu")
-        self._room: _Room | None = None
+        self._workspace: _CpuWorkspace | None = None
         self._position, self._token = len(prompt_ids), -1
         self.workspace_bytes = 0
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the room for keys and values, exact tensor sizes."""
-        return self._room.kv_bytes if self._room else 0
+        """Bytes allocated for keys and values, exact tensor sizes."""
+        return self._workspace.kv_bytes if self._workspace else 0
 
     @property
     def peak_bytes(self) -> int:
@@ -184,37 +184,37 @@ class NativeGeneration:
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
         engine = self._engine
-        self._room = engine.room(min(engine.context, len(self._prompt_ids) + self._settings.max_new_tokens))
-        self._room.engine = engine  # whose threshold it computes with
+        self._workspace = engine.workspace(min(engine.context, len(self._prompt_ids) + self._settings.max_new_tokens))
+        self._workspace.engine = engine  # whose threshold it computes with
         with engine.timer:
-            self._room.read(self._prompt_ids, self._room.logits, every=False, stopped=stopped)
+            self._workspace.read(self._prompt_ids, self._workspace.logits, every=False, stopped=stopped)
             token_id, logprob = self._choose()
-        self.workspace_bytes = self._room.workspace_bytes + self._room.read_bytes
+        self.workspace_bytes = self._workspace.workspace_bytes + self._workspace.read_bytes
         return self._made(token_id, logprob)
 
     def step(self) -> Token:
         """Sample the next token."""
-        assert self._room is not None, "prefill before the first step"
+        assert self._workspace is not None, "prefill before the first step"
         with self._engine.timer:
-            self._room.step(self._token, self._position)
+            self._workspace.step(self._token, self._position)
             token_id, logprob = self._choose()
         self._position += 1
         return self._made(token_id, logprob)
 
     def _choose(self) -> tuple[float, float]:
         if self._settings.temperature == 0:
-            return tuple(self._room.chosen)
-        return tuple(self._sampler.choose(self._room.logits[: self._engine.architecture.vocabulary]).tolist())
+            return tuple(self._workspace.chosen)
+        return tuple(self._sampler.choose(self._workspace.logits[: self._engine.architecture.vocab_size]).tolist())
 
     def _made(self, token_id: float, logprob: float) -> Token:
         self._token = int(token_id) if not math.isnan(token_id) else 0
         return token_of(token_id, logprob, self._engine.timer.seconds)
 
     def close(self) -> None:
-        """Give the room back for the next generation; the object is of no more use."""
-        if self._room:
-            self._engine.spare.append(self._room)
-        self._room = None
+        """Give the workspace back for the next generation; the object is of no more use."""
+        if self._workspace:
+            self._engine.spare.append(self._workspace)
+        self._workspace = None
 
 
 def _model(weights: LlamaWeights, a: Architecture, dtype: str) -> Model:
@@ -232,15 +232,15 @@ def _model(weights: LlamaWeights, a: Architecture, dtype: str) -> Model:
             for layer in weights.layers
         )
     )
-    sizes = (a.layers, a.hidden, a.inner, a.heads, a.groups, a.width, a.vocabulary)
+    sizes = (a.layers, a.hidden_size, a.intermediate_size, a.heads, a.kv_heads, a.head_dim, a.vocab_size)
     kind = KINDS[torch.bfloat16 if dtype == "bfloat16" else torch.float16]
     head, embedding = weights.head.matrix(), weights.embedding.matrix()
     return Model(*sizes, kind, a.eps, layers, embedding, head, weights.norm.data_ptr())
 
 
 def usable_threads() -> int:
-    """Torch's number, but no more than a container's share of the processors: threads beyond it would be put to sleep
-    in the middle of a token."""
+    """Return torch's number of threads, but no more than a container's share of the processors: threads beyond it would
+    be put to sleep in the middle of a token."""
     return max(1, math.ceil(min(torch.get_num_threads(), cgroup.processors())))
 
 

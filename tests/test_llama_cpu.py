@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import tiny_llama
-from test_lean import KINDS, PROMPT, ModelTensors, generate
+from test_llama_cuda import KINDS, PROMPT, ModelTensors, generate
 
+from llmq.engine.base import Interrupted, capacity_for
 from llmq.engine.choice import choose_engines
-from llmq.engine.interface import Interrupted, capacity_for
-from llmq.engine.llama import LeanEngine
+from llmq.engine.llama_cuda import CudaLlama
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
@@ -32,7 +32,7 @@ from llmq.models.architecture import Architecture, Rope, architecture_of
 if reason := why_not_native():
     pytest.skip(reason, allow_module_level=True)
 
-from llmq.engine.native import NativeEngine  # noqa: E402
+from llmq.engine.llama_cpu import CpuLlama  # noqa: E402
 from llmq.kernels.cpu import library  # noqa: E402
 from llmq.kernels.cpu.library import Matrix, Packing, open_library, quantize_rows  # noqa: E402
 
@@ -79,8 +79,8 @@ def built(source, architecture, method: str, *, packed: bool, threads: int = 2, 
         form=Packing() if packed else None,
     )
     if packed:
-        return NativeEngine(weights, architecture, method, threads=threads)
-    return LeanEngine(weights, architecture, method, "cpu", kernels=with_cache_of(dtype))
+        return CpuLlama(weights, architecture, method, threads=threads)
+    return CudaLlama(weights, architecture, method, "cpu", kernels=with_cache_of(dtype))
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -107,12 +107,11 @@ class DrawnTensors:
     """Weights of any shape, each drawn from its name."""
 
     def __init__(self, a: Architecture):
-        q, kv = a.heads * a.width, a.groups * a.width
-        self.shapes = {"q_proj": (q, a.hidden), "k_proj": (kv, a.hidden), "v_proj": (kv, a.hidden)}
-        self.shapes |= {"o_proj": (a.hidden, q), "gate_proj": (a.inner, a.hidden), "up_proj": (a.inner, a.hidden)}
-        self.shapes |= {"down_proj": (a.hidden, a.inner), "embed_tokens": (a.vocabulary, a.hidden)}
+        q, kv, n, m = a.heads * a.head_dim, a.kv_heads * a.head_dim, a.hidden_size, a.intermediate_size
+        self.shapes = {"q_proj": (q, n), "k_proj": (kv, n), "v_proj": (kv, n), "o_proj": (n, q)}
+        self.shapes |= {"gate_proj": (m, n), "up_proj": (m, n), "down_proj": (n, m), "embed_tokens": (a.vocab_size, n)}
         self.shapes["lm_head"] = self.shapes["embed_tokens"]
-        self.other = (a.hidden,)
+        self.other = (n,)
 
     def __contains__(self, name: str) -> bool:
         return True
@@ -137,8 +136,8 @@ UGLY = [
 def test_ugly_shapes(shape, method):
     hidden, inner, heads, groups, width, vocabulary = shape
     a = Architecture(
-        layers=2, hidden=hidden, inner=inner, heads=heads, groups=groups, width=width, vocabulary=vocabulary,
-        context=64, eps=1e-5, rope=Rope(10000.0), tied=True, qkv_bias=False, output_bias=False,
+        layers=2, hidden_size=hidden, intermediate_size=inner, heads=heads, kv_heads=groups, head_dim=width,
+        vocab_size=vocabulary, context=64, eps=1e-5, rope=Rope(10000.0), tied=True, qkv_bias=False, output_bias=False,
     )  # fmt: skip
     ids = [i % vocabulary for i in range(21)]
     expected = built(DrawnTensors(a), a, method, packed=False).logits(ids)
@@ -237,7 +236,7 @@ def test_gate_rows_and_up_rows_alternate_in_blocks():
     assert packed.absmax.tolist() == [float(n) for block in blocks for n in block]
 
 
-def tiny(method: str = "llm-int8", **changes) -> NativeEngine:
+def tiny(method: str = "llm-int8", **changes) -> CpuLlama:
     model = tiny_llama(torch.float32, intermediate_size=64, **changes)
     return built(ModelTensors(model), architecture_of(model.config.to_dict()), method, packed=True)
 
@@ -263,13 +262,13 @@ def test_a_weight_that_is_not_a_number_stops_the_run(method):
 def test_what_has_no_room_never_reaches_the_library():
     native = tiny("fp16", max_position_embeddings=64)
     native.warm_up([1] * 63)  # one step less than usual: the context ends
-    room = native.room(64)
+    workspace = native.workspace(64)
     for ids in ([], [1] * 65, [259], [-1]):
         with pytest.raises(IndexError):
-            room.read(ids, room.logits, every=False)
+            workspace.read(ids, workspace.logits, every=False)
     for token, position in ((1, 64), (1, -1), (259, 3)):
         with pytest.raises(IndexError):
-            room.step(token, position)
+            workspace.step(token, position)
 
 
 def test_a_matrix_may_lie_the_other_way():
@@ -319,8 +318,10 @@ def test_the_peak_is_everything_that_was_held_at_once():
     generation.prefill()
     longest = generation.peak_bytes
     generation.close()
-    held, capacity = native.room_bytes, capacity_for(len(PROMPT) + 4, native.context)
-    assert longest == held + native.library.llmq_room_bytes(native.shape, native.threads, capacity, len(PROMPT), True)
+    held, capacity = native.reserved_bytes, capacity_for(len(PROMPT) + 4, native.context)
+    assert longest == held + native.library.llmq_workspace_bytes(
+        native.shape, native.threads, capacity, len(PROMPT), True
+    )
     shorter = native.start(PROMPT[:3], SamplingSettings(max_new_tokens=4))
     shorter.prefill()
     assert held < shorter.peak_bytes < longest
