@@ -20,6 +20,7 @@ from llmq.engine.base import Interrupted, capacity_for
 from llmq.engine.choice import choose_engines
 from llmq.engine.llama_cuda import CudaLlama
 from llmq.engine.llama_weights import load_weights
+from llmq.engine.rope import rope_table
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.kernels import primitives, reference
@@ -316,12 +317,16 @@ def test_the_peak_is_everything_that_was_held_at_once():
     native = tiny("llm-int8")
     generation = native.start(PROMPT, SamplingSettings(max_new_tokens=4))
     generation.prefill()
-    longest = generation.peak_bytes
+    longest, cache = generation.peak_bytes, generation.kv_bytes
     generation.close()
-    held, capacity = native.reserved_bytes, capacity_for(len(PROMPT) + 4, native.context)
-    assert longest == held + native.library.llmq_workspace_bytes(
-        native.shape, native.threads, capacity, len(PROMPT), True
-    )
+    a, held, capacity = native.architecture, native.reserved_bytes, capacity_for(len(PROMPT) + 4, native.context)
+
+    def buffers(rows: int) -> int:
+        return native.library.llmq_workspace_bytes(native.shape, native.threads, capacity, rows, True)
+
+    logits = 4 * -(-a.vocab_size // 8) * 8
+    assert held == cache + rope_table(a, capacity, "cpu").nbytes + logits + buffers(0)
+    assert cache == 2 * a.layers * a.kv_heads * capacity * a.head_dim * 2 and longest == held + buffers(len(PROMPT))
     shorter = native.start(PROMPT[:3], SamplingSettings(max_new_tokens=4))
     shorter.prefill()
     assert held < shorter.peak_bytes < longest
