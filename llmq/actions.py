@@ -77,7 +77,7 @@ def answer(question, machine=None):
 
 
 def _show_run(run: Run, summary: Summary, options) -> int:
-    from llmq.labs.compare import RunAnswer
+    from llmq.labs.run_answer import RunAnswer
 
     found = RunAnswer(run, summary)
     if options.save:

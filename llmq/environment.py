@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from llmq import cgroup, telemetry
@@ -29,6 +28,10 @@ def device_named(name: str | None) -> str:
 
     if not name:
         return default_device()
+    if "://" in name:
+        raise BadChoice(f"device {name!r} is a server; llmq computes in this process only so far")
+    if "," in name or "+" in name:
+        raise BadChoice(f"device {name!r} names several devices; llmq computes on one so far, such as cuda:0")
     count = torch.cuda.device_count()
     choices = ["cpu", *(f"cuda:{i}" for i in range(count))]
     name = "cuda:0" if name == "cuda" else name
@@ -83,6 +86,8 @@ def describe(device: str, source: Source | None = None) -> dict:
 
 
 def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {}
     for package in PACKAGES[1:]:
         try:

@@ -137,6 +137,7 @@ def _itemsize(method: Method) -> int:
 
 def _workspace(config: PretrainedConfig, *, tokens: int, batch: int, itemsize: int) -> int:
     hidden, ffn = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
-    # Residual, norm, q, k, v and attention output, then gate, up and their product; int32 sums double the widest.
-    rows = batch * tokens * itemsize * (6 * hidden + 3 * ffn + 2 * ffn)
+    wide = max(hidden, getattr(config, "num_attention_heads", 0) * (getattr(config, "head_dim", None) or 0))
+    # Residual and norm; q, k, v, two for their rotation, attention output; gate, up, product, and an int32 sum of two.
+    rows = batch * tokens * itemsize * (2 * hidden + 6 * wide + 3 * ffn + 2 * ffn)
     return rows + 4 * 2 * batch * config.vocab_size

@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_llama
 from torch import nn
 
 from llmq.bench.hooks import HooksBench, held_bytes
@@ -59,8 +60,6 @@ def owned(array: np.ndarray) -> tuple[int, int]:
 
 
 def test_held_bytes_are_those_of_every_array_once():
-    from conftest import tiny_llama
-
     report = observe(tiny_llama(torch.float16), torch.arange(9)[None], new_tokens=3)
     arrays = [array for peak in report.stream for array in (peak.absmax, peak.tokens)]
     for module in report.modules:
@@ -181,18 +180,21 @@ def test_what_stays_on_the_device_is_statistics(capture):
 @pytest.mark.parametrize("compared_as", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_counting_by_bits_equals_looking_for_every_bin(dtype, compared_as):
-    """All 16-bit magnitudes, infinity and NaN among them, and many of them several times."""
+    """All 16-bit magnitudes, infinity and NaN among them, and many of them several times.
+
+    Of 16-bit numbers the bits are counted; of 32-bit ones the bin of each is looked for.
+    """
     every = torch.arange(1 << 15, dtype=torch.int16)
     x = torch.cat([every, every[torch.randint(1 << 15, (5000,))]]).view(dtype)
-    by_bits = reductions._count_bits(x, compared_as, None, 1)
-    assert torch.equal(by_bits, reductions._count_values(x, compared_as, None, 1))
+    by_bits = reductions.count_bins(x, compared_as)
+    assert torch.equal(by_bits, reductions.count_bins(x.float(), compared_as))
     found = reductions.phase_statistics(np.zeros(1, np.float32), by_bits[0].numpy(), len(x))
     numbers = x.float().numpy()
     expected = [int((numbers >= cutoff(threshold, compared_as)).sum()) for threshold in THRESHOLDS]
     assert found.counts.tolist() == expected and found.nan == int(x.isnan().sum()) > 0
     owner = (torch.arange(len(x)) % 3 * reductions.BINS).int()
-    shared = reductions._count_bits(x, compared_as, owner, 3)
-    assert torch.equal(shared, reductions._count_values(x, compared_as, owner, 3))
+    shared = reductions.count_bins(x, compared_as, owner, 3)
+    assert torch.equal(shared, reductions.count_bins(x.float(), compared_as, owner, 3))
 
 
 def test_values_are_counted_the_same_in_pieces(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,55 @@ def test_the_one_damaged_module_is_the_one_that_repairs(whole, name):
     assert {patch.margin for patch in found.patches[1:]} == {found.margin} and found.margin < 0
     damaged = kind_and_layer(name)[1]
     assert [entry.relative == 0 for entry in found.layers] == [layer < damaged for layer in range(LAYERS)]
+
+
+def first_order(baseline: nn.Module, model: nn.Module, ids: list[int], pair: tuple[int, int]) -> dict[str, float]:
+    """For each linear layer of `model` but the head: how fast the baseline's margin of `pair` grows when the layer's
+    output moves towards what the baseline's layer makes of the same input. By differences of plain forward passes."""
+    inputs = {}
+    for name, linear in linear_modules(model).items():
+        linear.register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0].double()}))
+    last_logits(model, ids)
+    exact, step = copy.deepcopy(baseline).double(), 1e-2
+
+    def margin(name: str, repair: torch.Tensor, scale: float) -> float:
+        hook = exact.get_submodule(name).register_forward_hook(lambda m, args, y: y + scale * repair)
+        with torch.inference_mode():
+            logits = exact(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        hook.remove()
+        return float(logits[pair[0]] - logits[pair[1]])
+
+    found = {}
+    with torch.inference_mode():
+        for name, x in inputs.items():
+            repair = exact.get_submodule(name)(x) - model.get_submodule(name)(x.to(next(model.parameters()).dtype))
+            found[name] = (margin(name, repair, step) - margin(name, repair, -step)) / (2 * step)
+    return found
+
+
+def tried(found) -> list[str]:
+    """The modules in the order in which they were put back."""
+    return [entry.message.split()[0] for entry in found if isinstance(entry, Progress) and "in 16 bit" in entry.message]
+
+
+@pytest.mark.parametrize("method", ["vectorwise", "absmax"])
+def test_the_module_that_promises_most_is_tried_first(whole, method):
+    """So a stop after a few patches has seen the best; by name or by layer it would have seen the first."""
+    model = METHODS[method].quantize_(tiny_llama(**SHAPE), "cpu").requires_grad_(False).eval()
+    position = parting_at(whole, model)
+    found = list(explain_token(whole, model, IDS, position, threshold=6.0))
+    pair, order = (last(found).baseline_token, last(found).other_token), tried(found)
+    promise = first_order(whole, model, IDS[:position], pair)
+    assert set(order) == set(promise) - {"lm_head"} and len(order) == 7 * LAYERS
+    found = [promise[name] for name in order]
+    assert all(one > other - 1e-3 for one, other in pairwise(found)), "norms round to float32 in float64 models too"
+    assert found[0] > 0.1 and found[-1] < -0.02 and order != sorted(order), "some would make it worse, and come last"
+
+
+@pytest.mark.parametrize("name", [f"model.layers.{end}_proj" for end in ("0.self_attn.v", "1.mlp.down", "2.mlp.up")])
+def test_the_one_damaged_module_is_tried_first(whole, name):
+    model = replaced(whole, name)
+    assert tried(explain_token(whole, model, IDS, parting_at(whole, model), threshold=6.0))[0] == name
 
 
 def test_every_patch_is_a_plain_forward_pass_with_that_module_swapped(case):
@@ -301,4 +351,4 @@ def test_the_job_is_the_same_question_put_to_loaded_engines(tiny_folder, contest
     assert any(isinstance(event, Progress) for event in events)
     models = (engine_of(machine, tiny_folder, name).model for name in ("fp16", contestant))
     assert events[-1] == last(explain_token(*models, IDS, 30, threshold=asked.threshold))
-    assert [hooks_left(engine.model) for engine in machine.pool._engines.values()] == [0, 0]
+    assert [hooks_left(machine.pool.get(key)[0].model) for key in machine.pool] == [0, 0]

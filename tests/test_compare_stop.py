@@ -109,7 +109,7 @@ def test_closing_the_stream_early_gives_the_device_back(events_taken, tiny_folde
     stream = machine.run(comparison(tiny_folder))
     for _ in range(events_taken):
         next(stream)
-    assert len(machine.queue._line) == 1
+    assert machine.queue.waiting == 1
     stream.close()
     assert_free(tiny_folder, machine, whole)
 
@@ -176,4 +176,4 @@ def test_positions_in_line_are_told_as_they_change(tiny_folder):
         seen.append(next(stream))
         stream.close()
     assert seen == [Waiting(seconds=0.0, position=2), Waiting(seconds=1, position=2), Waiting(seconds=2, position=1)]
-    assert queue._line == []
+    assert queue.waiting == 0

@@ -16,8 +16,9 @@ import torch
 
 from llmq.cache import cache_folder
 from llmq.errors import ModelUnavailable, UserError
+from llmq.events import Progress
 from llmq.models import demo
-from llmq.models.demo import GGUF_NAME, MANIFEST, Progress, demo_folder, is_ready, prepare_demo
+from llmq.models.demo import GGUF_NAME, MANIFEST, demo_folder, is_ready, prepare_demo
 from llmq.models.gguf_convert import _separate_halves
 
 LOCK = ".demo.lock"

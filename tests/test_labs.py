@@ -272,7 +272,7 @@ def test_an_edited_model_is_gone_before_the_next_one_comes(folder):
     assert sum(edited for edited, _ in machine.models) == 8 and machine.crowd == 0
     gc.collect()
     assert not [model for edited, model in machine.models if edited and model() is not None]
-    assert {key.model.source.edit for key in machine.pool._engines} == {None}
+    assert {key.model.source.edit for key in machine.pool} == {None}
     base = key_of(folder, "fp16", loop="lean")
     assert base in machine.pool and replace(base, loop="hf") in machine.pool, "engines without an edit stay"
 
@@ -289,7 +289,7 @@ def test_a_stop_keeps_the_rows_so_far(folder, rows):
         assert not isinstance(last, RowAnswer) and machine.pool.bytes_on("cpu") == 0
         return
     assert last.done and last.result["stopped"] and len(last.result["results"]) == rows
-    assert {key.model.source.edit for key in machine.pool._engines} == {None}
+    assert {key.model.source.edit for key in machine.pool} == {None}
     assert run(Silencing(model=folder, counts=(1,), draws=1), machine)["results"]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_config, tiny_llama
 from tiny_runs import engine_of, light, source_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from llmq import memory
@@ -24,8 +26,10 @@ GB = 10**9
 
 
 @pytest.fixture(autouse=True, scope="module")
-def lightly():
-    with light():
+def lightly(tmp_path_factory):
+    """In a cache of its own, where the statistics of calibrated methods go."""
+    with light(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
@@ -130,6 +134,60 @@ def test_what_is_not_known_is_said_and_is_no_zero(tmp_path, capsys):
     assert capsys.readouterr().out.count("not known") == 2
 
 
+class Live(TorchDispatchMode):
+    """While inside: the most bytes that tensors made in it held at once."""
+
+    def __init__(self, *there: torch.Tensor):
+        super().__init__()
+        self.level = self.peak = 0
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in there}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return made
+
+    def _see(self, storage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address not in self.known:
+            self.known.add(address)
+            self.level += size
+            self.peak = max(self.peak, self.level)
+            weakref.finalize(storage, self._gone, address, size)
+
+    def _gone(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.level -= size
+
+
+@pytest.mark.parametrize("method", ["fp16", "fp32"])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 64), (1, 300), (4, 64)])
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({}, 2),
+        ({"hidden_size": 64, "intermediate_size": 180, "num_attention_heads": 8, "num_key_value_heads": 1}, 2),
+        ({"hidden_size": 64, "intermediate_size": 16, "num_attention_heads": 8, "num_key_value_heads": 8}, 2),
+        ({"intermediate_size": 512}, 2),  # hardly anything but gate, up and down
+        ({"hidden_size": 256, "intermediate_size": 32}, 2),  # hardly anything but attention
+        ({"head_dim": 64, "intermediate_size": 16}, 2),  # heads that are wider together than the residual stream
+        ({"vocab_size": 40_000}, 5),  # the logits, which sampling copies into wider numbers
+    ],
+    ids=["plain", "one kv head", "many kv heads", "wide mlp", "narrow mlp", "wide heads", "large vocabulary"],
+)
+def test_the_workspace_is_an_upper_estimate_of_a_real_prefill(changes, most, batch, tokens, method):
+    """And at most twice what a dense model's tensors, the cache's apart, really take at once."""
+    model = tiny_llama(getattr(torch, METHODS[method].dtype), max_position_embeddings=512, **changes)
+    predicted = memory.predict(meta_model(model.config), METHODS[method], tokens=tokens, batch=batch)
+    cache, ids = DynamicCache(config=model.config), torch.ones(batch, tokens, dtype=torch.long)
+    with torch.inference_mode(), Live(ids, *model.parameters(), *model.buffers()) as live:
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    real = live.peak - predicted.kv
+    assert real <= predicted.workspace <= most * real
+
+
 def need(*totals: int) -> list[Prediction]:
     return [Prediction(weights=total - 3, scales=1, kv=1, workspace=1) for total in totals]
 
@@ -154,11 +212,12 @@ def test_a_plan_changes_where_memory_ends(asked, totals, free, chosen):
     assert memory.fit_together(need(*totals), free) == (sum(totals) <= 0.95 * free)
 
 
-def test_a_changed_plan_says_why_in_bytes():
-    reason = memory.plan("interleave", need(13 * GB, 7 * GB), 16 * GB).reason
-    assert "20.00 GB" in reason and "16.00 GB are free" in reason and "in turn" in reason
-
-
-@pytest.mark.parametrize("totals", [(99,), (50, 50, 50)], ids=["one", "three"])
-def test_the_reason_speaks_of_both_only_where_there_are_two(totals):
-    assert "both" not in memory.plan("interleave", need(*totals), 100).reason
+@pytest.mark.parametrize(
+    ("totals", "needed"),
+    [((17,), "17.00 GB"), ((13, 7), "20.00 GB"), ((5, 6, 9.5), "20.50 GB")],
+    ids=["one", "two", "three"],
+)
+def test_a_changed_plan_says_why_in_bytes(totals, needed):
+    """The need of all of them together, however many they are."""
+    reason = memory.plan("interleave", need(*(int(total * GB) for total in totals)), 16 * GB).reason
+    assert f"need {needed} and 16.00 GB are free" in reason and "in turn" in reason

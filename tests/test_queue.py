@@ -23,6 +23,8 @@ def test_positions_count_those_in_front():
     with queue.turn() as first, queue.turn() as second, queue.turn() as third:
         assert [turn.position for turn in (first, second, third)] == [0, 1, 2]
         assert [turn.wait(0) for turn in (first, second, third)] == [True, False, False]
+        assert queue.waiting == 3
+    assert queue.waiting == 0
 
 
 def test_leaving_while_waiting_moves_those_behind_up():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import psutil
@@ -218,6 +220,41 @@ def test_leaving_stops_at_once():
 def test_a_rate_too_low_to_see_a_run_is_refused():
     with pytest.raises(AssertionError, match="0.1 Hz"):
         Sampler(hz=0.1)
+
+
+LIBC = ctypes.CDLL(None)
+LIBC.malloc.restype, LIBC.malloc.argtypes, LIBC.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+
+@pytest.mark.skipif(not hasattr(LIBC, "mallinfo2"), reason="a C library that does not count its blocks")
+@pytest.mark.parametrize(("blocks", "size"), [(1, 64 << 20), (4096, 16 << 10)], ids=["mapped", "heap"])
+def test_blocks_of_the_c_library_are_seen_to_come_and_go(blocks, size):
+    """64 MB: as one block, which the system maps by itself; and as many, which lie in the heap and stay there."""
+    before = telemetry.used_bytes("cpu")[1]
+    made = [LIBC.malloc(size) for _ in range(blocks)]
+    between = telemetry.used_bytes("cpu")[1]
+    for block in made:
+        LIBC.free(block)
+    after = telemetry.used_bytes("cpu")[1]
+    assert between - before == pytest.approx(blocks * size, rel=0.05)
+    assert between - after == pytest.approx(blocks * size, rel=0.05)
+
+
+def test_the_resident_size_shows_a_tensor_once_it_is_written_to():
+    """Until then the system has only promised the memory."""
+    size, seen = 64 << 20, [telemetry.used_bytes("cpu")[0]]
+    tensor = torch.empty(size, dtype=torch.uint8)
+    seen.append(telemetry.used_bytes("cpu")[0])
+    tensor.fill_(1)
+    seen.append(telemetry.used_bytes("cpu")[0])
+    del tensor
+    seen.append(telemetry.used_bytes("cpu")[0])
+    changes = [after - before for before, after in pairwise(seen)]
+    assert changes == pytest.approx([0, size, -size], abs=0.05 * size)
+
+
+def test_a_gpu_s_used_bytes_are_torch_s_live_tensors(gpu):
+    assert telemetry.used_bytes("cuda:0") == (4321,)
 
 
 def test_free_bytes_of_this_machine():

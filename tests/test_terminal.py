@@ -16,8 +16,8 @@ import pytest
 
 from llmq.cli import main
 from llmq.errors import UserError
-from llmq.events import Finished, Run, TimedEvent
-from llmq.models.demo import Progress, demo_folder
+from llmq.events import Finished, Progress, Run, TimedEvent
+from llmq.models.demo import demo_folder
 from llmq.models.loading import quiet_libraries
 from llmq.terminal import as_typed, show_progress, spelled
 
@@ -99,8 +99,8 @@ def test_a_reader_who_has_seen_enough_is_no_traceback(form):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-STEPS = [Progress(i / 200, f"fetching ({i} of 200 MB)") for i in range(101)] + [Progress(0.55, "unpacking")]
-STEPS += [Progress(0.6 + i / 250, "converting") for i in range(96)] + [Progress(1.0, "ready")]
+STEPS = [Progress(f"fetching ({i} of 200 MB)", i / 200) for i in range(101)] + [Progress("unpacking", 0.55)]
+STEPS += [Progress("converting", 0.6 + i / 250) for i in range(96)] + [Progress("ready", 1.0)]
 
 
 def test_progress_in_a_log_is_a_line_for_each_tenth(capsys):

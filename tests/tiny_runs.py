@@ -79,6 +79,7 @@ def key_of(model, method: str, device: str = "cpu", loop: str = "hf") -> Key:
 
 
 def engine_of(machine: Machine, folder, method: str) -> HFEngine:
+    """Of a folder or of what a name was resolved to; calibrated where its method needs it."""
     return Lease(machine, "cpu", threading.Event()).get(key_of(folder, method), parse_method(method))
 
 

@@ -43,7 +43,8 @@ def table(name: str) -> str:
     if name in _JOINED:
         return _JOINED[name]()
     result = json.loads((RESULTS / f"{name}.json").read_text())
-    kinds = {"paris": _judged_table, "quality": lambda one: _quality_table([one]), "hooks": _hooks_table}
+    kinds = {"paris": _judged_table, "hooks": _hooks_table, "kernels": _kernels_table}
+    kinds |= {"quality": lambda one: _quality_table([one])}
     return (kinds.get(result["kind"]) or (_lab_table if result["kind"] in lab_classes() else _decode_table))(result)
 
 
@@ -71,10 +72,8 @@ def _lean_table() -> str:
         {row["method"]: row for row in json.loads((RESULTS / f"gpu-7b-{name}.json").read_text())["results"]}
         for name in ("lean", "lean-2000", "prefill")
     )
-    rows = [
-        "| method | decode, tok/s (lowest–highest) | against FP16 | of the read bandwidth | decode after 1,936 tokens "
-    ]
-    rows[0] += "| prefill of 2,048 tokens | weights | peak memory |"
+    rows = ["| method | decode, tok/s (lowest–highest) | against FP16 | of the read bandwidth "]
+    rows[0] += "| decode after 1,936 tokens | prefill of 2,048 tokens | weights | peak memory |"
     rows.append("|---|---:|---:|---:|---:|---:|---:|---:|")
     for method, row in short.items():
         speed = row["tokens_per_second"]
@@ -93,8 +92,7 @@ def _lean_table() -> str:
 
 
 def _load_table() -> str:
-    """How long until the first token can be decoded, from drawn weights and from files, with and without kernels in
-    the cache."""
+    """How long until the first token can be decoded, from drawn weights or files, with or without cached kernels."""
     names = {"load-cold": "drawn", "load-warm": "drawn", "load-file": "FP16 file", "load-int8": "int8 file"}
     rows = ["| weights from | compiled kernels | method | loaded after | ready after | size | peak while loading |"]
     rows.append("|---|---|---|---:|---:|---:|---:|")
@@ -233,10 +231,8 @@ def _lab_table(result: dict) -> str:
 
 
 def _hooks_table(result: dict) -> str:
-    lines = [
-        "| method | prefill, watched over not | decode, watched over not | held afterwards |",
-        "|---|---:|---:|---:|",
-    ]
+    lines = ["| method | prefill, watched over not | decode, watched over not | held afterwards |"]
+    lines.append("|---|---:|---:|---:|")
     for row in result["results"]:
         ratios = (
             f"{row[f'{phase}_ratio']:.2f}× ({row[f'{phase}_ratio_min']:.2f}–{row[f'{phase}_ratio_max']:.2f})"
@@ -246,6 +242,24 @@ def _hooks_table(result: dict) -> str:
     conditions = result["conditions"]
     about = f"{conditions['device_name']}, {result['model']}, prompt of {conditions['prompt_tokens']:,} tokens"
     return "\n".join([*lines, "", f"*{about}; medians of {conditions['repeats']} rounds; {conditions['date'][:10]}.*"])
+
+
+def _kernels_table(result: dict) -> str:
+    """Microseconds of matrix-vector products, and of making int8 codes and a list of outliers from a vector."""
+    cells: dict[str, dict[str, float]] = {}
+    for row in result["products"]:
+        name = row["arithmetic"] + ", dependent launch" * row["dependent_launch"]
+        cells.setdefault(name, {})[f"{row['outputs']:,} × {row['inputs']:,}"] = row["microseconds"]
+    for row in result["splits"]:
+        kind = f"{row['values']:,} values{', norm first' * row['norm']}"
+        cells.setdefault(f"outlier list: {row['list']}", {})[kind] = row["microseconds"]
+    columns = list(dict.fromkeys(column for found in cells.values() for column in found))
+    lines = [f"| microseconds | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for name, found in cells.items():
+        lines.append(f"| {name} | {' | '.join(f'{found[c]:.2f}' if c in found else '' for c in columns)} |")
+    c = result["conditions"]
+    about = f"{c['device_name']}, torch {c['torch']}, triton {c['triton']}, {c['date']}"
+    return "\n".join([*lines, "", f"*{about}; {c['how']}.*"])
 
 
 if __name__ == "__main__":

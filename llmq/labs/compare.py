@@ -29,17 +29,13 @@ from llmq.events import (
     Memory,
     Planned,
     Prefilled,
-    Run,
     Step,
 )
-from llmq.figures.blocks import Block, Table
-from llmq.formatting import MISSING, format_bytes, format_seconds, format_speed, shown_coverage
 from llmq.machine.door import Lease, out_of_memory, shortage
 from llmq.methods import METHODS
 from llmq.models.loading import range_note
 from llmq.models.opening import Model
 from llmq.models.text import TextStream
-from llmq.summary import Outcome, Summary
 
 SCHEDULES = ("interleave", "in-turn")
 MAX_CONTESTANTS = 3
@@ -280,76 +276,3 @@ class _Race:
             self._peak = max([self._peak, sample.allocated_bytes or 0, *seen])
             peak = self._peak if sample.allocated_bytes is not None else None
             yield Memory(**asdict(sample), peak_allocated_bytes=peak, ledger=ledger)
-
-
-@dataclass(frozen=True)
-class RunAnswer:
-    """A comparison that ran, as an answer: texts, figures, and where the texts part."""
-
-    run: Run
-    summary: Summary
-    kind = "compare"
-
-    @property
-    def title(self) -> str:
-        return f"{self.run.settings.get('model')}: {' and '.join(self.summary.outcomes)}"
-
-    def blocks(self) -> Iterator[Block]:
-        outcomes = self.summary.outcomes.values()
-        for outcome in outcomes:
-            yield f"--- {outcome.contestant}\n{outcome.error or outcome.text}"
-        rows = [
-            [
-                outcome.contestant,
-                format_seconds(outcome.prefill_seconds),
-                format_speed(outcome.decode_tokens_per_second),
-                format_bytes(outcome.weight_bytes),
-                shown_coverage(outcome.coverage) or MISSING,
-                format_bytes(outcome.peak_bytes),
-            ]
-            for outcome in outcomes
-        ]
-        yield Table(["Method", "First token", "Decode", "Weights", "In 8 bit", "Peak"], rows, "Measured")
-        yield self._first_divergence()
-
-    def _first_divergence(self) -> str:
-        """Where the first two texts part; '' where there are not two to compare."""
-        whole = [outcome for outcome in self.summary.outcomes.values() if not outcome.error]
-        if len(whole) < 2 or len(self.summary.outcomes) < 2:
-            return ""
-        first = self.summary.agreement()["first_divergence"]
-        return "the texts agree throughout" if first is None else f"the first different token is number {first + 1}"
-
-    def to_json(self) -> dict:
-        """The stable keys of `compare --json` and of `replay --json`."""
-        run, plan = self.run, self.summary.plan
-        return {
-            "model": run.settings.get("model"),
-            "device": plan.device if plan else run.settings.get("device"),
-            "schedule": plan.schedule if plan else run.settings.get("schedule"),
-            "schedule_reason": plan.reason if plan else "",
-            "peak_source": "torch allocator" if plan and plan.device.startswith("cuda") else "tensor sizes",
-            "contestants": [_outcome_json(outcome) for outcome in self.summary.outcomes.values()],
-            "agreement": self.summary.agreement(),
-            "settings": run.settings,
-            "environment": run.environment,
-        }
-
-
-def _outcome_json(outcome: Outcome) -> dict:
-    return {
-        "method": outcome.contestant,
-        "engine": outcome.engine,
-        "text": outcome.text,
-        "token_ids": outcome.token_ids,
-        "prompt_tokens": outcome.prompt_tokens,
-        "load_seconds": outcome.load_seconds,
-        "prefill_seconds": outcome.prefill_seconds,
-        "decode_tokens_per_second": outcome.decode_tokens_per_second,
-        "weight_bytes": outcome.weight_bytes,
-        "coverage": outcome.coverage or None,
-        "kv_bytes": outcome.kv_bytes,
-        "peak_bytes": outcome.peak_bytes,
-        "finish_reason": outcome.reason,
-        "error": outcome.error,
-    }

@@ -9,7 +9,6 @@ against FP16. Intervals are 95 % t-intervals over windows; those of differences 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -108,4 +107,7 @@ def _summarise(rows: list[TextScore], baseline: list[TextScore]) -> dict:
 
 
 def _with_interval(name: str, values: list[float], shown: Callable[[float], float] = float) -> dict:
-    return {name: shown(statistics.fmean(values)), f"{name}_interval": [shown(end) for end in mean_interval(values)]}
+    return {
+        name: shown(math.fsum(values) / len(values)),
+        f"{name}_interval": [shown(end) for end in mean_interval(values)],
+    }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -113,6 +112,8 @@ class Silencing(RowLab):
 
 def harm(results: list[dict]) -> list[dict]:
     """For each count: `strongest` and the median of `random`, as rises of perplexity, and their `ratio`."""
+    from statistics import median
+
     base = next((row["perplexity"] for row in results if row["silenced"] == "none"), None)
     found = []
     for count in sorted({row["count"] for row in results} - {0}):
@@ -121,7 +122,7 @@ def harm(results: list[dict]) -> list[dict]:
             for name in ("strongest", "random")
         }
         if all(rises.values()):
-            strongest, other = rises["strongest"][0], statistics.median(rises["random"])
+            strongest, other = rises["strongest"][0], median(rises["random"])
             ratio = strongest / other if other > 0 else math.inf  # random ones did no harm at all
             found.append({"count": count, "strongest": strongest, "random": other, "ratio": ratio})
     return found

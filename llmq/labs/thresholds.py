@@ -7,7 +7,6 @@ where the decomposition costs time, slower. 0 is not the lowest but off: nothing
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -51,6 +50,8 @@ class Thresholds(RowLab):
         return {"speed_rounds": ROUNDS, "speed_tokens": SPEED_TOKENS, "speed_prompt_tokens": SPEED_PROMPT}
 
     def measure(self, bench: Workbench) -> Rows:
+        from statistics import median
+
         yield bench.progress("FP16 reads the text", 0.0)
         with bench.engine(BASELINE) as engine:
             truth = bench.read(engine)
@@ -65,7 +66,7 @@ class Thresholds(RowLab):
                     "engine": engine.name,
                     **bench.score(bench.read(engine), truth),
                     "outlier_share": engine.outlier_share(bench.texts[0]),
-                    "tokens_per_second": statistics.median(speeds[contestant.threshold]),
+                    "tokens_per_second": median(speeds[contestant.threshold]),
                     "tokens_per_second_min": min(speeds[contestant.threshold]),
                     "tokens_per_second_max": max(speeds[contestant.threshold]),
                 }

@@ -50,7 +50,7 @@ class Machine:
     """The queue, the thread and the loaded engines of one process. `load` makes an engine; tests pass their own."""
 
     def __init__(self, load: Callable[[Key], Engine] | None = None, *, clock: Callable[[], float] = time.monotonic):
-        self.pool, self.queue, self.thread, self.clock = Pool(load), DeviceQueue(), ComputeThread(), clock
+        self.pool, self.queue, self.thread, self.clock = Pool(load, clock), DeviceQueue(), ComputeThread(), clock
 
     def run(self, question: Question, stop: threading.Event | None = None) -> Iterator[object]:
         """Yield `Waiting` until it is the question's turn, then all that it yields; nothing more once `stop` is set.

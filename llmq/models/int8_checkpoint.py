@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from llmq.cache import require_space, sweep, workplace
 from llmq.errors import BadChoice, UserError
+from llmq.events import Progress
 from llmq.kernels.primitives import quantize_rows
 from llmq.methods.base import DEFAULT_THRESHOLD
 from llmq.methods.swap import is_conv1d, linear_layers
 from llmq.models.checkpoint import INDEX, CheckpointTensors, require_model
-from llmq.models.demo import Progress
 from llmq.models.loading import Source, folder_of, transformers_config
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _write(tensors: CheckpointTensors, quantized: dict[str, bool], folder: Path)
             save_file(shard, folder / file, metadata={"format": "pt"})
             places |= dict.fromkeys(shard, file)
             shard, number = {}, number + 1
-        yield Progress(done / len(names), f"quantizing {name}")
+        yield Progress(f"quantizing {name}", done / len(names))
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")

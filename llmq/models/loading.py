@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
+from llmq.events import Progress
 from llmq.models import hub
 from llmq.models.checkpoint import CheckpointTensors, require_model, require_scales, require_whole
 from llmq.models.config import PlainConfig, generation_settings, plain_config
-from llmq.models.demo import Progress, demo_folder, prepare_demo
+from llmq.models.demo import demo_folder, prepare_demo
 from llmq.models.edits import Edit, EditedTensors, edit_model_
 from llmq.models.presets import PRESETS
 

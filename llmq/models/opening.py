@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from llmq.events import Progress
 from llmq.models import loading
 from llmq.models.config import ignored_settings
-from llmq.models.demo import Progress
 from llmq.models.edits import Edit
 from llmq.models.loading import Source
 from llmq.models.text import encode_prompt

@@ -1,0 +1,181 @@
+"""README and REPORT say what the stored results and the commands say."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_llama
+from tiny_runs import engine_of, run_cli
+
+from llmq.bench import tables
+from llmq.cli import build_parser
+from llmq.machine.door import Machine
+from llmq.methods import METHODS
+from llmq.models.opening import open_model
+
+README, REPORT = ((tables.ROOT / name).read_text() for name in tables.DOCUMENTS)
+WITHOUT_COMMIT = {"gpu-kernels", "paris"}  # prototypes, and a judgement by hand; REPORT says so
+
+
+def stored(name: str) -> dict:
+    return json.loads((tables.RESULTS / f"{name}.json").read_text())
+
+
+def rows_of(name: str) -> dict[str, dict]:
+    return {row["method"]: row for row in stored(name)["results"]}
+
+
+def test_every_table_is_made_from_the_stored_results(capsys):
+    assert tables.main(["--check"]) == 0, "run python -m llmq.bench.tables"
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_every_stored_result_is_in_a_table(monkeypatch):
+    """Those too that are less flattering."""
+    opened, read_text = set(), Path.read_text
+
+    def noting(path: Path, *arguments, **more) -> str:
+        opened.add(path)
+        return read_text(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "read_text", noting)
+    for document in (README, REPORT):
+        tables.filled(document)
+    assert {path.name for path in tables.RESULTS.iterdir()} == {p.name for p in opened if p.parent == tables.RESULTS}
+
+
+def test_results_have_what_is_needed_to_repeat_them():
+    without = set()
+    for path in tables.RESULTS.iterdir():
+        result = json.loads(path.read_text())
+        conditions = result["conditions"] if isinstance(result["conditions"], dict) else result
+        conditions = next(iter(conditions.values())) if result["kind"] == "sweep" else conditions
+        assert {"date", "device_name"} <= conditions.keys(), path.name
+        if not {"versions", "commit"} <= conditions.keys():
+            without.add(path.stem)
+    assert without == WITHOUT_COMMIT and all(f"`{name}.json`" in REPORT for name in WITHOUT_COMMIT)
+
+
+def ratio(name: str, method: str = "llm-int8") -> str:
+    rows = rows_of(name)
+    return f"{rows[method]['tokens_per_second'] / rows['fp16']['tokens_per_second']:.2f} times"
+
+
+def test_the_sentences_about_speed_are_the_stored_results():
+    """Where int8 gains, where it does not, and what a threshold costs."""
+    on_cpu = rows_of("cpu-peers")["llm-int8"]["over_fp16"]
+    for document in (README, REPORT):
+        for said in (ratio("gpu-7b-lean"), ratio("gpu-demo-lean"), f"{on_cpu:.2f} times"):
+            assert said in document
+    fp16, weight_only = (rows_of("gpu-demo-lean")[name] for name in ("fp16", "int8-weight-only"))
+    assert f"only {fp16['bandwidth_fraction']:.0%}".replace("%", " %") in REPORT
+    assert f"gains {weight_only['tokens_per_second'] / fp16['tokens_per_second'] - 1:.0%}".replace("%", " %") in REPORT
+    speeds = {row["threshold"]: row["tokens_per_second"] for row in stored("gpu-thresholds")["results"]}
+    assert f"decodes {1 - speeds['2'] / speeds['off']:.0%} slower".replace("%", " %") in " ".join(REPORT.split())
+    assert 1 - speeds["6"] / speeds["off"] < 0.01
+
+
+def test_the_sentences_about_watching_are_the_stored_results():
+    def span(phase: str, *names: str, methods=("fp16", "bnb-int8")) -> str:
+        ratios = [rows_of(name)[method][f"{phase}_ratio"] for name in names for method in methods]
+        return f"{min(ratios):.1f} to {max(ratios):.1f} times"
+
+    text, cpu, gpu = " ".join(REPORT.split()), ("cpu-hooks", "cpu-hooks-512"), ("gpu-hooks-512", "gpu-7b-hooks-2048")
+    assert f"{span('prefill', *cpu)} the prefill, {span('decode', *cpu)} the decode" in text
+    assert f"{span('prefill', *gpu, methods=['fp16'])} in FP16" in text
+    assert f"{span('prefill', *gpu, methods=['bnb-int8'])} through bitsandbytes" in text
+    assert f"decode takes {span('decode', *gpu)} as long" in text
+
+
+def commands() -> list[str]:
+    """Every command that REPORT section 8 and README tell a reader to run, without `python -m llmq`."""
+    section = REPORT.partition("## 8. ")[2].partition("## 9. ")[0]
+    told = re.findall(r"`((?:bench|compare|memory|outliers) [^`]*)`", section.replace('"…"', '"text"'))
+    return told + re.findall(r"^    python -m llmq (.*)$", README, re.MULTILINE)
+
+
+def test_every_command_that_is_told_is_understood():
+    found = commands()
+    assert len(found) > 20
+    for command in found:
+        build_parser().parse_args(shlex.split(command))
+
+
+def memory(capsys, command: str) -> dict[str, dict]:
+    assert f"`{command}`" in REPORT
+    status, out, _ = run_cli(capsys, *shlex.split(command.removesuffix(" --json")), "--json")
+    assert status == 0
+    return {row["method"]: row for row in json.loads(out[-1])["results"]}
+
+
+def test_weights_and_scales_shrink_by_what_is_said(capsys):
+    rows = memory(capsys, "memory --model llama-2-7b-chat --methods fp32,fp16,bnb-int8")
+    sizes = {name: row["weights"] + row["scales"] for name, row in rows.items()}
+    for name, said in (("fp32", "26.954"), ("fp16", "13.477"), ("bnb-int8", "7.006")):
+        assert f"{sizes[name] / 1e9:.3f}" == said and said in REPORT
+    assert f"{sizes['fp16'] / sizes['bnb-int8']:.2f}x (7B)" in REPORT
+    assert f"{sizes['fp32'] / sizes['bnb-int8']:.2f}x smaller" in REPORT
+
+
+@pytest.mark.demo
+def test_the_ledger_has_a_byte_a_weight_and_four_a_row(demo, capsys):
+    found = memory(capsys, "memory --model demo --methods bnb-int8 --json")["bnb-int8"]
+    shape = open_model("demo").shape
+    linears = {m for m in shape.modules() if isinstance(m, torch.nn.Linear)} - {shape.get_output_embeddings()}
+    rows, converted = sum(m.out_features for m in linears), sum(m.weight.numel() for m in linears)
+    assert found["scales"] == 4 * rows and f"{4 * rows:,} bytes, 4 for each of {rows:,} output rows" in REPORT
+    others = sum(p.numel() for p in shape.parameters()) - converted
+    assert f"each of {converted:,} converted weights and two for each of {others:,} others" in REPORT
+    assert found["weights"] == pytest.approx(converted + 2 * others, abs=1000)  # and the rotary frequencies
+    assert f"`weights` is {found['weights'] / 1e6:.2f} MB" in REPORT
+
+
+@pytest.mark.demo
+def test_the_cache_grows_with_the_context(demo, capsys):
+    assert "then `--context 4096`: the cache grows 8x" in REPORT
+    short = memory(capsys, "memory --model demo --context 512")
+    status, out, _ = run_cli(capsys, *shlex.split("memory --model demo --context 4096 --json"))
+    assert status == 0
+    for row in json.loads(out[-1])["results"]:
+        assert row["kv"] == 8 * short[row["method"]]["kv"]
+
+
+def test_only_fp16_keeps_later_tokens_out_of_earlier_logits(tmp_path):
+    tiny_llama(torch.float16, initializer_range=0.2).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    ids = torch.randint(0, 256, (40,)).tolist()
+    machine, moved = Machine(), {}
+    for method in ("fp16", "llm-int8@3", "bnb-int8@3"):
+        engine = engine_of(machine, tmp_path, method)
+        before = engine.logits(ids)[:-1].float()
+        changed = [engine.logits([*ids[:-1], other])[:-1].float() for other in range(0, 256, 8)]
+        moved[method] = max(float((after - before).abs().max()) for after in changed)
+    assert moved["fp16"] == 0 < min(moved["llm-int8@3"], moved["bnb-int8@3"])
+
+
+def test_the_worked_example_is_what_the_methods_compute():
+    """Section 3: the outputs of each method, and section 8: what a floor does to the smallest input."""
+    x = torch.tensor([[0.1, -2.0, 24.0, 0.5]])
+    linear = torch.nn.Linear(4, 2, bias=False)
+    linear.weight.data = torch.tensor([[0.6, -0.4, 0.1, 0.2], [-0.2, 0.5, 0.3, -0.5]])
+    found = {}
+    for name in ("fp32", "vectorwise", "llm-int8"):
+        method = METHODS[name]
+        dtype = getattr(torch, method.dtype)
+        layer = linear if method.dense else method.quantize(copy.deepcopy(linear).to(dtype))
+        found[name] = layer(x.to(dtype))[0].tolist()
+    assert found["fp32"] == pytest.approx([3.36, 5.93])
+    for name, outputs, rounding in (("vectorwise", [3.4418, 5.8203], 1e-4), ("llm-int8", [3.3409, 5.9102], 4e-3)):
+        assert found[name] == pytest.approx(outputs, abs=rounding)
+        assert f"| {outputs[0]}, {outputs[1]} | " in REPORT
+    assert "(0.53 is cut to 0). With decomposition it is 6 either way (6.35)" in REPORT
+    alone, apart = 127 * 0.1 / 24, 127 * 0.1 / 2  # by the scale with the outlier, and without
+    assert (f"{alone:.2f}", math.floor(alone), round(alone)) == ("0.53", 0, 1)
+    assert (f"{apart:.2f}", math.floor(apart), round(apart)) == ("6.35", 6, 6)

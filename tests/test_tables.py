@@ -1,0 +1,192 @@
+"""The tables of README and REPORT, each line of them, from results made for the purpose."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmq.bench import tables
+
+CONDITIONS = {
+    "device_name": "Abacus",
+    "random_weights": False,
+    "model_revision": "r1",
+    "prompt_tokens": 64,
+    "new_tokens": 32,
+    "repeats": 5,
+    "torch_threads": 2,
+    "python": "3.12.3",
+    "date": "2026-11-22T09:30:56+00:00",
+    "versions": {"torch": "2.1", "transformers": "5.1", "bitsandbytes": "0.5"},
+    "llama_cpp_python": "0.3",
+    "kernel_cache": "cold",
+    "windows": 8,
+}
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """The lines of a table, where these results are stored under their names."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+    def lines(table: str, **results: dict) -> list[str]:
+        for name, result in results.items():
+            (tmp_path / f"{name.replace('_', '-')}.json").write_text(json.dumps(result))
+        return tables.table(table).splitlines()
+
+    return lines
+
+
+def result(kind: str, *rows: dict, **more) -> dict:
+    bandwidth = {"read_bandwidth_bytes_per_second": 23.4e9}
+    return {"kind": kind, "model": "demo", "conditions": CONDITIONS, "results": list(rows), **bandwidth, **more}
+
+
+def speed(method: str, low: float, middle: float, high: float, **more) -> dict:
+    sizes = {"weight_bytes": 1_000_000, "scale_bytes": 500_000, "peak_bytes": 2_000_000, "prefill_seconds": 0.25}
+    names = ("tokens_per_second_min", "tokens_per_second", "tokens_per_second_max")
+    return {"method": method, **dict(zip(names, (low, middle, high), strict=True)), **sizes, **more}
+
+
+def test_speeds_stand_against_fp16_in_whatever_row_it_is(made):
+    rows = speed("bnb-int8", 20, 25, 30), speed("fp16", 90, 100, 110), speed("llm-int8", 140, 150, 160)
+    assert made("one", one=result("decode", *rows)) == [
+        "| method | first token | decode, tok/s (lowest–highest) | against FP16 | weights | peak memory |",
+        "|---|---:|---:|---:|---:|---:|",
+        "| `bnb-int8` | 250 ms | 25.0 (20.0–30.0) | 0.25× | 1.50 MB | 2.00 MB |",
+        "| `fp16` | 250 ms | 100.0 (90.0–110.0) | 1.00× | 1.50 MB | 2.00 MB |",
+        "| `llm-int8` | 250 ms | 150.0 (140.0–160.0) | 1.50× | 1.50 MB | 2.00 MB |",
+        "",
+        "*Abacus, demo (r1); batch 1, 64 prompt tokens, 32 new tokens, median of 5 runs, one method after the other; "
+        "reading memory at 23 GB/s in the same run; torch 2.1, transformers 5.1, bitsandbytes 0.5; 2026-11-22.*",
+    ]
+
+
+def test_random_weights_are_said(made):
+    conditions = CONDITIONS | {"random_weights": True}
+    *_, note = made("one", one=result("decode", speed("fp16", 1, 1, 1)) | {"conditions": conditions})
+    assert "demo (random weights, so the text means nothing)" in note
+
+
+def test_the_lean_table_joins_two_contexts_and_a_prefill(made):
+    short = (
+        speed("fp16", 90, 100, 110, bandwidth_fraction=0.5),
+        speed("llm-int8", 140, 150, 160, bandwidth_fraction=0.25),
+    )
+    long = result("decode", speed("llm-int8", 60, 70, 80))
+    prefill = result("prefill", {"method": "fp16", "seconds": 0.04})
+    lines = made("lean", gpu_7b_lean=result("decode", *short), gpu_7b_lean_2000=long, gpu_7b_prefill=prefill)
+    assert lines[2:4] == [
+        "| `fp16` | 100.0 (90.0–110.0) | 1.00× | 50% |  | 40.0 ms | 1.50 MB | 2.00 MB |",
+        "| `llm-int8` | 150.0 (140.0–160.0) | 1.50× | 25% | 70.0 tok/s |  | 1.50 MB | 2.00 MB |",
+    ]
+
+
+def test_the_peers_table_has_each_ratio_in_its_column(made):
+    def row(method: str, engine: str, rival: str) -> dict:
+        ratios = {"decode_ratio": 1.1, "prefill_ratio": 1.2, "over_fp16": 1.3, "bandwidth_fraction": 0.9}
+        prefill = {"prefill_tokens_per_second": 480.6, "against": f"llama.cpp {rival}", "engine": engine}
+        return speed(method, 90, 100, 110, **ratios, **prefill)
+
+    quiet = row("fp16", "lean", "F16"), row("llm-int8", "lean", "Q8_0"), row("llama.cpp F16", "llama.cpp", "F16")
+    lines = made("peers", cpu_peers=result("peers", *quiet), cpu_peers_busy=result("peers", speed("fp16", 40, 60, 70)))
+    assert lines[2:5] == [
+        "| `fp16` | 100.0 (90.0–110.0) | 1.10× F16 | 1.30× | 90% | 481 | 1.20× F16 | 1.00 MB | 60.0 (60%) |",
+        "| `llm-int8` | 100.0 (90.0–110.0) | 1.10× Q8_0 | 1.30× | 90% | 481 | 1.20× Q8_0 | 1.00 MB |  |",
+        "| llama.cpp F16 | 100.0 (90.0–110.0) |  |  | 90% | 481 |  | 1.00 MB |  |",
+    ]
+
+
+def test_loading_and_prompts_have_a_row_a_method_and_a_column_a_length(made):
+    def loaded(seconds: float) -> dict:
+        sizes = {"weight_bytes": 1_000_000, "scale_bytes": 500_000, "peak_load_bytes": 3_000_000}
+        return result("load", {"method": "fp16", "load_seconds": seconds, "ready_seconds": 2 * seconds, **sizes})
+
+    names = ("cold", "warm", "file", "int8")
+    lines = made("load", **{f"gpu_7b_load_{name}": loaded(number) for number, name in enumerate(names, 1)})
+    assert [line.split("|")[1].strip() for line in lines[2:6]] == ["drawn", "drawn", "FP16 file", "int8 file"]
+    assert lines[3] == "| drawn | none yet | `fp16` | 2.00 s | 4.00 s | 1.50 MB | 3.00 MB |"
+
+    def read(factor: float) -> dict:
+        return result("prefill", *({"method": m, "seconds": s * factor} for m, s in (("fp16", 0.01), ("bf16", 0.02))))
+
+    lines = made("prompts", **{f"gpu_7b_prefill_{n}": read(factor) for n, factor in ((64, 1), (300, 2), (512, 4))})
+    assert lines[0] == "| method | 64 tokens | 300 tokens | 512 tokens |"
+    assert lines[2:4] == ["| `fp16` | 10.0 ms | 20.0 ms | 40.0 ms |", "| `bf16` | 20.0 ms | 40.0 ms | 80.0 ms |"]
+
+
+def test_quality_of_every_device_stands_in_one_table(made):
+    row = {"method": "bnb-int8", "perplexity": 14.944, "perplexity_interval": [11.9, 18.6]}
+    row |= {"kl_to_fp16": 0.01734, "top1_agreement": 0.9231}
+    one, other = (result("quality", row, tokens=tokens) for tokens in (4088, 1022))
+    line = "| Abacus, Python 3.12.3 | `bnb-int8` | 14.94 (11.90–18.60) | 0.0173 | 92.3% |"
+    lines = made("quality", cpu_quality=one, gpu_quality=other)
+    assert lines[2:4] == [line, line] and "1,022, 4,088 scored tokens" in lines[-1]
+    assert made("cpu-quality")[2:4] == [line, ""]
+
+
+def test_what_watching_costs(made):
+    row = {"method": "fp16", "held_bytes": 13_800_000}
+    for phase, low, middle, high in (("prefill", 1.1, 1.5, 2.2), ("decode", 1.0, 1.25, 1.75)):
+        row |= {f"{phase}_ratio_min": low, f"{phase}_ratio": middle, f"{phase}_ratio_max": high}
+    lines = made("hooks", hooks=result("hooks", row))
+    assert lines[2] == "| `fp16` | 1.50× (1.10–2.20) | 1.25× (1.00–1.75) | 13.8 MB |"
+    assert "prompt of 64 tokens; medians of 5 rounds" in lines[-1]
+
+
+def test_kernels_have_a_row_a_kind_and_a_column_a_shape(made):
+    def product(outputs: int, arithmetic: str, launch: bool, microseconds: float) -> dict:
+        shape = {"outputs": outputs, "inputs": 4096, "arithmetic": arithmetic}
+        return shape | {"dependent_launch": launch, "microseconds": microseconds}
+
+    products = [product(12288, "DP4A", False, 17.57), product(12288, "DP4A", True, 16.7), product(64, "DP4A", True, 1)]
+    splits = [{"values": 4096, "norm": norm, "list": "none", "microseconds": 1.25 + norm} for norm in (False, True)]
+    conditions = {"device_name": "Abacus", "torch": "2.1", "triton": "3.1", "date": "2026-11-22", "how": "by hand"}
+    found = {"kind": "kernels", "conditions": conditions, "products": products, "splits": splits}
+    assert made("kernels", kernels=found) == [
+        "| microseconds | 12,288 × 4,096 | 64 × 4,096 | 4,096 values | 4,096 values, norm first |",
+        "|---|---:|---:|---:|---:|",
+        "| DP4A | 17.57 |  |  |  |",
+        "| DP4A, dependent launch | 16.70 | 1.00 |  |  |",
+        "| outlier list: none |  |  | 1.25 | 2.25 |",
+        "",
+        "*Abacus, torch 2.1, triton 3.1, 2026-11-22; by hand.*",
+    ]
+
+
+def test_an_experiment_is_its_rows_without_texts_and_what_they_say(made):
+    rows = [
+        {"silenced": "none", "count": 0, "channels": [], "perplexity": 10.0, "kl_to_fp16": 0.0, "text": "a"},
+        {"silenced": "strongest", "count": 1, "channels": [7], "perplexity": 50.0, "kl_to_fp16": 2.0, "text": "b"},
+        {"silenced": "random", "count": 1, "channels": [3], "perplexity": 12.0, "kl_to_fp16": 0.25, "text": "c"},
+    ]
+    lines = made("silencing", silencing=result("silencing", *rows, tokens=2044))
+    assert lines[0] == "| Silenced | Channels | Perplexity | KL to FP16 |"
+    assert lines[3:5] == ["| 1 strongest | 7 | 50.00 | 2 |", "| 1 random | 3 | 12.00 | 0.25 |"]
+    assert lines[-1].startswith("*Silencing the strongest channel raises perplexity by 40, 20 times as much; a random")
+    assert lines[-1].endswith(
+        "Abacus, Python 3.12.3, demo model; 2,044 tokens of CPython's `pydoc_data.topics`; 2026-11-22.*"
+    )
+
+
+def test_a_judged_text_counts_its_slips(made):
+    rows = [{"method": "a", "keeps_the_request": "yes", "factual_slips": ["x", "y"], "other": "-"}]
+    rows += [{"method": "b", "keeps_the_request": "no", "factual_slips": [], "other": "-"}]
+    about = {"kind": "paris", "prompt": "Plan", "model": "demo", "device_name": "Abacus", "date": "2026-11-22"}
+    lines = made("paris", paris=about | {"conditions": "greedy", "results": rows})
+    assert lines[2:4] == ["| `a` | yes | 2: x; y | - |", "| `b` | no | none | - |"]
+
+
+def test_a_document_is_filled_between_its_marks_and_nowhere_else(made, tmp_path, monkeypatch, capsys):
+    text = "before\n<!-- table:one -->\nold\n<!-- /table -->\nafter\n"
+    expected = "\n".join(made("one", one=result("decode", speed("fp16", 1, 2, 3))))
+    filled = text.replace("old", expected)
+    assert tables.filled(text) == filled == tables.filled(filled)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    for name, content in zip(tables.DOCUMENTS, (text, filled), strict=True):
+        (tmp_path / name).write_text(content)
+    assert tables.main(["--check"]) == 1 and "out of date: README.md\n" in capsys.readouterr().out
+    assert (tmp_path / "README.md").read_text() == text, "looking changes nothing"
+    assert tables.main([]) == 0 and (tmp_path / "README.md").read_text() == filled
+    assert tables.main(["--check"]) == 0
