@@ -1,7 +1,7 @@
-"""Which loop a contestant runs through: the lean one where it can and where that is fair, transformers elsewhere.
+"""The loop that a contestant runs through: the lean one where it can and where that is fair, else transformers.
 
 Speeds compare within one loop. So in a comparison of two where one can only run through transformers (bitsandbytes),
-the other runs there too; with three, each takes the best loop it has, and whoever states a ratio says that it crosses
+the other runs there too; with three, each takes the best loop it has, and a ratio between them is marked as crossing
 loops.
 """
 

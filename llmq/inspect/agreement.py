@@ -146,6 +146,6 @@ def _guesses(logprobs: torch.Tensor) -> list[tuple[Guess, ...]]:
 
 
 def margins_at(baseline: torch.Tensor, other: torch.Tensor, tokens: tuple[int, int]) -> tuple[float, float]:
-    """By how many nats each side prefers its own of `tokens` (baseline's, other's), from (vocabulary,) logits."""
+    """Tell by how many nats each side prefers its own of `tokens` (baseline's, other's), from (vocab_size,) logits."""
     mine, yours = tokens
     return float(baseline[mine] - baseline[yours]), float(other[yours] - other[mine])

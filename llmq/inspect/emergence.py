@@ -70,7 +70,7 @@ class Emergence:
         return float(np.median([feature.absmax for feature in self.outlier_features] or [0.0]))
 
     def to_json(self) -> dict:
-        """Plain values for `json.dumps`."""
+        """Return plain values for `json.dumps`."""
         return {
             "criterion": {"magnitude": CRITERION, "layer_share": LAYER_SHARE, "position_share": POSITION_SHARE},
             "layers": self.layers,
@@ -168,5 +168,5 @@ def _massive_inputs(report: OutlierReport, texts: list[str], n: int) -> list[Mas
 
 
 def _text(texts: list[str], token: int) -> str:
-    """'' where whoever recorded gave no texts."""
+    """Return the text of a token; '' where the recording has none."""
     return texts[token] if token < len(texts) else ""

@@ -36,7 +36,7 @@ def explain_token(
     patch: bool = True,
     stop: threading.Event | None = None,
 ) -> Iterator[Progress | Cause]:
-    """Yields progress, a Cause whenever a module is found to do better than all before it, and at last the whole one.
+    """Yield progress, a Cause whenever a module does better than all before it, and at last the complete Cause.
 
     Both models are transformers causal LMs of one architecture in eval mode.
 
@@ -78,7 +78,7 @@ def explain_token(
 
 @contextmanager
 def patched(model: nn.Module, name: str, replacement: nn.Module) -> Iterator[None]:
-    """While inside, the module called `name` is `replacement`, given and giving the types it would have."""
+    """Replace the module called `name` inside the `with` block; inputs and outputs are cast to the types it had."""
     parent, _, child = name.rpartition(".")
     holder = model.get_submodule(parent)
     original = getattr(holder, child, None)
@@ -187,7 +187,7 @@ def _layer_errors(truth: _Trace, own: _Trace) -> Iterator[LayerError]:
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """10 log10 of the ratio of powers of two norms, in dB; infinite without noise."""
+    """Compute 10 log10 of the ratio of powers of two norms, in dB; infinite without noise."""
     if not noise or not signal:
         return -math.inf if noise else math.inf
     return 20 * (math.log10(signal) - math.log10(noise))  # an infinite noise has a logarithm, its reciprocal none

@@ -201,7 +201,7 @@ def _edges(compared_as: str, device: torch.device) -> torch.Tensor:
 
 
 def phase_statistics(absmax: np.ndarray, histogram: np.ndarray, values: int) -> PhaseStatistics:
-    """One row of `count_bins` as counts of |x| >= each threshold."""
+    """Turn one row of `count_bins` into counts of |x| >= each threshold."""
     at_least = histogram[:NAN_BIN][::-1].cumsum()[::-1]
     return PhaseStatistics(absmax, at_least[1:].astype(np.int64), values, int(histogram[NAN_BIN]))
 

@@ -1,4 +1,4 @@
-"""A model opened once: everything that a name means, for whoever computes with it or counts it."""
+"""A model opened once: everything that a name stands for, to compute with it or to count its bytes."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ WINDOW = 512  # tokens that a model reads in one call
 
 
 def reference_text() -> str:
-    """CPython's own documentation topics, sorted by name and joined by newlines: technical English in every install."""
+    """Join CPython's documentation topics, sorted by name, by newlines: technical English in every install."""
     import pydoc_data.topics
 
     topics = pydoc_data.topics.topics

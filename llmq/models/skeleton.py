@@ -25,7 +25,7 @@ def meta_model(config: PretrainedConfig | PlainConfig) -> nn.Module:
 
 
 class Skeleton(nn.Module):
-    """Parameters and buffers to count; `config` is kept for whoever asks."""
+    """Parameters and buffers to count; `config` is kept, as in transformers."""
 
     def __init__(self, a: Architecture, config):
         super().__init__()

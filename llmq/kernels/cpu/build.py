@@ -98,7 +98,7 @@ def _build(path: Path) -> None:
 
 
 def compiler_command() -> tuple[str, ...]:
-    """`CC` with its arguments, else the first of COMPILERS. Raises NoLibrary."""
+    """Return `CC` with its arguments, else the first of COMPILERS that is here. Raises NoLibrary."""
     commands = [shlex.split(os.environ["CC"])] if os.environ.get("CC", "").strip() else [[name] for name in COMPILERS]
     if found := next((command for command in commands if shutil.which(command[0])), None):
         return tuple(found)

@@ -1,8 +1,8 @@
 """Attention of one token over the cache, split over the context (flash-decoding); the length is read on the device.
 
-A program takes one head and one part of the positions. It rotates the query itself; whoever has the last part also
-rotates and appends the new key and value, and the cache is read only up to there, so that nobody reads what somebody
-else is writing. Parts beyond the length end at once: a captured graph serves every length up to its capacity.
+A program takes one head and one part of the positions. It rotates the query itself; the program of the last part also
+rotates and appends the new key and value, and the cache is read only up to there, so that no program reads what another
+one is writing. Parts beyond the length end at once: a captured graph serves every length up to its capacity.
 """
 
 from __future__ import annotations
