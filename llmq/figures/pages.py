@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from llmq.figures.blocks import Block, Drawing, Markup, Table
+from llmq.figures.blocks import Block, Drawing, Markup, Table, Verbatim
 from llmq.figures.palette import DARK, KL_EDGES, LIGHT, PAINT, properties
 
 _BOLD = re.compile(r"\*\*(.+?)\*\*")
@@ -61,7 +61,7 @@ def page(title: str, blocks: Iterable[Block]) -> str:
         elif isinstance(block, Markup):
             parts.append(block)
         elif block:
-            parts.append(f"<p>{_bold(html.escape(block))}</p>")
+            parts.append(f"<p>{html.escape(block) if isinstance(block, Verbatim) else _bold(html.escape(block))}</p>")
     if drawn:
         from plotly.offline import get_plotlyjs
 
