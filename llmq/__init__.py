@@ -4,3 +4,17 @@ Importing this package starts no CUDA, opens no network and loads neither gradio
 """
 
 __version__ = "0.1.0"
+__all__ = ["METHODS", "Run", "agreement", "ask", "compare", "free", "load", "open_model", "outliers", "quality"]
+
+
+def __getattr__(name: str):
+    """Find a public name when it is first used (PEP 562); where each is at home, `llmq.face` says."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module({"METHODS": "llmq.methods", "Run": "llmq.events"}.get(name, "llmq.face")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

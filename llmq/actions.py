@@ -3,93 +3,39 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
+from llmq.contestant import Contestant
 from llmq.errors import BadChoice
-from llmq.events import Event, Run, is_run
+from llmq.face import Finding, answer_to, compare, device_for, load
 from llmq.fields import Field, Switch, Text, fields_of
 from llmq.files import read_text, write_text
-from llmq.formatting import plain_json
-from llmq.labs.base import Answer, Lab
-from llmq.reporting import memory_lines, reported, shown_block
-from llmq.summary import Summary
+from llmq.labs.base import Lab
+from llmq.labs.run_answer import RunAnswer
+from llmq.reporting import memory_lines, shown_block
 from llmq.terminal import show_progress
 
 EXIT_FAILED = 1
 
 
 def run_compare(options) -> int:
-    from llmq.engine.sampling import SamplingSettings
-    from llmq.environment import describe
-    from llmq.labs.compare import Comparison
-    from llmq.machine.door import Machine
-    from llmq.models.opening import open_model
-
-    comparison = Comparison(
-        prompt=options.prompt,
-        model=options.model,
-        contestants=_contestants(options),
-        sampling=SamplingSettings(
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-        ),
-        schedule=options.schedule,
-        device=device_of(options),
-        random_weights=options.random_weights,
-        engine=options.engine,
-    )
-    model = open_model(comparison.model, random_weights=comparison.random_weights)
-    run = Run(comparison.settings(), {})
-    summary = _consume(run.record(Machine().run(comparison), time.monotonic))
-    run.environment = describe(comparison.device, model.source)
-    return _show_run(run, summary, options)
+    names = ("prompt", "model", "device", "schedule", "engine", "random_weights")
+    names += ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    methods = [contestant.method for contestant in _contestants(options)]
+    return show(compare(methods=methods, verbose=True, **{name: getattr(options, name) for name in names}), options)
 
 
 def run_replay(options) -> int:
     """Show a saved run or a lab's saved answer again."""
-    if not is_run(options.file):
-        from llmq.labs import load_answer
-
-        return show(load_answer(options.file), options)
-    run = Run.load(options.file)
-    return _show_run(run, _consume(run.replay()), options)
-
-
-def _consume(events: Iterable[Event]) -> Summary:
-    summary = Summary()
-    for event in reported(events):
-        summary.add(event)
-    return summary
-
-
-def answer(question, machine=None):
-    """What `question` comes to at last, with its progress told at the terminal."""
-    from llmq.machine.door import Machine
-
-    *_, last = reported((machine or Machine()).run(question))
-    return last
-
-
-def _show_run(run: Run, summary: Summary, options) -> int:
-    from llmq.labs.run_answer import RunAnswer
-
-    found = RunAnswer(run, summary)
-    if options.save:
-        run.save(options.save)
-        options.save = None
-    return show(found, options) or (EXIT_FAILED if any(o.error for o in summary.outcomes.values()) else 0)
+    return show(load(options.file), options)
 
 
 def run_lab(cls: type[Lab], options) -> int:
     """Ask the question of a lab as the options say, and show what it comes to."""
     question = {field.name: _value(field, options) for field in fields_of(cls)}
-    return show(answer(cls(model=options.model, device=device_of(options), **question)), options)
+    answer = answer_to(cls(model=options.model, device=device_for(options.device), **question), verbose=True)
+    return show(Finding(answer), options)
 
 
 def _value(field: Field, options):
@@ -117,21 +63,19 @@ def _text(field: Field, given: str | None, options) -> str:
     return read_text(file) if file is not None else given or ""
 
 
-def show(found: Answer, options) -> int:
-    """Write what is to be written of an answer, and print it for people or as JSON."""
-    from llmq.labs import save_answer
-
-    if options.html:
-        from llmq.figures.pages import page
-
-        write_text(options.html, page(found.title, found.blocks()))
+def show(finding: Finding, options) -> int:
+    """Write what is to be written of an answer, and print it for people or as JSON. A comparison in which a method
+    failed is exit status 1."""
     if options.save:
-        save_answer(found, options.save)
+        finding.save(options.save)
+    if options.html:
+        finding.html(options.html)
     if options.json:
-        print(json.dumps(plain_json(found.to_json()), allow_nan=False))
+        print(json.dumps(finding.to_json(), allow_nan=False))
     else:
-        print("\n\n".join(filter(None, map(shown_block, found.blocks()))))
-    return 0
+        print("\n\n".join(filter(None, map(shown_block, finding.answer.blocks()))))
+    compared = finding.answer.summary.outcomes if isinstance(finding.answer, RunAnswer) else {}
+    return EXIT_FAILED if any(outcome.error for outcome in compared.values()) else 0
 
 
 def run_bench(options) -> int:
@@ -140,23 +84,12 @@ def run_bench(options) -> int:
     cls = bench_named(options.what)
     names = {field.name for field in fields(cls)} & vars(options).keys()
     given = {name: getattr(options, name) for name in names}
-    bench = cls(**given | {"contestants": _contestants(options), "device": device_of(options)})
-    return _print_result(answer(bench), options, bench.columns)
+    bench = cls(**given | {"contestants": _contestants(options), "device": device_for(options.device)})
+    return _print_result(answer_to(bench, verbose=True), options, bench.columns)
 
 
-def _contestants(options) -> tuple:
-    from llmq.contestant import Contestant
-
+def _contestants(options) -> tuple[Contestant, ...]:
     return Contestant.parse_all(options.methods, options.threshold)
-
-
-def device_of(options) -> str:
-    """The device the options name, with the libraries told to keep quiet before anything loads."""
-    from llmq.environment import device_named
-    from llmq.models.loading import quiet_libraries
-
-    quiet_libraries()
-    return device_named(options.device)
 
 
 def _print_result(result: dict, options, columns: tuple[str, ...]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from llmq.fields import Kind
 from llmq.methods import DEFAULT_THRESHOLD, Method, parse_method
@@ -42,6 +42,7 @@ class OneContestant(Kind):
     """A method by name."""
 
     help: str = "a method, such as bnb-int8 or llm-int8@3.5"
+    holds: ClassVar[type] = Contestant
 
     def read(self, name: str, text: str, defaults: Mapping[str, Any]) -> Contestant:
         return Contestant(parse_method(text, defaults))
@@ -56,6 +57,7 @@ class Contestants(Kind):
 
     help: str = "comma-separated; bnb-int8@0 sets a threshold"
     flag: str = "--methods"
+    holds: ClassVar[type] = tuple
 
     def read(self, name: str, text: str, defaults: Mapping[str, Any]) -> tuple[Contestant, ...]:
         return tuple(Contestant(parse_method(part, defaults)) for part in text.split(","))

@@ -110,10 +110,13 @@ def _commit() -> str | None:
     """The commit of this checkout, marked when files differ from it; LLMQ_COMMIT names it elsewhere."""
     if named := os.environ.get("LLMQ_COMMIT"):
         return named
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():  # an installed package may lie inside somebody else's checkout
+        return None
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
+            cwd=checkout,
             capture_output=True,
             text=True,
             timeout=10,

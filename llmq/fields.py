@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from llmq.errors import BadChoice, unknown
 
@@ -18,12 +18,13 @@ from llmq.errors import BadChoice, unknown
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """What a field may hold. `named`: what messages call it; `label`: what the page calls it; `flag`: its option at
-    the command line (default: the field's name)."""
+    the command line (default: the field's name); `holds`: the type of its values."""
 
     help: str = ""
     label: str = ""
     named: str = ""
     flag: str = ""
+    holds: ClassVar[type] = object
 
     def parse(self, name: str, text: str) -> Any:
         """`text` as a value. Raises BadChoice naming field, value and what can be chosen."""
@@ -35,6 +36,8 @@ class Kind:
 
     def check(self, name: str, value: Any) -> Any:
         """`value` unchanged. Raises BadChoice where the field cannot hold it."""
+        if not isinstance(value, self.holds):
+            raise BadChoice(f"{name} is {value!r:.80}; give a {self.holds.__name__}")
         return value
 
     def spell(self, value: Any) -> str:
@@ -130,11 +133,14 @@ class Text(Kind):
     positional: bool = False
     file: str = ""
     unless: str = ""
+    holds: ClassVar[type] = str
 
 
 @dataclass(frozen=True)
 class Switch(Kind):
     """On or off. A switch that is on by default has the flag --no-…"""
+
+    holds: ClassVar[type] = bool
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Progress, Waiting
-from llmq.figures.blocks import Block, Markup, Table
+from llmq.figures.blocks import Block, Markup, Table, Verbatim
 
 
 def progress_line(event: Event | Progress) -> str:
@@ -51,6 +51,8 @@ def shown_block(block: Block) -> str:
     """A block of an answer as a terminal shows it; '' for what it cannot."""
     if isinstance(block, Table):
         return "\n".join(_aligned(block)) if block.rows else ""
+    if isinstance(block, Verbatim):
+        return block
     return block.replace("**", "") if isinstance(block, str) and not isinstance(block, Markup) else ""
 
 

@@ -14,6 +14,8 @@ if not os.environ.get("LLMQ_TEST_GPU"):
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from llmq import face  # noqa: E402
+
 
 def pytest_report_header() -> str:
     import bitsandbytes
@@ -27,6 +29,13 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def machine_of_its_own():
+    """No test finds the models of another one loaded."""
+    yield
+    face.machine.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,7 @@ def test_an_interrupt_from_the_keyboard_is_no_traceback(run, monkeypatch):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(actions, "is_run", interrupted)
+    monkeypatch.setattr(actions, "load", interrupted)
     assert run("replay", "run.jsonl") == (130, [], ["llmq: stopped"])
 
 

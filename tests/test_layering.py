@@ -25,7 +25,7 @@ FLOORS = [
     "llmq.inspect llmq.machine",
     "llmq.figures",
     "llmq.labs llmq.reporting",
-    "llmq.bench llmq.ui",
+    "llmq.bench llmq.face llmq.ui",
     "llmq.actions",
     "llmq.cli",
     "app llmq.__main__",
@@ -231,6 +231,14 @@ def loaded_after(code: str) -> set[str]:
 def test_the_command_line_starts_without_torch():
     heavy = {"torch", "transformers", "bitsandbytes", "gradio", "plotly", "huggingface_hub"}
     assert loaded_after("import llmq, llmq.cli, llmq.__init__\nllmq.cli.build_parser()") & heavy == set()
+
+
+@pytest.mark.parametrize(("code", "never"), [
+    ("dir(llmq)", {"numpy"}), ("llmq.METHODS, llmq.Run", {"numpy"}), ("llmq.compare, llmq.open_model", set()),
+])  # fmt: skip
+def test_the_face_is_imported_without_what_it_may_need_later(code, never):
+    heavy = {"torch", "transformers", "bitsandbytes", "gradio", "plotly", "huggingface_hub", *never}
+    assert loaded_after(f"import llmq\n{code}") & heavy == set()
 
 
 def load(names) -> str:

@@ -30,4 +30,8 @@ class Markup(str):
     """Text that is HTML already."""
 
 
-Block = str | Markup | Table | Drawing  # plain text may be Markdown of one kind: **bold**
+class Verbatim(str):
+    """Text with words of a prompt or a model in it: every sign in it is meant."""
+
+
+Block = str | Markup | Verbatim | Table | Drawing  # plain text may be Markdown of one kind: **bold**

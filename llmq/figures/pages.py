@@ -1,4 +1,5 @@
-"""Findings as HTML files that need nothing else: plotly.js is inside, every text is escaped. No gradio."""
+"""Findings as HTML that needs nothing else, every text escaped: files with plotly.js inside, and cells of a notebook,
+whose figures plotly shows. No gradio."""
 
 from __future__ import annotations
 
@@ -8,12 +9,23 @@ import math
 import re
 from collections.abc import Iterable
 
-from llmq.figures.blocks import Block, Drawing, Markup, Table
+from llmq.figures.blocks import Block, Drawing, Markup, Table, Verbatim
 from llmq.figures.palette import DARK, KL_EDGES, LIGHT, PAINT, properties
 
 _BOLD = re.compile(r"\*\*(.+?)\*\*")
 # plotly.js 4 offers a button that uploads the chart; a local file has no business with another host.
 NO_CLOUD = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False, "responsive": True}
+_RULES = """p { white-space: pre-wrap; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--llmq-grid);
+  vertical-align: top; }
+.text { border: 1px solid var(--llmq-grid); border-radius: 6px; padding: .8rem 1rem; line-height: 2;
+  overflow-wrap: anywhere; }
+.text span { border-radius: 3px; padding: 1px 2px; white-space: pre-wrap; }
+.k1 { background: var(--llmq-kl-1); } .k2 { background: var(--llmq-kl-2); }
+.k3 { background: var(--llmq-kl-3); } .k4 { background: var(--llmq-kl-4); }
+.other { text-decoration: underline 3px var(--llmq-text-1); text-underline-offset: 4px; font-weight: 650; }"""
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
@@ -21,21 +33,20 @@ _PAGE = """<!doctype html>
 @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}
 body {{ font-family: system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5;
   color: var(--llmq-ink); background: var(--llmq-surface); }}
-p {{ white-space: pre-wrap; }}
-table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }}
-.scroll {{ overflow-x: auto; }}
-th, td {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--llmq-grid);
-  vertical-align: top; }}
-.text {{ border: 1px solid var(--llmq-grid); border-radius: 6px; padding: .8rem 1rem; line-height: 2;
-  overflow-wrap: anywhere; }}
-.text span {{ border-radius: 3px; padding: 1px 2px; white-space: pre-wrap; }}
-.k1 {{ background: var(--llmq-kl-1); }} .k2 {{ background: var(--llmq-kl-2); }}
-.k3 {{ background: var(--llmq-kl-3); }} .k4 {{ background: var(--llmq-kl-4); }}
-.other {{ text-decoration: underline 3px var(--llmq-text-1); text-underline-offset: 4px; font-weight: 650; }}
+{rules}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>
 """
+# A notebook has rules of its own for tables, and may be dark where the system is light: rows get both colours.
+_CELL = """<div class="llmq"><style>
+.llmq {{ color-scheme: light dark; {light} line-height: 1.5; padding: .5rem 1rem;
+  &, tr, th, td {{ color: var(--llmq-ink); background: var(--llmq-surface); }}
+{rules} }}
+@media (prefers-color-scheme: dark) {{ .llmq {{ {dark} }} }}
+</style><h4>{title}</h4>
+{body}
+</div>"""
 _FIGURE = '<script type="application/json">{json}</script><div class="figure" style="height: {height}px"></div>'
 # Each figure's JSON stands in front of its place.
 _DRAW = """
@@ -50,25 +61,44 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
 def page(title: str, blocks: Iterable[Block]) -> str:
     """One file of paragraphs, drawings and tables."""
-    parts, drawn = [], False
-    for block in blocks:
-        if isinstance(block, Drawing):
-            figure = block.make()
-            parts.append(_FIGURE.format(json=figure.to_json(), height=figure.layout.height))
-            drawn = True
-        elif isinstance(block, Table):
-            parts.append(_table(block))
-        elif isinstance(block, Markup):
-            parts.append(block)
-        elif block:
-            parts.append(f"<p>{_bold(html.escape(block))}</p>")
-    if drawn:
+    blocks = list(blocks)
+    parts = [_markup(block) for block in blocks]
+    if any(isinstance(block, Drawing) for block in blocks):
         from plotly.offline import get_plotlyjs
 
         scripts = get_plotlyjs(), f"const config = {json.dumps(NO_CLOUD)};{PAINT}{_DRAW}"
         parts += [f"<script>{script}</script>" for script in scripts]
+    return _filled(_PAGE, title, parts)
+
+
+def cell(title: str, blocks: Iterable[Block]) -> str:
+    """Paragraphs and tables inside somebody else's page, such as a notebook's; drawings are left out."""
+    return _filled(_CELL, title, [_markup(block) for block in blocks if not isinstance(block, Drawing)])
+
+
+def painted(figure):
+    """A copy in the light palette's colours and on its ground, for where no style sheet says what their names mean."""
+    import plotly.graph_objects as go
+
+    ground = {"paper_bgcolor": LIGHT["surface"], "plot_bgcolor": LIGHT["surface"]}
+    colors = re.sub(r"var\(--llmq-([\w-]+)\)", lambda name: LIGHT[name[1]], figure.to_json())
+    return go.Figure(json.loads(colors)).update_layout(**ground)
+
+
+def _filled(frame: str, title: str, parts: list[str]) -> str:
     colors = {"light": properties(LIGHT), "dark": properties(DARK)}
-    return _PAGE.format(title=html.escape(title), body="\n".join(parts), **colors)
+    return frame.format(title=html.escape(title), body="\n".join(filter(None, parts)), rules=_RULES, **colors)
+
+
+def _markup(block: Block) -> str:
+    if isinstance(block, Drawing):
+        figure = block.make()
+        return _FIGURE.format(json=figure.to_json(), height=figure.layout.height)
+    if isinstance(block, Table):
+        return _table(block)
+    if isinstance(block, Markup) or not block:
+        return block
+    return f"<p>{html.escape(block) if isinstance(block, Verbatim) else _bold(html.escape(block))}</p>"
 
 
 def _bold(text: str) -> str:

@@ -17,7 +17,7 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number, Text
-from llmq.figures.blocks import Block, Table
+from llmq.figures.blocks import Block, Table, Verbatim
 from llmq.formatting import format_share, plain_json
 from llmq.inspect.agreement import Agreement, Drift, TokenAgreement, compare_logits, margins_at
 from llmq.labs.base import Lab
@@ -108,7 +108,7 @@ class Read:
         from llmq.figures.pages import text_markup
 
         yield summary_of(self)
-        yield drift_line(self)
+        yield Verbatim(drift_line(self))
         yield text_markup(self.value())
         rows = [
             [str(t.position), repr(self.names[t.token_id]), f"{t.kl:.4g}", str(t.rank)]

@@ -13,7 +13,7 @@ from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.fields import Number, Switch
-from llmq.figures.blocks import Block, Drawing, Table
+from llmq.figures.blocks import Block, Drawing, Table, Verbatim
 from llmq.inspect.cause import Cause
 from llmq.labs.agreement import Read, Reading, load_pair, restored_read
 from llmq.labs.base import Lab
@@ -120,7 +120,7 @@ class CauseAnswer:
         from llmq.figures.pages import text_markup
 
         cause, read = self.cause, self.read
-        yield cause_line(cause, read)
+        yield Verbatim(cause_line(cause, read))
         yield Drawing(lambda: layer_error_figure(cause))
         yield Table(PATCH_HEADERS, patch_rows(cause, read), "Best modules to put back")
         layers = [

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmq.events import Run
-from llmq.figures.blocks import Block, Table
+from llmq.figures.blocks import Block, Table, Verbatim
 from llmq.formatting import MISSING, format_bytes, format_seconds, format_speed, shown_coverage
 from llmq.summary import Outcome, Summary
 
@@ -26,7 +26,7 @@ class RunAnswer:
     def blocks(self) -> Iterator[Block]:
         outcomes = self.summary.outcomes.values()
         for outcome in outcomes:
-            yield f"--- {outcome.contestant}\n{outcome.error or outcome.text}"
+            yield Verbatim(f"--- {outcome.contestant}\n{outcome.error or outcome.text}")
         rows = [
             [
                 outcome.contestant,
