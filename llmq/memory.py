@@ -97,7 +97,7 @@ def kv_bytes(config: PretrainedConfig | PlainConfig, *, tokens: int, batch: int 
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     except (AttributeError, KeyError, RuntimeError):  # what transformers raises for a setting each layer has its own of
         return None
-    other = any(getattr(config, name, None) for name in ("kv_lora_rank", "n_recurrent_loops"))
+    other = any(getattr(config, name, None) for name in ("kv_lora_rank", "n_recurrent_loops", "block_types"))
     return None if other or kept is None else 2 * batch * kept * kv_heads * head_dim * itemsize
 
 

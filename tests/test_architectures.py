@@ -24,6 +24,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llmq import memory
+from llmq.engine.hf import cache_name
 from llmq.errors import BadChoice
 from llmq.methods import METHODS
 from llmq.methods.base import WeightBytes
@@ -146,21 +147,22 @@ def test_the_layers_are_those_of_transformers(model_type, folders):
     assert {name for name, _ in linear_layers(model)} == theirs
 
 
-UNKNOWN = {"deepseek_v2", "minicpm3", "glm_moe_dsa", "qwen3_next", "lfm3", "dory"}  # latents, linear attention, loops
+# Latents, linear attention, recurrent blocks, loops: none of them is two numbers a token and head.
+UNKNOWN = {"recurrent_gemma", "deepseek_v2", "minicpm3", "glm_moe_dsa", "qwen3_next", "lfm3", "dory"}
 
 
 @pytest.mark.parametrize("tokens", [7, 40])  # below and above the small sliding window
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_keys_and_values_are_forecast_or_unknown(model_type, tokens, folders):
     model = (dense(model_type, folders(model_type)) or {}).get(torch.float32)
-    if model is None or "cache" not in inspect.signature(type(model).forward).parameters:
+    if model is None or not {"cache", "past_key_values"} & {*inspect.signature(type(model).forward).parameters}:
         pytest.skip("not made small by these numbers, or without a cache")
     forecast = memory.kv_bytes(model.config.get_text_config(), tokens=tokens, itemsize=4)
     assert forecast is None if model_type in UNKNOWN else True
     if forecast is not None:
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
-            model(torch.ones(1, tokens, dtype=torch.long), cache=cache, use_cache=True)
+            model(torch.ones(1, tokens, dtype=torch.long), **{cache_name(model): cache}, use_cache=True)
         assert forecast == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

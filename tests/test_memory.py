@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from llmq import memory
 from llmq.cli import main
-from llmq.engine.hf import HFEngine
+from llmq.engine.hf import HFEngine, cache_name
 from llmq.machine.door import Machine
 from llmq.memory import Prediction
 from llmq.methods import METHODS
@@ -40,7 +40,7 @@ def test_kv_formula_equals_a_real_cache(kv_heads, changes, batch, tokens):
     model = tiny_llama(torch.float16, num_key_value_heads=kv_heads, **changes)
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        model(torch.ones(batch, tokens, dtype=torch.long), cache=cache, use_cache=True)
+        model(torch.ones(batch, tokens, dtype=torch.long), **{cache_name(model): cache}, use_cache=True)
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert memory.kv_bytes(model.config, tokens=tokens, batch=batch, itemsize=2) == real
 
@@ -183,7 +183,7 @@ def test_the_workspace_is_an_upper_estimate_of_a_real_prefill(changes, most, bat
     predicted = memory.predict(meta_model(model.config), METHODS[method], tokens=tokens, batch=batch)
     cache, ids = DynamicCache(config=model.config), torch.ones(batch, tokens, dtype=torch.long)
     with torch.inference_mode(), Live(ids, *model.parameters(), *model.buffers()) as live:
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, **{cache_name(model): cache}, use_cache=True, logits_to_keep=1)
     real = live.peak - predicted.kv
     assert real <= predicted.workspace <= most * real
 
