@@ -24,7 +24,7 @@ class Kind:
     label: str = ""
     named: str = ""
     flag: str = ""
-    holds: ClassVar[type] = object
+    holds: ClassVar[Any] = object
 
     def parse(self, name: str, text: str) -> Any:
         """`text` as a value. Raises BadChoice naming field, value and what can be chosen."""
@@ -37,7 +37,7 @@ class Kind:
     def check(self, name: str, value: Any) -> Any:
         """`value` unchanged. Raises BadChoice where the field cannot hold it."""
         if not isinstance(value, self.holds):
-            raise BadChoice(f"{name} is {value!r:.80}; give a {self.holds.__name__}")
+            raise BadChoice(f"{name} cannot be {value!r:.80}, of the type {type(value).__name__}")
         return value
 
     def spell(self, value: Any) -> str:
@@ -133,7 +133,7 @@ class Text(Kind):
     positional: bool = False
     file: str = ""
     unless: str = ""
-    holds: ClassVar[type] = str
+    holds: ClassVar[Any] = str | None  # an empty box of a page
 
 
 @dataclass(frozen=True)

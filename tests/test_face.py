@@ -206,8 +206,11 @@ REFUSED = {
     "a setting": (lambda k: llmq.outliers(PROMPT, tokens=3, **k), ["'tokens'", "method", "new_tokens", "sweep"]),
     "a setting's value": (lambda k: llmq.outliers(PROMPT, new_tokens=2.5, **k), ["new tokens", "2.5", "0 to 64"]),
     "a number that is none": (lambda k: llmq.quality(tokens=True, **k), ["tokens", "True"]),
-    "a text that is none": (lambda k: llmq.quality(text=3, **k), ["text is 3", "str"]),
-    "a switch that is none": (lambda k: llmq.ask("explain-token", prompt=PROMPT, patch="no", **k), ["patch", "'no'"]),
+    "a text that is none": (lambda k: llmq.quality(text=3, **k), ["text cannot be 3", "int"]),
+    "a switch that is none": (
+        lambda k: llmq.ask("explain-token", prompt=PROMPT, patch="no", **k),
+        ["patch cannot be 'no'", "str"],
+    ),
     "nothing for a method": (lambda k: llmq.outliers(PROMPT, method=None, **k), ["'None'", *METHODS]),
     "a model's name": (lambda k: llmq.open_model("nope"), ["'nope'", *PRESETS]),
 }
