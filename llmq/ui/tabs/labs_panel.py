@@ -111,7 +111,7 @@ class LabsPanel:
             section.finding: gr.Markdown(said, visible=bool(said)),
             section.table: gr.Dataframe(value=[lab.row(row) for row in rows], visible=True),
             section.rows: rows,
-            section.figure: sent(figures[0] if figures else None),
+            section.figure: sent(figures[0].make() if figures else None),
         }
 
 
