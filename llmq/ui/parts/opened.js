@@ -1,0 +1,8 @@
+() => {
+  // What an address asks of the page itself: autorun=1, view=outliers, embed=1 or sidebar=hidden.
+  const asked = new URLSearchParams(window.location.search);
+  const view = asked.get("view");
+  if (view) document.querySelector(`#tab-${CSS.escape(view)}-button`)?.click();
+  if (asked.get("embed") === "1") document.body.classList.add("llmq-embedded");
+  if (asked.get("autorun") === "1") document.querySelector("#generate")?.click();
+}

@@ -1,0 +1,172 @@
+// Draws the result, and holds the one state of its tab: idle, running, done, example, replaying, replayed.
+const EMPTY = { run: null, state: "idle", memory: "Memory", contestants: [], columns: [], samples: [], cards: [], texts: [] };
+const redrawPause = () => (still() ? 1000 : 250); // milliseconds
+const tab = element.closest(".llmq-compare") || element;
+
+let shown = EMPTY;
+let drawnRun = EMPTY.run;
+let drawnPieces = null;
+let pending = false;
+let lastDraw = -Infinity;
+let tiles = [];
+let same = null;
+let panes = [];
+
+const fold = (folded) => { tab.dataset.folded = folded; };
+
+const enter = (state) => {
+  if (tab.dataset.state === state) return;
+  tab.dataset.state = state;
+  if (["running", "replaying"].includes(state)) fold(true);
+};
+
+const build = ({ contestants }) => {
+  tiles = FIGURES.map(([name, , heading]) => makeTile(contestants, name, heading));
+  same = contestants.length > 1 ? makeSame() : null;
+  panes = contestants.map(makePane);
+  part("strip").replaceChildren(...tiles.map((tile) => tile.root), ...(same ? [same.root] : []));
+  part("panes").replaceChildren(...panes.map((pane) => pane.root));
+};
+
+const fillStrip = (value) => {
+  FIGURES.forEach(([name, field], number) => {
+    const { change, rows } = tiles[number];
+    const { shares, changes } = value.strip[name];
+    setText(change, changes.length === 2 ? changes[1] : "");
+    rows.forEach(({ bar, value: slot }, index) => {
+      bar.style.setProperty("--llmq-share", shares[index] ?? 0);
+      const told = changes.length > 2 ? changes[index] : "";
+      setText(slot, [value.cards[index][field], told].filter(Boolean).join("  "));
+    });
+  });
+  if (!same) return;
+  setText(same.count, value.strip.same);
+  setText(same.more, value.strip.parted);
+};
+
+const fillPane = ({ root, slots, text }, card, written, list, first) => {
+  root.dataset.state = card.state;
+  for (const [name, slot] of Object.entries(slots)) setText(slot, card[name]);
+  if (list) {
+    if (drawnPieces !== shown.pieces) {
+      text.replaceChildren(...pieces(list, first));
+      const mark = text.querySelector(".llmq-first");
+      text.scrollTop = mark ? mark.offsetTop - 60 : 0;
+    }
+    return;
+  }
+  const below = text.scrollHeight - text.scrollTop - text.clientHeight < 24;
+  setText(text, written);
+  if (below) text.scrollTop = text.scrollHeight;
+};
+
+const fillFrame = (value) => {
+  part("banner").hidden = !value.recording;
+  setText(part("banner"), value.recording || "");
+  part("asked").hidden = !value.asked;
+  if (value.asked) {
+    setText(part("prompt"), value.asked.prompt);
+    setText(part("settings"), value.asked.settings);
+  }
+  setText(part("status"), value.status || "");
+  part("status").classList.toggle("llmq-hidden", value.status === "Finished."); // the headline says more
+  const waiting = value.state === "running" && !value.texts.some(Boolean);
+  part("bar").hidden = !waiting;
+  part("shown").hidden = !value.contestants.length;
+  setText(part("headline"), value.headline || "");
+  part("why").hidden = !(value.details || []).length;
+  part("details").replaceChildren(...(value.details || []).map((line) => node("p", {}, line)));
+};
+
+const draw = () => {
+  pending = false;
+  lastDraw = performance.now();
+  enter(shown.state);
+  fillFrame(shown);
+  if (shown.run !== drawnRun) {
+    drawnRun = element.dataset.run = shown.run;
+    element.dataset.points = 0;
+    drawnPieces = null;
+    build(shown);
+  }
+  if (!shown.contestants.length) return;
+  fillStrip(shown);
+  panes.forEach((pane, index) => fillPane(pane, shown.cards[index], shown.texts[index],
+    shown.pieces && shown.pieces[index], shown.first));
+  drawnPieces = shown.pieces;
+  drawPlot(shown);
+  fillTable(shown);
+};
+
+const schedule = () => {
+  if (pending) return;
+  pending = true;
+  setTimeout(() => requestAnimationFrame(draw), Math.max(0, lastDraw + redrawPause() - performance.now()));
+};
+
+const show = (value) => {
+  shown = value;
+  schedule();
+};
+
+// A recording takes the place of what is shown; an example plays below an open form.
+const showRecording = (recording) => {
+  const [during, after] = recording.example ? ["example", "example"] : ["replaying", "replayed"];
+  playing = play(recording, (value, ended) => show({ ...value, state: ended ? after : during }));
+};
+
+const changed = () => {
+  const value = props.value || {};
+  if (value.notice) {
+    setText(part("status"), value.notice);
+    part("status").classList.remove("llmq-hidden");
+    return;
+  }
+  playing?.stop();
+  playing = null;
+  if (value.frames) showRecording(value);
+  else show(value.run ? value : EMPTY);
+};
+
+const stopAll = () => {
+  if (tab.dataset.state === "replaying") {
+    playing.stop();
+    show({ ...shown, state: "replayed", status: "Recording stopped." });
+  } else {
+    trigger("stop");
+  }
+};
+
+part("stop").addEventListener("click", stopAll);
+part("skip").addEventListener("click", () => playing?.finish());
+part("change").addEventListener("click", () => {
+  fold(false);
+  document.querySelector("#prompt textarea")?.focus();
+});
+part("again").addEventListener("click", () => document.querySelector("#generate")?.click());
+part("figures").addEventListener("toggle", () => fillTable(shown));
+
+const observeSize = () => {
+  const resize = new ResizeObserver(() => {
+    if (!element.isConnected) resize.disconnect();
+    else if (host.clientWidth && host.clientWidth !== drawnWidth) requestAnimationFrame(() => redrawPlot(shown));
+  });
+  resize.observe(host);
+};
+
+// 4.8 MB, needed for the first plot only: fetched when the page has nothing else to do.
+const whenIdle = window.requestIdleCallback || ((task) => setTimeout(task, 200));
+whenIdle(() => loadPlotly().then((library) => {
+  plotly = library;
+  redrawPlot(shown);
+  repaintWithTheme(() => redrawPlot(shown));
+  observeSize();
+}).catch((error) => {
+  console.error("llmq: no plot", error);
+  host.remove();
+  part("plot-error").hidden = false;
+}));
+
+fold(false);
+watch("value", changed);
+changed();
