@@ -35,7 +35,6 @@ class Page:
         self.state = AppState(run=self._run, stop=self._stop, device="cpu", device_label="a CPU")
         self.compare, self.outliers = CompareTab(self.state), OutliersTab(self.state)
         with gr.Blocks() as blocks:
-            self.compare.sidebar()
             self.compare.build()
             with gr.Tab("Outliers") as tab:
                 self.outliers.build()
@@ -81,40 +80,58 @@ def said(updates) -> tuple[dict, str]:
 def test_a_comparison_from_the_click_to_the_recording():
     page = Page(*script())
     tab = page.compare
-    opened = shown(tab._open(*page.form()))
-    assert [opened[pane] for pane in tab.panes] == ["", "", ""]
-    streamed = shown(tab._generate(*page.form(), ANN))
-    assert [streamed[pane] for pane in tab.panes[:2]] == ["a" * 20 + "!"] * 2
-    closed = shown([tab._close(ANN)])
-    assert closed[tab.status] == "Finished." and "agree on all 20 tokens" in closed[tab.verdict]
-    assert closed[tab.diff]["first_divergence"] is None and "methods=fp16%2Cbnb-int8" in closed[tab.query]
+    *_, last = tab._generate(*page.form(), ANN)
+    assert last["texts"] == ["a" * 20 + "!"] * 2 and (last["status"], last["state"]) == ("Finished.", "done")
+    assert last["asked"]["prompt"] == PROMPT and last["pieces"]
     (job, owner) = page.jobs[0]
     assert isinstance(job, Comparison) and (job.prompt, owner) == (PROMPT, "ann")
-    recording = closed[tab.download]["path"]
+    recording = tab._keep(ANN).value["path"]
     assert Run.load(recording).settings["prompt"] == PROMPT
-    assert tab._close(ANN).keys() == {tab.query}, "taken once"
-    replayed = shown(tab._replay(None, recording))
-    assert replayed[tab.status].startswith("Recording: ") and replayed[tab.panes[1]] == "a" * 20 + "!"
+    assert tab._keep(ANN) == gr.skip(), "taken once"
+
+
+def test_a_recording_fills_the_form_with_what_it_answers(tmp_path):
+    page = Page(*script())
+    tab = page.compare
+    list(tab._generate(*page.form(), ANN))
+    run = Run.load(tab._keep(ANN).value["path"])
+    run.settings["contestants"] = ["fp16", "bnb-int8@3"]
+    for timed in run.events:
+        if getattr(timed.event, "contestant", "") == "bnb-int8":
+            object.__setattr__(timed.event, "contestant", "bnb-int8@3")
+    shown = tab._replay_upload(str(run.save(tmp_path / "run.jsonl")))
+    assert shown[tab.result]["frames"] and "example" not in shown[tab.result]
+    assert [shown[part] for part in (tab.prompt, tab.model, *tab.methods, tab.threshold)] == [
+        PROMPT, "demo", "fp16", "bnb-int8", "none", 3.0,
+    ]  # fmt: skip
+    assert shown[tab.max_new_tokens] == 8
 
 
 def test_a_comparison_that_is_refused_or_fails_says_so():
     page = Page(*script()[:12], UserError("no <b>room</b>"))
     tab = page.compare
-    for handler in (tab._open(*page.form(temperature=99)), tab._generate(*page.form(temperature=99), ANN)):
-        seen, notice = said(handler)
-        assert seen[tab.status].startswith("Not started: ") and "99" in notice
-    assert page.jobs == []
-    seen, notice = said(tab._generate(*page.form(), ANN))
-    assert seen[tab.status] == "Ended early: no <b>room</b>" and notice == "no &lt;b&gt;room&lt;/b&gt;"
-    seen, notice = said(tab._replay("../etc/passwd", None))
-    assert seen[tab.status].startswith("Not replayed: ") and "choose a recorded run" in notice
+    (refused,) = tab._generate(*page.form(temperature=99), ANN)
+    assert refused["notice"].startswith("Not started: ") and "99" in refused["notice"]
+    assert page.jobs == [] and tab._keep(ANN) == gr.skip()
+    *_, last = tab._generate(*page.form(), ANN)
+    assert last["status"] == "Ended early: no <b>room</b>"
+
+
+@pytest.mark.parametrize("content", [b"no json", b"\xff\xfe", b"{}"])
+def test_a_wrong_upload_is_refused_without_a_place_on_the_server(tmp_path, content):
+    path = tmp_path / "gradio" / "junk.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    tab = Page().compare
+    notice = tab._replay_upload(str(path))[tab.result]["notice"]
+    assert notice.startswith("Not replayed: junk.jsonl") and str(tmp_path) not in notice
+    assert "choose a recorded run" in tab._replay("../etc/passwd")[tab.result]["notice"]
 
 
 def test_a_comparison_that_is_stopped_keeps_its_text():
     page = Page(*script()[:30], *(Finished(contestant=name, reason="stopped") for name in NAMES))
-    streamed = shown(page.compare._generate(*page.form(), ANN))
-    assert streamed[page.compare.panes[0]].startswith("aaa")
-    assert shown([page.compare._close(ANN)])[page.compare.status] == "Stopped."
+    *_, last = page.compare._generate(*page.form(), ANN)
+    assert last["texts"][0].startswith("aaa") and last["status"] == "Stopped."
     page.compare._stop(ANN)
     page.outliers._stop(ANN)
     assert page.stopped == ["ann", "ann"]

@@ -177,7 +177,7 @@ def test_states_and_notes_of_a_card():
     assert cards(Waiting(seconds=1.0))[0] == ("waiting", "Waiting", "another run holds the device")
     assert cards(Waiting(seconds=2.0, position=2))[1][2] == "runs in front of this one: 2"
     assert cards(Loading(contestant="nf4", message="shard 1 of 2"))[1] == ("loading", "Loading", "shard 1 of 2")
-    assert cards(Loaded(contestant="nf4", weight_bytes=1, seconds=0.0))[1] == ("prefill", "Prefill", "")
+    assert cards(Loaded(contestant="nf4", weight_bytes=1, seconds=0.0))[1] == ("prefill", "Reading", "")
     assert cards(Finished(contestant="nf4", reason="length"))[1] == ("finished", "Finished: token limit", "")
     assert cards(Freed(contestant="nf4", expected_bytes=10**9, freed_bytes=10**8, verified=False))[1][2] == (
         "only 100 MB of 1.00 GB came back"

@@ -160,7 +160,8 @@ def test_a_failed_baseline_is_said_once():
     ("lanes", "headline"),
     [
         ([lane("fp16"), lane("llm-int8", megabytes=122, speed=18.0, ids=[5, 6, 9, 9])],
-         "int8 · ours needs 39% less memory and writes 1.8 times faster than FP16; the texts are the same for 2 tokens."),
+         "int8 · ours needs 39% less memory and writes 1.8 times faster than FP16; the texts are the same for 2 "
+         "tokens."),
         ([lane("fp16"), lane("bnb-int8", megabytes=122, speed=4.0, ids=[9])],
          "int8 · bitsandbytes needs 39% less memory; the texts differ from the first token on."),
         ([lane("fp32", megabytes=400), lane("fp16"), lane("bf16", speed=5.0)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmq.contestant import shown_name
 from llmq.events import Event, Failed, Freed, Loading, Planned, Progress, Step, Waiting
 
 
@@ -25,11 +26,13 @@ def event_line(event: Event) -> str:
         case Loading(contestant="", message=message):
             return message[:1].upper() + message[1:]
         case Loading(contestant=contestant):
-            return f"Loading {contestant}"
+            return f"Loading {shown_name(contestant)}"
         case Step(contestant=contestant, index=0):
             return "Generating"
         case Failed(contestant=contestant):
-            return f"{contestant} failed; the others go on"
+            return f"{shown_name(contestant)} failed; the others go on"
         case Freed(contestant=contestant, verified=verified):
-            return f"{contestant} freed" + ("" if verified else ", but its memory was not seen to come back")
+            return f"{shown_name(contestant)} freed" + (
+                "" if verified else ", but its memory was not seen to come back"
+            )
     return ""

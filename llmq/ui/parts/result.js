@@ -44,12 +44,12 @@ const fillStrip = (value) => {
   setText(same.more, value.strip.parted);
 };
 
-const fillPane = ({ root, slots, text }, card, written, list, first) => {
+const fillPane = ({ root, slots, text }, card, written, list, parted) => {
   root.dataset.state = card.state;
   for (const [name, slot] of Object.entries(slots)) setText(slot, card[name]);
   if (list) {
     if (drawnPieces !== shown.pieces) {
-      text.replaceChildren(...pieces(list, first));
+      text.replaceChildren(...pieces(list, parted));
       const mark = text.querySelector(".llmq-first");
       text.scrollTop = mark ? mark.offsetTop - 60 : 0;
     }
@@ -92,7 +92,7 @@ const draw = () => {
   if (!shown.contestants.length) return;
   fillStrip(shown);
   panes.forEach((pane, index) => fillPane(pane, shown.cards[index], shown.texts[index],
-    shown.pieces && shown.pieces[index], shown.first));
+    shown.pieces && shown.pieces[index], shown.first !== null));
   drawnPieces = shown.pieces;
   drawPlot(shown);
   fillTable(shown);

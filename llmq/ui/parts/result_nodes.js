@@ -55,18 +55,18 @@ const makePane = ({ title, about }, index) => {
 const visible = (text) => (/^[^\S\n]+$/.test(text) ? text.replace(/\t/g, "⇥").replace(/[^\S⇥]/g, "␣") : text)
   .replace(/\r?\n/g, "⏎\n");
 
-// The text of one pane as pieces [text, kind], with a mark before the piece where the two texts part.
-const pieces = (list, first) => {
+// The text of one pane out of pieces [text, kind], with a mark where the two texts part, if they do.
+const pieces = (list, parted) => {
   const nodes = [];
-  list.forEach(([text, kind], position) => {
-    if (position === first) nodes.push(node("span", { class: "llmq-first" }, "they part here"));
-    if (kind !== "diff") {
-      nodes.push(text);
-      return;
+  let marked = !parted;
+  for (const [text, kind] of list) {
+    if (!marked && kind !== "prefix") {
+      nodes.push(node("span", { class: "llmq-first" }, "they part here"));
+      marked = true;
     }
-    const space = text.trim() ? text.match(/^ */)[0] : ""; // a space in front of a word is not what differs
-    nodes.push(space, node("mark", {}, visible(text.slice(space.length))));
-  });
-  if (first === list.length) nodes.push(node("span", { class: "llmq-first" }, "this one ends here"));
+    const space = kind === "diff" && text.trim() ? text.match(/^ */)[0] : ""; // what differs is the word behind it
+    nodes.push(space, kind === "diff" ? node("mark", {}, visible(text.slice(space.length))) : text);
+  }
+  if (!marked) nodes.push(node("span", { class: "llmq-first" }, "this one ends here"));
   return nodes;
 };

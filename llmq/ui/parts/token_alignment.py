@@ -22,8 +22,8 @@ def diff_tokens(tokens_a: Sequence[Token], tokens_b: Sequence[Token]) -> dict:
     """Compare two lists of (token id, text) by token id.
 
     Returns `first` (index from 0 of the first position where they differ, None when they are equal), `aligned` (False
-    when a list was too long to align what follows that position) and `pieces`: for each text a list of [text, kind],
-    one for each token, with kind 'prefix' (equal up to the first difference), 'same' (equal again later) or 'diff'.
+    when a list was too long to align what follows that position) and `pieces`: for each text a list of [text, kind]
+    with kind 'prefix' (equal up to the first difference), 'same' (equal again later) or 'diff'.
     """
     ids_a, ids_b = [token[0] for token in tokens_a], [token[0] for token in tokens_b]
     start = common_prefix(ids_a, ids_b)
@@ -43,11 +43,17 @@ def diff_tokens(tokens_a: Sequence[Token], tokens_b: Sequence[Token]) -> dict:
 
 
 def _pieces(tokens: Sequence[Token], kinds: Sequence[str]) -> list[list[str]]:
-    """[text, kind] of each token. A token that ends inside a character has no text of its own: what becomes printable
-    stands at the last of them, and differs where any of them does."""
-    found, differs = [], False
+    """[text, kind] of each run of tokens of one kind. A token that ends inside a character has no text of its own: what
+    becomes printable stands at the last of them, and differs where any of them does."""
+    found: list[list[str]] = []
+    differs = False
     for (_, text), kind in zip(tokens, kinds, strict=True):
         differs = differs or kind == DIFFERENT
-        found.append([text, DIFFERENT if text and differs else kind])
-        differs = differs and not text
+        if not text:
+            continue
+        kind, differs = DIFFERENT if differs else kind, False
+        if found and found[-1][1] == kind:
+            found[-1][0] += text
+        else:
+            found.append([text, kind])
     return found

@@ -80,7 +80,7 @@ class CompareTab:
         """What most people leave alone."""
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             gr.Markdown(
-                "A model may also be a hub id (owner/name) or a local folder, and a method may be typed with its settings: "
+                "A model may also be a hub id (owner/name) or a local folder; a method may be typed with its settings: "
                 "`bnb-int8@0`, `smoothquant@0.7`."
             )
             with gr.Row(equal_height=True):
@@ -112,7 +112,7 @@ class CompareTab:
             with gr.Row():
                 self.link = gr.Textbox(
                     label="Link to what the form says", buttons=["copy"], elem_id="link", min_width=240, scale=3,
-                    interactive=False,
+                    interactive=False, max_lines=1,
                 )  # fmt: skip
                 self.download = gr.DownloadButton(
                     "Download this run", elem_id="download", interactive=False, min_width=200, scale=1
