@@ -44,6 +44,11 @@ def format_seconds(seconds: float | None) -> str:
     return f"{minutes} min {rest} s"
 
 
+def format_number(value: float) -> str:
+    """A figure of any size as people read it: 0.012, 3.46, 12,610."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.3g}"
+
+
 def format_speed(tokens_per_second: float | None) -> str:
     """Decode speed in tokens per second."""
     return f"{_three_digits(tokens_per_second)} tok/s" if _known(tokens_per_second) else MISSING

@@ -10,7 +10,7 @@ from gradio.utils import diff as gradio_diff
 
 from llmq.errors import BadChoice
 from llmq.events import Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Step, Waiting
-from llmq.formatting import MISSING, format_bytes, format_count, format_seconds, format_speed
+from llmq.formatting import MISSING, format_bytes, format_count, format_number, format_seconds, format_speed
 from llmq.ui.parts.live_state import FULL_RATE, SPACING_SECONDS, SPEED_WINDOW, LiveState
 
 THREE = {"fp16": "fp16 × fp16", "bnb-int8": "int8 × int8 + fp16 outliers", "llm-int8@3.5": "int8 × int8"}
@@ -214,6 +214,11 @@ def test_bytes_are_decimal(count, text):
 ])  # fmt: skip
 def test_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize("value, text", [(12590.4, "12,590"), (17.53, "17.5"), (0.01234, "0.0123"), (-2000, "-2,000")])
+def test_figures_are_written_as_people_read_them(value, text):
+    assert format_number(value) == text
 
 
 def test_speed_and_counts():

@@ -70,7 +70,7 @@ class Reading(Lab):
             continuation = len(ids)
             drift = yield from _drift(pair, ids, self, lease)
             ids = ids + list(drift.baseline_ids)
-        yield lease.progress(f"{self.baseline.label} and {self.contestant.label} read {len(ids)} tokens", 0.8)
+        yield lease.progress(f"{self.baseline.title} and {self.contestant.title} read {len(ids)} tokens", 0.8)
         logits = [engine.logits(ids, lease.stop.is_set).float() for engine in pair]
         agreement = Agreement(tuple(ids), tuple(compare_logits(*logits, ids)), continuation, drift)
         shown = {guess.token_id for token in agreement.tokens for guess in (*token.baseline, *token.other)}
@@ -189,13 +189,13 @@ def _drift(
                     break
                 written.append(token.token_id)
                 share = (side + len(written) / reading.new_tokens) * 0.4
-                yield lease.progress(f"{contestant.label} writes token {len(written)} of {reading.new_tokens}", share)
+                yield lease.progress(f"{contestant.title} writes token {len(written)} of {reading.new_tokens}", share)
         finally:
             generation.close()
         texts.append(written)
         tables.append(logits)
     if not texts[0]:
-        ends = f"{reading.baseline.label} ends the text at once"
+        ends = f"{reading.baseline.title} ends the text at once"
         raise BadChoice(f"{ends}, so there is no continuation to read; try another prompt")
     at = first_divergence(*texts)
     margins = None if at is None else margins_at(*(table[at] for table in tables), (texts[0][at], texts[1][at]))

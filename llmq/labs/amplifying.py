@@ -14,6 +14,7 @@ from llmq.contestant import Contestant
 from llmq.fields import Number, Numbers
 from llmq.figures.blocks import Drawing
 from llmq.figures.lines import Line, line_figure
+from llmq.formatting import format_number
 from llmq.labs.rows import BASELINE, RowLab, Rows, Workbench, shown_perplexity
 from llmq.models.edits import LARGEST_FACTOR, Amplify, require_channels
 
@@ -55,7 +56,7 @@ class Amplifying(RowLab):
             truth = bench.read(engine)
         total = len(self.factors) * len(self.contestants)
         for number, (factor, contestant) in enumerate(self._pairs()):
-            yield bench.progress(f"{contestant.label} at s = {factor:g}", 0.05 + 0.95 * number / total)
+            yield bench.progress(f"{contestant.title} at s = {factor:g}", 0.05 + 0.95 * number / total)
             edit = Amplify(channels, factor) if factor != 1 else None
             with bench.engine(contestant, edit) as engine:
                 found = bench.read(engine)
@@ -89,7 +90,7 @@ class Amplifying(RowLab):
             return ""
         low, high = ({r["method"]: r for r in rows if r["factor"] == f} for f in (factors[0], factors[-1]))
         changes = [
-            f"{method} {high[method]['perplexity'] / low[method]['perplexity']:,.4g} times"
+            f"{method} {format_number(high[method]['perplexity'] / low[method]['perplexity'])} times"
             for method in high
             if method in low and high[method]["perplexity"] < math.inf
         ]

@@ -155,7 +155,8 @@ def cause_line(cause: Cause, read: Read) -> str:
     )
     if not cause.patches:
         return start
-    tried = f"{len(cause.patches)} modules tried" + (" so far" if cause.stopped else "")
+    count = len(cause.patches)
+    tried = f"{count} module{'' if count == 1 else 's'} tried{' so far' if cause.stopped else ''}"
     if not cause.repairs:
         return f"{start} No single module repairs it ({tried}): the error is spread over many."
     best = cause.repairs[0]

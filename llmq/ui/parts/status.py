@@ -19,6 +19,7 @@ const bar = element.querySelector(".llmq-progress");
 const show = () => {
   const value = props.value || "";
   const [text, fraction] = typeof value === "string" ? [value, undefined] : [value.text, value.fraction];
+  line.setAttribute("aria-live", fraction === undefined ? "polite" : "off"); // a count is seen, not heard
   line.textContent = text;
   bar.hidden = fraction === undefined;
   if (fraction === null) bar.removeAttribute("value");

@@ -7,7 +7,7 @@ import gradio as gr
 from llmq.models.presets import model_title
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import CompareTab
-from llmq.ui.tabs.outliers_tab import OutliersTab
+from llmq.ui.tabs.outliers_tab import QUIET, OutliersTab
 
 TITLE = "llmq: what 8-bit quantization does to a LLaMA"
 INTRO = (
@@ -22,12 +22,15 @@ def build(state: AppState) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# What 8 bits do to a language model\n{INTRO}", elem_id="header")
         with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
+            with gr.Tab("Compare", id="compare", elem_id="tab-compare") as compare_tab:
                 compare.build()
             with gr.Tab("Outliers", id="outliers", elem_id="tab-outliers", render_children=False) as tab:
                 outliers.build()
         compare.wire(page)
         outliers.wire(tab)
+        asked, watched = [compare.prompt, compare.model], [outliers.prompt, outliers.model]
+        for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):
+            shown.select(None, there, here, js="(prompt, model) => [prompt, model]", **QUIET)
         gr.Markdown(_about(state), elem_id="about", elem_classes=["llmq-about"])
     return page
 

@@ -59,7 +59,8 @@ class OutliersTab:
         self.prompt = gr.Textbox(EXAMPLES[0][1], label="Prompt to watch", lines=2, elem_id="outlier-prompt")
         with gr.Row(equal_height=True):
             self.model = gr.Dropdown(
-                list(PRESETS), value=self.state.model, label="Model", allow_custom_value=True,
+                [(preset.title, preset.name) for preset in PRESETS.values()], value=self.state.model, label="Model",
+                allow_custom_value=True,
                 elem_id="outlier-model", min_width=200,
             )  # fmt: skip
             self.method = gr.Dropdown(
