@@ -4,6 +4,7 @@ const redrawPause = () => (still() ? 1000 : 250); // milliseconds
 const tab = element.closest(".llmq-compare") || element;
 
 let shown = EMPTY;
+let settled = EMPTY; // what stands again when a run is refused
 let drawnRun = EMPTY.run;
 let drawnPieces = null;
 let pending = false;
@@ -17,7 +18,9 @@ const fold = (folded) => { tab.dataset.folded = folded; };
 const enter = (state) => {
   if (tab.dataset.state === state) return;
   tab.dataset.state = state;
-  if (["running", "replaying"].includes(state)) fold(true);
+  if (!["running", "replaying"].includes(state)) return;
+  fold(true);
+  if (tab.getBoundingClientRect().top < 0) tab.scrollIntoView({ block: "start" }); // whoever pressed Replay was below
 };
 
 const build = ({ contestants }) => {
@@ -60,6 +63,12 @@ const fillPane = ({ root, slots, text }, card, written, list, parted) => {
   if (below) text.scrollTop = text.scrollHeight;
 };
 
+// What is going on, and in the end what came out: one line, which a screen reader hears once each time it changes.
+const sentence = ({ status, headline }) =>
+  (headline ? [status === "Finished." ? "" : status, headline] : [status]).filter(Boolean).join(" ");
+
+const busy = (waiting) => { part("bar").dataset.empty = !waiting; };
+
 const fillFrame = (value) => {
   part("banner").hidden = !value.recording;
   setText(part("banner"), value.recording || "");
@@ -68,13 +77,10 @@ const fillFrame = (value) => {
     setText(part("prompt"), value.asked.prompt);
     setText(part("settings"), value.asked.settings);
   }
-  setText(part("status"), value.status || "");
-  part("status").classList.toggle("llmq-hidden", value.status === "Finished."); // the headline says more
-  const waiting = value.state === "running" && !value.texts.some(Boolean);
-  part("bar").hidden = !waiting;
+  setText(part("status"), sentence(value));
+  busy(value.state === "running" && !value.texts.some(Boolean));
   part("shown").hidden = !value.contestants.length;
-  setText(part("headline"), value.headline || "");
-  part("why").hidden = !(value.details || []).length;
+  part("why").dataset.empty = !(value.details || []).length;
   part("details").replaceChildren(...(value.details || []).map((line) => node("p", {}, line)));
 };
 
@@ -82,6 +88,7 @@ const draw = () => {
   pending = false;
   lastDraw = performance.now();
   enter(shown.state);
+  if (shown.notice) fold(false);
   fillFrame(shown);
   if (shown.run !== drawnRun) {
     drawnRun = element.dataset.run = shown.run;
@@ -106,8 +113,27 @@ const schedule = () => {
 
 const show = (value) => {
   shown = value;
+  if (value.state !== "running") settled = value;
   schedule();
 };
+
+const halt = () => {
+  playing?.stop();
+  playing = null;
+};
+
+// A click folds the form at once: what the server says of it may take a while under load.
+const begin = () => {
+  halt();
+  enter("running");
+  busy(true);
+  setText(part("status"), "Starting");
+};
+
+document.addEventListener("click", ({ target }) => { if (target.closest("#generate, #replay")) begin(); });
+document.addEventListener("keydown", ({ target, key, shiftKey }) => {
+  if (target.closest("#prompt") && key === "Enter" && shiftKey) begin();
+});
 
 // A recording takes the place of what is shown; an example plays below an open form.
 const showRecording = (recording) => {
@@ -118,12 +144,11 @@ const showRecording = (recording) => {
 const changed = () => {
   const value = props.value || {};
   if (value.notice) {
-    setText(part("status"), value.notice);
-    part("status").classList.remove("llmq-hidden");
+    halt();
+    show({ ...settled, status: value.notice, headline: "", notice: true });
     return;
   }
-  playing?.stop();
-  playing = null;
+  halt();
   if (value.frames) showRecording(value);
   else show(value.run ? value : EMPTY);
 };

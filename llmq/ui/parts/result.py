@@ -25,13 +25,14 @@ TEMPLATE = """
     <button type="button" class="llmq-button" data-part="change" id="change">Change</button>
     <button type="button" class="llmq-button llmq-primary" data-part="again" id="again">Generate again</button>
   </div>
-  <div class="llmq-said"><p class="llmq-banner" data-part="banner" hidden></p>
-    <p class="llmq-status" role="status" data-part="status" id="status"></p></div>
-  <progress class="llmq-progress" max="1" aria-label="Progress" data-part="bar" hidden></progress>
-  <div data-part="shown" hidden>
-    <p class="llmq-headline" role="status" data-part="headline" id="headline"></p>
-    <details class="llmq-details" data-part="why" id="why" hidden><summary>Why, and every figure</summary>
+  <p class="llmq-banner" data-part="banner" hidden></p>
+  <div class="llmq-verdict">
+    <p class="llmq-status llmq-headline" role="status" data-part="status" id="status"></p>
+    <details class="llmq-details" data-part="why" id="why"><summary>Why, and every figure</summary>
       <div data-part="details"></div></details>
+    <progress class="llmq-progress" max="1" aria-label="Progress" data-part="bar"></progress>
+  </div>
+  <div data-part="shown" hidden>
     <div class="llmq-strip" data-part="strip" role="group" aria-label="The difference in three figures"></div>
     <div class="llmq-panes" data-part="panes"></div>
     <p class="llmq-quiet" data-part="plot-error" hidden>

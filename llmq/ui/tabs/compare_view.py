@@ -55,7 +55,7 @@ class CompareView:
 
     def updates(self, events: Iterable[Event]) -> Iterator[dict]:
         """What the page should show, at most every UPDATE_SECONDS; the last value is complete. A run that cannot go on
-        ends in a value that says why."""
+        ends in a value that says why; one that never began, in a notice."""
         yield self.value()
         last = self.clock()
         try:
@@ -66,7 +66,10 @@ class CompareView:
                     last = self.clock()
             self._status = self._closing()
         except UserError as error:
-            self._status = f"{'Ended early' if any(self._texts) else 'Not started'}: {error}"
+            if not any(self._texts):
+                yield {"notice": f"Not started: {error}"}
+                return
+            self._status = f"Ended early: {error}"
         yield self.value() | self._final()
 
     def value(self) -> dict:
