@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
-from llmq.methods import Method, WeightBytes
+from llmq.methods import Method
 from llmq.methods.coverage import predicted_coverage
 from llmq.models.config import PlainConfig
 from llmq.models.opening import open_model
@@ -52,14 +52,12 @@ class Plan:
 
 def predict(shape: nn.Module, method: Method, *, tokens: int, batch: int = 1) -> Prediction:
     """Bytes for one contestant; `shape` is the model's (`Model.shape`), `tokens` counts prompt and answer."""
-    weights: WeightBytes = method.predict(shape)
+    import torch
+
+    weights = method.predict(shape)
     config = shape.config.get_text_config()
-    return Prediction(
-        weights.weights,
-        weights.scales,
-        kv_bytes(config, tokens=tokens, batch=batch, itemsize=_itemsize(method)),
-        _workspace(config, tokens=tokens, batch=batch, itemsize=_itemsize(method)),
-    )
+    sizes = {"tokens": tokens, "batch": batch, "itemsize": getattr(torch, method.dtype).itemsize}
+    return Prediction(weights.weights, weights.scales, kv_bytes(config, **sizes), _workspace(config, **sizes))
 
 
 def forecast(
@@ -127,12 +125,6 @@ def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> P
 
 def fit_together(predictions: Sequence[Prediction], free_bytes: int) -> bool:
     return sum(p.total for p in predictions) <= HEADROOM * free_bytes
-
-
-def _itemsize(method: Method) -> int:
-    import torch
-
-    return getattr(torch, method.dtype).itemsize
 
 
 def _workspace(config: PretrainedConfig, *, tokens: int, batch: int, itemsize: int) -> int:

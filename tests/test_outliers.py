@@ -11,8 +11,10 @@ from planted import PLANTED, PROMPT, StopAfter, columns, hooks_left, planted_lla
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from llmq.engine.base import Interrupted
 from llmq.inspect import reductions
-from llmq.inspect.outliers import THRESHOLDS, OutlierRecorder, Stopped, observe
+from llmq.inspect.outliers import OutlierRecorder, observe
+from llmq.inspect.report import THRESHOLDS
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +207,7 @@ def test_stop_ends_within_one_layer_and_says_so(tiny, seen, layers_run, layers_k
 def test_stop_reaches_the_caller_of_a_bare_recorder(tiny):
     stop = threading.Event()
     stop.set()
-    with pytest.raises(Stopped), OutlierRecorder(tiny, stop=stop) as recorder:
+    with pytest.raises(Interrupted), OutlierRecorder(tiny, stop=stop) as recorder:
         recorder.phase("prefill")
         tiny(PROMPT)
     assert hooks_left(tiny) == 0

@@ -11,8 +11,16 @@ from dataclasses import dataclass
 import torch
 
 
+class Tensors:
+    """What records of tensors share: `nbytes`, of all of them."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
+
+
 @dataclass(frozen=True)
-class Int8Weight:
+class Int8Weight(Tensors):
     """A linear layer's weight. `codes`: int8 (out, in), `absmax`: float32 (out,), as bitsandbytes' CB and SCB.
 
     Row n of the matrix it stands for is `codes[n] * absmax[n] / 127`.
@@ -24,11 +32,6 @@ class Int8Weight:
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.absmax.nbytes
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the values, each computed in float32 and rounded once, without a float32 copy of the matrix."""
