@@ -102,6 +102,10 @@ class Packed(Tensors):
     kind: int
     paired: bool
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.width
+
     def matrix(self, bias: torch.Tensor | None = None) -> Matrix:
         """Return the library's structure for it; the tensors must outlive it."""
         addresses = (None if part is None else part.data_ptr() for part in (self.data, self.absmax, bias))
