@@ -43,15 +43,13 @@ def is_quantized(module: nn.Module) -> bool:
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The stack of equal blocks that a decoder is made of, by name: the longest list of modules of one class that
     itself is in no other such list. Empty where there is none."""
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    stacks = {name: blocks for name, blocks in lists.items() if len({type(block) for block in blocks}) == 1}
-    outermost = [name for name in stacks if not any(_lies_in(name, outer) for outer in stacks)]
-    name = max(outermost, key=lambda name: (len(stacks[name]), -name.count(".")), default="")
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():  # outer ones come before those inside them
+        alike = isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+        if alike and not any(name.startswith(f"{outer}." if outer else "") for outer in stacks):
+            stacks[name] = module
+    name = max(stacks, key=lambda name: (len(stacks[name]), -name.count(".")), default="")
     return {f"{name}.{number}" if name else str(number): block for number, block in enumerate(stacks.get(name, ()))}
-
-
-def _lies_in(name: str, outer: str) -> bool:
-    return name != outer and (not outer or name.startswith(f"{outer}."))
 
 
 class Watched:

@@ -140,7 +140,7 @@ def test_quantized_layers_compare_in_fp16_whatever_they_are_given():
 def test_layers_that_read_one_tensor_are_reduced_once(tiny, seen, monkeypatch):
     reduced = []
     original = reductions.reduce_prompt
-    monkeypatch.setattr("llmq.inspect.recorder.reduce_prompt", lambda *args: reduced.append(1) or original(*args))
+    monkeypatch.setattr(reductions, "reduce_prompt", lambda *args: reduced.append(1) or original(*args))
     observe(tiny, PROMPT)
     assert len(reduced) == 3 * 4 + 1  # q/k/v, o, gate/up, down; the head
     q, k, o = (seen[1].module(f"model.layers.0.self_attn.{name}_proj") for name in "qko")

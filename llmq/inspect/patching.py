@@ -116,7 +116,8 @@ def _by_promise(baseline: nn.Module, model: nn.Module, ids: list[int], pair: tup
 
     def after(name: str, module: nn.Module, y: torch.Tensor) -> None:
         x, other = inputs.pop(name), baseline.get_submodule(name)
-        if _differs(module, other) and name in slopes:
+        differs = type(module) is not type(other) or module.weight.dtype != other.weight.dtype
+        if differs and name in slopes:
             repair = other(x.to(other.weight.dtype)).float() - y.float()
             promise[name] = float((slopes.pop(name).float() * repair).sum())
 
@@ -137,10 +138,6 @@ def _slopes(baseline: nn.Module, ids: list[int], pair: tuple[int, int]) -> dict[
         logits = _last_logits(baseline(inputs_embeds=embedded, use_cache=False, logits_to_keep=1))
         found = torch.autograd.grad(logits[pair[0]] - logits[pair[1]], list(outputs.values()), allow_unused=True)
     return {name: slope for name, slope in zip(outputs, found, strict=True) if slope is not None}
-
-
-def _differs(module: nn.Module, other: nn.Module) -> bool:
-    return type(module) is not type(other) or module.weight.dtype != other.weight.dtype
 
 
 @dataclass(frozen=True)

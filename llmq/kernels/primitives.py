@@ -64,10 +64,7 @@ def split_rows(x: torch.Tensor, threshold: float) -> SplitRows:
     outlier columns, as in bitsandbytes.
     """
     x = x.half()
-    if threshold <= 0:
-        absmax = x.abs().amax(1).float()
-        return SplitRows(_codes(x, absmax), absmax, torch.empty(0, dtype=torch.int64, device=x.device))
-    outliers = x.abs() >= threshold
+    outliers = (x.abs() >= threshold) & (threshold > 0)
     below = x.masked_fill(outliers, 0)
     absmax = below.abs().amax(1).float()
     columns = outliers.any(0).nonzero().view(-1)

@@ -160,14 +160,11 @@ def plain_rows(
     x: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
 ) -> Rows:
     """Hand on `x` (rows, in) as it is. `outlier_marks`: int8 zeros, at least (in,): the columns that are multiplied in
-    16 bit become 1, here or at the latest in `linear_rows`.
-    `used`: None, or int32 (1,): so many rows are the prompt's, and outliers are looked for in those alone."""
-    return Rows(x if used is None else _used_only(x, used), threshold, outlier_marks=outlier_marks)
-
-
-def _used_only(x: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """The rows beyond, which mean nothing, as zeros."""
-    return x * (torch.arange(len(x), device=x.device) < used)[:, None]
+    16 bit become 1, here or at the latest in `linear_rows`. `used`: None, or int32 (1,): so many rows are the prompt's,
+    and outliers are looked for in those alone."""
+    if used is not None:
+        x = x * (torch.arange(len(x), device=x.device) < used)[:, None]  # the rows beyond mean nothing
+    return Rows(x, threshold, outlier_marks=outlier_marks)
 
 
 def norm_rows(

@@ -78,13 +78,12 @@ def linear_rows(
         return residual.addmm_(x, weight.T)
     if rows.threshold is None or not isinstance(weight, Int8Weight):
         return reference.linear_rows(rows, weight, bias=bias, residual=residual)
-    split = split_matrix(rows, weight)
-    (count, width), n_out = x.shape, weight.shape[0]
-    out = torch.empty(count, n_out, dtype=x.dtype, device=x.device) if residual is None else residual
-    m, n, k, warps, stages = _tile(count, n_out, width)
-    _int8_linear[(triton.cdiv(count, m) * triton.cdiv(n_out, n),)](
-        x, split.codes, split.absmax, weight.codes, weight.absmax, bias, split.columns, split.count, split.gathered,
-        split.weights, out, count, n_out, width,
+    codes, *outliers = split_matrix(rows, weight)
+    (height, width), n_out = x.shape, weight.shape[0]
+    out = torch.empty(height, n_out, dtype=x.dtype, device=x.device) if residual is None else residual
+    m, n, k, warps, stages = _tile(height, n_out, width)
+    _int8_linear[(triton.cdiv(height, m) * triton.cdiv(n_out, n),)](
+        x, codes, rows.absmax, weight.codes, weight.absmax, bias, *outliers, out, height, n_out, width,
         ROWS=m, OUTPUTS=n, INPUTS=k, OUTLIERS=OUTLIERS, GATHERED=GATHERED, NEIGHBOURS=NEIGHBOURS,
         BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip

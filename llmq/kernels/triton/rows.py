@@ -6,8 +6,6 @@ many there are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -188,20 +186,6 @@ def norm_rows(
     return Rows(out, threshold, absmax, outlier_marks)
 
 
-@dataclass(frozen=True)
-class SplitMatrix:
-    """Rows decomposed for one call. `codes`: int8 (rows, in). `absmax`: float32 (rows,). `columns`: int32 (in,), the
-    first `count` of which are the outlier columns in order. `gathered`: float16 (rows, GATHERED), the values of the
-    first of them, and `weights`: float16 (out, GATHERED), the weights' codes there; both 0 beyond `count`."""
-
-    codes: torch.Tensor
-    absmax: torch.Tensor
-    columns: torch.Tensor
-    count: torch.Tensor
-    gathered: torch.Tensor
-    weights: torch.Tensor
-
-
 @triton.jit
 def _code(
     x_ptr, marks_ptr, absmax_ptr, codes_ptr, columns_ptr, count_ptr, rows, width,
@@ -240,20 +224,22 @@ def _gather(x_ptr, w_ptr, columns_ptr, count_ptr, xo_ptr, wo_ptr, rows, width, G
         tl.store(wo_ptr + (row - rows) * GATHERED + at, w.to(tl.float16))
 
 
-def split_matrix(rows: Rows, weight: Int8Weight) -> SplitMatrix:
-    """See `primitives.split_rows`; the rows have been noted. Also copies the outlier columns of the weight."""
-    (count, width), n_out, device = rows.x.shape, weight.shape[0], rows.x.device
-    codes = torch.empty(count, width, dtype=torch.int8, device=device)
-    columns = torch.empty(max(width, GATHERED) + 1, dtype=torch.int32, device=device)
-    gathered = torch.empty(count + n_out, GATHERED, dtype=torch.float16, device=device)
-    split = SplitMatrix(codes, rows.absmax, columns[1:], columns[:1], gathered[:count], gathered[count:])
-    _code[(count + 1,)](
-        rows.x, rows.outlier_marks, rows.absmax, codes, split.columns, split.count, count, width,
+def split_matrix(rows: Rows, weight: Int8Weight) -> tuple[torch.Tensor, ...]:
+    """See `primitives.split_rows`; the rows have been noted. Returns their codes, int8 (rows, in); a list of columns,
+    int32 (in,), and int32 (1,) how many of these are the outlier columns, in order; of the first of those the values,
+    float16 (rows, GATHERED), and the weights' codes, float16 (out, GATHERED), both 0 beyond."""
+    (height, width), n_out, device = rows.x.shape, weight.shape[0], rows.x.device
+    codes = torch.empty(height, width, dtype=torch.int8, device=device)
+    listed = torch.empty(max(width, GATHERED) + 1, dtype=torch.int32, device=device)
+    count, columns = listed[:1], listed[1:]
+    gathered = torch.empty(height + n_out, GATHERED, dtype=torch.float16, device=device)
+    values, weights = gathered[:height], gathered[height:]
+    _code[(height + 1,)](
+        rows.x, rows.outlier_marks, rows.absmax, codes, columns, count, height, width,
         BLOCK=min(4096, triton.next_power_of_2(width)), WHOLE=triton.next_power_of_2(width), PTX=not INTERPRETED,
         num_warps=8,
     )  # fmt: skip
-    _gather[(count + n_out,)](
-        rows.x, weight.codes, split.columns, split.count, split.gathered, split.weights, count, width,
-        GATHERED=GATHERED, num_warps=1,
+    _gather[(height + n_out,)](
+        rows.x, weight.codes, columns, count, values, weights, height, width, GATHERED=GATHERED, num_warps=1,
     )  # fmt: skip
-    return split
+    return codes, columns, count, values, weights
