@@ -113,14 +113,11 @@ def _kept(config: PretrainedConfig | PlainConfig, tokens: int) -> int | None:
 
 def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> Plan:
     """`interleave` needs all contestants at once; where they do not fit, one after the other is chosen and said."""
-    together = sum(p.total for p in predictions)
-    if schedule == "interleave" and together > HEADROOM * free_bytes:
-        reason = (
-            f"loaded together they need {together / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free, "
-            "so each is loaded in turn and freed before the next"
-        )
-        return Plan("in-turn", reason, free_bytes)
-    return Plan(schedule, "", free_bytes)
+    if schedule != "interleave" or fit_together(predictions, free_bytes):
+        return Plan(schedule, "", free_bytes)
+    needed = f"{sum(p.total for p in predictions) / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free"
+    reason = f"loaded together they need {needed}, so each is loaded in turn and freed before the next"
+    return Plan("in-turn", reason, free_bytes)
 
 
 def fit_together(predictions: Sequence[Prediction], free_bytes: int) -> bool:

@@ -56,10 +56,7 @@ class Sampler:
 
     def drain(self) -> list[Memory]:
         """All samples since the last call, oldest first; `at` counts from the beginning of the block."""
-        drained = []
-        while self._samples:
-            drained.append(self._samples.popleft())
-        return drained
+        return [self._samples.popleft() for _ in range(len(self._samples))]
 
     def _loop(self) -> None:
         due = self._clock()

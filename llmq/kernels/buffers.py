@@ -37,12 +37,23 @@ class SplitVector(Tensors):
 
 
 @dataclass(frozen=True)
+class Noting:
+    """What is noted of a call's rows while they are written. `threshold`: float for LLM.int8(), None where they keep
+    their 16 bits. `outlier_marks`: int8 zeros, at least (in,): the columns that are multiplied in 16 bit become 1, then
+    or at the latest in `linear_rows`. `used`: None, or int32 (1,): so many rows are the prompt's, and outliers are
+    looked for in those alone."""
+
+    threshold: float | None = None
+    outlier_marks: torch.Tensor | None = None
+    used: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Rows:
     """Activations of a call, (rows, in), on their way into linear layers.
 
-    `threshold`: float for LLM.int8(), None where they keep their 16 bits. With a threshold an implementation may note
-    what it saw while it wrote `x`: `absmax` float32 (rows,) over the values below the threshold, and `outlier_marks`
-    int8, at least (in,), not 0 in every column that reaches it.
+    `threshold`: as in `Noting`. With a threshold an implementation may note what it saw while it wrote `x`: `absmax`
+    float32 (rows,) over the values below the threshold, and `outlier_marks`.
     """
 
     x: torch.Tensor

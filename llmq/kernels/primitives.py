@@ -74,16 +74,21 @@ def split_rows(x: torch.Tensor, threshold: float) -> SplitRows:
 
 
 def int8_linear(x: torch.Tensor, weight: Int8Weight, threshold: float) -> torch.Tensor:
-    """Do LLM.int8() of (rows, in) activations: float32 (rows, out), the sum of the int8 and the outliers' product.
-
-    Computed in float64 from exact integers: the definition that every kernel is compared with. The outlier columns use
-    the dequantised int8 weights, as bitsandbytes does.
-    """
+    """Do LLM.int8() of (rows, in) activations: float32 (rows, out), the definition that every kernel is compared
+    with."""
     split = split_rows(x, threshold)
-    products = split.codes.double() @ weight.codes.double().T
-    scaled = products * split.absmax.double()[:, None] * weight.absmax.double() / 127**2
-    outliers = x[:, split.columns].double() @ weight.codes[:, split.columns].double().T
-    return (scaled + outliers * weight.absmax.double() / 127).float()
+    return split_product(split, x[:, split.columns], weight)
+
+
+def split_product(split: SplitRows, outliers: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+    """Return the sum of the int8 and the outliers' product, float32 (rows, out). `outliers`: (rows, outliers) values.
+
+    Computed in float64 from exact integers. The outlier columns use the dequantised int8 weights, as bitsandbytes does.
+    """
+    absmax = weight.absmax.double()
+    integers = split.codes.double() @ weight.codes.double().T
+    others = outliers.double() @ weight.codes[:, split.columns].double().T
+    return (integers * split.absmax.double()[:, None] * absmax / 127**2 + others * absmax / 127).float()
 
 
 def _codes(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:

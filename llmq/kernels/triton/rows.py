@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llmq.kernels.buffers import Cache, Rows
+from llmq.kernels.buffers import Cache, Noting, Rows
 from llmq.kernels.primitives import Int8Weight
 from llmq.kernels.triton.launch import INTERPRETED
 from llmq.kernels.triton.norm import code_scale, rounded
@@ -100,19 +100,17 @@ def _survey(x_ptr, marks_ptr, absmax_ptr, used_ptr, width, threshold, BLOCK: tl.
     tl.store(absmax_ptr + row, tl.max(peak, 0))
 
 
-def plain_rows(
-    x: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
-) -> Rows:
+def plain_rows(x: torch.Tensor, noting: Noting) -> Rows:
     """See `reference.plain_rows`; `x` is contiguous."""
-    if threshold is None:
+    if noting.threshold is None:
         return Rows(x)
     rows, width = x.shape
     absmax = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = min(4096, triton.next_power_of_2(width))
     _survey[(rows,)](
-        x, outlier_marks, absmax, used, width, float(threshold), BLOCK=block, USED=used is not None, num_warps=4,
+        x, noting.outlier_marks, absmax, noting.used, width, float(noting.threshold),
+        BLOCK=min(4096, triton.next_power_of_2(width)), USED=noting.used is not None, num_warps=4,
     )  # fmt: skip
-    return Rows(x, threshold, absmax, outlier_marks)
+    return Rows(x, noting.threshold, absmax, noting.outlier_marks)
 
 
 @triton.jit
@@ -135,18 +133,17 @@ def _gate(
         tl.store(absmax_ptr + row, tl.max(peak, 0))
 
 
-def gate_rows(
-    gate_up: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
-) -> Rows:
+def gate_rows(gate_up: torch.Tensor, noting: Noting) -> Rows:
     """See `reference.gate_rows`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
+    absmax = None if noting.threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
     _gate[(rows,)](
-        gate_up, out, outlier_marks, absmax, used, width, float(threshold or 0),
-        BLOCK=min(2048, triton.next_power_of_2(width)), NOTE=threshold is not None, USED=used is not None, num_warps=8,
+        gate_up, out, noting.outlier_marks, absmax, noting.used, width, float(noting.threshold or 0),
+        BLOCK=min(2048, triton.next_power_of_2(width)), NOTE=absmax is not None, USED=noting.used is not None,
+        num_warps=8,
     )  # fmt: skip
-    return Rows(out, threshold, absmax, outlier_marks)
+    return Rows(out, noting.threshold, absmax, noting.outlier_marks)
 
 
 @triton.jit
@@ -167,23 +164,16 @@ def _norm(
         tl.store(absmax_ptr + row, tl.max(peak, 0))
 
 
-def norm_rows(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    threshold: float | None,
-    outlier_marks: torch.Tensor | None,
-    used: torch.Tensor | None = None,
-) -> Rows:
+def norm_rows(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, noting: Noting) -> Rows:
     """See `reference.norm_rows`; `x` is contiguous."""
     rows, width = x.shape
     out = torch.empty_like(x)
-    absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=x.device)
+    absmax = None if noting.threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
     _norm[(rows,)](
-        x, norm_weight, out, outlier_marks, absmax, used, width, eps, float(threshold or 0),
-        BLOCK=triton.next_power_of_2(width), NOTE=threshold is not None, USED=used is not None, num_warps=8,
+        x, norm_weight, out, noting.outlier_marks, absmax, noting.used, width, eps, float(noting.threshold or 0),
+        BLOCK=triton.next_power_of_2(width), NOTE=absmax is not None, USED=noting.used is not None, num_warps=8,
     )  # fmt: skip
-    return Rows(out, threshold, absmax, outlier_marks)
+    return Rows(out, noting.threshold, absmax, noting.outlier_marks)
 
 
 @triton.jit
