@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
-from llmq.methods import Method, WeightBytes
+from llmq.methods import Method
 from llmq.methods.coverage import predicted_coverage
 from llmq.models.config import PlainConfig
 from llmq.models.opening import open_model
@@ -52,14 +52,12 @@ class Plan:
 
 def predict(shape: nn.Module, method: Method, *, tokens: int, batch: int = 1) -> Prediction:
     """Bytes for one contestant; `shape` is the model's (`Model.shape`), `tokens` counts prompt and answer."""
-    weights: WeightBytes = method.predict(shape)
+    import torch
+
+    weights = method.predict(shape)
     config = shape.config.get_text_config()
-    return Prediction(
-        weights.weights,
-        weights.scales,
-        kv_bytes(config, tokens=tokens, batch=batch, itemsize=_itemsize(method)),
-        _workspace(config, tokens=tokens, batch=batch, itemsize=_itemsize(method)),
-    )
+    sizes = {"tokens": tokens, "batch": batch, "itemsize": getattr(torch, method.dtype).itemsize}
+    return Prediction(weights.weights, weights.scales, kv_bytes(config, **sizes), _workspace(config, **sizes))
 
 
 def forecast(
@@ -115,24 +113,15 @@ def _kept(config: PretrainedConfig | PlainConfig, tokens: int) -> int | None:
 
 def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> Plan:
     """`interleave` needs all contestants at once; where they do not fit, one after the other is chosen and said."""
-    together = sum(p.total for p in predictions)
-    if schedule == "interleave" and together > HEADROOM * free_bytes:
-        reason = (
-            f"loaded together they need {together / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free, "
-            "so each is loaded in turn and freed before the next"
-        )
-        return Plan("in-turn", reason, free_bytes)
-    return Plan(schedule, "", free_bytes)
+    if schedule != "interleave" or fit_together(predictions, free_bytes):
+        return Plan(schedule, "", free_bytes)
+    needed = f"{sum(p.total for p in predictions) / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free"
+    reason = f"loaded together they need {needed}, so each is loaded in turn and freed before the next"
+    return Plan("in-turn", reason, free_bytes)
 
 
 def fit_together(predictions: Sequence[Prediction], free_bytes: int) -> bool:
     return sum(p.total for p in predictions) <= HEADROOM * free_bytes
-
-
-def _itemsize(method: Method) -> int:
-    import torch
-
-    return getattr(torch, method.dtype).itemsize
 
 
 def _workspace(config: PretrainedConfig, *, tokens: int, batch: int, itemsize: int) -> int:
