@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
+from llmq.errors import BadChoice, ModelUnavailable, UserError, first_line, is_allocation_failure, unknown
 from llmq.events import Progress
 from llmq.models import hub
 from llmq.models.checkpoint import CheckpointTensors, require_model, require_scales, require_whole
@@ -287,5 +287,4 @@ def _blamed_on(source: Source, attempt: str) -> Iterator[None]:
     except Exception as error:
         if is_allocation_failure(error):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelUnavailable(f"cannot {attempt} of {source.name}: {reason}") from error
+        raise ModelUnavailable(f"cannot {attempt} of {source.name}: {first_line(error)}") from error
