@@ -14,7 +14,7 @@ from llmq.cache import cache_folder
 from llmq.engine.base import Engine
 from llmq.engine.hf import HFEngine
 from llmq.methods import Method
-from llmq.methods.calibrate import FOLDER, file_name, load_statistics
+from llmq.methods.calibrate import FOLDER, file_name
 from llmq.models.loading import folder_of, load_model, require_method
 from llmq.models.opening import Model
 from llmq.models.reference_text import WINDOW
@@ -52,7 +52,9 @@ def load_engine(key: Key) -> Engine:
 
 
 def _load_hf(key: Key) -> HFEngine:
-    statistics = load_statistics(statistics_file(key)) if key.method.calibrated else None
+    from safetensors.torch import load_file
+
+    statistics = load_file(statistics_file(key)) if key.method.calibrated else None
     return HFEngine(load_model(key.model.source, key.method, key.device, statistics), key.method, key.device)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method, WeightBytes
+from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +94,6 @@ class BnbInt8(Method):
             return None
         found = module.state.idx if module.state.threshold > 0 else None
         return torch.empty(0, dtype=torch.int64) if found is None else found.long().sort().values
-
-    def bytes(self, shape: tuple[int, int]) -> WeightBytes:
-        return WeightBytes(shape[0] * shape[1], 4 * shape[0])
 
     def scale_bytes(self, model: nn.Module) -> int:
         """bitsandbytes keeps the row scales as attributes; before the first call on the weight, then on the state."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method, WeightBytes
+from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +33,6 @@ class Int8Weights(Method):
         from llmq.methods.layers.int8_linear import Int8Linear
 
         return Int8Linear.over(linear, self.threshold)
-
-    def bytes(self, shape: tuple[int, int]) -> WeightBytes:
-        return WeightBytes(shape[0] * shape[1], 4 * shape[0])
 
 
 @dataclass(frozen=True)
