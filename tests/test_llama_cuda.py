@@ -61,7 +61,7 @@ def pair(method: str = "fp32", **changes) -> tuple[HFEngine, CudaLlama]:
     dtype = torch.float16 if int8 else torch.float32
     kind = {"dtype": dtype, "int8": int8, "int8_head": method.int8_head}
     weights = load_weights(ModelTensors(model), architecture, **kind, device="cpu", kernels=reference)
-    lean = CudaLlama(weights, architecture, method, "cpu", kernels=reference)
+    lean = CudaLlama(weights, method, "cpu", kernels=reference)
     return HFEngine(method.quantize_(model, "cpu").requires_grad_(False).eval(), method, "cpu"), lean
 
 

@@ -6,13 +6,15 @@ token is where the next step looks for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from llmq.engine.llama import rope_table
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.engine.rope import rope_table
+from llmq.engine.prefill import read_prompt
 from llmq.kernels.buffers import Cache, Partials, SplitVector
 from llmq.kernels.primitives import Int8Weight
-from llmq.models.architecture import Architecture
 
 
 class Decoder:
@@ -21,28 +23,15 @@ class Decoder:
     `threshold`: float for LLM.int8(), None where activations keep their 16 bits.
     """
 
-    def __init__(
-        self,
-        weights: LlamaWeights,
-        architecture: Architecture,
-        kernels,
-        *,
-        capacity: int,
-        threshold: float | None,
-        device: str,
-    ):
-        self.weights, self.architecture, self.kernels = weights, architecture, kernels
+    def __init__(self, weights: LlamaWeights, kernels, *, capacity: int, threshold: float | None, device: str):
+        self.weights, self.kernels = weights, kernels
         self.capacity, self.threshold, self.device = capacity, threshold, device
-        a, dtype = architecture, weights.dtype
+        a, dtype = weights.architecture, weights.dtype
 
-        def zeros(size: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        def zeros(size: int | tuple[int, ...], kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(size, dtype=kind, device=device)
 
-        shape = (a.kv_heads, capacity, a.head_dim)
-        self.caches = [
-            Cache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(a.layers)
-        ]
+        self.caches = [Cache(*zeros((2, a.kv_heads, capacity, a.head_dim))) for _ in range(a.layers)]
         self.rope = rope_table(a, capacity, device)
         self.token, self.position = zeros(1, torch.int64), zeros(1, torch.int64)
         self.chosen = zeros(2, torch.float64)
@@ -82,6 +71,21 @@ class Decoder:
         self.score(hidden)
         self.position.add_(1)
 
+    def read(
+        self, ids: torch.Tensor, *, used: torch.Tensor | None = None, stopped: Callable[[], bool] | None = None
+    ) -> None:
+        """Fill the empty caches from a prompt, as `read_prompt` does; afterwards `logits` are the next token's."""
+        hidden = read_prompt(
+            self.weights, self.kernels, ids, self.caches, self.rope,
+            threshold=self.threshold, used=used, stopped=stopped,
+        )  # fmt: skip
+        if used is None:
+            self.score(hidden[-1])
+            self.position.fill_(len(ids))
+        else:
+            self.score(hidden.index_select(0, used - 1).view(-1))
+            self.position.copy_(used)
+
     def score(self, hidden: torch.Tensor) -> None:
         """Compute `logits` from the last layer's output (hidden_size,)."""
         head = self.weights.head
@@ -97,7 +101,7 @@ class Decoder:
         self, x: torch.Tensor, norm_weight: torch.Tensor, empty: SplitVector | None, threshold: float | None
     ) -> torch.Tensor | SplitVector:
         """RMSNorm, in the form the weights are multiplied with; `empty` is the split that comes next."""
-        eps = self.architecture.eps
+        eps = self.weights.architecture.eps
         if threshold is None:
             self.kernels.norm(x, norm_weight, eps, self._normed)
             return self._normed

@@ -88,7 +88,7 @@ def _load_lean(key: Key) -> Engine:
         from llmq.kernels.cpu import library
 
         weights = load_weights(tensors, architecture, **wanted, kernels=library, form=library.Packing())
-        return CpuLlama(weights, architecture, method, eos_ids=eos_ids)
+        return CpuLlama(weights, method, eos_ids=eos_ids)
     from llmq.engine.llama_cuda import CudaLlama
     from llmq.kernels.backend import kernels_for
 
@@ -96,7 +96,7 @@ def _load_lean(key: Key) -> Engine:
     if slower:
         log.warning("%s", slower)
     weights = load_weights(tensors, architecture, **wanted, kernels=kernels)
-    return CudaLlama(weights, architecture, method, key.device, kernels=kernels, eos_ids=eos_ids)
+    return CudaLlama(weights, method, key.device, kernels=kernels, eos_ids=eos_ids)
 
 
 @contextmanager

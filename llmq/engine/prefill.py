@@ -18,7 +18,6 @@ from llmq.models.architecture import Architecture
 
 def read_prompt(
     weights: LlamaWeights,
-    architecture: Architecture,
     kernels,
     ids: torch.Tensor,
     caches: Sequence[Cache],
@@ -38,7 +37,7 @@ def read_prompt(
     int8 zeros (4·layers, widest input): 1 where a column of the inputs of q/k/v, output, gate/up and down of each layer
     in turn is multiplied in 16 bit.
     """
-    a = architecture
+    a = weights.architecture
     hidden = torch.empty(len(ids), a.hidden_size, dtype=weights.dtype, device=ids.device)
     kernels.embed(weights.embedding, ids, hidden)
     outlier_marks = iter(outlier_marks_for(a, ids.device) if outlier_marks is None else outlier_marks)
