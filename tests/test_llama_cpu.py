@@ -72,10 +72,8 @@ def built(source, architecture, method: str, *, packed: bool, threads: int = 2, 
     weights = load_weights(
         source if packed else Rounded(source, dtype),
         architecture,
-        dtype=dtype if packed else torch.float32,
-        int8=method.packed == "int8",
-        int8_head=method.int8_head,
-        device="cpu",
+        method if packed else SimpleNamespace(dtype="float32", packed=method.packed, int8_head=method.int8_head),
+        "cpu",
         kernels=library if quantizer else reference,
         form=Packing() if packed else None,
     )

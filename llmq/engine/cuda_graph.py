@@ -78,7 +78,7 @@ class StepGraph:
         """Choose the next token: from the decoder's `logits` to its `token` and `chosen`."""
         decoder = self.decoder
         if self.sampler.settings.temperature == 0:
-            decoder.choose_likeliest()
+            decoder.kernels.likeliest(decoder.logits, decoder.token, decoder.chosen)
         else:
             decoder.chosen.copy_(self.sampler.choose(decoder.logits))
             decoder.token.copy_(decoder.chosen[:1])

@@ -1,20 +1,24 @@
-"""One token through a LLaMA: a fixed sequence of kernels over fixed buffers, so that a GPU can replay it as a graph.
+"""One token through a LLaMA: a fixed sequence of kernels over fixed buffers, so that a GPU can replay it as a graph;
+and the whole prompt in one call: products of many rows, for the library's matrix products.
 
 Nothing in a step depends on the host: the token, the position and the length are read on the device, and the chosen
-token is where the next step looks for it.
+token is where the next step looks for it. A prompt is read in one call, not in chunks: LLM.int8() pools outlier columns
+over the rows of a call, so chunks would change results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn import functional
 
+from llmq.engine.base import Interrupted
 from llmq.engine.llama import rope_table
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.engine.prefill import read_prompt
 from llmq.kernels.buffers import Cache, Partials, SplitVector
 from llmq.kernels.primitives import Int8Weight
+from llmq.models.architecture import Architecture
 
 
 class Decoder:
@@ -93,10 +97,6 @@ class Decoder:
         x = self._norm(hidden, self.weights.norm, self._attended_split, threshold)
         self.kernels.product(x, head, self.logits)
 
-    def choose_likeliest(self) -> None:
-        """Choose the most likely token of `logits`, into `token` and `chosen`."""
-        self.kernels.likeliest(self.logits, self.token, self.chosen)
-
     def _norm(
         self, x: torch.Tensor, norm_weight: torch.Tensor, empty: SplitVector | None, threshold: float | None
     ) -> torch.Tensor | SplitVector:
@@ -113,3 +113,57 @@ class Decoder:
             return x
         self.kernels.split(x, self.threshold, split)
         return split
+
+
+def read_prompt(
+    weights: LlamaWeights,
+    kernels,
+    ids: torch.Tensor,
+    caches: Sequence[Cache],
+    rope: torch.Tensor,
+    *,
+    threshold: float | None,
+    used: torch.Tensor | None = None,
+    stopped: Callable[[], bool] | None = None,
+    outlier_marks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Fill empty `caches` from `ids` (tokens,); returns what the final norm gets, (tokens, hidden).
+
+    `used`: int32 (1,), how many of `ids` are the prompt's where the rest only fills a captured graph's shape: those
+    rows mean nothing and change nothing else.
+
+    `stopped` is asked before every layer, so a long prompt can be given up (raises Interrupted). `outlier_marks`:
+    int8 zeros (4·layers, widest input): 1 where a column of the inputs of q/k/v, output, gate/up and down of each layer
+    in turn is multiplied in 16 bit.
+    """
+    a = weights.architecture
+    hidden = torch.empty(len(ids), a.hidden_size, dtype=weights.dtype, device=ids.device)
+    kernels.embed(weights.embedding, ids, hidden)
+    outlier_marks = iter(outlier_marks_for(a, ids.device) if outlier_marks is None else outlier_marks)
+    for layer, cache in zip(weights.layers, caches, strict=True):
+        if stopped and stopped():
+            raise Interrupted
+        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, threshold, next(outlier_marks), used)
+        qkv = kernels.linear_rows(rows, layer.qkv, bias=layer.qkv_bias)
+        attended = _attend(*kernels.append_rows(qkv, cache, rope, 0))
+        rows = kernels.plain_rows(attended, threshold, next(outlier_marks), used)
+        kernels.linear_rows(rows, layer.output, bias=layer.output_bias, residual=hidden)
+        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, threshold, next(outlier_marks), used)
+        rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), threshold, next(outlier_marks), used)
+        kernels.linear_rows(rows, layer.down, residual=hidden)
+    return hidden
+
+
+def outlier_marks_for(architecture: Architecture, device: torch.device | str) -> torch.Tensor:
+    """Return zeros for the `outlier_marks` of a prompt."""
+    a = architecture
+    widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
+    return torch.zeros(4 * a.layers, widest, dtype=torch.int8, device=device)
+
+
+def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Attend causally: (heads, rows, head_dim), twice (kv_heads, rows, head_dim) -> (rows, heads·head_dim)."""
+    y = functional.scaled_dot_product_attention(
+        queries[None], keys[None], values[None], is_causal=True, enable_gqa=keys.shape[0] != queries.shape[0]
+    )
+    return y[0].transpose(0, 1).reshape(queries.shape[1], -1)

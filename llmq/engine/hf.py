@@ -197,16 +197,11 @@ def cache_name(model: PreTrainedModel) -> str:
 @contextmanager
 def _interruptible(model: torch.nn.Module, stopped: Callable[[], bool] | None) -> Iterator[None]:
     """Make every linear layer of `model` ask `stopped()` before it runs, and raise Interrupted if it says yes."""
-    from torch import nn
+    from llmq.hooks import Watched, linear_modules
 
-    def check(module, args):
+    def check(*_) -> None:
         if stopped():
             raise Interrupted
 
-    linears = (m for m in model.modules() if isinstance(m, nn.Linear)) if stopped else ()
-    hooks = [linear.register_forward_pre_hook(check) for linear in linears]
-    try:
+    with Watched(linear_modules(model) if stopped else {}, on_input=check):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -14,10 +14,9 @@ import torch
 
 from llmq.engine.base import Interrupted, Token, capacity_for, token_of
 from llmq.engine.cuda_graph import InFlight, StepGraph, draw_of
-from llmq.engine.decoder import Decoder
+from llmq.engine.decoder import Decoder, outlier_marks_for, read_prompt
 from llmq.engine.llama import LlamaEngine, LlamaGeneration, rope_table
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.engine.prefill import outlier_marks_for, read_prompt
 from llmq.engine.sampling import SamplingSettings
 from llmq.engine.timing import timer_for
 from llmq.kernels.backend import current
@@ -108,11 +107,13 @@ class CudaLlama(LlamaEngine):
 
     def workspace(self, tokens: int, settings: SamplingSettings) -> StepGraph:
         """Return the buffers, and on a GPU the graph, for generations of up to `tokens` positions."""
-        capacity, setting = capacity_for(tokens, self.context), {"threshold": self.threshold, "device": self.device}
-        return self.take(
-            (capacity, draw_of(settings), self.threshold),
-            lambda: StepGraph(Decoder(self.model, self.kernels, capacity=capacity, **setting), settings),
-        )
+        capacity, threshold = capacity_for(tokens, self.context), self.threshold
+
+        def make() -> StepGraph:
+            decoder = Decoder(self.model, self.kernels, capacity=capacity, threshold=threshold, device=self.device)
+            return StepGraph(decoder, settings)
+
+        return self.take((capacity, draw_of(settings), threshold), make)
 
     def outlier_counts(self, ids: list[int]) -> list[int]:
         """Return how many columns of each input are outliers; see `LlamaEngine`."""

@@ -14,6 +14,7 @@ import torch
 
 from llmq.errors import ModelUnavailable
 from llmq.kernels.primitives import Int8Weight
+from llmq.methods import Method
 from llmq.models.architecture import Architecture
 
 Weight = torch.Tensor | Int8Weight
@@ -95,18 +96,16 @@ class LlamaWeights:
 def load_weights(
     source: Tensors,
     architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    int8: bool,
-    int8_head: bool = False,
+    method: Method,
     device: str,
+    *,
     kernels,
     form: Form | None = None,
 ) -> LlamaWeights:
-    """Build the weights from `source`, tensor by tensor. `kernels` offers `quantize_rows`. `int8_head`: embedding and
-    head in int8 too."""
+    """Build the weights from `source` under `method`, tensor by tensor. `kernels` offers `quantize_rows`."""
+    dtype, int8 = getattr(torch, method.dtype), method.packed == "int8"
     made = _Maker(source, dtype, int8, device, kernels, form or Form())
-    ends = replace(made, int8=int8_head)
+    ends = replace(made, int8=method.int8_head)
     a, prefix = architecture, "model." if "model.norm.weight" in source else ""  # none in a decoder saved by itself
     names = _ends(source, prefix + "embed_tokens", device if architecture.tied else None)
     embedding, *head = [ends.linear([name], a.vocab_size, a.hidden_size) for name in names]

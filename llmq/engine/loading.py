@@ -69,25 +69,16 @@ def statistics_file(key: Key) -> Path:
 
 
 def _load_lean(key: Key) -> Engine:
-    import torch
-
     from llmq.engine.llama_weights import load_weights
     from llmq.models.architecture import architecture_of
 
-    method = key.method
-    architecture, eos_ids = architecture_of(key.model.config.to_dict()), key.model.eos_ids
-    wanted = {
-        "dtype": getattr(torch, method.dtype),
-        "int8": method.packed == "int8",
-        "int8_head": method.int8_head,
-        "device": key.device,
-    }
-    tensors = key.model.tensors()
+    method, eos_ids = key.method, key.model.eos_ids
+    wanted = (key.model.tensors(), architecture_of(key.model.config.to_dict()), method, key.device)
     if key.device == "cpu":
         from llmq.engine.llama_cpu import CpuLlama
         from llmq.kernels.cpu import library
 
-        weights = load_weights(tensors, architecture, **wanted, kernels=library, form=library.Packing())
+        weights = load_weights(*wanted, kernels=library, form=library.Packing())
         return CpuLlama(weights, method, eos_ids=eos_ids)
     from llmq.engine.llama_cuda import CudaLlama
     from llmq.kernels.backend import kernels_for
@@ -95,7 +86,7 @@ def _load_lean(key: Key) -> Engine:
     kernels, slower = kernels_for(key.device)
     if slower:
         log.warning("%s", slower)
-    weights = load_weights(tensors, architecture, **wanted, kernels=kernels)
+    weights = load_weights(*wanted, kernels=kernels)
     return CudaLlama(weights, method, key.device, kernels=kernels, eos_ids=eos_ids)
 
 

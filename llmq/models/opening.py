@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmq.events import Progress
 from llmq.models import loading
+from llmq.models.checkpoint import stamps
 from llmq.models.config import ignored_settings
 from llmq.models.edits import Edit
 from llmq.models.loading import Source
@@ -61,8 +62,7 @@ class Model:
         """A name for exactly these weights: the same files, the same edit."""
         facts = [self.source, loading.revision_of(self.source)]
         if self.source.kind == "folder":
-            files = sorted(loading.folder_of(self.source).glob("*.safetensors"))
-            facts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            facts += stamps(sorted(loading.folder_of(self.source).glob("*.safetensors")))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
