@@ -35,7 +35,8 @@ class Decoder:
         def zeros(size: int | tuple[int, ...], kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(size, dtype=kind, device=device)
 
-        self.caches = [Cache(*zeros((2, a.kv_heads, capacity, a.head_dim))) for _ in range(a.layers)]
+        shape = (a.kv_heads, capacity, a.head_dim)
+        self.caches = [Cache(zeros(shape), zeros(shape)) for _ in range(a.layers)]
         self.rope = rope_table(a, capacity, device)
         self.token, self.position = zeros(1, torch.int64), zeros(1, torch.int64)
         self.chosen = zeros(2, torch.float64)
