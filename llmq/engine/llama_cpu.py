@@ -47,7 +47,7 @@ class _CpuWorkspace:
         self.chosen = (ctypes.c_double * 2)()
         self.buffers = self._buffers(0)
         widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
-        self.outlier_marks = torch.zeros(4 * a.layers + 1, _eights(widest), dtype=torch.uint8) if watch else None
+        self.outlier_marks = torch.zeros(4 * a.layers + 1, _eights(widest) if watch else 0, dtype=torch.uint8)
         self.read_bytes = 0  # what the last prompt needed besides
 
     @property
@@ -101,8 +101,8 @@ class _CpuWorkspace:
             self.capacity,
             engine.threshold is not None,
             engine.threshold or 0.0,
-            self.outlier_marks.shape[1] if self.outlier_marks is not None else 0,
-            self.outlier_marks.data_ptr() if self.outlier_marks is not None else None,
+            self.outlier_marks.shape[1],
+            self.outlier_marks.data_ptr(),  # 0 where there is none
             buffers.data_ptr(),
         )
 
