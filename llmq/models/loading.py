@@ -153,7 +153,7 @@ def _tokenizer_stamps(folder: Path) -> tuple:
 
 
 @lru_cache(maxsize=4)
-def _open_tokenizer(source: Source, folder: Path, stamps: tuple) -> PreTrainedTokenizerBase:
+def _open_tokenizer(source: Source, folder: Path, stamped: tuple) -> PreTrainedTokenizerBase:
     with _blamed_on(source, "open the tokenizer"):
         import transformers
 
