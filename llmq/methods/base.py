@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llmq.errors import BadChoice
 from llmq.fields import Number, check_fields, fields_of
-from llmq.methods.swap import (
-    cast_parameters_,
-    linear_layers,
-    opened_int8,
-    replace_,
-    replaced_layers,
-    shape_of,
-    stored_tensors,
-)
+from llmq.methods import swap
 
 if TYPE_CHECKING:
     import torch
@@ -131,10 +123,10 @@ class Method:
         BadChoice where there is nothing to replace."""
         import torch
 
-        opened = opened_int8(model)
-        cast_parameters_(model if opened else model.to(device), getattr(torch, self.dtype))
+        opened = swap.opened_int8(model)
+        swap.cast_parameters_(model if opened else model.to(device), getattr(torch, self.dtype))
         if not self.dense:
-            replace_(model, opened or list(linear_layers(model)), self.quantize, statistics or {})
+            swap.replace_(model, opened or list(swap.linear_layers(model)), self.quantize, statistics or {})
         if self.int8_head:
             from llmq.methods.layers.int8_linear import convert_ends_
 
@@ -180,11 +172,13 @@ class Method:
         their type."""
         import torch
 
-        replaced = {id(layer.weight): self.bytes(shape_of(layer)) for layer in replaced_layers(meta_model, self)}
+        replaced = {
+            id(layer.weight): self.bytes(swap.shape_of(layer)) for layer in swap.replaced_layers(meta_model, self)
+        }
         itemsize = getattr(torch, self.dtype).itemsize
         rest = sum(
             tensor.numel() * itemsize if tensor.requires_grad else tensor.nbytes
-            for tensor in stored_tensors(meta_model)
+            for tensor in swap.stored_tensors(meta_model)
             if id(tensor) not in replaced
         )
         return WeightBytes(rest + sum(b.weights for b in replaced.values()), sum(b.scales for b in replaced.values()))

@@ -44,6 +44,11 @@ def plain_config(folder: Path) -> PlainConfig | None:
     return PlainConfig(**{"dtype": values.get("torch_dtype")} | values)
 
 
+def context_of(config) -> int:
+    """Return the most tokens that a model's positions allow; without end where its configuration states no limit."""
+    return int(getattr(config, "max_position_embeddings", 2**31))
+
+
 def generation_settings(folder: Path) -> dict:
     """Return what `generation_config.json` in `folder` says, {} without one. Raises ValueError if it is not JSON."""
     path = folder / "generation_config.json"

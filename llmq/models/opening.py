@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llmq.events import Progress
 from llmq.models import loading
 from llmq.models.checkpoint import stamps
-from llmq.models.config import ignored_settings
+from llmq.models.config import context_of, ignored_settings
 from llmq.models.edits import Edit
 from llmq.models.loading import Source
 from llmq.models.text import encode_prompt
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from llmq.models.config import PlainConfig
-
-ENDLESS = 2**31  # positions of a model whose configuration states no limit
 
 
 def open_model(name: str, *, random_weights: bool = False) -> Model:
@@ -68,7 +66,7 @@ class Model:
     @property
     def context(self) -> int:
         """The most tokens, prompt and answer together, that the model's positions allow."""
-        return int(getattr(self.config, "max_position_embeddings", ENDLESS))
+        return context_of(self.config)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
