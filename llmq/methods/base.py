@@ -133,13 +133,8 @@ class Method:
             convert_ends_(model, self.threshold)
         return model.eval()
 
-    def apply(self, module: nn.Module) -> None:
-        """Set the live fields of one layer of a loaded model."""
-
     def apply_(self, model: nn.Module) -> None:
-        """Set the live fields of a loaded model."""
-        for module in model.modules() if self.live else ():
-            self.apply(module)
+        """Set the live fields of a loaded model, in its layers."""
 
     def stored(self) -> Self:
         """The method with its live fields at their defaults: equal where the loaded models are equal."""

@@ -78,11 +78,9 @@ class BnbInt8(Method):
         int8.bias = linear.bias
         return int8.eval()
 
-    def apply(self, module: nn.Module) -> None:
-        import bitsandbytes as bnb
-
-        if isinstance(module, bnb.nn.Linear8bitLt):
-            module.state.threshold = self.threshold
+    def apply_(self, model: nn.Module) -> None:
+        for layer in int8_linears(model):
+            layer.state.threshold = self.threshold
 
     def outlier_columns(self, module: nn.Module) -> torch.Tensor | None:
         """bitsandbytes' own list, `state.idx`: made new in each call, and None where a call found no outlier. With the
