@@ -248,10 +248,10 @@ def test_decode_steps_agree_with_the_prompt_path(demo, machine):
     ids, lean = reference_ids(demo, 300), engine(machine, demo, "fp16", "lean")
     generation = lean.start(ids[:200], SamplingSettings(max_new_tokens=100))
     generation.prefill()
-    expected, decoder = lean.logits(ids).float(), generation._graph.decoder
+    expected, decoder = lean.logits(ids).float(), generation._workspace.decoder
     for place in range(200, 299):
         decoder.token.fill_(ids[place])
-        generation._graph.step()
+        generation._workspace.step()
         p, q = decoder.logits.log_softmax(-1), expected[place].log_softmax(-1)
         assert (q.exp() * (q - p)).sum() < 5e-3
 
