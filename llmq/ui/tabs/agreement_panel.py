@@ -12,12 +12,9 @@ from llmq.figures.bars import layer_error_figure
 from llmq.inspect.cause import Cause
 from llmq.labs.agreement import MAX_NEW_TOKENS, Read, Reading, drift_line
 from llmq.labs.cause import PATCH_HEADERS, Explanation, cause_line, patch_rows
+from llmq.ui.parts.components import figure_view, filled, notice, reading_view, sent, status_line, table
 from llmq.ui.parts.controls import whole
-from llmq.ui.parts.figure import figure_view, sent
-from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
-from llmq.ui.parts.reading_view import reading_view
-from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
 
 TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
@@ -54,10 +51,7 @@ class AgreementPanel:
         self.patch = gr.Checkbox(True, label="Try every module in 16 bit (Stop ends it; what is found stays)",
                                  elem_id="patch")  # fmt: skip
         self.layers = figure_view(elem_id="layer-errors")
-        self.patches = gr.Dataframe(
-            headers=PATCH_HEADERS, value=[], label="Best modules to put back", interactive=False, wrap=True,
-            type="array", elem_id="patches", elem_classes=["llmq-table"], visible=False,
-        )  # fmt: skip
+        self.patches = table("Best modules to put back", PATCH_HEADERS, "patches")
 
     def wire(self, prompt, model, method, threshold) -> None:
         self.text.change(
@@ -113,7 +107,7 @@ class AgreementPanel:
             self.key: self.state.keep(read),
             self.cause_status: "Click a token, best an underlined one.",
             self.layers: {},
-            self.patches: gr.Dataframe(value=[], visible=False),
+            self.patches: filled([], visible=False),
         }
 
     def _explain(self, key, patch, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
@@ -153,7 +147,7 @@ class AgreementPanel:
         return {
             self.cause_status: {"text": cause_line(cause, read), "fraction": None},
             self.layers: sent(layer_error_figure(cause)),
-            self.patches: gr.Dataframe(value=patch_rows(cause, read), visible=bool(cause.patches)),
+            self.patches: filled(patch_rows(cause, read), visible=bool(cause.patches)),
         }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import gradio as gr
 
@@ -12,11 +11,9 @@ from llmq.errors import UserError
 from llmq.fields import Field, fields_of
 from llmq.labs import lab_classes
 from llmq.labs.rows import RowAnswer, RowLab
+from llmq.ui.parts.components import figure_view, filled, notice, sent, status_line, table
 from llmq.ui.parts.controls import control, value_of
-from llmq.ui.parts.figure import figure_view, sent
-from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
-from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
 
 QUIET = {"show_progress": "hidden"}
@@ -55,12 +52,9 @@ class LabsPanel:
             status = status_line("", elem_id=f"{kind}-status")
             said = gr.Markdown("", elem_id=f"{kind}-finding", visible=False)
             figure = figure_view(elem_id=f"{kind}-figure")
-            table = gr.Dataframe(
-                headers=lab.headers(), value=[], label="Measured", interactive=False, wrap=True, type="array",
-                elem_id=f"{kind}-table", elem_classes=["llmq-table"], visible=False,
-            )  # fmt: skip
+            rows = table("Measured", lab.headers(), f"{kind}-table")
         controls = [(field, component) for field, component in made if component is not None]
-        return Section(lab, controls, button, status, said, figure, table, gr.State([]))
+        return Section(lab, controls, button, status, said, figure, rows, gr.State([]))
 
     def wire(self, prompt, model) -> None:
         for section in self.sections:
@@ -73,11 +67,24 @@ class LabsPanel:
             )  # fmt: skip
 
     def handler(self, section: Section):
-        """What the section's button calls; Gradio puts the request where the parameter of that type stands."""
+        """What the section's button calls: it streams the status with its bar, and the answer whenever a row is there.
+        Gradio puts the request where the parameter of that type stands."""
 
         def ask(model, prompt, rows, request: gr.Request, *values) -> Iterator[dict]:
-            make = partial(self._question, section, model, prompt, values)
-            yield from self._run(section, make, list(rows or []), request)
+            answer = None
+            try:
+                question = self._question(section, model, prompt, values)
+                yield {section.status: "Starting"}
+                for item in self.state.run(question, request.session_hash or "nobody"):
+                    if isinstance(item, RowAnswer):
+                        answer = item
+                        yield self._shown(section, answer.result, list(rows or []))
+                    elif line := progress_of(item):
+                        yield {section.status: line}
+            except (UserError, ValueError, TypeError) as error:
+                yield {section.status: f"Not run: {error}"}
+                raise notice(error) from error
+            yield {section.status: _ended(answer)}
 
         ask.__doc__ = section.lab.about
         return ask
@@ -86,30 +93,13 @@ class LabsPanel:
         given = {field.name: value_of(field, v) for (field, _), v in zip(section.controls, values, strict=True)}
         return section.lab(model=model, device=self.state.device, prompt=str(prompt or ""), **given)
 
-    def _run(self, section: Section, make, kept: list[dict], request: gr.Request) -> Iterator[dict]:
-        """Stream one lab: the status with its bar, and the answer whenever a row is measured."""
-        answer = None
-        try:
-            question = make()
-            yield {section.status: "Starting"}
-            for item in self.state.run(question, request.session_hash or "nobody"):
-                if isinstance(item, RowAnswer):
-                    answer = item
-                    yield self._shown(section, answer.result, kept)
-                elif line := progress_of(item):
-                    yield {section.status: line}
-        except (UserError, ValueError, TypeError) as error:
-            yield {section.status: f"Not run: {error}"}
-            raise notice(error) from error
-        yield {section.status: _ended(answer)}
-
     def _shown(self, section: Section, result: dict, kept: list[dict]) -> dict:
         lab = section.lab
         rows = lab.beside(kept, [row | {"model": result["model"]} for row in result["results"]])
         said, figures = lab.finding(rows), lab.figures(rows)
         return {
             section.finding: gr.Markdown(said, visible=bool(said)),
-            section.table: gr.Dataframe(value=[lab.row(row) for row in rows], visible=True),
+            section.table: filled([lab.row(row) for row in rows]),
             section.rows: rows,
             section.figure: sent(figures[0] if figures else None),
         }
