@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -173,12 +174,15 @@ RESULT = {
 }
 
 
-@pytest.mark.parametrize(("make", "figures"), [
+answers = pytest.mark.parametrize(("make", "figures"), [
     (lambda: ReportAnswer(report(), 6.0), 5),
     (read, 0),
     (lambda: CauseAnswer(cause(), read()), 1),
     (lambda: lab_classes()["silencing"].restore(RESULT), 1),
 ], ids=["outliers", "agreement", "cause", "experiment"])  # fmt: skip
+
+
+@answers
 def test_a_page_needs_nothing_else_and_runs_no_ones_text(make, figures):
     text = page(make().title, make().blocks())
     seen = Page(text)
@@ -189,8 +193,19 @@ def test_a_page_needs_nothing_else_and_runs_no_ones_text(make, figures):
     assert bool(figures) == ("plotly.js v" in text), "plotly comes once, where it is needed"
 
 
+@answers
+def test_an_answer_is_read_without_plotly(make, figures, monkeypatch):
+    """Figures are drawn for whoever looks at them: a terminal shows and keeps answers on a machine without plotly."""
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    drawings = [block for block in make().blocks() if isinstance(block, Drawing)]
+    assert len(drawings) == figures
+    for drawing in drawings:
+        with pytest.raises(ImportError):
+            drawing.make()
+
+
 def figure_of(kind: str, rows: list[dict]):
-    return lab_classes()[kind].figures(rows)[0]
+    return lab_classes()[kind].figures(rows)[0].make()
 
 
 def every_figure() -> dict:

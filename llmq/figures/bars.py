@@ -6,13 +6,15 @@ What is not a number is left out, so that no figure shows a value that was not m
 from __future__ import annotations
 
 import math
-
-import plotly.graph_objects as go
+from typing import TYPE_CHECKING
 
 from llmq.figures.palette import named
-from llmq.figures.style import escape, style
+from llmq.figures.style import escape, new_figure, style
 from llmq.inspect.cause import Cause
 from llmq.inspect.report import OutlierReport, columns_at
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 MOST_DOTS = 6000  # of each kind in one figure
 
@@ -22,7 +24,7 @@ def columns_figure(report: OutlierReport, kind: str, moment: int, threshold: flo
     the layer itself says and as the hooks found; below, how many there are at every moment."""
     modules = list({module.layer: module for module in report.modules if module.kind == kind}.values())
     hooked = [(m, channel) for m in modules for channel in columns_at(m, moment, threshold)][:MOST_DOTS]
-    figure = go.Figure()
+    figure = new_figure()
     _dots(figure, "found by the hooks", hooked, 1, symbol="circle-open", size=9)
     if any(module.outlier_columns for module in modules) and threshold == report.threshold:
         own = [(m, int(c)) for m in modules if len(found := m.outlier_columns or ()) > moment for c in found[moment]]
@@ -73,7 +75,7 @@ def _moment_name(report: OutlierReport, moment: int) -> str:
 
 def layer_error_figure(cause: Cause) -> go.Figure:
     """SQNR of each layer's output at the token, and how many inputs of its linear layers reach the threshold there."""
-    figure = go.Figure()
+    figure = new_figure()
     layers = [entry.layer for entry in cause.layers]
     figure.add_bar(
         x=layers, y=[entry.outlier_count for entry in cause.layers], name="inputs over the threshold", yaxis="y2",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ class Drawing:
     """A figure that is made when somebody looks at it."""
 
     make: Callable[[], go.Figure]
+
+    @classmethod
+    def of(cls, draw: Callable[..., go.Figure], *values, **options) -> Drawing:
+        """The figure that `draw` makes of these values."""
+        return cls(partial(draw, *values, **options))
 
 
 class Markup(str):

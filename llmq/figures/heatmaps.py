@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import plotly.graph_objects as go
 
 from llmq.figures.palette import STEPS, named
-from llmq.figures.style import base_layout, escape
+from llmq.figures.style import base_layout, escape, new_figure
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.views import layer_channel_map
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 FLOOR = 0.1  # |x| up to here has the first colour
 BYTES = 135_000  # most bytes of a figure's arrays in base64: 32 layers of 512 cells
@@ -67,8 +70,9 @@ def layer_channel_figure(
     """
     values, channels, width = _fit(values, channels, width=width or _cell_width(channels))
     names = [str(row) for row in range(len(values))] if layers is None else [_layer_name(layer) for layer in layers]
-    heatmap = _heatmap(values, threshold)
-    heatmap.update(
+    heatmap = _heatmap(
+        values,
+        threshold,
         x0=(width - 1) / 2,
         dx=width,
         y=names,
@@ -96,8 +100,9 @@ def token_channel_figure(
     prompt's tokens from token 0; a cell covers `width` channels × `height` tokens, the first row from `first_token`.
     """
     values, channels, tokens, width = _fit(values, channels, tokens, width=width or _cell_width(channels))
-    heatmap = _heatmap(values, threshold)
-    heatmap.update(
+    heatmap = _heatmap(
+        values,
+        threshold,
         x0=(width - 1) / 2,
         dx=width,
         y=[_token_name(first_token + row * height, height, texts) for row in range(len(values))],
@@ -155,17 +160,20 @@ def _bounds(values: np.ndarray, threshold: float) -> tuple[float, float]:
     return min(FLOOR, threshold / 10), max(float(finite.max(initial=0)), threshold * 10)
 
 
-def _heatmap(values: np.ndarray, threshold: float) -> go.Heatmap:
+def _heatmap(values: np.ndarray, threshold: float, **more) -> dict:
+    """The trace of the cells; `more`: where they lie and what pointing at one says."""
     low, high = _bounds(values, threshold)
     steps = _color_steps(low, high, threshold)
-    return go.Heatmap(
-        z=np.nan_to_num(values.astype(np.float32), nan=np.nan),
-        zmin=0,
-        zmax=high,
-        colorscale=[(0, steps[0][1]), *((value / high, color) for value, color in steps)],
-        showscale=False,
-        hoverongaps=False,
-    )
+    return {
+        "type": "heatmap",
+        "z": np.nan_to_num(values.astype(np.float32), nan=np.nan),
+        "zmin": 0,
+        "zmax": high,
+        "colorscale": [(0, steps[0][1]), *((value / high, color) for value, color in steps)],
+        "showscale": False,
+        "hoverongaps": False,
+        **more,
+    }
 
 
 def _color_steps(low: float, high: float, threshold: float) -> list[tuple[float, str]]:
@@ -174,7 +182,7 @@ def _color_steps(low: float, high: float, threshold: float) -> list[tuple[float,
     return [(float(v), named(f"{name}-{i}")) for name, ramp in ramps.items() for i, v in enumerate(ramp)]
 
 
-def _color_bar(low: float, high: float, threshold: float) -> go.Scatter:
+def _color_bar(low: float, high: float, threshold: float) -> dict:
     """An empty trace that only carries the colour bar: log10 |x|, with the threshold among its ticks."""
     span = math.log10(high / low)
     scale = [(math.log10(v / low) / span, color) for v, color in _color_steps(low, high, threshold)]
@@ -189,9 +197,8 @@ def _color_bar(low: float, high: float, threshold: float) -> go.Scatter:
         "ticks": "outside",
     }
     marker = {"color": [math.log10(low)], "cmin": math.log10(low), "cmax": math.log10(high), "colorscale": scale}
-    return go.Scatter(
-        x=[None], y=[None], mode="markers", marker={**marker, "showscale": True, "colorbar": bar}, hoverinfo="skip"
-    )
+    marker |= {"showscale": True, "colorbar": bar}
+    return {"type": "scatter", "x": [None], "y": [None], "mode": "markers", "marker": marker, "hoverinfo": "skip"}
 
 
 def _ticks(low: float, high: float, threshold: float) -> list[float]:
@@ -202,8 +209,8 @@ def _ticks(low: float, high: float, threshold: float) -> list[float]:
     return sorted([threshold, *decades])
 
 
-def _figure(heatmap: go.Heatmap, values: np.ndarray, threshold: float, title: str, row: str) -> go.Figure:
-    figure = go.Figure([heatmap, _color_bar(*_bounds(values, threshold), threshold)])
+def _figure(heatmap: dict, values: np.ndarray, threshold: float, title: str, row: str) -> go.Figure:
+    figure = new_figure(heatmap, _color_bar(*_bounds(values, threshold), threshold))
     plain = {"showgrid": False, "zeroline": False}
     figure.update_layout(
         **base_layout(),

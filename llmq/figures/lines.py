@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import plotly.graph_objects as go
+from typing import TYPE_CHECKING
 
 from llmq.figures.palette import named
-from llmq.figures.style import DASHES, MARKS, decades, escape, style
+from llmq.figures.style import DASHES, MARKS, decades, escape, new_figure, style
 from llmq.inspect.emergence import LAYER_SHARE, POSITION_SHARE, Emergence
 from llmq.inspect.report import OutlierReport
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 def peaks_figure(report: OutlierReport) -> go.Figure:
     """Largest magnitude by layer, over the prompt: the residual stream and what each kind of linear layer reads."""
-    figure = go.Figure()
+    figure = new_figure()
     series = [("residual stream", [peak.layer for peak in report.stream], [p.absmax.max() for p in report.stream])]
     for kind in report.kinds:
         modules = {m.layer: m for m in report.modules if m.kind == kind and m.layer is not None}
@@ -36,7 +38,7 @@ def peaks_figure(report: OutlierReport) -> go.Figure:
 def features_figure(found: Emergence) -> go.Figure:
     """Every dimension that reaches 6.0: in which share of layers, at which share of positions; the paper's criterion is
     the upper right corner."""
-    figure = go.Figure()
+    figure = new_figure()
     for name, number, meets in (("outlier feature by the paper's criterion", 1, True), ("reaches 6.0", 0, False)):
         some = [feature for feature in found.features if feature.meets_criterion == meets]
         figure.add_scatter(
@@ -72,7 +74,7 @@ def line_figure(
     title: str, lines: Sequence[Line], told: str, *, x: dict, y: dict, level: float | None = None
 ) -> go.Figure:
     """Series over one pair of axes. `told`: what pointing at a place says; `level`: where a dotted line lies."""
-    figure = go.Figure()
+    figure = new_figure()
     for line in lines:
         xs, ys = zip(*line.points, strict=True) if line.points else ((), ())
         more = {"text": [escape(text) for text in line.texts]} if line.texts else {}
@@ -98,7 +100,7 @@ class Panel:
 
 def panels_figure(title: str, what: str, x_title: str, names: Sequence[str], panels: Sequence[Panel]) -> go.Figure:
     """Panels below one another; `what`: the kind of thing that `names` are."""
-    figure, count, gap = go.Figure(), len(panels), 0.08
+    figure, count, gap = new_figure(), len(panels), 0.08
     height = (1 - gap * (count - 1)) / count
     axes = {}
     for number, panel in enumerate(panels):

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from llmq.figures.blocks import Block, Drawing, Markup, Table, Verbatim
 from llmq.figures.palette import DARK, KL_EDGES, LIGHT, PAINT, properties
+from llmq.figures.style import new_figure
 
 _BOLD = re.compile(r"\*\*(.+?)\*\*")
 # plotly.js 4 offers a button that uploads the chart; a local file has no business with another host.
@@ -78,11 +79,10 @@ def cell(title: str, blocks: Iterable[Block]) -> str:
 
 def painted(figure):
     """A copy in the light palette's colours and on its ground, for where no style sheet says what their names mean."""
-    import plotly.graph_objects as go
-
     ground = {"paper_bgcolor": LIGHT["surface"], "plot_bgcolor": LIGHT["surface"]}
     colors = re.sub(r"var\(--llmq-([\w-]+)\)", lambda name: LIGHT[name[1]], figure.to_json())
-    return go.Figure(json.loads(colors)).update_layout(**ground)
+    plain = json.loads(colors)
+    return new_figure(*plain["data"]).update_layout(plain["layout"] | ground)
 
 
 def _filled(frame: str, title: str, parts: list[str]) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import html
-
-import plotly.graph_objects as go
+import math
+from typing import TYPE_CHECKING
 
 from llmq.figures.palette import named
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -18,6 +21,13 @@ def escape(text: str) -> str:
     visible = text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
     printable = "".join(c if c.isprintable() else "�" for c in visible)
     return html.escape(printable, quote=False).replace("$", "&#36;")
+
+
+def new_figure(*traces: dict) -> go.Figure:
+    """A figure of traces as plotly names their parts. Plotly is needed from here on, and not before."""
+    import plotly.graph_objects as go
+
+    return go.Figure(traces)
 
 
 def base_layout() -> dict:
@@ -50,6 +60,9 @@ def style(figure: go.Figure, title: str, *, height: int = 400) -> None:
 
 
 def decades(figure: go.Figure) -> go.Figure:
-    """Powers of ten alone on a logarithmic axis, as 10, 100, 1,000."""
-    figure.update_layout(yaxis={"dtick": 1, "tickformat": ",~r", "exponentformat": "power"})
+    """Powers of ten alone on a logarithmic axis, as 10, 100, 1,000; between them too where values span less."""
+    values = {y for trace in figure.data for y in trace.y if y is not None and 0 < y < math.inf}
+    spread = max(values, default=1) / min(values, default=1)
+    step = 1 if spread >= 10 else None if spread > 1 else "D2"  # None: plotly's own; D2: 1, 2, 5, 10
+    figure.update_layout(yaxis={"dtick": step, "tickformat": ",~r", "exponentformat": "power"})
     return figure

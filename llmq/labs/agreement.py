@@ -18,6 +18,7 @@ from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number, Text
 from llmq.figures.blocks import Block, Table, Verbatim
+from llmq.figures.pages import text_markup
 from llmq.formatting import format_share, plain_json
 from llmq.inspect.agreement import Agreement, Drift, TokenAgreement, compare_logits, margins_at
 from llmq.labs.base import Lab
@@ -105,8 +106,6 @@ class Read:
 
     def blocks(self) -> Iterator[Block]:
         """The finding, the drift, the text with both lists of five behind each token, the diverging tokens."""
-        from llmq.figures.pages import text_markup
-
         yield summary_of(self)
         yield Verbatim(drift_line(self))
         yield text_markup(self.value())

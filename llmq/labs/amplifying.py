@@ -12,6 +12,8 @@ from typing import Annotated
 
 from llmq.contestant import Contestant
 from llmq.fields import Number, Numbers
+from llmq.figures.blocks import Drawing
+from llmq.figures.lines import Line, line_figure
 from llmq.labs.rows import BASELINE, RowLab, Rows, Workbench, shown_perplexity
 from llmq.models.edits import LARGEST_FACTOR, Amplify, require_channels
 
@@ -94,16 +96,15 @@ class Amplifying(RowLab):
         return f"Perplexity at s = {factors[-1]:g} against s = {factors[0]:g}: {', '.join(changes)}." if changes else ""
 
     @classmethod
-    def figures(cls, rows: list[dict]) -> list:
+    def figures(cls, rows: list[dict]) -> list[Drawing]:
         """Perplexity of each method against the factor."""
-        from llmq.figures.lines import Line, line_figure
-
         lines = []
         for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
             points = sorted((row["factor"], row["perplexity"]) for row in rows if row["method"] == method)
             lines.append(Line(method, points, number))
         return [
-            line_figure(
+            Drawing.of(
+                line_figure,
                 "Perplexity with channels amplified by s, function unchanged", lines,
                 "s = %{x:g}: perplexity %{y:,.5~r}",
                 x={"title": {"text": "s"}, "type": "log", "tickvals": [1, 2, 4, 8, 16, 32, 64], "range": [-0.06, 1.87]},

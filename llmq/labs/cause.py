@@ -13,7 +13,9 @@ from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.fields import Number, Switch
+from llmq.figures.bars import layer_error_figure
 from llmq.figures.blocks import Block, Drawing, Table, Verbatim
+from llmq.figures.pages import text_markup
 from llmq.inspect.cause import Cause
 from llmq.labs.agreement import Read, Reading, load_pair, restored_read
 from llmq.labs.base import Lab
@@ -116,12 +118,9 @@ class CauseAnswer:
 
     def blocks(self) -> Iterator[Block]:
         """The finding, each layer's error, the best modules to put back, the text."""
-        from llmq.figures.bars import layer_error_figure
-        from llmq.figures.pages import text_markup
-
         cause, read = self.cause, self.read
         yield Verbatim(cause_line(cause, read))
-        yield Drawing(lambda: layer_error_figure(cause))
+        yield Drawing.of(layer_error_figure, cause)
         yield Table(PATCH_HEADERS, patch_rows(cause, read), "Best modules to put back")
         layers = [
             [

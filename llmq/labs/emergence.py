@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from llmq.errors import BadChoice, ModelUnavailable
 from llmq.events import Event, Progress
+from llmq.figures.blocks import Drawing
+from llmq.figures.lines import Line, line_figure
 from llmq.formatting import format_share
 from llmq.labs.rows import BASELINE, RowAnswer, RowLab, Rows, TableLab, Workbench, shown_perplexity
 from llmq.machine.door import Lease
@@ -85,10 +87,8 @@ class Sweep(TableLab):
         return [row["model"], f"{row['parameters'] / 1e6:,.0f} M", shown_perplexity(row), count, *shares, median]
 
     @classmethod
-    def figures(cls, rows: list[dict]) -> list:
+    def figures(cls, rows: list[dict]) -> list[Drawing]:
         """Shares of layers and positions touched by outlier features, a point a model, by size and by perplexity."""
-        from llmq.figures.lines import Line, line_figure
-
         found = []
         for by in ("parameters", "perplexity"):
             some = sorted(rows, key=lambda row: row[by])
@@ -99,5 +99,6 @@ class Sweep(TableLab):
             ]  # fmt: skip
             scale = {"title": {"text": by}, "type": "log" if by == "parameters" else "linear"}
             percent = {"title": {"text": "%"}, "range": [-3, 103]}
-            found.append(line_figure(f"Outlier features by {by}", lines, "%{text}<br>%{y:.3~r} %", x=scale, y=percent))
+            told = "%{text}<br>%{y:.3~r} %"
+            found.append(Drawing.of(line_figure, f"Outlier features by {by}", lines, told, x=scale, y=percent))
         return found

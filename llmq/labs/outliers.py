@@ -11,7 +11,10 @@ from llmq.engine.loading import Key
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.fields import Number, Text
+from llmq.figures.bars import columns_figure
 from llmq.figures.blocks import Block, Drawing, Table
+from llmq.figures.heatmaps import map_figure
+from llmq.figures.lines import features_figure, peaks_figure
 from llmq.formatting import format_share
 from llmq.inspect.emergence import Emergence, emergence, massive_activations
 from llmq.inspect.report import OutlierReport, agreement_with_kernel
@@ -113,17 +116,15 @@ class ReportAnswer:
         yield from self._drawings(found)
 
     def _drawings(self, found: Emergence) -> Iterator[Block]:
-        from llmq.figures import bars, heatmaps, lines
-
         report, threshold = self.report, self.threshold
-        yield Drawing(lambda: lines.features_figure(found))
-        yield Drawing(lambda: lines.peaks_figure(report))
+        yield Drawing.of(features_figure, found)
+        yield Drawing.of(peaks_figure, report)
         for kind in report.kinds:
             if kind != "lm_head":
-                yield Drawing(lambda kind=kind: bars.columns_figure(report, kind, 0, threshold))
+                yield Drawing.of(columns_figure, report, kind, 0, threshold)
         for kind in report.kinds:
             for phase in ("prefill", "decode") if report.generated_tokens else ("prefill",):
-                yield Drawing(lambda kind=kind, phase=phase: heatmaps.map_figure(report, kind, phase, threshold))
+                yield Drawing.of(map_figure, report, kind, phase, threshold)
 
     def to_json(self) -> dict:
         return self.report.to_json(self.threshold)

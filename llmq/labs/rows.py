@@ -29,7 +29,6 @@ from llmq.models.reference_text import windows
 from llmq.scores import perplexity, score_text
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
     import torch
 
     from llmq.machine.door import Lease
@@ -58,7 +57,7 @@ class TableLab(Lab):
         return ""
 
     @classmethod
-    def figures(cls, rows: list[dict]) -> list[go.Figure]:
+    def figures(cls, rows: list[dict]) -> list[Drawing]:
         """What the rows look like."""
         return []
 
@@ -148,8 +147,8 @@ class RowAnswer:
             yield f"{self.result['tokens']:,} tokens of {self.result['text']}, {self.result['device']}."
         for name, reason in self.result.get("missing", {}).items():
             yield f"{name}: not measured: {reason}"
-        for place in range(len(self.lab.figures(self.rows)) if self.rows else 0):
-            yield Drawing(lambda place=place: self.lab.figures(self.rows)[place])
+        if self.rows:
+            yield from self.lab.figures(self.rows)
         yield Table(self.lab.headers(), [self.lab.row(row) for row in self.rows], "Measured")
 
     def to_json(self) -> dict:

@@ -12,6 +12,8 @@ from typing import Annotated
 
 from llmq.errors import BadChoice
 from llmq.fields import Number, Numbers, Text
+from llmq.figures.blocks import Drawing
+from llmq.figures.lines import Line, line_figure
 from llmq.labs.rows import BASELINE, RowLab, Rows, Workbench, shown_perplexity
 from llmq.models.edits import Silence
 
@@ -91,10 +93,8 @@ class Silencing(RowLab):
         )
 
     @classmethod
-    def figures(cls, rows: list[dict]) -> list:
+    def figures(cls, rows: list[dict]) -> list[Drawing]:
         """Perplexity against the number of silenced channels: the strongest, and random ones."""
-        from llmq.figures.lines import Line, line_figure
-
         lines = [
             Line(f"{name} channels", [(row["count"], row["perplexity"]) for row in rows if row["silenced"] == name],
                  number, connected=name == "strongest")
@@ -103,7 +103,8 @@ class Silencing(RowLab):
         level = next((row["perplexity"] for row in rows if row["silenced"] == "none"), None)
         counts = {"title": {"text": "channels silenced"}, "type": "log", "tickvals": sorted({r["count"] for r in rows})}
         return [
-            line_figure(
+            Drawing.of(
+                line_figure,
                 "Perplexity with channels silenced (dotted: none)", lines, "%{x} silenced: perplexity %{y:,.5~r}",
                 x=counts, y={"title": {"text": "perplexity"}, "type": "log"}, level=level,
             )

@@ -15,6 +15,8 @@ from llmq.contestant import Contestant
 from llmq.engine.base import Engine
 from llmq.engine.sampling import SamplingSettings
 from llmq.fields import Choice, Numbers
+from llmq.figures.blocks import Drawing
+from llmq.figures.lines import Panel, panels_figure
 from llmq.formatting import format_share
 from llmq.labs.rows import BASELINE, RowLab, Rows, Workbench, shown_perplexity
 from llmq.methods import METHODS, parse_method
@@ -111,10 +113,8 @@ class Thresholds(RowLab):
         )
 
     @classmethod
-    def figures(cls, rows: list[dict]) -> list:
+    def figures(cls, rows: list[dict]) -> list[Drawing]:
         """Perplexity, share of columns in 16 bit and speed at each threshold, below one another."""
-        from llmq.figures.lines import Panel, panels_figure
-
         speed = [row["tokens_per_second"] for row in rows]
         spread = [(row["tokens_per_second_min"], row["tokens_per_second_max"]) for row in rows]
         panels = (
@@ -126,7 +126,8 @@ class Thresholds(RowLab):
         )
         title = "The threshold moved: quality, columns in 16 bit, speed"
         names = [row["threshold"] for row in rows]
-        return [panels_figure(title, "threshold", "threshold (off: no decomposition)", names, panels)]
+        x_title = "threshold (off: no decomposition)"
+        return [Drawing.of(panels_figure, title, "threshold", x_title, names, panels)]
 
 
 def decode_seconds(engine: Engine, ids: list[int], steps: int, stopped: Callable[[], bool]) -> float:

@@ -101,7 +101,7 @@ class LabsPanel:
             section.finding: gr.Markdown(said, visible=bool(said)),
             section.table: filled([lab.row(row) for row in rows]),
             section.rows: rows,
-            section.figure: sent(figures[0] if figures else None),
+            section.figure: sent(figures[0].make() if figures else None),
         }
 
 
