@@ -12,8 +12,8 @@ from llmq.face import Finding, answer_to, compare, device_for, load
 from llmq.fields import Field, Switch, Text, fields_of
 from llmq.files import read_text, write_text
 from llmq.labs.base import Lab
-from llmq.labs.run_answer import RunAnswer
 from llmq.reporting import memory_lines, shown_block
+from llmq.summary import RunAnswer
 from llmq.terminal import show_progress
 
 EXIT_FAILED = 1

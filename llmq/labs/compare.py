@@ -21,16 +21,7 @@ from llmq.engine.choice import ENGINES, choose_engines
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, OutOfMemory, UserError, unknown
-from llmq.events import (
-    Event,
-    Failed,
-    Finished,
-    Freed,
-    Memory,
-    Planned,
-    Prefilled,
-    Step,
-)
+from llmq.events import Event, Failed, Finished, Freed, Memory, Planned, Prefilled, Step
 from llmq.machine.door import Lease, out_of_memory, shortage
 from llmq.methods import METHODS
 from llmq.models.loading import range_note
@@ -137,7 +128,7 @@ class _Race:
         plan = yield from self._plan(self.model)
         with telemetry.Sampler(self.comparison.device) as self.sampler:
             try:
-                yield from (self._interleave() if plan.schedule == "interleave" else self._in_turn(plan))
+                yield from (self._interleave(self.lanes) if plan.schedule == "interleave" else self._in_turn())
                 yield from self._memory()
             finally:
                 for lane in self.lanes:
@@ -182,36 +173,26 @@ class _Race:
             self.pool.drop_others(set(keys))
         return plan
 
-    def _interleave(self) -> Iterator[Event]:
+    def _interleave(self, lanes: list[_Lane]) -> Iterator[Event]:
         for stage in (self._load, self._prefill):
-            for lane in self._running():
+            for lane in _running(lanes):
                 yield from self._guarded(lane, stage)
-        while running := self._running():
+        while running := _running(lanes):
             for lane in running:
                 yield from self._guarded(lane, self._step)
 
-    def _in_turn(self, plan: memory.Plan) -> Iterator[Event]:
+    def _in_turn(self) -> Iterator[Event]:
         for lane in self.lanes:
-            for stage in (self._load, self._prefill):
-                if not lane.over:
-                    yield from self._guarded(lane, stage)
-            while not lane.over:
-                yield from self._guarded(lane, self._step)
-            if not self.fits_together and not any(other.key == lane.key for other in self._running()):
+            yield from self._interleave([lane])
+            if not self.fits_together and not any(other.key == lane.key for other in _running(self.lanes)):
                 yield self._free(lane)
 
-    def _running(self) -> list[_Lane]:
-        return [lane for lane in self.lanes if not lane.over]
-
     def _load(self, lane: _Lane) -> Iterator[Event]:
-        note = "; ".join(filter(None, (range_note(self.model.config, lane.contestant.method), self._ignored())))
+        ignored = ", ".join(self.model.ignored_settings)  # which the answers here do not follow
+        ignored = f"ignored, of the model's own generation settings: {ignored}" if ignored else ""
+        note = "; ".join(filter(None, (range_note(self.model.config, lane.contestant.method), ignored)))
         lane.engine = yield from self.lease.load(lane.key, lane.contestant, lane.prediction, note)
         lane.engine.warm_up(self.prompt_ids)
-
-    def _ignored(self) -> str:
-        """Generation settings of the model that its answers here do not follow; '' where there are none."""
-        ignored = self.model.ignored_settings
-        return f"ignored, of the model's own generation settings: {', '.join(ignored)}" if ignored else ""
 
     def _prefill(self, lane: _Lane) -> Iterator[Event]:
         sampling, stopped = self.comparison.sampling, self.lease.stop.is_set
@@ -265,14 +246,17 @@ class _Race:
     def _free(self, lane: _Lane) -> Freed:
         lane.close()
         lane.engine = None
-        freed = self.pool.drop(lane.key)
-        return Freed(contestant=lane.name, **asdict(freed))
+        return Freed(contestant=lane.name, **asdict(self.pool.drop(lane.key)))
 
     def _memory(self) -> Iterator[Memory]:
         """The samples that came in, each with the ledger as it is now."""
         ledger = {lane.name: lane.ledger() for lane in self.lanes}
-        seen = [lane.generation.allocator_peak_bytes for lane in self._running() if lane.generation]
+        seen = [lane.generation.allocator_peak_bytes for lane in _running(self.lanes) if lane.generation]
         for sample in self.sampler.drain():
             self._peak = max([self._peak, sample.allocated_bytes or 0, *seen])
             peak = self._peak if sample.allocated_bytes is not None else None
             yield Memory(**asdict(sample), peak_allocated_bytes=peak, ledger=ledger)
+
+
+def _running(lanes: list[_Lane]) -> list[_Lane]:
+    return [lane for lane in lanes if not lane.over]
