@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING
 
-from llmq.bench.decode import DecodeBench
-from llmq.bench.setup import Setup
+from llmq.bench.setup import Setup, spread
+from llmq.bench.speed import DecodeBench
 from llmq.contestant import Contestant
 from llmq.engine.hf import HFEngine
 from llmq.engine.loading import Key
@@ -66,22 +66,11 @@ class HooksBench(DecodeBench):
         plain, watched = ([seconds[side] for seconds in rounds[1:]] for side in (False, True))
         row = {"engine": engine.name, "held_bytes": held}
         for phase, name in enumerate(("prefill_seconds", "decode_seconds_per_token")):
-            pairs = [(one[phase], other[phase]) for one, other in zip(plain, watched, strict=True)]
-            row |= _compared(name.partition("_")[0], name, pairs)
+            without, with_hooks = ([seconds[phase] for seconds in side] for side in (plain, watched))
+            ratios = [slow / fast for fast, slow in zip(without, with_hooks, strict=True)]
+            row |= spread(f"{name.partition('_')[0]}_ratio", ratios)
+            row |= {name: statistics.median(without), f"{name}_watched": statistics.median(with_hooks)}
         return row
-
-
-def _compared(phase: str, name: str, pairs: list[tuple[float, float]]) -> dict:
-    """One phase's keys from (seconds without, seconds with) of every round."""
-    ratios = [watched / plain for plain, watched in pairs]
-    plain, watched = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return {
-        f"{phase}_ratio": statistics.median(ratios),
-        f"{phase}_ratio_min": min(ratios),
-        f"{phase}_ratio_max": max(ratios),
-        name: plain,
-        f"{name}_watched": watched,
-    }
 
 
 def _seconds(
@@ -94,18 +83,17 @@ def _seconds(
     """Seconds of the prefill and of one decode step (their mean), by the host's clock; both end with the chosen token
     on the host. With a recorder each phase also ends with its statistics there."""
     phase = recorder.phase if recorder else lambda name: None
-    generation = engine.start(prompt_ids, SamplingSettings(max_new_tokens=new_tokens))
-    started = clock()
-    with recorder or nullcontext():
-        phase("prefill")
-        generation.prefill()
-        phase("decode")
-        between = clock()
-        for _ in range(new_tokens - 1):
-            generation.step()
+    with closing(engine.start(prompt_ids, SamplingSettings(max_new_tokens=new_tokens))) as generation:
+        started = clock()
+        with recorder or nullcontext():
+            phase("prefill")
+            generation.prefill()
             phase("decode")
-    ended = clock()  # with the hooks removed
-    generation.close()
+            between = clock()
+            for _ in range(new_tokens - 1):
+                generation.step()
+                phase("decode")
+        ended = clock()  # with the hooks removed
     return between - started, (ended - between) / (new_tokens - 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -124,6 +124,11 @@ class Bench:
             "results": results,
             **setup.facts,
         }
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The median, and the lowest and the highest beside it."""
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def require_whole(name: str, value, lowest: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -133,12 +134,9 @@ class Thresholds(RowLab):
 def decode_seconds(engine: Engine, ids: list[int], steps: int, stopped: Callable[[], bool]) -> float:
     """Seconds of `steps` decode steps after the prompt `ids`, the engine warmed up before."""
     engine.warm_up(ids)
-    generation = engine.start(ids, SamplingSettings(max_new_tokens=steps + 1))
-    try:
+    with closing(engine.start(ids, SamplingSettings(max_new_tokens=steps + 1))) as generation:
         generation.prefill(stopped)
         return sum(generation.step().seconds for _ in range(steps))
-    finally:
-        generation.close()
 
 
 def name_of(threshold: float) -> str:
