@@ -34,7 +34,7 @@ FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package 
 # Modules of the page that are plain Python, among them whatever turns events into updates: tests of it need no server.
 PLAIN = {"llmq.ui", "llmq.ui.parts", "llmq.ui.shell", "llmq.ui.tabs"}
 PLAIN |= {f"llmq.ui.parts.{name}" for name in ("examples", "live_state", "progress", "token_alignment", "verdict")}
-PLAIN |= {f"llmq.ui.shell.{name}" for name in ("address", "quick_import", "state")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("address", "link", "quick_import", "state")}
 PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view")}
 
 
@@ -121,7 +121,7 @@ def test_the_reader_of_imports_sees_all_of_them():
 
 
 def test_every_source_is_read():
-    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.methods", "llmq.ui.shell.launch", "app"} <= SOURCES.keys()
+    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.methods", "llmq.ui.shell.layout", "app"} <= SOURCES.keys()
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ print(json.dumps([llmq.METHODS["coarse"].codes, repr(llmq.load("coarser.json")) 
 PAGE = """
 import json, sys
 import app
-from llmq.ui.shell.launch import build
+from llmq.ui.shell.layout import build
 state = app.make_state(app.parse(["--model", sys.argv[1], "--methods", "fp16,coarse@5", "--device", "cpu"]))
 parts = {part.elem_id: part for part in build(state).blocks.values() if getattr(part, "elem_id", None)}
 choices = [name for part in parts.values() for _, name in getattr(part, "choices", None) or ()]

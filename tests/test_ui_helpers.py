@@ -12,8 +12,8 @@ from llmq.engine.sampling import MAX_TEMPERATURE, SamplingSettings
 from llmq.labs.compare import Comparison
 from llmq.labs.outliers import Inspection
 from llmq.machine.door import Machine
+from llmq.ui.shell.link import LONGEST_PROMPT, query_of, wishes_of
 from llmq.ui.shell.state import KEPT_FINDINGS, AppState, Jobs
-from llmq.ui.tabs.compare_form import LONGEST_PROMPT, query_of, wishes_of
 
 PROMPT = "Où est l'été ? <b>&amp;</b> 日本 👩‍👧 a=b&c+d%20\n\tend"
 
@@ -192,7 +192,7 @@ def test_only_the_latest_reports_are_kept(plain_state):
 
 
 def test_the_page_and_the_command_line_have_one_range_of_temperatures(plain_state):
-    from llmq.ui.shell.launch import build
+    from llmq.ui.shell.layout import build
 
     parts = build(plain_state).config["components"]
     (slider,) = (part["props"] for part in parts if part["props"].get("elem_id") == "temperature")

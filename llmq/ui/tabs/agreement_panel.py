@@ -12,10 +12,14 @@ from llmq.figures.bars import layer_error_figure
 from llmq.inspect.cause import Cause
 from llmq.labs.agreement import MAX_NEW_TOKENS, Read, Reading, drift_line
 from llmq.labs.cause import PATCH_HEADERS, Explanation, cause_line, patch_rows
-from llmq.ui.parts.components import figure_view, filled, notice, reading_view, sent, status_line, table
 from llmq.ui.parts.controls import whole
+from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
+from llmq.ui.parts.reading_view import reading_view
+from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
+from llmq.ui.tabs.map_panel import filled, table
 
 TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
 QUIET = {"show_progress": "hidden", "concurrency_limit": 16, "concurrency_id": "runs"}

@@ -16,11 +16,15 @@ from llmq.labs.compare import SCHEDULES
 from llmq.methods import METHODS
 from llmq.models.opening import open_model
 from llmq.models.presets import PRESETS
-from llmq.ui.parts.components import live_panel, notice, status_line, token_diff_view
 from llmq.ui.parts.examples import EXAMPLES
+from llmq.ui.parts.live import live_panel
+from llmq.ui.parts.notices import notice
+from llmq.ui.parts.status import status_line
+from llmq.ui.parts.token_diff import token_diff_view
+from llmq.ui.shell.link import query_of, wishes_of
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import CONTESTANT_CLASSES
-from llmq.ui.tabs.compare_form import NONE, comparison_of, labels_in, query_of, wishes_of
+from llmq.ui.tabs.compare_form import NONE, comparison_of, labels_in
 from llmq.ui.tabs.compare_view import PANES, CompareView, labels_of
 
 LARGEST_RECORDING = 32_000_000  # bytes

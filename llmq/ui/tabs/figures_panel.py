@@ -8,8 +8,8 @@ from llmq.figures.lines import features_figure, peaks_figure
 from llmq.inspect.emergence import emergence
 from llmq.inspect.report import OutlierReport
 from llmq.labs.outliers import MASSIVE_HEADERS, emergence_line, massive_rows
-from llmq.ui.parts.components import figure_view, filled, sent, table
-from llmq.ui.tabs.map_panel import Find
+from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.tabs.map_panel import Find, filled, table
 
 
 class FiguresPanel:

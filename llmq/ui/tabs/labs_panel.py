@@ -11,10 +11,13 @@ from llmq.errors import UserError
 from llmq.fields import Field, fields_of
 from llmq.labs import lab_classes
 from llmq.labs.rows import RowAnswer, RowLab
-from llmq.ui.parts.components import figure_view, filled, notice, sent, status_line, table
 from llmq.ui.parts.controls import control, value_of
+from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
+from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
+from llmq.ui.tabs.map_panel import filled, table
 
 QUIET = {"show_progress": "hidden"}
 

@@ -14,7 +14,7 @@ from llmq.figures.heatmaps import map_figure, token_figure
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.views import shares_table, strongest_table
 from llmq.labs.outliers import CHANNEL_HEADERS, SHARE_HEADERS
-from llmq.ui.parts.components import figure_view, filled, sent, table
+from llmq.ui.parts.figure import figure_view, sent
 
 PHASES = ("prefill", "decode")
 KINDS = ["q/k/v", "o", "gate/up", "down"]
@@ -63,6 +63,19 @@ class MapPanel:
 def kinds_of(report: OutlierReport) -> list[str]:
     """The kinds of linear layer inside the stack; all there are where none is."""
     return [kind for kind in report.kinds if kind != "lm_head"] or report.kinds
+
+
+def table(label: str, headers: list[str], elem_id: str) -> gr.Dataframe:
+    """Hidden until it is `filled`."""
+    return gr.Dataframe(
+        headers=headers, value=[], label=label, interactive=False, wrap=True, elem_id=elem_id, type="array",
+        elem_classes=["llmq-table"], visible=False,
+    )  # fmt: skip
+
+
+def filled(rows: list[list[str]], *, visible: bool = True) -> gr.Dataframe:
+    """A `table` with something in it, shown."""
+    return gr.Dataframe(value=rows, visible=visible)
 
 
 def _loudest_layer(report: OutlierReport) -> int:

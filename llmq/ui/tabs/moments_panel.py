@@ -7,7 +7,7 @@ import gradio as gr
 from llmq.figures.bars import columns_figure
 from llmq.inspect.report import OutlierReport
 from llmq.labs.outliers import account_line
-from llmq.ui.parts.components import figure_view, sent
+from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.tabs.map_panel import KINDS, Find, kinds_of
 
 

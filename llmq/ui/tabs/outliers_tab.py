@@ -14,9 +14,10 @@ from llmq.inspect.report import OutlierReport
 from llmq.labs.outliers import MAX_NEW_TOKENS, Inspection, Preparation, ReportAnswer
 from llmq.methods import METHODS
 from llmq.models.presets import PRESETS
-from llmq.ui.parts.components import notice, status_line
 from llmq.ui.parts.examples import EXAMPLES
+from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
+from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.agreement_panel import AgreementPanel
 from llmq.ui.tabs.figures_panel import FiguresPanel

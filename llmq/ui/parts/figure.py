@@ -1,0 +1,34 @@
+"""A plotly figure that changes in place: a slider that moves it makes nothing flicker. Its value is `sent(figure)`."""
+
+from __future__ import annotations
+
+import html
+import json
+
+import gradio as gr
+import plotly.graph_objects as go
+
+from llmq.figures.palette import PAINT
+from llmq.ui.shell.assets import component, script, serve_plotly
+
+_TEMPLATE = """
+<figure class="llmq-figure" hidden><figcaption data-part="title"></figcaption><div data-part="figure"></div></figure>
+<p class="llmq-quiet" data-part="failed" hidden>The figure could not be drawn in this browser; the tables hold its
+  numbers.</p>
+"""
+
+
+def figure_view(*, elem_id: str) -> gr.HTML:
+    """The component, empty and without height until it has a figure."""
+    js = script("plotly.js") + PAINT + script("figure.js")
+    return component(_TEMPLATE, js, elem_id=elem_id, value={}, plotly_path=serve_plotly())
+
+
+def sent(figure: go.Figure | None) -> dict:
+    """A figure as it goes to the browser, its title apart: plotly's titles do not wrap."""
+    if figure is None:
+        return {}
+    plain = json.loads(figure.to_json())
+    title = plain["layout"].pop("title", {}).get("text", "")
+    plain["layout"]["margin"]["t"] = 40
+    return {"title": html.unescape(title), **plain}
