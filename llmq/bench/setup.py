@@ -102,9 +102,8 @@ class Bench:
         if self.positions > model.context:
             needed = f"prompt and answer are {self.positions:,} tokens"
             raise BadChoice(f"{needed} and {self.model} reads {model.context:,}; choose fewer")
-        entries = []
-        for contestant in self.contestants:
-            entries.append((contestant, Key.of(model, contestant.method, self.device, self.loop_of(contestant, model))))
+        keys = [Key.of(model, c.method, self.device, self.loop_of(c, model)) for c in self.contestants]
+        entries = list(zip(self.contestants, keys, strict=True))
         return Setup(model, fixed_prompt(model, self.prompt_tokens), entries, self.facts())
 
     def result(self, setup: Setup, results: list[dict], conditions: dict) -> dict:

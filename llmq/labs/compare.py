@@ -52,18 +52,15 @@ class Comparison:
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if not 1 <= len(self.contestants) <= MAX_CONTESTANTS:
-            raise BadChoice(
-                f"{len(self.contestants)} methods given; choose 1 to {MAX_CONTESTANTS} of {', '.join(METHODS)}"
-            )
+            choices = f"choose 1 to {MAX_CONTESTANTS} of {', '.join(METHODS)}"
+            raise BadChoice(f"{len(self.contestants)} methods given; {choices}")
         labels = [c.label for c in self.contestants]
         if len(set(labels)) < len(labels):
             raise BadChoice(f"the methods {', '.join(labels)} repeat one; choose different methods or thresholds")
 
     def settings(self) -> dict:
         """As stored in a run: plain JSON."""
-        plain = asdict(self)
-        plain["contestants"] = [c.label for c in self.contestants]
-        return plain
+        return asdict(self) | {"contestants": [c.label for c in self.contestants]}
 
     def run(self, lease: Lease) -> Iterator[Event]:
         """Yield the events of the comparison. Raises UserError only before the plan (bad model, bad prompt)."""
@@ -97,16 +94,10 @@ class _Lane:
     def finish(self, reason: str) -> Finished:
         """End this lane, freeing its KV cache."""
         ledger = self.ledger()
-        above_weights = self.generation.peak_bytes if self.generation else 0
+        peak = ledger["weights"] + ledger["scales"] + (self.generation.peak_bytes if self.generation else 0)
         rest = self.text.flush() if self.text else ""
         self.close()
-        return Finished(
-            contestant=self.name,
-            reason=reason,
-            text=rest,
-            kv_bytes=ledger["kv"],
-            peak_bytes=ledger["weights"] + ledger["scales"] + above_weights,
-        )
+        return Finished(contestant=self.name, reason=reason, text=rest, kv_bytes=ledger["kv"], peak_bytes=peak)
 
     def close(self) -> None:
         self.over = True
@@ -208,15 +199,9 @@ class _Race:
         yield from self._emit(lane, next(lane.tokens))
 
     def _emit(self, lane: _Lane, token: Token) -> Iterator[Event]:
-        index, lane.count = lane.count, lane.count + 1
-        yield Step(
-            contestant=lane.name,
-            index=index,
-            token_id=token.token_id,
-            text=lane.text.push(token.token_id),
-            seconds=token.seconds,
-            logprob=token.logprob,
-        )
+        found = {"token_id": token.token_id, "seconds": token.seconds, "logprob": token.logprob}
+        yield Step(contestant=lane.name, index=lane.count, text=lane.text.push(token.token_id), **found)
+        lane.count += 1
         if reason := token.end or ("time" if self.lease.clock() >= lane.ends_at else ""):
             yield lane.finish(reason)
 

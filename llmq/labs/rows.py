@@ -9,7 +9,7 @@ import math
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from llmq.contestant import Contestant
@@ -170,7 +170,6 @@ class Workbench:
     lab: RowLab
     model: Model
     lease: Lease
-    texts: list[list[int]] = field(init=False)
 
     def __post_init__(self):
         self.texts = windows(self.model, self.lab.windows)

@@ -19,7 +19,7 @@ from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.reading_view import reading_view
 from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
-from llmq.ui.tabs.map_panel import filled, table
+from llmq.ui.tabs.report_panels import filled, table
 
 TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
 QUIET = {"show_progress": "hidden", "concurrency_limit": 16, "concurrency_id": "runs"}

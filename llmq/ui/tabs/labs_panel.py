@@ -17,7 +17,7 @@ from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
-from llmq.ui.tabs.map_panel import filled, table
+from llmq.ui.tabs.report_panels import filled, table
 
 QUIET = {"show_progress": "hidden"}
 
