@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated
 
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
@@ -20,8 +21,10 @@ from llmq.engine.base import Engine, Generation, Interrupted, Token, capacity_fo
 from llmq.engine.choice import ENGINES, choose_engines
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
-from llmq.errors import BadChoice, OutOfMemory, UserError, unknown
+from llmq.errors import BadChoice, OutOfMemory, UserError
 from llmq.events import Event, Failed, Finished, Freed, Memory, Planned, Prefilled, Step
+from llmq.fields import Choice
+from llmq.labs.base import Lab
 from llmq.machine.door import Lease, out_of_memory, shortage
 from llmq.methods import METHODS
 from llmq.models.loading import range_note
@@ -34,23 +37,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Lab):
     """Everything that decides a run. `device`: 'cpu' or 'cuda:N'."""
 
     prompt: str
-    model: str = "demo"
     contestants: tuple[Contestant, ...] = (Contestant.parse("fp16"), Contestant.parse("bnb-int8"))
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    schedule: str = "interleave"
-    device: str = "cpu"
+    schedule: Annotated[str, Choice(SCHEDULES)] = "interleave"
     random_weights: bool = False
-    engine: str = "auto"
+    engine: Annotated[str, Choice(ENGINES)] = "auto"
 
     def __post_init__(self):
-        if self.engine not in ENGINES:
-            raise unknown("engine", self.engine, ENGINES)
-        if self.schedule not in SCHEDULES:
-            raise unknown("schedule", self.schedule, SCHEDULES)
+        super().__post_init__()
         if not 1 <= len(self.contestants) <= MAX_CONTESTANTS:
             choices = f"choose 1 to {MAX_CONTESTANTS} of {', '.join(METHODS)}"
             raise BadChoice(f"{len(self.contestants)} methods given; {choices}")
