@@ -131,7 +131,7 @@ class RunAnswer:
     def _first_divergence(self) -> str:
         """Where the first two texts part; '' where there are not two to compare."""
         whole = [outcome for outcome in self.summary.outcomes.values() if not outcome.error]
-        if len(whole) < 2 or len(self.summary.outcomes) < 2:
+        if len(whole) < 2:
             return ""
         first = self.summary.agreement()["first_divergence"]
         return "the texts agree throughout" if first is None else f"the first different token is number {first + 1}"

@@ -61,7 +61,7 @@ class HooksBench(DecodeBench):
         for number in range(self.repeats + 1):  # the first is not counted
             recorder = OutlierRecorder(engine.model, outlier_columns=engine.method.outlier_columns)
             sides = (None, recorder) if number % 2 else (recorder, None)  # who comes second may find warmer caches
-            rounds.append({bool(s): _seconds(engine, setup.prompt_ids, self.new_tokens, s, lease.clock) for s in sides})
+            rounds.append({bool(side): self._seconds(engine, setup.prompt_ids, side, lease.clock) for side in sides})
         held = held_bytes(recorder.report(model=self.model, method=contestant.label))
         plain, watched = ([seconds[side] for seconds in rounds[1:]] for side in (False, True))
         row = {"engine": engine.name, "held_bytes": held}
@@ -72,29 +72,24 @@ class HooksBench(DecodeBench):
             row |= {name: statistics.median(without), f"{name}_watched": statistics.median(with_hooks)}
         return row
 
-
-def _seconds(
-    engine: HFEngine,
-    prompt_ids: list[int],
-    new_tokens: int,
-    recorder: OutlierRecorder | None,
-    clock: Callable[[], float],
-) -> tuple[float, float]:
-    """Seconds of the prefill and of one decode step (their mean), by the host's clock; both end with the chosen token
-    on the host. With a recorder each phase also ends with its statistics there."""
-    phase = recorder.phase if recorder else lambda name: None
-    with closing(engine.start(prompt_ids, SamplingSettings(max_new_tokens=new_tokens))) as generation:
-        started = clock()
-        with recorder or nullcontext():
-            phase("prefill")
-            generation.prefill()
-            phase("decode")
-            between = clock()
-            for _ in range(new_tokens - 1):
-                generation.step()
+    def _seconds(
+        self, engine: HFEngine, prompt_ids: list[int], recorder: OutlierRecorder | None, clock: Callable[[], float]
+    ) -> tuple[float, float]:
+        """Seconds of the prefill and of one decode step (their mean), by the host's clock; both end with the chosen
+        token on the host. With a recorder each phase also ends with its statistics there."""
+        phase = recorder.phase if recorder else lambda name: None
+        with closing(engine.start(prompt_ids, SamplingSettings(max_new_tokens=self.new_tokens))) as generation:
+            started = clock()
+            with recorder or nullcontext():
+                phase("prefill")
+                generation.prefill()
                 phase("decode")
-        ended = clock()  # with the hooks removed
-    return between - started, (ended - between) / (new_tokens - 1)
+                between = clock()
+                for _ in range(self.new_tokens - 1):
+                    generation.step()
+                    phase("decode")
+            ended = clock()  # with the hooks removed
+        return between - started, (ended - between) / (self.new_tokens - 1)
 
 
 def held_bytes(report: object) -> int:

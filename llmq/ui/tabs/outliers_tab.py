@@ -11,6 +11,7 @@ from llmq.contestant import Contestant
 from llmq.errors import UserError
 from llmq.events import Loading
 from llmq.inspect.report import OutlierReport
+from llmq.labs import lab_classes
 from llmq.labs.outliers import MAX_NEW_TOKENS, Inspection, Preparation, ReportAnswer
 from llmq.methods import METHODS
 from llmq.models.presets import PRESETS
@@ -20,7 +21,7 @@ from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.agreement_panel import AgreementPanel
-from llmq.ui.tabs.labs_panel import LabsPanel
+from llmq.ui.tabs.lab_panel import LabPanel
 from llmq.ui.tabs.report_panels import FiguresPanel, MapPanel, MomentsPanel
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class OutliersTab:
         self.state = state
         self.panels = [panel(state.kept) for panel in (MapPanel, MomentsPanel, FiguresPanel)]
         self.map, self.moments, self.figures = self.panels
-        self.agreement, self.what_if = AgreementPanel(state), LabsPanel(state)
+        self.agreement = AgreementPanel(state)
+        self.what_if = [LabPanel(state, lab) for lab in lab_classes().values() if lab.panel]
 
     def build(self) -> None:
         gr.Markdown(
@@ -52,7 +54,8 @@ class OutliersTab:
             with gr.Tab("Agreement and cause", id="agreement"):
                 self.agreement.build()
             with gr.Tab("What if", id="what-if"):
-                self.what_if.build()
+                for lab in self.what_if:
+                    lab.build()
 
     def _build_form(self) -> None:
         self.prompt = gr.Textbox(EXAMPLES[0][1], label="Prompt to watch", lines=2, elem_id="outlier-prompt")
@@ -95,7 +98,8 @@ class OutliersTab:
             changed = [self.report_key.change, self.threshold.input, *panel.changes]
             gr.on(changed, panel.draw, inputs, panel.outputs, trigger_mode="always_last", **QUIET)
         self.agreement.wire(self.prompt, self.model, self.method, self.threshold)
-        self.what_if.wire(self.prompt, self.model)
+        for lab in self.what_if:
+            lab.wire(self.prompt, self.model)
         self.stop.click(self._stop, None, None, queue=False, **QUIET)
         tab.select(self._prepare, [self.model, self.method], None, concurrency_limit=1, **QUIET)
 
