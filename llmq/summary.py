@@ -34,6 +34,26 @@ class Outcome:
     reason: str | None = None
     error: str | None = None
 
+    def add(self, event: Event) -> None:
+        """Take one of this contestant's events in."""
+        match event:
+            case Loaded():
+                self.weight_bytes, self.load_seconds = event.weight_bytes, event.seconds
+                self.engine, self.coverage = event.engine, event.coverage
+            case Prefilled():
+                self.prompt_tokens, self.prefill_seconds = event.prompt_tokens, event.seconds
+            case Step():
+                self.token_ids.append(event.token_id)
+                self.pieces.append(event.text)
+                self.logprobs.append(event.logprob)
+                if event.index:
+                    self.step_seconds.append(event.seconds)
+            case Finished():
+                self.reason, self.kv_bytes, self.peak_bytes = event.reason, event.kv_bytes, event.peak_bytes
+                self.pieces.append(event.text)
+            case Failed():
+                self.error = event.message
+
     @property
     def text(self) -> str:
         return "".join(self.pieces)
@@ -62,28 +82,8 @@ class Summary:
         if isinstance(event, Planned):
             self.plan = event
             self.outcomes = {name: Outcome(name) for name in event.predicted_bytes}
-            return
-        name = getattr(event, "contestant", "")
-        if not name:
-            return
-        outcome = self.outcomes.setdefault(name, Outcome(name))
-        match event:
-            case Loaded():
-                outcome.weight_bytes, outcome.load_seconds = event.weight_bytes, event.seconds
-                outcome.engine, outcome.coverage = event.engine, event.coverage
-            case Prefilled():
-                outcome.prompt_tokens, outcome.prefill_seconds = event.prompt_tokens, event.seconds
-            case Step():
-                outcome.token_ids.append(event.token_id)
-                outcome.pieces.append(event.text)
-                outcome.logprobs.append(event.logprob)
-                if event.index:
-                    outcome.step_seconds.append(event.seconds)
-            case Finished():
-                outcome.reason, outcome.kv_bytes, outcome.peak_bytes = event.reason, event.kv_bytes, event.peak_bytes
-                outcome.pieces.append(event.text)
-            case Failed():
-                outcome.error = event.message
+        elif name := getattr(event, "contestant", ""):
+            self.outcomes.setdefault(name, Outcome(name)).add(event)
 
     def agreement(self) -> dict:
         """How far the first two contestants' tokens are the same.
