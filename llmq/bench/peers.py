@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmq.bench.setup import Bench, bandwidth_fraction, read_bandwidth, require_whole, spread
-from llmq.contestant import Contestant
 from llmq.engine.base import Engine
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError
@@ -61,7 +60,10 @@ class PeersBench(Bench):
         setup = yield from self.prepare(lease)
         long_prompt = (setup.prompt_ids * LONG_PROMPT)[:LONG_PROMPT]
         with tempfile.TemporaryDirectory(prefix="llmq-peers-") as folder:
-            sides = [_Side.ours(contestant, lease.get(key, contestant.method)) for contestant, key in setup.entries]
+            sides = [
+                _Side(c.label, lease.get(key, c.method), SAME_PRECISION.get(c.method.name, "Q8_0"))
+                for c, key in setup.entries
+            ]
             for progress in fetch_gguf():
                 yield lease.progress(progress.message)
             peers = {name: _Peer(llama, file, self.positions) for name, file in _files(llama, Path(folder))}
@@ -93,15 +95,12 @@ class _Side:
     decode: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
 
-    @classmethod
-    def ours(cls, contestant: Contestant, engine: Engine) -> _Side:
-        return cls(contestant.label, engine, SAME_PRECISION.get(contestant.method.name, "Q8_0"))
-
 
 def _rows(sides: list[_Side], bandwidth: float) -> Iterator[dict]:
     named = {side.label: side for side in sides}
     for side in sides:
         peer, fp16, engine = named[f"llama.cpp {side.rival}"], named.get("fp16"), side.engine
+        speed = statistics.median(side.decode)
         yield {
             "method": side.label,
             "engine": engine.name,
@@ -112,9 +111,7 @@ def _rows(sides: list[_Side], bandwidth: float) -> Iterator[dict]:
             "prefill_ratio": _ratio(side.prefill, peer.prefill),
             "over_fp16": _ratio(side.decode, fp16.decode) if fp16 else None,
             "weight_bytes": engine.weight_bytes + engine.scale_bytes,
-            "bandwidth_fraction": bandwidth_fraction(
-                engine.read_bytes_per_token, statistics.median(side.decode), bandwidth
-            ),
+            "bandwidth_fraction": bandwidth_fraction(engine.read_bytes_per_token, speed, bandwidth),
         }
 
 
