@@ -153,10 +153,10 @@ class Case:
 
 def experiment(kind: str, *inputs) -> Case:
     def section(page: Page):
-        return next(part for part in page.outliers.what_if if part.lab.kind == kind)
+        return next(part for part in page.outliers.what_if.sections if part.lab.kind == kind)
 
     def ask(page: Page) -> Iterator[dict]:
-        return section(page).ask("demo", PROMPT, [], ANN, *inputs)
+        return page.outliers.what_if.handler(section(page))("demo", PROMPT, [], ANN, *inputs)
 
     def shows(page: Page, seen: dict) -> bool:
         drawn = "data" in seen[section(page).figure]

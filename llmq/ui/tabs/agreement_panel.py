@@ -19,7 +19,6 @@ from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.reading_view import reading_view
 from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
-from llmq.ui.tabs.report_panels import filled, table
 
 TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
 QUIET = {"show_progress": "hidden", "concurrency_limit": 16, "concurrency_id": "runs"}
@@ -55,7 +54,10 @@ class AgreementPanel:
         self.patch = gr.Checkbox(True, label="Try every module in 16 bit (Stop ends it; what is found stays)",
                                  elem_id="patch")  # fmt: skip
         self.layers = figure_view(elem_id="layer-errors")
-        self.patches = table("Best modules to put back", PATCH_HEADERS, "patches")
+        self.patches = gr.Dataframe(
+            headers=PATCH_HEADERS, value=[], label="Best modules to put back", interactive=False, wrap=True,
+            type="array", elem_id="patches", elem_classes=["llmq-table"], visible=False,
+        )  # fmt: skip
 
     def wire(self, prompt, model, method, threshold) -> None:
         self.text.change(
@@ -111,7 +113,7 @@ class AgreementPanel:
             self.key: self.state.keep(read),
             self.cause_status: "Click a token, best an underlined one.",
             self.layers: {},
-            self.patches: filled([], visible=False),
+            self.patches: gr.Dataframe(value=[], visible=False),
         }
 
     def _explain(self, key, patch, event: gr.EventData, request: gr.Request) -> Iterator[dict]:
@@ -143,7 +145,7 @@ class AgreementPanel:
         return {
             self.cause_status: {"text": cause_line(cause, read), "fraction": None},
             self.layers: sent(layer_error_figure(cause)),
-            self.patches: filled(patch_rows(cause, read), visible=bool(cause.patches)),
+            self.patches: gr.Dataframe(value=patch_rows(cause, read), visible=bool(cause.patches)),
         }
 
 

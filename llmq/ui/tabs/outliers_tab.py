@@ -11,7 +11,6 @@ from llmq.contestant import Contestant
 from llmq.errors import UserError
 from llmq.events import Loading
 from llmq.inspect.report import OutlierReport
-from llmq.labs import lab_classes
 from llmq.labs.outliers import MAX_NEW_TOKENS, Inspection, Preparation, ReportAnswer
 from llmq.methods import METHODS
 from llmq.models.presets import PRESETS
@@ -21,8 +20,10 @@ from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.agreement_panel import AgreementPanel
-from llmq.ui.tabs.lab_panel import LabPanel
-from llmq.ui.tabs.report_panels import FiguresPanel, MapPanel, MomentsPanel
+from llmq.ui.tabs.figures_panel import FiguresPanel
+from llmq.ui.tabs.labs_panel import LabsPanel
+from llmq.ui.tabs.map_panel import MapPanel
+from llmq.ui.tabs.moments_panel import MomentsPanel
 
 log = logging.getLogger(__name__)
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -33,10 +34,8 @@ class OutliersTab:
 
     def __init__(self, state: AppState):
         self.state = state
-        self.panels = [panel(state.kept) for panel in (MapPanel, MomentsPanel, FiguresPanel)]
-        self.map, self.moments, self.figures = self.panels
-        self.agreement = AgreementPanel(state)
-        self.what_if = [LabPanel(state, lab) for lab in lab_classes().values() if lab.panel]
+        self.map, self.moments, self.figures = MapPanel(), MomentsPanel(), FiguresPanel()
+        self.agreement, self.what_if = AgreementPanel(state), LabsPanel(state)
 
     def build(self) -> None:
         gr.Markdown(
@@ -54,8 +53,7 @@ class OutliersTab:
             with gr.Tab("Agreement and cause", id="agreement"):
                 self.agreement.build()
             with gr.Tab("What if", id="what-if"):
-                for lab in self.what_if:
-                    lab.build()
+                self.what_if.build()
 
     def _build_form(self) -> None:
         self.prompt = gr.Textbox(EXAMPLES[0][1], label="Prompt to watch", lines=2, elem_id="outlier-prompt")
@@ -83,25 +81,30 @@ class OutliersTab:
         self.report_key = gr.State(None)
 
     def wire(self, tab: gr.Tab) -> None:
+        panels = (self.map, self.moments, self.figures)
+        for panel in panels:
+            panel.prepare(self._report)
         gr.on(
             [self.watch.click, self.prompt.submit],
             self._watch,
             [self.prompt, self.model, self.method, self.threshold, self.new_tokens],
-            [self.status, self.report_key, *(part for panel in self.panels for part in panel.framed)],
+            [self.status, self.report_key, *(part for panel in panels for part in panel.framed)],
             show_progress="hidden",
             concurrency_limit=16,
             concurrency_id="runs",
             api_name="outliers",
         )
-        for panel in self.panels:
+        for panel in panels:
             inputs = [self.report_key, self.threshold, *panel.inputs]
             changed = [self.report_key.change, self.threshold.input, *panel.changes]
             gr.on(changed, panel.draw, inputs, panel.outputs, trigger_mode="always_last", **QUIET)
         self.agreement.wire(self.prompt, self.model, self.method, self.threshold)
-        for lab in self.what_if:
-            lab.wire(self.prompt, self.model)
+        self.what_if.wire(self.prompt, self.model)
         self.stop.click(self._stop, None, None, queue=False, **QUIET)
         tab.select(self._prepare, [self.model, self.method], None, concurrency_limit=1, **QUIET)
+
+    def _report(self, key: str | None) -> OutlierReport | None:
+        return self.state.kept(key)
 
     def _watch(self, prompt, model, method, threshold, new_tokens, request: gr.Request) -> Iterator[dict]:
         """Run the prompt with every linear layer's input watched."""
@@ -138,7 +141,7 @@ class OutliersTab:
             self.status: f"{'Stopped early: ' if report.stopped else ''}{said} in {len(report.modules)} linear layers.",
             self.report_key: self.state.keep(report),
         }
-        for panel in self.panels:
+        for panel in (self.map, self.moments, self.figures):
             frame |= panel.frame(report)
         return frame
 

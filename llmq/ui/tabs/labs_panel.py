@@ -1,0 +1,122 @@
+"""The What-if part of the Outliers tab: a section for every lab that asks for one, made of its annotated fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import gradio as gr
+
+from llmq.errors import UserError
+from llmq.fields import Field, fields_of
+from llmq.labs import lab_classes
+from llmq.labs.rows import RowAnswer, RowLab
+from llmq.ui.parts.controls import control, value_of
+from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.parts.notices import notice
+from llmq.ui.parts.progress import progress_of
+from llmq.ui.parts.status import status_line
+from llmq.ui.shell.state import AppState
+
+QUIET = {"show_progress": "hidden"}
+
+
+@dataclass
+class Section:
+    """One lab on the page: its controls by field, its button, and where its answer goes."""
+
+    lab: type[RowLab]
+    controls: list[tuple[Field, gr.components.Component]]
+    button: gr.Button
+    status: gr.HTML
+    finding: gr.Markdown
+    figure: gr.HTML
+    table: gr.Dataframe
+    rows: gr.State
+
+
+class LabsPanel:
+    """Builds the part inside an open tab; `wire` connects it to the shared prompt and model."""
+
+    def __init__(self, state: AppState):
+        self.state = state
+
+    def build(self) -> None:
+        self.sections = [self._section(lab) for lab in lab_classes().values() if lab.panel]
+
+    def _section(self, lab: type[RowLab]) -> Section:
+        kind = lab.kind
+        with gr.Accordion(lab.title, open=True, elem_id=kind):
+            gr.Markdown(lab.about)
+            with gr.Row(equal_height=True):
+                made = [(field, control(field, f"{kind}-{field.name}")) for field in fields_of(lab)]
+            button = gr.Button(lab.button, variant="primary", elem_id=f"{kind}-run", size="md")
+            status = status_line("", elem_id=f"{kind}-status")
+            said = gr.Markdown("", elem_id=f"{kind}-finding", visible=False)
+            figure = figure_view(elem_id=f"{kind}-figure")
+            table = gr.Dataframe(
+                headers=lab.headers(), value=[], label="Measured", interactive=False, wrap=True, type="array",
+                elem_id=f"{kind}-table", elem_classes=["llmq-table"], visible=False,
+            )  # fmt: skip
+        controls = [(field, component) for field, component in made if component is not None]
+        return Section(lab, controls, button, status, said, figure, table, gr.State([]))
+
+    def wire(self, prompt, model) -> None:
+        for section in self.sections:
+            inputs = [model, prompt, section.rows, *(component for _, component in section.controls)]
+            moved = [component.release for field, component in section.controls if getattr(field.kind, "live", False)]
+            gr.on(
+                [section.button.click, *moved], self.handler(section), inputs,
+                [section.status, section.finding, section.table, section.rows, section.figure], concurrency_limit=16,
+                concurrency_id="runs", api_name=section.lab.kind, trigger_mode="always_last", **QUIET,
+            )  # fmt: skip
+
+    def handler(self, section: Section):
+        """What the section's button calls; Gradio puts the request where the parameter of that type stands."""
+
+        def ask(model, prompt, rows, request: gr.Request, *values) -> Iterator[dict]:
+            make = partial(self._question, section, model, prompt, values)
+            yield from self._run(section, make, list(rows or []), request)
+
+        ask.__doc__ = section.lab.about
+        return ask
+
+    def _question(self, section: Section, model, prompt, values) -> RowLab:
+        given = {field.name: value_of(field, v) for (field, _), v in zip(section.controls, values, strict=True)}
+        return section.lab(model=model, device=self.state.device, prompt=str(prompt or ""), **given)
+
+    def _run(self, section: Section, make, kept: list[dict], request: gr.Request) -> Iterator[dict]:
+        """Stream one lab: the status with its bar, and the answer whenever a row is measured."""
+        answer = None
+        try:
+            question = make()
+            yield {section.status: "Starting"}
+            for item in self.state.run(question, request.session_hash or "nobody"):
+                if isinstance(item, RowAnswer):
+                    answer = item
+                    yield self._shown(section, answer.result, kept)
+                elif line := progress_of(item):
+                    yield {section.status: line}
+        except (UserError, ValueError, TypeError) as error:
+            yield {section.status: f"Not run: {error}"}
+            raise notice(error) from error
+        yield {section.status: _ended(answer)}
+
+    def _shown(self, section: Section, result: dict, kept: list[dict]) -> dict:
+        lab = section.lab
+        rows = lab.beside(kept, [row | {"model": result["model"]} for row in result["results"]])
+        said, figures = lab.finding(rows), lab.figures(rows)
+        return {
+            section.finding: gr.Markdown(said, visible=bool(said)),
+            section.table: gr.Dataframe(value=[lab.row(row) for row in rows], visible=True),
+            section.rows: rows,
+            section.figure: sent(figures[0].make() if figures else None),
+        }
+
+
+def _ended(answer: RowAnswer | None) -> str:
+    if answer is None:
+        return "Stopped before anything was measured."
+    tokens = f"{answer.result['tokens']} tokens of {answer.result['text']}"
+    return f"{'Stopped early; what was measured stays. ' if answer.result['stopped'] else ''}Measured on {tokens}."
