@@ -129,9 +129,9 @@ class RunAnswer:
         yield self._first_divergence()
 
     def _first_divergence(self) -> str:
-        """Where the first two texts part; '' where there are not two to compare."""
-        whole = [outcome for outcome in self.summary.outcomes.values() if not outcome.error]
-        if len(whole) < 2:
+        """Where the first two texts part; '' where there are not two, or one was not finished."""
+        pair = list(self.summary.outcomes.values())[:2]
+        if len(pair) < 2 or any(outcome.error for outcome in pair):
             return ""
         first = self.summary.agreement()["first_divergence"]
         return "the texts agree throughout" if first is None else f"the first different token is number {first + 1}"

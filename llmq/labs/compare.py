@@ -104,6 +104,10 @@ class _Lane:
         self.generation = self.tokens = None
 
 
+def _running(lanes: list[_Lane]) -> list[_Lane]:
+    return [lane for lane in lanes if not lane.over]
+
+
 class _Race:
     """The body of one comparison, with the device held."""
 
@@ -239,7 +243,3 @@ class _Race:
             self._peak = max([self._peak, sample.allocated_bytes or 0, *seen])
             peak = self._peak if sample.allocated_bytes is not None else None
             yield Memory(**asdict(sample), peak_allocated_bytes=peak, ledger=ledger)
-
-
-def _running(lanes: list[_Lane]) -> list[_Lane]:
-    return [lane for lane in lanes if not lane.over]
