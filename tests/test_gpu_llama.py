@@ -14,6 +14,7 @@ from tiny_runs import key_of
 from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.kernels import reference
+from llmq.kernels.buffers import Noting
 from llmq.kernels.primitives import Int8Weight
 from llmq.machine.door import Machine
 
@@ -87,7 +88,7 @@ def test_a_layer_is_bitsandbytes_layer(shape, rows, kernels):
 
 
 def noted(kernels, x):
-    return kernels.plain_rows(x, 6.0, torch.zeros(x.shape[1], dtype=torch.int8, device=GPU))
+    return kernels.plain_rows(x, Noting(6.0, torch.zeros(x.shape[1], dtype=torch.int8, device=GPU)))
 
 
 def multiply(kernels, x, weight) -> torch.Tensor:

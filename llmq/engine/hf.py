@@ -139,9 +139,13 @@ class Generation:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values held now, exact tensor sizes."""
+        """Bytes of the cache now, exact tensor sizes: keys and values, or whatever else a layer keeps of a text."""
+        import torch
+
         layers = self._cache.layers if self._cache is not None else ()
-        return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None)
+        kept = (part for layer in layers for part in vars(layer).values())
+        parts = (part for value in kept for part in (value.values() if isinstance(value, dict) else [value]))
+        return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor) and part.ndim)
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token.

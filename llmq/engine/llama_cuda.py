@@ -22,7 +22,7 @@ from llmq.engine.rope import rope_table
 from llmq.engine.sampling import SamplingSettings
 from llmq.engine.timing import timer_for
 from llmq.kernels.backend import current
-from llmq.kernels.buffers import Cache
+from llmq.kernels.buffers import Cache, Noting
 from llmq.kernels.primitives import Int8Weight
 from llmq.methods import Method
 from llmq.models.architecture import Architecture
@@ -80,8 +80,8 @@ class CudaLlama(LlamaEngine):
             threshold=self.threshold, stopped=stopped, outlier_marks=outlier_marks,
         )  # fmt: skip
         threshold = self.threshold if isinstance(self.model.head, Int8Weight) else None
-        outlier_marks = torch.zeros(a.hidden_size, dtype=torch.int8, device=self.device)
-        rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, threshold, outlier_marks)
+        noting = Noting(threshold, torch.zeros(a.hidden_size, dtype=torch.int8, device=self.device))
+        rows = self.kernels.norm_rows(hidden, self.model.norm, a.eps, noting)
         return self.kernels.linear_rows(rows, self.model.head)
 
 

@@ -52,6 +52,12 @@ def load_engine(key: Key) -> Engine:
 
 
 def _load_hf(key: Key) -> HFEngine:
+    if key.device == "cpu":
+        import torch
+
+        from llmq.engine.llama_cpu import usable_threads
+
+        torch.set_num_threads(usable_threads())
     statistics = load_statistics(statistics_file(key)) if key.method.calibrated else None
     return HFEngine(load_model(key.model.source, key.method, key.device, statistics), key.method, key.device)
 

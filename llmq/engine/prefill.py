@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from llmq.engine.base import Interrupted
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.kernels.buffers import Cache
+from llmq.kernels.buffers import Cache, Noting
 from llmq.models.architecture import Architecture
 
 
@@ -41,17 +41,18 @@ def read_prompt(
     a = architecture
     hidden = torch.empty(len(ids), a.hidden_size, dtype=weights.dtype, device=ids.device)
     kernels.embed(weights.embedding, ids, hidden)
-    outlier_marks = iter(outlier_marks_for(a, ids.device) if outlier_marks is None else outlier_marks)
+    outlier_marks = outlier_marks_for(a, ids.device) if outlier_marks is None else outlier_marks
+    noting = (Noting(threshold, marks, used) for marks in outlier_marks)
     for layer, cache in zip(weights.layers, caches, strict=True):
         if stopped and stopped():
             raise Interrupted
-        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, threshold, next(outlier_marks), used)
+        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, next(noting))
         qkv = kernels.linear_rows(rows, layer.qkv, bias=layer.qkv_bias)
         attended = _attend(*kernels.append_rows(qkv, cache, rope, 0))
-        rows = kernels.plain_rows(attended, threshold, next(outlier_marks), used)
+        rows = kernels.plain_rows(attended, next(noting))
         kernels.linear_rows(rows, layer.output, bias=layer.output_bias, residual=hidden)
-        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, threshold, next(outlier_marks), used)
-        rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), threshold, next(outlier_marks), used)
+        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, next(noting))
+        rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), next(noting))
         kernels.linear_rows(rows, layer.down, residual=hidden)
     return hidden
 

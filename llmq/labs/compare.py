@@ -242,4 +242,4 @@ class _Race:
         for sample in self.sampler.drain():
             self._peak = max([self._peak, sample.allocated_bytes or 0, *seen])
             peak = self._peak if sample.allocated_bytes is not None else None
-            yield Memory(**asdict(sample), peak_allocated_bytes=peak, ledger=ledger)
+            yield replace(sample, peak_allocated_bytes=peak, ledger=ledger)

@@ -28,8 +28,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, context: i
     if not ids:
         raise BadChoice(f"the model's tokenizer makes no token of the prompt {prompt!r:.80}; write something else")
     if len(ids) >= context:
+        length = f"{len(ids):,} tokens long" + (" with its chat template" if tokenizer.chat_template else "")
         raise BadChoice(
-            f"the prompt is {len(ids):,} tokens long with its chat template, and this model reads {context:,}; "
+            f"the prompt is {length}, and this model reads {context:,}; "
             "shorten the prompt or choose a model with a longer context"
         )
     return ids
