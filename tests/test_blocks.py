@@ -14,9 +14,8 @@ from llmq.figures.blocks import Drawing, Table
 from llmq.figures.lines import Line, line_figure
 from llmq.figures.pages import cell, page, painted
 from llmq.figures.palette import LIGHT
-from llmq.labs.run_answer import RunAnswer
 from llmq.reporting import shown_block
-from llmq.summary import Summary
+from llmq.summary import RunAnswer, Summary
 
 WRITTEN = "2**3**4 is not **bold**, nor is <b>this</b>; both end in **"
 
