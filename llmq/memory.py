@@ -6,16 +6,17 @@ is an upper estimate of what one prefill needs besides: attention and MLP activa
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
-from llmq.methods import Method, WeightBytes
+from llmq.methods import Method
 from llmq.methods.coverage import predicted_coverage
 from llmq.models.config import PlainConfig
-from llmq.models.opening import open_model
+from llmq.models.opening import Model, open_model
 from llmq.models.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -52,14 +53,12 @@ class Plan:
 
 def predict(shape: nn.Module, method: Method, *, tokens: int, batch: int = 1) -> Prediction:
     """Bytes for one contestant; `shape` is the model's (`Model.shape`), `tokens` counts prompt and answer."""
-    weights: WeightBytes = method.predict(shape)
+    import torch
+
+    weights = method.predict(shape)
     config = shape.config.get_text_config()
-    return Prediction(
-        weights.weights,
-        weights.scales,
-        kv_bytes(config, tokens=tokens, batch=batch, itemsize=_itemsize(method)),
-        _workspace(config, tokens=tokens, batch=batch, itemsize=_itemsize(method)),
-    )
+    sizes = {"tokens": tokens, "batch": batch, "itemsize": getattr(torch, method.dtype).itemsize}
+    return Prediction(weights.weights, weights.scales, kv_bytes(config, **sizes), _workspace(config, **sizes))
 
 
 def forecast(
@@ -67,23 +66,36 @@ def forecast(
 ) -> dict:
     """Predicted bytes of every method for a model that need not be here: a preset's shape is enough.
 
-    With `device_bytes`, each row says whether the method alone fits. Raises BadChoice for tokens or batch under 1.
+    With `device_bytes`, each row says whether the method alone fits into HEADROOM of them, and the largest context
+    that does, 0 for none. Raises BadChoice for tokens or batch under 1.
     """
     if tokens < 1 or batch < 1:
         raise BadChoice(f"context is {tokens} and batch is {batch}; both must be at least 1")
     if device_bytes is not None and not 0 < device_bytes <= 1e18:
         raise BadChoice(f"device memory is {device_bytes / 1e9!r} GB; choose a number over 0")
     opened = open_model(model, random_weights=model in PRESETS)
-    rows = []
+    room, rows = None if device_bytes is None else HEADROOM * device_bytes, []
     for contestant in contestants:
         found = predict(opened.shape, contestant.method, tokens=tokens, batch=batch)
         covered = predicted_coverage(opened.shape, contestant.method)
-        total = found.total if found.kv is not None else None
-        fits = None if device_bytes is None or total is None else total <= HEADROOM * device_bytes
-        rows.append(
-            {"method": contestant.label, **asdict(found), "total": total, "fits": fits, "coverage": covered.shares}
-        )
-    return {"model": model, "context": tokens, "batch": batch, "device_memory": device_bytes, "results": rows}
+        known = found.kv is not None
+        row = {"method": contestant.label, **asdict(found), "total": found.total if known else None}
+        row |= {"fits": None, "largest_context": None, "coverage": covered.shares}
+        if room is not None and known:
+            row["fits"] = found.total <= room
+            row["largest_context"] = _largest_context(opened, contestant.method, room, batch)
+        rows.append(row)
+    asked = {"model": model, "context": tokens, "batch": batch, "device_memory": device_bytes}
+    return asked | {"usable_memory": room, "results": rows}
+
+
+def _largest_context(model: Model, method: Method, room: float, batch: int) -> int:
+    """The most tokens, prompt and answer, that the model reads and with which a method needs at most `room` bytes."""
+
+    def needed(tokens: int) -> int:
+        return predict(model.shape, method, tokens=tokens, batch=batch).total
+
+    return bisect_right(range(1, model.context + 1), room, key=needed)
 
 
 def kv_bytes(config: PretrainedConfig | PlainConfig, *, tokens: int, batch: int = 1, itemsize: int = 2) -> int | None:
@@ -115,24 +127,15 @@ def _kept(config: PretrainedConfig | PlainConfig, tokens: int) -> int | None:
 
 def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> Plan:
     """`interleave` needs all contestants at once; where they do not fit, one after the other is chosen and said."""
-    together = sum(p.total for p in predictions)
-    if schedule == "interleave" and together > HEADROOM * free_bytes:
-        reason = (
-            f"loaded together they need {together / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free, "
-            "so each is loaded in turn and freed before the next"
-        )
-        return Plan("in-turn", reason, free_bytes)
-    return Plan(schedule, "", free_bytes)
+    if schedule != "interleave" or fit_together(predictions, free_bytes):
+        return Plan(schedule, "", free_bytes)
+    needed = f"{sum(p.total for p in predictions) / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free"
+    reason = f"loaded together they need {needed}, so each is loaded in turn and freed before the next"
+    return Plan("in-turn", reason, free_bytes)
 
 
 def fit_together(predictions: Sequence[Prediction], free_bytes: int) -> bool:
     return sum(p.total for p in predictions) <= HEADROOM * free_bytes
-
-
-def _itemsize(method: Method) -> int:
-    import torch
-
-    return getattr(torch, method.dtype).itemsize
 
 
 def _workspace(config: PretrainedConfig, *, tokens: int, batch: int, itemsize: int) -> int:

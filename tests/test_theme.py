@@ -22,7 +22,14 @@ AS_MARKUP = re.compile(
 
 
 def test_every_script_and_style_is_looked_at():
-    assert {"result.js", "result_nodes.js", "result_player.js", "live_plot.js", "reading.js", "figure.js"} <= SCRIPTS.keys()
+    assert {
+        "result.js",
+        "result_nodes.js",
+        "result_player.js",
+        "live_plot.js",
+        "reading.js",
+        "figure.js",
+    } <= SCRIPTS.keys()
     assert {"page.css", "theme.css"} <= STYLES.keys()
 
 

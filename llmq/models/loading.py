@@ -12,12 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
+from llmq.errors import BadChoice, ModelUnavailable, UserError, first_line, is_allocation_failure, unknown
 from llmq.events import Progress
 from llmq.models import hub
-from llmq.models.checkpoint import CheckpointTensors, require_model, require_scales, require_whole
+from llmq.models.checkpoint import CheckpointTensors, require_model, require_scales, require_whole, stamps
 from llmq.models.config import PlainConfig, generation_settings, plain_config
-from llmq.models.demo import demo_folder, prepare_demo
+from llmq.models.demo import GGUF_SHA256, REQUIREMENT, demo_folder, prepare_demo
 from llmq.models.edits import Edit, EditedTensors, edit_model_
 from llmq.models.presets import PRESETS
 
@@ -54,19 +54,21 @@ def resolve(name: str, *, random_weights: bool = False) -> Source:
         return Source(name, "random", name)
     if preset := PRESETS.get(name):
         return Source(name, "hub", preset.hub_id) if preset.hub_id else Source(name, "demo", str(demo_folder()))
-    if folder := _local_folder(name):
-        return Source(name, "folder", str(folder))
+    if path := _local_path(name):
+        if path.is_dir():
+            return Source(name, "folder", str(path))
+        raise BadChoice(f"{name!r} is a file, and a model has several: give the folder {str(path.parent)!r}")
     if address := hub.address_of(name):
         repo, revision = address
         return Source(f"{repo}@{revision}" if revision else repo, "hub", repo, revision=revision)
     raise unknown("model", name, [*PRESETS, "a hub id such as owner/name", "a local folder"])
 
 
-def _local_folder(name: str) -> Path | None:
+def _local_path(name: str) -> Path | None:
     try:
-        folder = Path(name).expanduser()
-        return folder if name and folder.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # no such home, a name too long, a zero byte: no folder
+        path = Path(name).expanduser()
+        return path if name and not name.endswith(".gguf") and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # no such home, a name too long, a zero byte: nothing
         return None
 
 
@@ -82,7 +84,8 @@ def folder_of(source: Source) -> Path:
     """Return the local folder of a prepared model. Raises ModelUnavailable when it holds no model llmq can open."""
     folder = hub.snapshot(source.location, source.revision) if source.kind == "hub" else Path(source.location)
     if source.kind == "demo" and not (folder / "config.json").exists():
-        raise ModelUnavailable(f"the demo model is not in {folder}; run `python -m llmq models --fetch demo`")
+        needed = "the demo model (random weights borrow its tokenizer)"
+        raise ModelUnavailable(f"{needed} is not in {folder}; run `python -m llmq models --fetch demo`")
     try:
         require_model(folder, source.name)
     except OSError as error:
@@ -93,8 +96,6 @@ def folder_of(source: Source) -> Path:
 def revision_of(source: Source) -> str:
     """Name the exact checkpoint: a hub commit, the demo's pinned hash, or what else identifies it."""
     if source.kind == "demo":
-        from llmq.models.demo import GGUF_SHA256, REQUIREMENT
-
         return f"{REQUIREMENT}, sha256 {GGUF_SHA256[:12]}"
     if source.kind == "hub":
         return folder_of(source).name
@@ -145,28 +146,22 @@ def range_note(config: PretrainedConfig | PlainConfig, method: Method) -> str:
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer, chat template included. Random weights borrow the demo model's tokenizer."""
-    folder = demo_folder() if source.kind == "random" else folder_of(source)
-    return _open_tokenizer(source, folder, _stamps(folder))
+    folder = folder_of(resolve("demo") if source.kind == "random" else source)
+    return _open_tokenizer(source, folder, _tokenizer_stamps(folder))
 
 
-def _stamps(folder: Path) -> tuple:
-    """Changes whenever a file of the tokenizer does."""
+def _tokenizer_stamps(folder: Path) -> tuple:
     files = sorted(path for path in folder.glob("*.json") if path.name not in ("config.json", "generation_config.json"))
-    found = ((path.name, path.stat()) for path in [*files, *folder.glob("*.jinja"), *folder.glob("tokenizer.model")])
-    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+    return stamps([*files, *folder.glob("*.jinja"), *folder.glob("tokenizer.model")])
 
 
 @lru_cache(maxsize=4)
-def _open_tokenizer(source: Source, folder: Path, stamps: tuple) -> PreTrainedTokenizerBase:
+def _open_tokenizer(source: Source, folder: Path, stamped: tuple) -> PreTrainedTokenizerBase:
     with _blamed_on(source, "open the tokenizer"):
-        if _names_no_family(folder):
-            from transformers import PreTrainedTokenizerFast
+        import transformers
 
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        else:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        kind = transformers.PreTrainedTokenizerFast if _names_no_family(folder) else transformers.AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         ids = tokenizer(ROUND_TRIP, add_special_tokens=False)["input_ids"]
         back = tokenizer.decode(ids)
     if tokenizer.unk_token_id not in ids and back.lower().split() != ROUND_TRIP.split():
@@ -287,5 +282,4 @@ def _blamed_on(source: Source, attempt: str) -> Iterator[None]:
     except Exception as error:
         if is_allocation_failure(error):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelUnavailable(f"cannot {attempt} of {source.name}: {reason}") from error
+        raise ModelUnavailable(f"cannot {attempt} of {source.name}: {first_line(error)}") from error
