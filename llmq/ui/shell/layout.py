@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
+from llmq.ui.api import Api
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import CompareTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
@@ -30,6 +31,7 @@ def build(state: AppState) -> gr.Blocks:
                 outliers.build()
         compare.wire(page)
         outliers.wire(tab)
+        Api(state).build(page)
     return page
 
 

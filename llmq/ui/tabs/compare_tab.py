@@ -167,7 +167,13 @@ class CompareTab:
             [self.generate.click, self.prompt.submit], self._open, inputs, frame, api_visibility="private", **quiet
         )
         ran = opened.success(
-            self._generate, inputs, [*streamed, self.live], concurrency_id="runs", api_name="compare", **quiet
+            self._generate,
+            inputs,
+            [*streamed, self.live],
+            concurrency_id="runs",
+            api_name="page_compare",
+            api_visibility="private",
+            **quiet,
         )
         ran.then(self._close, None, results, api_visibility="private", **quiet)
         self.replay.click(
