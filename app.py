@@ -106,8 +106,8 @@ def run(arguments: list[str] | None) -> int:
         os.environ.pop(name, None)  # they are read; Gradio would try them as well where a flag says otherwise
     host, port = free_address(options.host, options.port)
     auth = parse_auth(options.auth)
-    if options.mcp and not find_spec("mcp"):
-        raise UserError(f"--mcp needs the package mcp; {MCP_ADVICE}")
+    if options.mcp:
+        require_mcp(auth)
     state = make_state(options, on_shared_gpu(run_job))
     fetch(state.model, state.methods)
     serve(state, host=host, port=port, share=options.share, auth=auth, mcp=options.mcp)
@@ -148,6 +148,15 @@ def warm_up(model: str, methods: tuple[str, ...]) -> None:
     # Whatever looks into a model, and bitsandbytes, goes through transformers.
     import bitsandbytes  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+
+def require_mcp(auth: tuple[str, str] | None) -> None:
+    """Raise UserError where there can be no MCP server: Gradio's asks nobody for a password, and can then ask itself
+    nothing either."""
+    if not find_spec("mcp"):
+        raise UserError(f"--mcp needs the package mcp; {MCP_ADVICE}")
+    if auth:
+        raise UserError("--mcp cannot be had with --auth: MCP clients have no way to give the password")
 
 
 def parse_auth(text: str | None) -> tuple[str, str] | None:

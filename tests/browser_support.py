@@ -95,7 +95,7 @@ def raw_messages(address: str, api_name: str, data: list) -> Iterator[tuple[int,
 def compare_inputs(
     prompt: str, *, methods=("fp16", "bnb-int8", "none"), tokens: int = 8, temperature: float = 0
 ) -> list:
-    """The inputs of the `compare` endpoint in the page's order."""
+    """The inputs of the `page_compare` event in the page's order."""
     return [prompt, "demo", *methods, 6.0, tokens, "interleave", temperature, 0, 1, 0]
 
 

@@ -202,7 +202,7 @@ def weight(size: int, message: dict) -> int:
 def test_an_update_weighs_under_two_kilobytes(address):
     opening, *updates = (
         (size, message)
-        for size, message in raw_messages(address, "compare", compare_inputs("Tell a story.", tokens=24))
+        for size, message in raw_messages(address, "page_compare", compare_inputs("Tell a story.", tokens=24))
         if message["msg"] == "process_generating"
     )
     assert len(updates) > 10 and opening[0] < LARGEST_UPDATE
@@ -217,8 +217,8 @@ def test_nan_and_out_of_range_through_the_api(address):
         (compare_inputs("x", tokens=2.5), "2.5"),
         (compare_inputs("x", methods=("fp16", "int9", "none")), "int9"),
     ]:
-        *_, (_, last) = raw_messages(address, "compare", inputs)
+        *_, (_, last) = raw_messages(address, "page_compare", inputs)
         assert last["msg"] == "process_completed" and last["success"] is False
         assert word in last["output"]["error"]
-    *_, (_, last) = raw_messages(address, "compare", compare_inputs("x", tokens=2))
+    *_, (_, last) = raw_messages(address, "page_compare", compare_inputs("x", tokens=2))
     assert last["success"] is True

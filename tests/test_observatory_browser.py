@@ -130,8 +130,8 @@ def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, scre
 
 
 @pytest.mark.parametrize(("name", "inputs"), [
-    ("agreement", [PROMPT, "", "continuation", "demo", "bnb-int8", 6.0, 8]),
-    ("ablation", ["demo", "", []]),
+    ("page_agreement", [PROMPT, "", "continuation", "demo", "bnb-int8", 6.0, 8]),
+    ("page_ablation", ["demo", "", []]),
 ])  # fmt: skip
 def test_what_travels_for_a_view_is_small(address, name, inputs):
     sizes = [size for size, _ in raw_messages(address, name, inputs)]
@@ -140,7 +140,7 @@ def test_what_travels_for_a_view_is_small(address, name, inputs):
 
 @pytest.mark.parametrize("bad", [-1, 21])
 def test_a_threshold_off_the_slider_is_refused_by_its_value(address, bad):
-    *_, (_, last) = raw_messages(address, "outliers", [PROMPT, "demo", "bnb-int8", bad, 2])
+    *_, (_, last) = raw_messages(address, "page_outliers", [PROMPT, "demo", "bnb-int8", bad, 2])
     assert not last["success"] and f"Value {bad}" in json.dumps(last)
 
 

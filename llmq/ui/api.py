@@ -66,6 +66,7 @@ class Api:
                 _add(page, self.lab(lab), **ASKED_HERE)
         for function in (self.memory, self.models, self.methods):
             _add(page, function)
+        _enough(page)
 
     def compare(
         self, owner: str, prompt: str, model: str = "demo", device: str | None = None, threshold: float = 6.0,
@@ -200,6 +201,17 @@ def server_options(page: gr.Blocks) -> dict:
         "exception_handlers": dict.fromkeys((KeyError, FnIndexInferError, TypeError), _refuse),
         "lifespan": lifespan,
     }
+
+
+def _enough(page: gr.Blocks) -> None:
+    """Say in one line that values given by their place are too few; Gradio's own account of it is a page long."""
+
+    def validate(function, inputs: list) -> None:
+        if len(inputs) < len(function.inputs):
+            told = f"{function.api_name} takes {len(function.inputs)} values and {len(inputs)} are given"
+            raise gr.Error(f"{told}; call/v2/{function.api_name} takes them by name", print_exception=False)
+
+    page.validate_inputs = validate  # no public setting
 
 
 def _refuse(request: Request, error: Exception) -> JSONResponse:
