@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 import gradio as gr
 import httpx
@@ -209,6 +211,12 @@ def test_every_endpoint_has_its_parameters_and_nothing_else_is_listed(server):
         assert len(endpoint["description"]) > 20 and len(endpoint["returns"]) == 1
         told = {p["parameter_name"]: (p["label"], p["type"]) for p in endpoint["parameters"]}
         assert all(len(label) > 3 and kind for label, kind in told.values()), told
+
+
+def test_the_readme_lists_every_endpoint():
+    section = (Path(app.__file__).parent / "README.md").read_text(encoding="utf-8").partition("## For programs")[2]
+    listed = re.search(r"\n\n((?:    [a-z_ ]+\n)+)", section)[1]
+    assert set(listed.split()) == TABLE.keys()
 
 
 @pytest.mark.parametrize("name", [name for name in TABLE if name != "methods"])
