@@ -8,26 +8,19 @@ A lab with a command has its endpoint by having one. What cannot be done is an e
 from __future__ import annotations
 
 import inspect
-import json
-import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any, Literal
 
 import gradio as gr
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from gradio.route_utils import FnIndexInferError
-from gradio.utils import get_function_description
 
 from llmq import face
 from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import device_named
-from llmq.errors import BadChoice, UserError, first_line, unknown
+from llmq.errors import BadChoice, UserError
 from llmq.events import Event, Progress, Run
 from llmq.fields import Choice, Field, Number, Switch, Text
 from llmq.labs import Answer, Lab, lab_classes
@@ -38,19 +31,18 @@ from llmq.memory import forecast
 from llmq.methods.base import THRESHOLD
 from llmq.summary import Summary
 from llmq.ui.parts.progress import event_line
+from llmq.ui.shell.endpoints import add_endpoint, name_too_few
 from llmq.ui.shell.state import AppState
 
 UPDATE_SECONDS = 0.3  # between two messages of progress
 MAX_SECONDS = 900.0  # one comparison of a visitor may hold the device this long
-ASKED_HERE = {"concurrency_limit": 16, "concurrency_id": "runs"}  # as the page's own questions
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 TOLD = {  # of parameters that many endpoints have
     "model": "a preset, a hub id, or a folder on the server",
     "device": "the server's, which is what null means",
     "threshold": "outlier threshold of a method whose name says none; 0 is off",
     "methods": "with commas between them; bnb-int8@0 sets a threshold",
 }
-log = logging.getLogger(__name__)
+ASKED_HERE = {"concurrency_limit": 16, "concurrency_id": "runs"}  # as the page's own questions
 
 
 class Api:
@@ -60,13 +52,13 @@ class Api:
         self.state = state
 
     def build(self, page: gr.Blocks) -> None:
-        _add(page, self.compare, **ASKED_HERE)
+        add_endpoint(page, self.compare, TOLD, **ASKED_HERE)
         for lab in lab_classes().values():
             if lab.command:
-                _add(page, self.lab(lab), **ASKED_HERE)
+                add_endpoint(page, self.lab(lab), TOLD, **ASKED_HERE)
         for function in (self.memory, self.models, self.methods):
-            _add(page, function)
-        _enough(page)
+            add_endpoint(page, function, TOLD)
+        name_too_few(page)
 
     def compare(
         self, owner: str, prompt: str, model: str = "demo", device: str | None = None, threshold: float = 6.0,
@@ -188,102 +180,6 @@ def _statuses(events: Iterator[Event | Progress]) -> Iterator[str]:
                 last = now
 
 
-def server_options(page: gr.Blocks) -> dict:
-    """What the web server is told for the sake of programs: one-line refusals, and JSON for MCP clients."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if page.mcp_server_obj:
-            _as_json_text(page.mcp_server_obj)
-        yield
-
-    return {
-        "exception_handlers": dict.fromkeys((KeyError, FnIndexInferError, TypeError), _refuse),
-        "lifespan": lifespan,
-    }
-
-
-def _enough(page: gr.Blocks) -> None:
-    """Say in one line that values given by their place are too few; Gradio's own account of it is a page long."""
-
-    def validate(function, inputs: list) -> None:
-        if len(inputs) < len(function.inputs):
-            told = f"{function.api_name} takes {len(function.inputs)} values and {len(inputs)} are given"
-            raise gr.Error(f"{told}; call/v2/{function.api_name} takes them by name", print_exception=False)
-
-    page.validate_inputs = validate  # no public setting
-
-
-def _refuse(request: Request, error: Exception) -> JSONResponse:
-    """Answer in one line where Gradio finds no endpoint of that name, or other parameters than it has."""
-    if "/gradio_api/call/" not in request.url.path:
-        raise error
-    unnamed = isinstance(error, KeyError | FnIndexInferError)
-    told = f"no endpoint is called {request.url.path.rpartition('/')[2]!r}" if unnamed else first_line(error)
-    return JSONResponse({"error": told.partition(". Please click")[0]}, status_code=404 if unnamed else 400)
-
-
-def _as_json_text(server) -> None:
-    """Let MCP clients read an answer as JSON: Gradio sends them the text that Python shows of it."""
-    whole = server.postprocess_output_data
-
-    def postprocess(data: list, root_url: str) -> list:
-        return whole([json.dumps(one) if isinstance(one, dict) else one for one in data], root_url)
-
-    server.postprocess_output_data = postprocess  # no public setting
-
-
-def _add(page: gr.Blocks, function: Callable, **concurrency) -> None:
-    """Make an endpoint of a function of `owner` and typed parameters, which describes itself in its docstring."""
-    _, *parameters = inspect.signature(function, eval_str=True).parameters.values()
-    parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
-
-    def given(request: gr.Request, values: tuple) -> dict:
-        typed = {p.name: _typed(p.name, p.annotation, v) for p, v in zip(parameters, values, strict=True)}
-        return typed | {"owner": request.session_hash or "nobody"}
-
-    def answered(request, *values):
-        with _refusals():
-            return function(**given(request, values))
-
-    def streamed(request, *values):
-        with _refusals(), closing(function(**given(request, values))) as items:
-            yield from items
-
-    endpoint = streamed if inspect.isgeneratorfunction(inspect.unwrap(function)) else answered
-    endpoint.__name__ = function.__name__
-    endpoint.__doc__ = _described(inspect.getdoc(function), [parameter.name for parameter in parameters])
-    place = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    request = inspect.Parameter("request", place, annotation=gr.Request)
-    endpoint.__signature__ = inspect.Signature(
-        [request, *(parameter.replace(kind=place) for parameter in parameters)], return_annotation=dict
-    )
-    endpoint.__annotations__ = {p.name: p.annotation for p in (request, *parameters)} | {"return": dict}
-    added = gr.api(endpoint, api_name=function.__name__, **concurrency)
-    _, told, _ = get_function_description(endpoint)
-    for number, parameter in zip(added["inputs"], parameters, strict=True):
-        page.blocks[number].label = told[parameter.name]  # Gradio's is '1st'
-
-
-def _described(doc: str, names: list[str]) -> str:
-    """A docstring with a line for every parameter: those that many endpoints have are told once."""
-    start = doc.rstrip() if "Args:" in doc else f"{doc}\n\nArgs:"
-    lines = (f"    {name}: {TOLD[name]}" for name in names if name in TOLD and f"    {name}: " not in doc)
-    return "\n".join((start, *lines))
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Whatever goes wrong inside as an error of one line, in plain text."""
-    try:
-        yield
-    except UserError as error:
-        raise gr.Error(str(error), print_exception=False) from error
-    except Exception as error:  # the boundary: a program gets a line, the log the rest
-        log.exception("a question failed")
-        raise gr.Error(f"{type(error).__name__}: {first_line(error)}", print_exception=False) from error
-
-
 def _hint(field: Field) -> Any:
     """The type of a parameter; methods and several numbers are text, as people type them."""
     match field.kind:
@@ -303,20 +199,3 @@ def _default(field: Field) -> Any:
     if isinstance(kind, Text) and kind.positional and not kind.unless:
         return inspect.Parameter.empty
     return field.default if isinstance(kind, Number | Choice | Switch | Text) else kind.spell(field.default)
-
-
-def _typed(name: str, hint: Any, value: Any) -> Any:
-    """`value` as its parameter holds it. Raises BadChoice for another type: JSON from anywhere comes in here."""
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise unknown(name, value, get_args(hint))
-        return value
-    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if type(value) in types:
-        return value
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 63
-    if number and float in types:
-        return float(value)
-    if number and int in types and value == int(value):
-        return int(value)
-    raise BadChoice(f"{name} is {json.dumps(value):.80}; give {' or '.join(WORDS[kind] for kind in types)}")

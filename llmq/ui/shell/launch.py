@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.ui.api import server_options
+from llmq.ui.shell.endpoints import server_options
 from llmq.ui.shell.layout import build
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
