@@ -360,8 +360,16 @@ def test_a_job_that_is_cancelled_ends_its_run_and_no_other(endless, name):
     seen = len(jobs[1].outputs())
     wait_until(lambda: len(jobs[1].outputs()) > seen)
     assert bob.session_hash not in endless.ended
-    bob.close()
+    jobs[1].cancel()
     wait_until(lambda: bob.session_hash in endless.ended)
+
+
+def test_a_client_that_is_closed_ends_its_run(endless):
+    client = Client(endless.address, verbose=False)
+    job = client.submit("Hi", api_name="/compare")
+    wait_until(job.outputs)
+    client.close()
+    wait_until(lambda: client.session_hash in endless.ended)
 
 
 @pytest.mark.parametrize("name", ["compare", "outliers"])
