@@ -202,7 +202,7 @@ def test_stop_keeps_the_text_and_frees_the_device(page, address):
     generate(page)
     wait_for_text(page)
     press(page, "stop")
-    assert finish(page).startswith("Stopped. ")
+    assert finish(page).startswith("Stopped.")
     kept = pane(page, 0)
     assert len(kept) > 5
     wait_until_still(page)
@@ -225,7 +225,7 @@ def test_second_visitor_waits_in_line(page, address, browser):
     other.wait_for_function("/^Waiting: 1 run is/.test(document.querySelector('#status').textContent)")
     assert pane(other, 0) == ""
     press(page, "stop")
-    assert finish(page).startswith("Stopped. ")
+    assert finish(page).startswith("Stopped.")
     assert "less memory" in finish(other)
     other.close()
 
