@@ -6,6 +6,7 @@ is an upper estimate of what one prefill needs besides: attention and MLP activa
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from llmq.errors import BadChoice
 from llmq.methods import Method, WeightBytes
 from llmq.methods.coverage import predicted_coverage
 from llmq.models.config import PlainConfig
-from llmq.models.opening import open_model
+from llmq.models.opening import Model, open_model
 from llmq.models.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -67,23 +68,36 @@ def forecast(
 ) -> dict:
     """Predicted bytes of every method for a model that need not be here: a preset's shape is enough.
 
-    With `device_bytes`, each row says whether the method alone fits. Raises BadChoice for tokens or batch under 1.
+    With `device_bytes`, each row says whether the method alone fits into HEADROOM of them, and the largest context
+    that does, 0 for none. Raises BadChoice for tokens or batch under 1.
     """
     if tokens < 1 or batch < 1:
         raise BadChoice(f"context is {tokens} and batch is {batch}; both must be at least 1")
     if device_bytes is not None and not 0 < device_bytes <= 1e18:
         raise BadChoice(f"device memory is {device_bytes / 1e9!r} GB; choose a number over 0")
     opened = open_model(model, random_weights=model in PRESETS)
-    rows = []
+    room, rows = None if device_bytes is None else HEADROOM * device_bytes, []
     for contestant in contestants:
         found = predict(opened.shape, contestant.method, tokens=tokens, batch=batch)
         covered = predicted_coverage(opened.shape, contestant.method)
-        total = found.total if found.kv is not None else None
-        fits = None if device_bytes is None or total is None else total <= HEADROOM * device_bytes
-        rows.append(
-            {"method": contestant.label, **asdict(found), "total": total, "fits": fits, "coverage": covered.shares}
-        )
-    return {"model": model, "context": tokens, "batch": batch, "device_memory": device_bytes, "results": rows}
+        known = found.kv is not None
+        row = {"method": contestant.label, **asdict(found), "total": found.total if known else None}
+        row |= {"fits": None, "largest_context": None, "coverage": covered.shares}
+        if room is not None and known:
+            row["fits"] = found.total <= room
+            row["largest_context"] = _largest_context(opened, contestant.method, room, batch)
+        rows.append(row)
+    asked = {"model": model, "context": tokens, "batch": batch, "device_memory": device_bytes}
+    return asked | {"usable_memory": room, "results": rows}
+
+
+def _largest_context(model: Model, method: Method, room: float, batch: int) -> int:
+    """The most tokens, prompt and answer, that the model reads and with which a method needs at most `room` bytes."""
+
+    def needed(tokens: int) -> int:
+        return predict(model.shape, method, tokens=tokens, batch=batch).total
+
+    return bisect_right(range(1, model.context + 1), room, key=needed)
 
 
 def kv_bytes(config: PretrainedConfig | PlainConfig, *, tokens: int, batch: int = 1, itemsize: int = 2) -> int | None:

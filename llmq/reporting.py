@@ -70,5 +70,9 @@ def memory_lines(result: dict) -> Iterator[str]:
     yield f"  {'method':<14}" + "".join(f"{name:>11}" for name in names)
     for row in result["results"]:
         fits = {None: "", True: "  fits", False: "  does not fit"}[row["fits"]]
+        fits += f"; at most {row['largest_context']:,} tokens do" if row["largest_context"] else ""
         cells = ("not known" if row[name] is None else f"{row[name] / 1e9:.3f}" for name in names)
         yield f"  {row['method']:<14}" + "".join(f"{cell:>11}" for cell in cells) + fits
+    if device := result["device_memory"]:
+        usable = result["usable_memory"]
+        yield f"To fit is to need at most {usable / device:.0%} of {device / 1e9:g} GB, {usable / 1e9:.3f} GB."

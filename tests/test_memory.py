@@ -134,6 +134,21 @@ def test_what_is_not_known_is_said_and_is_no_zero(tmp_path, capsys):
     assert capsys.readouterr().out.count("not known") == 2
 
 
+@pytest.mark.parametrize(("tokens", "largest"), [(0, 0), (1, 1), (50, 50), (128, 128), (999, 128)])
+def test_the_largest_context_is_the_last_that_fits(tokens, largest, tiny_folder, capsys):
+    """At most as many tokens as the model reads, in at most 95 % of the device, which the command says."""
+    shape, method = meta_model(tiny_config()), METHODS["fp16"]
+    device = memory.predict(shape, method, tokens=tokens).total / 0.95
+    options = ["memory", "--model", str(tiny_folder), "--methods", "fp16", "--context", "50"]
+    options += ["--device-memory", repr((device + 1) / 1e9)]
+    assert main([*options, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["results"]
+    assert (row["largest_context"], row["fits"]) == (largest, tokens >= 50)
+    assert main(options) == 0
+    shown = capsys.readouterr().out
+    assert "at most 95% of" in shown and (f"; at most {largest} tokens do" in shown) == bool(largest)
+
+
 class Live(TorchDispatchMode):
     """While inside: the most bytes that tensors made in it held at once."""
 

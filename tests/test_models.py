@@ -168,6 +168,7 @@ FOLDERS = {
     "an adapter": (content("adapter_config.json", b"{}"), "my-model is an adapter of another model"),
     "a pointer": (pointer("model.safetensors"), "model.safetensors of my-model is a Git LFS pointer.*run git lfs pull"),
     "a pointer to words": (pointer("tokenizer.json"), "tokenizer.json of my-model is a Git LFS pointer"),
+    "a pointer to settings": (pointer("config.json"), "config.json of my-model is a Git LFS pointer"),
     "a part missing": (in_parts(missing=True), NOT_WHOLE),
     "half an index": (in_parts(index=b'{"weight_map"'), "index.json of my-model cannot be read"),
     "an index of nothing": (in_parts(index=b"[]"), "index.json of my-model cannot be read"),
@@ -190,6 +191,12 @@ def test_both_loops_say_it_alike(engine, damaged):
 def test_the_demo_that_was_never_fetched_says_how_to_fetch_it(tmp_path):
     with pytest.raises(ModelUnavailable, match="python -m llmq models --fetch demo"):
         folder_of(Source("demo", "demo", str(tmp_path)))
+
+
+def test_random_weights_without_the_tokenizer_they_borrow_say_whose_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMQ_CACHE", str(tmp_path))
+    with pytest.raises(ModelUnavailable, match="random weights borrow its tokenizer.*--fetch demo`$"):
+        load_tokenizer(resolve("llama-2-7b-chat", random_weights=True))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def require_model(folder: Path, where: str) -> list[Path]:
     """Return the weight files of the model in `folder`. Raises ModelUnavailable where they cannot be opened."""
     names = {path.name for path in folder.iterdir()}
     files = [folder / name for name in weight_files(names, lambda name: (folder / name).read_text("utf-8"), where)]
-    for path in (*files, folder / "tokenizer.json", folder / "tokenizer.model"):
+    for path in (*files, *(folder / name for name in names if name.endswith((".json", ".model")))):
         if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
             raise ModelUnavailable(f"{path.name} of {where} is a Git LFS pointer, not the file: run git lfs pull there")
     return files

@@ -54,19 +54,21 @@ def resolve(name: str, *, random_weights: bool = False) -> Source:
         return Source(name, "random", name)
     if preset := PRESETS.get(name):
         return Source(name, "hub", preset.hub_id) if preset.hub_id else Source(name, "demo", str(demo_folder()))
-    if folder := _local_folder(name):
-        return Source(name, "folder", str(folder))
+    if path := _local_path(name):
+        if path.is_dir():
+            return Source(name, "folder", str(path))
+        raise BadChoice(f"{name!r} is a file, and a model has several: give the folder {str(path.parent)!r}")
     if address := hub.address_of(name):
         repo, revision = address
         return Source(f"{repo}@{revision}" if revision else repo, "hub", repo, revision=revision)
     raise unknown("model", name, [*PRESETS, "a hub id such as owner/name", "a local folder"])
 
 
-def _local_folder(name: str) -> Path | None:
+def _local_path(name: str) -> Path | None:
     try:
-        folder = Path(name).expanduser()
-        return folder if name and folder.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # no such home, a name too long, a zero byte: no folder
+        path = Path(name).expanduser()
+        return path if name and not name.endswith(".gguf") and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # no such home, a name too long, a zero byte: nothing
         return None
 
 
@@ -82,7 +84,8 @@ def folder_of(source: Source) -> Path:
     """Return the local folder of a prepared model. Raises ModelUnavailable when it holds no model llmq can open."""
     folder = hub.snapshot(source.location, source.revision) if source.kind == "hub" else Path(source.location)
     if source.kind == "demo" and not (folder / "config.json").exists():
-        raise ModelUnavailable(f"the demo model is not in {folder}; run `python -m llmq models --fetch demo`")
+        needed = "the demo model (random weights borrow its tokenizer)"
+        raise ModelUnavailable(f"{needed} is not in {folder}; run `python -m llmq models --fetch demo`")
     try:
         require_model(folder, source.name)
     except OSError as error:
@@ -145,7 +148,7 @@ def range_note(config: PretrainedConfig | PlainConfig, method: Method) -> str:
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer, chat template included. Random weights borrow the demo model's tokenizer."""
-    folder = demo_folder() if source.kind == "random" else folder_of(source)
+    folder = folder_of(resolve("demo") if source.kind == "random" else source)
     return _open_tokenizer(source, folder, _stamps(folder))
 
 
