@@ -106,6 +106,7 @@ def _print_result(result: dict, options, columns: tuple[str, ...]) -> int:
 
 
 def run_memory(options) -> int:
+    from llmq.cards import device_bytes
     from llmq.memory import forecast
 
     result = forecast(
@@ -113,7 +114,7 @@ def run_memory(options) -> int:
         _contestants(options),
         tokens=options.context,
         batch=options.batch,
-        device_bytes=None if options.device_memory is None else options.device_memory * 1e9,
+        device_bytes=None if options.device_memory is None else device_bytes(options.device_memory),
     )
     if options.json:
         print(json.dumps(result))

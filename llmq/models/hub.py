@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -91,6 +91,16 @@ def snapshot(repo: str, revision: str | None = None) -> Path:
     raise ModelUnavailable(_UNREACHABLE % repo)
 
 
+def settings(repo: str, revision: str | None = None) -> Path:
+    """Return a folder with a repository's config.json, which is all that is fetched. Raises ModelUnavailable."""
+    from huggingface_hub import hf_hub_download
+
+    with suppress(ModelUnavailable):
+        return snapshot(repo, revision)
+    with _explained(repo, revision):
+        return Path(hf_hub_download(repo, "config.json", revision=revision, etag_timeout=5)).parent
+
+
 def _missing(repo: str, revision: str | None) -> dict[str, int]:
     """The files a model needs, and of each the bytes that are still to fetch."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -159,6 +169,8 @@ def _explanation(error: Exception, repo: str, revision: str | None) -> str:
         return f"the hub has no repository {repo!r}, or it is private and HF_TOKEN is not set"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo} has no revision {revision!r} on the hub"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"{repo} holds no model: it has no config.json"
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is no name a hub knows: {error}"
     if isinstance(error, errors.HfHubHTTPError):

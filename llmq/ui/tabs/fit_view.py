@@ -1,0 +1,141 @@
+"""What 'Does it fit?' answers, as texts and lengths of bars, from a forecast of `memory`. No gradio, no arithmetic of
+its own on bytes but what is left and what share of a bar they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from llmq.formatting import format_bytes, format_count, format_share
+from llmq.methods import METHODS
+
+PARTS = ("weights", "kv", "workspace")
+METHODS_SHOWN = tuple(name for name, m in METHODS.items() if not m.emulated and m.dtype != "float32")
+
+
+def failed(message: str) -> dict:
+    """The view that says only why there is no answer."""
+    return {"headline": message, "failed": True, "rows": []}
+
+
+def fit_view(result: Mapping, *, title: str, place: str, asked: int) -> dict:
+    """The view of a forecast with a device. `title`: the model's, `place`: 'an RTX 4080 (16 GB)', `asked`: the context
+    that was asked for, where the model reads less."""
+    device, usable = result["device_memory"], result["usable_memory"]
+    rows = [_row(same, device) for same in _alike(result["results"])]
+    longest = max([device, *(sum(row["bytes"]) for row in rows)])
+    for row in rows:
+        row["shares"] = [round(part / longest, 4) for part in row.pop("bytes")]
+    return {
+        "headline": headline(result, title, place, asked),
+        "rows": rows,
+        "end": round(device / longest, 4),
+        "usable": round(usable / longest, 4),
+        "device": format_bytes(device),
+        "note": _note(device, usable),
+    }
+
+
+def headline(result: Mapping, title: str, place: str, asked: int) -> str:
+    """One sentence: whether FP16 fits, whether int8 does, and up to which context."""
+    dense, *rounded = _alike(result["results"])
+    dense, rounded, limit = dense[0], [row[0] for row in rounded], result["model_context"]
+    at = _at(result, asked)
+    if dense["total"] is None:
+        weights = " and ".join(f"{format_bytes(_weights(row))} in {_short(row)}" for row in (dense, rounded[0]))
+        return (
+            f"Whether {title} fits {place} is not known, because what its attention keeps for each token is not. Its "
+            f"weights alone take {weights}."
+        )
+    best = next((row for row in rounded if row["fits"]), None)
+    if dense["fits"]:
+        reach = _reach(dense["largest_context"], limit)
+        if best and best["largest_context"] > dense["largest_context"]:
+            return f"{title} fits {place} in FP16 {at}, {reach}; with int8, {_reach(best['largest_context'], limit)}."
+        saved = format_bytes(dense["total"] - rounded[0]["total"])
+        return f"{title} fits {place} in FP16 {at}, {reach}. Int8 would leave {saved} more free."
+    short = f" (FP16 fits {_reach(dense['largest_context'], limit)})" if dense["largest_context"] else ""
+    if best:
+        name = "int8" if best is rounded[0] else _short(best)
+        reach = _reach(best["largest_context"], limit)
+        return f"{title} does not fit {place} in FP16 {at}{short}; with {name} it does, {reach}."
+    widest = max(rounded, key=lambda row: row["largest_context"])
+    if widest["largest_context"]:
+        name = "int8" if widest is rounded[0] else _short(widest)
+        return f"{title} does not fit {place} {at}{short}, and with {name} only {_reach(widest['largest_context'], limit)}."
+    return (
+        f"{title} does not fit {place} in FP16 or int8, however short the context: int8 weights alone take "
+        f"{format_bytes(_weights(rounded[0]))}."
+    )
+
+
+def _at(result: Mapping, asked: int) -> str:
+    count = result["context"]
+    tokens = f"{'1 token' if count == 1 else f'{count:,} tokens'}"
+    tokens += " each" if result["batch"] > 1 else ""
+    texts = f"{result['batch']:,} texts of " if result["batch"] > 1 else ""
+    return f"at {texts}{tokens}".removesuffix(" each") + (", the most it reads" if asked > count else "")
+
+
+def _reach(tokens: int, limit: int | None) -> str:
+    """How far a context may go, rounded down as a person would say it."""
+    if tokens == limit:
+        return f"up to the {tokens:,} tokens it reads"
+    step = 1000 if tokens >= 10_000 else 100 if tokens >= 1000 else 1
+    return f"up to {tokens // step * step:,} tokens"
+
+
+def _alike(results: Sequence[Mapping]) -> list[list[Mapping]]:
+    """Methods that need the same bytes, together; in the order of the methods."""
+
+    def needs(row: Mapping) -> tuple:
+        return row["weights"] + row["scales"], row["kv"], row["workspace"]
+
+    groups: dict[tuple, list[Mapping]] = {}
+    for row in results:
+        groups.setdefault(needs(row), []).append(row)
+    return list(groups.values())
+
+
+def _row(same: Sequence[Mapping], device: float) -> dict:
+    """A row of the table; `bytes` are the parts of its bar, those that are known."""
+    row, *others = same
+    total = row["total"]
+    sizes = {"weights": _weights(row), "kv": row["kv"], "workspace": row["workspace"], "total": total}
+    left = None if total is None else device - total
+    return {
+        "method": _label(row),
+        "others": ", ".join(map(_label, others)),
+        "fits": row["fits"],
+        "bytes": [sizes[part] or 0 for part in PARTS],
+        "figures": {name: "not known" if size is None else format_bytes(size) for name, size in sizes.items()}
+        | {"left": "not known" if left is None else format_bytes(left) if left >= 0 else f"{format_bytes(-left)} short"},
+        "largest": "not known" if row["largest_context"] is None else _longest(row["largest_context"]),
+    }
+
+
+def _longest(tokens: int) -> str:
+    return f"{format_count(tokens)} token{'' if tokens == 1 else 's'}" if tokens else "none"
+
+
+def _weights(row: Mapping) -> int:
+    return row["weights"] + row["scales"]
+
+
+def _label(row: Mapping) -> str:
+    name = row["method"].partition("@")[0]
+    return METHODS[name].label if name in METHODS else row["method"]
+
+
+def _short(row: Mapping) -> str:
+    label = _label(row)
+    return "int8" if label.startswith("int8 · bitsandbytes") else label
+
+
+def _note(device: float, usable: float) -> str:
+    left = format_share(1 - usable / device)
+    return (
+        f"The card has {device / 2**30:.4g} GiB, that is {format_bytes(device)} (1 GB is 10⁹ bytes, 1 GiB is 2³⁰). "
+        f"{left} of it is kept for CUDA and the allocator, so a method fits that needs at most {format_bytes(usable)}. "
+        "A screen, and other programs on the card, come off that. Weights and KV cache are exact; workspace is an "
+        "upper estimate of one prefill."
+    )
