@@ -93,11 +93,12 @@ def snapshot(repo: str, revision: str | None = None) -> Path:
 
 def settings(repo: str, revision: str | None = None) -> Path:
     """Return a folder with a repository's config.json, which is all that is fetched. Raises ModelUnavailable."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
     with suppress(ModelUnavailable):
         return snapshot(repo, revision)
     with _explained(repo, revision):
+        HfApi().model_info(repo, revision=revision, timeout=5)  # fails at once where a download tries for long
         return Path(hf_hub_download(repo, "config.json", revision=revision, etag_timeout=5)).parent
 
 

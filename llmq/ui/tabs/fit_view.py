@@ -17,9 +17,9 @@ def failed(message: str) -> dict:
     return {"headline": message, "failed": True, "rows": []}
 
 
-def fit_view(result: Mapping, *, title: str, place: str, asked: int) -> dict:
+def fit_view(result: Mapping, *, title: str, place: str, asked: int, by_driver: bool = True) -> dict:
     """The view of a forecast with a device. `title`: the model's, `place`: 'an RTX 4080 (16 GB)', `asked`: the context
-    that was asked for, where the model reads less."""
+    that was asked for, where the model reads less, `by_driver`: a card's driver counted the device's memory."""
     device, usable = result["device_memory"], result["usable_memory"]
     rows = [_row(same, device) for same in _alike(result["results"])]
     longest = max([device, *(sum(row["bytes"]) for row in rows)])
@@ -31,57 +31,54 @@ def fit_view(result: Mapping, *, title: str, place: str, asked: int) -> dict:
         "end": round(device / longest, 4),
         "usable": round(usable / longest, 4),
         "device": format_bytes(device),
-        "note": _note(device, usable),
+        "note": _note("By its driver's count the card has" if by_driver else "The memory given is", device, usable),
     }
 
 
 def headline(result: Mapping, title: str, place: str, asked: int) -> str:
     """One sentence: whether FP16 fits, whether int8 does, and up to which context."""
-    dense, *rounded = _alike(result["results"])
-    dense, rounded, limit = dense[0], [row[0] for row in rounded], result["model_context"]
+    (dense, *_), *rounded = _alike(result["results"])
+    rounded, limit = [row for row, *_ in rounded], result["model_context"]
     at = _at(result, asked)
     if dense["total"] is None:
-        weights = " and ".join(f"{format_bytes(_weights(row))} in {_short(row)}" for row in (dense, rounded[0]))
-        return (
-            f"Whether {title} fits {place} is not known, because what its attention keeps for each token is not. Its "
-            f"weights alone take {weights}."
-        )
+        weights = f"{format_bytes(_weights(dense))} in FP16 and {format_bytes(_weights(rounded[0]))} in int8"
+        unknown = "is not known, because what its attention keeps for a token is not"
+        return f"Whether {title} fits {place} {unknown}. Its weights alone take {weights}."
     best = next((row for row in rounded if row["fits"]), None)
+    far = _reach(dense["largest_context"], limit)
     if dense["fits"]:
-        reach = _reach(dense["largest_context"], limit)
         if best and best["largest_context"] > dense["largest_context"]:
-            return f"{title} fits {place} in FP16 {at}, {reach}; with int8, {_reach(best['largest_context'], limit)}."
+            return f"{title} fits {place} in FP16 {at}, {far}; with int8, {_reach(best['largest_context'], limit)}."
         saved = format_bytes(dense["total"] - rounded[0]["total"])
-        return f"{title} fits {place} in FP16 {at}, {reach}. Int8 would leave {saved} more free."
-    short = f" (FP16 fits {_reach(dense['largest_context'], limit)})" if dense["largest_context"] else ""
+        return f"{title} fits {place} in FP16 {at}, {far}. Int8 would leave {saved} more free."
     if best:
-        name = "int8" if best is rounded[0] else _short(best)
+        name = _short(best, rounded)
+        alone = f", only {far}" if dense["largest_context"] else ""
         reach = _reach(best["largest_context"], limit)
-        return f"{title} does not fit {place} in FP16 {at}{short}; with {name} it does, {reach}."
-    widest = max(rounded, key=lambda row: row["largest_context"])
-    if widest["largest_context"]:
-        name = "int8" if widest is rounded[0] else _short(widest)
-        return f"{title} does not fit {place} {at}{short}, and with {name} only {_reach(widest['largest_context'], limit)}."
-    return (
-        f"{title} does not fit {place} in FP16 or int8, however short the context: int8 weights alone take "
-        f"{format_bytes(_weights(rounded[0]))}."
-    )
+        return f"{title} does not fit {place} in FP16 {at}{alone}; with {name} it does, {reach}."
+    if widest := next((row for row in rounded if row["largest_context"]), None):
+        fits = f"{_short(widest, rounded)} fits {_reach(widest['largest_context'], limit)}"
+        alone = f", FP16 {far}" if dense["largest_context"] else ", FP16 not at all"
+        return f"{title} does not fit {place} {at}: {fits}{alone}."
+    weights = format_bytes(min(map(_weights, rounded)))
+    return f"{title} does not fit {place} in FP16 or int8, however short the text: weights alone take {weights}."
 
 
 def _at(result: Mapping, asked: int) -> str:
-    count = result["context"]
-    tokens = f"{'1 token' if count == 1 else f'{count:,} tokens'}"
-    tokens += " each" if result["batch"] > 1 else ""
-    texts = f"{result['batch']:,} texts of " if result["batch"] > 1 else ""
-    return f"at {texts}{tokens}".removesuffix(" each") + (", the most it reads" if asked > count else "")
+    tokens = _tokens(result["context"]) + (", the most it reads" if asked > result["context"] else "")
+    return f"with {result['batch']:,} texts of {tokens}" if result["batch"] > 1 else f"at {tokens}"
 
 
 def _reach(tokens: int, limit: int | None) -> str:
     """How far a context may go, rounded down as a person would say it."""
     if tokens == limit:
-        return f"up to the {tokens:,} tokens it reads"
+        return f"up to all {tokens:,} tokens it reads"
     step = 1000 if tokens >= 10_000 else 100 if tokens >= 1000 else 1
-    return f"up to {tokens // step * step:,} tokens"
+    return f"up to {_tokens(tokens // step * step)}"
+
+
+def _tokens(count: int) -> str:
+    return f"{format_count(count)} token{'' if count == 1 else 's'}"
 
 
 def _alike(results: Sequence[Mapping]) -> list[list[Mapping]]:
@@ -109,12 +106,8 @@ def _row(same: Sequence[Mapping], device: float) -> dict:
         "bytes": [sizes[part] or 0 for part in PARTS],
         "figures": {name: "not known" if size is None else format_bytes(size) for name, size in sizes.items()}
         | {"left": "not known" if left is None else format_bytes(left) if left >= 0 else f"{format_bytes(-left)} short"},
-        "largest": "not known" if row["largest_context"] is None else _longest(row["largest_context"]),
+        "largest": "not known" if row["largest_context"] is None else _tokens(row["largest_context"]),
     }
-
-
-def _longest(tokens: int) -> str:
-    return f"{format_count(tokens)} token{'' if tokens == 1 else 's'}" if tokens else "none"
 
 
 def _weights(row: Mapping) -> int:
@@ -126,15 +119,15 @@ def _label(row: Mapping) -> str:
     return METHODS[name].label if name in METHODS else row["method"]
 
 
-def _short(row: Mapping) -> str:
-    label = _label(row)
-    return "int8" if label.startswith("int8 · bitsandbytes") else label
+def _short(row: Mapping, rounded: Sequence[Mapping]) -> str:
+    """The usual int8 is 'int8' in a sentence; another one has its name."""
+    return "int8" if row is rounded[0] else _label(row)
 
 
-def _note(device: float, usable: float) -> str:
+def _note(lead: str, device: float, usable: float) -> str:
     left = format_share(1 - usable / device)
     return (
-        f"The card has {device / 2**30:.4g} GiB, that is {format_bytes(device)} (1 GB is 10⁹ bytes, 1 GiB is 2³⁰). "
+        f"{lead} {device / 2**30:.4g} GiB, that is {format_bytes(device)} (1 GB is 10⁹ bytes, 1 GiB is 2³⁰). "
         f"{left} of it is kept for CUDA and the allocator, so a method fits that needs at most {format_bytes(usable)}. "
         "A screen, and other programs on the card, come off that. Weights and KV cache are exact; workspace is an "
         "upper estimate of one prefill."
