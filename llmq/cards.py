@@ -66,7 +66,7 @@ def device_bytes(text: str) -> float:
     size = float(found[1]) * UNITS.get(found[2].upper(), math.nan) if found else math.nan
     if not 0 < size <= 1e18:
         raise BadChoice(
-            f"device memory is {text!r:.80}; choose a number over 0 in GB (1e9), an amount with its unit such as 16GiB, "
-            "or a card such as rtx-4080"
+            f"device memory is {text!r:.80}; choose a number over 0 in GB (1e9), an amount with its unit such as "
+            "16GiB, or a card such as rtx-4080"
         )
     return size

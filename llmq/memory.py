@@ -65,7 +65,12 @@ def _predict(config, method: Method, weights: WeightBytes, *, tokens: int, batch
 
 
 def forecast(
-    model: str | Model, contestants: Sequence[Contestant], *, tokens: int, batch: int = 1, device_bytes: float | None = None
+    model: str | Model,
+    contestants: Sequence[Contestant],
+    *,
+    tokens: int,
+    batch: int = 1,
+    device_bytes: float | None = None,
 ) -> dict:
     """Predicted bytes of every method for a model that need not be here: a preset's shape or a configuration is enough.
 
@@ -88,9 +93,15 @@ def forecast(
             row["fits"] = found.total <= room
             row["largest_context"] = _largest_context(opened, contestant.method, room, batch)
         rows.append(row)
-    asked = {"model": model if isinstance(model, str) else model.name, "context": tokens, "batch": batch, "device_memory": device_bytes}
+    asked = {
+        "model": model if isinstance(model, str) else model.name,
+        "context": tokens,
+        "batch": batch,
+        "device_memory": device_bytes,
+    }
     limit = None if opened.context == ENDLESS else opened.context
-    return asked | {"usable_memory": room, "model_context": limit, "results": rows}
+    asked |= {"device_memory": device_bytes, "usable_memory": room}
+    return asked | {"model_context": limit, "results": rows}
 
 
 def _largest_context(model: Model, method: Method, room: float, batch: int) -> int:

@@ -36,7 +36,7 @@ PLAIN = {"llmq.ui", "llmq.ui.parts", "llmq.ui.shell", "llmq.ui.tabs"}
 PLAIN |= {f"llmq.ui.parts.{name}" for name in ("difference", "examples", "live_state", "progress", "recording")}
 PLAIN |= {"llmq.ui.parts.token_alignment", "llmq.ui.parts.verdict"}
 PLAIN |= {f"llmq.ui.shell.{name}" for name in ("address", "link", "quick_import", "state")}
-PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view")}
+PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view", "fit_view")}
 
 
 def imports_of(tree: ast.AST, module: str, *, is_package: bool) -> set[str]:

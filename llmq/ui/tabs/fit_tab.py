@@ -48,8 +48,8 @@ class FitTab:
         large = self.state.model in PRESETS and self.state.model != "demo"
         self.model = gr.Dropdown(
             [(preset.title, preset.name) for preset in PRESETS.values()],
-            value=self.state.model if large else "llama-3.1-8b-instruct", label="Model", info="Or a hub id, owner/name.",
-            allow_custom_value=True, elem_id="fit-model", min_width=240, scale=3,
+            value=self.state.model if large else "llama-3.1-8b-instruct", label="Model",
+            info="Or a hub id, owner/name.", allow_custom_value=True, elem_id="fit-model", min_width=240, scale=3,
         )  # fmt: skip
         self.card = gr.Dropdown(
             [(card.title, card.name) for card in CARDS.values()] + [("other", OTHER)], value="rtx-4080", label="Card",

@@ -98,16 +98,22 @@ def _row(same: Sequence[Mapping], device: float) -> dict:
     row, *others = same
     total = row["total"]
     sizes = {"weights": _weights(row), "kv": row["kv"], "workspace": row["workspace"], "total": total}
-    left = None if total is None else device - total
+    left = "not known" if total is None else _left(device - total)
     return {
         "method": _label(row),
         "others": ", ".join(map(_label, others)),
         "fits": row["fits"],
         "bytes": [sizes[part] or 0 for part in PARTS],
         "figures": {name: "not known" if size is None else format_bytes(size) for name, size in sizes.items()}
-        | {"left": "not known" if left is None else format_bytes(left) if left >= 0 else f"{format_bytes(-left)} short"},
+        | {
+            "left": "not known" if left is None else format_bytes(left) if left >= 0 else f"{format_bytes(-left)} short"
+        },
         "largest": "not known" if row["largest_context"] is None else _tokens(row["largest_context"]),
     }
+
+
+def _left(size: float) -> str:
+    return format_bytes(size) if size >= 0 else f"{format_bytes(-size)} short"
 
 
 def _weights(row: Mapping) -> int:
