@@ -104,12 +104,13 @@ def _row(same: Sequence[Mapping], device: float) -> dict:
         "others": ", ".join(map(_label, others)),
         "fits": row["fits"],
         "bytes": [sizes[part] or 0 for part in PARTS],
-        "figures": {name: "not known" if size is None else format_bytes(size) for name, size in sizes.items()}
-        | {
-            "left": "not known" if left is None else format_bytes(left) if left >= 0 else f"{format_bytes(-left)} short"
-        },
+        "figures": {name: _known(size) for name, size in sizes.items()} | {"left": left},
         "largest": "not known" if row["largest_context"] is None else _tokens(row["largest_context"]),
     }
+
+
+def _known(size: int | None) -> str:
+    return "not known" if size is None else format_bytes(size)
 
 
 def _left(size: float) -> str:
