@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
-from llmq.face import Finding, answer_to, compare, device_for, load
+from llmq.face import Finding, answer_to, compare, device_for, load, open_model
 from llmq.fields import Field, Switch, Text, fields_of
 from llmq.files import read_text, write_text
 from llmq.labs.base import Lab
-from llmq.labs.run_answer import RunAnswer
 from llmq.reporting import memory_lines, shown_block
+from llmq.summary import RunAnswer
 from llmq.terminal import show_progress
 
 EXIT_FAILED = 1
@@ -85,23 +86,26 @@ def run_bench(options) -> int:
     names = {field.name for field in fields(cls)} & vars(options).keys()
     given = {name: getattr(options, name) for name in names}
     bench = cls(**given | {"contestants": _contestants(options), "device": device_for(options.device)})
-    return _print_result(answer_to(bench, verbose=True), options, bench.columns)
+    result = answer_to(bench, verbose=True)
+    if options.save:
+        write_text(options.save, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return _print(options, result, _columns(result["results"], bench.columns))
+
+
+def _columns(rows: list[dict], names: tuple[str, ...]) -> Iterator[str]:
+    yield "  ".join(f"{name:>20}" for name in names)
+    for row in rows:
+        cells = ("-" if row[name] is None else row[name] for name in names)
+        yield "  ".join(f"{cell:>20,.5g}" if isinstance(cell, float) else f"{cell:>20}" for cell in cells)
 
 
 def _contestants(options) -> tuple[Contestant, ...]:
     return Contestant.parse_all(options.methods, options.threshold)
 
 
-def _print_result(result: dict, options, columns: tuple[str, ...]) -> int:
-    if options.save:
-        write_text(options.save, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    if options.json:
-        print(json.dumps(result, allow_nan=False))
-        return 0
-    print("  ".join(f"{column:>20}" for column in columns))
-    for row in result["results"]:
-        cells = ("-" if row[column] is None else row[column] for column in columns)
-        print("  ".join(f"{cell:>20,.5g}" if isinstance(cell, float) else f"{cell:>20}" for cell in cells))
+def _print(options, result: dict, lines: Iterable[str]) -> int:
+    """Print a result as JSON or, in `lines`, for people."""
+    print(json.dumps(result, allow_nan=False) if options.json else "\n".join(lines))
     return 0
 
 
@@ -109,50 +113,34 @@ def run_memory(options) -> int:
     from llmq.cards import device_bytes
     from llmq.memory import forecast
 
-    result = forecast(
-        options.model,
-        _contestants(options),
-        tokens=options.context,
-        batch=options.batch,
-        device_bytes=None if options.device_memory is None else device_bytes(options.device_memory),
-    )
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print("\n".join(memory_lines(result)))
-    return 0
+    room = None if options.device_memory is None else device_bytes(options.device_memory)
+    asked = {"tokens": options.context, "batch": options.batch, "device_bytes": room}
+    result = forecast(options.model, _contestants(options), **asked)
+    return _print(options, result, memory_lines(result))
 
 
 def run_models(options) -> int:
+    """List what has a name; fetch or write a model where that is asked for."""
     from llmq.methods import METHODS
-    from llmq.models.loading import quiet_libraries
-    from llmq.models.opening import open_model
     from llmq.models.presets import PRESETS
 
-    if options.fetch or options.save_int8:
-        quiet_libraries()
     if options.fetch:
-        show_progress(open_model(options.fetch).prepare())
+        open_model(options.fetch, verbose=True)
     if options.save_int8:
         from llmq.models.int8_checkpoint import save_int8
 
         name, folder = options.save_int8
-        model = open_model(name)
-        show_progress(model.prepare())
-        show_progress(save_int8(model.source, Path(folder)))
+        show_progress(save_int8(open_model(name, verbose=True).source, Path(folder)))
         return 0
+    presets = ("name", "hub_id", "about", "licence", "gated")
     result = {
-        "models": [
-            {"name": p.name, "hub_id": p.hub_id, "about": p.about, "licence": p.licence, "gated": p.gated}
-            for p in PRESETS.values()
-        ],
+        "models": [{name: getattr(preset, name) for name in presets} for preset in PRESETS.values()],
         "methods": [{"name": m.name, "label": m.label, "about": m.about} for m in METHODS.values()],
     }
-    if options.json:
-        print(json.dumps(result))
-        return 0
+    return _print(options, result, _listed(result))
+
+
+def _listed(result: dict[str, list[dict]]) -> Iterator[str]:
     for kind, rows in result.items():
-        print(f"{kind}:")
-        for row in rows:
-            print(f"  {row['name']:<24}{row['about']}")
-    return 0
+        yield f"{kind}:"
+        yield from (f"  {row['name']:<24}{row['about']}" for row in rows)

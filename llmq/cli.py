@@ -21,6 +21,18 @@ from llmq.labs import lab_classes
 from llmq.terminal import accept_any_output, as_typed
 
 EXIT_USAGE = 2
+OPTIONS = {  # that several commands have
+    "--json": {"action": "store_true", "help": "print one JSON object as the last line"},
+    "--model": {"default": "demo", "help": "a preset, a hub id or a local folder (default: demo)"},
+    "--device": {"help": "cpu, cuda or cuda:N (default: a GPU where there is one)"},
+    "--threshold": {"type": float, "default": 6.0, "help": "outlier threshold; 0 is off (default: 6.0)"},
+    "--methods": {"default": "fp16,bnb-int8", "help": "comma-separated; bnb-int8@0 sets a threshold"},
+    "--engine": {"default": "auto", "help": "auto, hf (transformers) or lean (our own loop)"},
+    "--random-weights": {"action": "store_true", "help": "a preset's shape with random weights"},
+    "--html": {"type": Path, "metavar": "OUT.html", "help": "write a page that needs nothing else"},
+    "--save": {"type": Path, "metavar": "FILE", "help": "keep it for `replay`"},
+}
+MODEL, FILES = ("--model", "--device", "--threshold"), ("--html", "--save")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND")
     parser.set_defaults(run=lambda _: parser.error(f"give a COMMAND; choose from {', '.join(commands.choices)}"))
     _add_compare(commands)
-    _add_replay(commands)
+    replay = _command(commands, "replay", actions.run_replay, "show a saved run or answer again")
+    replay.add_argument("file", type=Path, metavar="FILE")
+    _add(replay, *FILES)
     _add_labs(commands)
     _add_bench(commands)
     _add_memory(commands)
@@ -77,46 +91,27 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=summary)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.set_defaults(run=run)
+    _add(parser, "--json")
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="demo", help="a preset, a hub id or a local folder (default: demo)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    parser.add_argument("--threshold", type=float, default=6.0, help="outlier threshold; 0 is off (default: 6.0)")
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", default="auto", help="auto, hf (transformers) or lean (our own loop)")
+def _add(parser: argparse.ArgumentParser, *options: str) -> None:
+    for option in options:
+        parser.add_argument(option, **OPTIONS[option])
 
 
 def _add_compare(commands) -> None:
     parser = _command(commands, "compare", actions.run_compare, "one prompt through two or three methods")
     parser.add_argument("prompt")
-    _add_model(parser)
-    parser.add_argument("--methods", default="fp16,bnb-int8", help="comma-separated; bnb-int8@0 sets a threshold")
+    _add(parser, *MODEL, "--methods")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default); 2 at most")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--schedule", default="interleave", help="interleave or in-turn")
-    _add_engine(parser)
-    parser.add_argument("--random-weights", action="store_true", help="a preset's shape with random weights")
-    _add_files(parser)
-
-
-def _add_replay(commands) -> None:
-    parser = _command(commands, "replay", actions.run_replay, "show a saved run or answer again")
-    parser.add_argument("file", type=Path, metavar="FILE")
-    _add_files(parser)
-
-
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--html", type=Path, metavar="OUT.html", help="write a page that needs nothing else")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="keep it for `replay`")
+    _add(parser, "--engine", "--random-weights", *FILES)
 
 
 def _add_labs(commands) -> None:
@@ -132,8 +127,7 @@ def _add_labs(commands) -> None:
         parser = _command(groups[tuple(first)], name, partial(actions.run_lab, cls), cls.about or cls.title)
         for field in fields_of(cls):
             _add_field(parser, field)
-        _add_model(parser)
-        _add_files(parser)
+        _add(parser, *MODEL, *FILES)
 
 
 def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
@@ -151,14 +145,10 @@ def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
 
 
 def _add_bench(commands) -> None:
-    parser = _command(
-        commands, "bench", actions.run_bench, "repeatable speed and memory figures, one method after the other"
-    )
+    summary = "repeatable speed and memory figures, one method after the other"
+    parser = _command(commands, "bench", actions.run_bench, summary)
     parser.add_argument("what", choices=["decode", "prefill", "load", "peers", "hooks"])
-    _add_model(parser)
-    parser.add_argument("--methods", default="fp16,bnb-int8")
-    _add_engine(parser)
-    parser.add_argument("--random-weights", action="store_true", help="a preset's shape with random weights")
+    _add(parser, *MODEL, "--methods", "--engine", "--random-weights")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
@@ -167,11 +157,9 @@ def _add_bench(commands) -> None:
 
 
 def _add_memory(commands) -> None:
-    parser = _command(
-        commands, "memory", actions.run_memory, "predicted bytes before anything is loaded, and whether they fit"
-    )
-    parser.add_argument("--model", default="demo", help="a preset, a hub id or a local folder (default: demo)")
-    parser.add_argument("--methods", default="fp16,bnb-int8")
+    summary = "predicted bytes before anything is loaded, and whether they fit"
+    parser = _command(commands, "memory", actions.run_memory, summary)
+    _add(parser, "--model", "--methods")
     parser.add_argument("--threshold", type=float, default=6.0, help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, default=2048, help="tokens, prompt and answer (default: 2048)")
     parser.add_argument("--batch", type=int, default=1)
@@ -184,10 +172,6 @@ def _add_memory(commands) -> None:
 
 def _add_models(commands) -> None:
     parser = _command(commands, "models", actions.run_models, "the models that have names, and the methods")
-    parser.add_argument(
-        "--save-int8",
-        nargs=2,
-        metavar=("M", "FOLDER"),
-        help="write a model with int8 weights, as bitsandbytes stores them",
-    )
+    about = "write a model with int8 weights, as bitsandbytes stores them"
+    parser.add_argument("--save-int8", nargs=2, metavar=("M", "FOLDER"), help=about)
     parser.add_argument("--fetch", metavar="M", help="make this model ready, so that later starts need no network")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from llmq import cgroup, telemetry
 from llmq.errors import BadChoice, UserError
 from llmq.models.loading import Source, revision_of
 
-PACKAGES = ("llmq", "torch", "transformers", "bitsandbytes", "accelerate", "gradio")
+PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "gradio")
 
 
 def default_device() -> str:
@@ -78,10 +79,9 @@ def describe(device: str, source: Source | None = None) -> dict:
         nvml = telemetry.Nvml.for_torch_device(device)
         facts |= {"driver": nvml.driver if nvml else None, "cuda": torch.version.cuda}
     if source:
-        try:
-            facts |= {"model": source.name, "model_revision": revision_of(source)}
-        except UserError:
-            facts |= {"model": source.name, "model_revision": None}
+        facts |= {"model": source.name, "model_revision": None}
+        with suppress(UserError):
+            facts["model_revision"] = revision_of(source)
     return facts
 
 
@@ -89,11 +89,9 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for package in PACKAGES[1:]:
-        try:
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -113,14 +111,9 @@ def _commit() -> str | None:
     checkout = Path(__file__).parents[1]
     if not (checkout / ".git").exists():  # an installed package may lie inside somebody else's checkout
         return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=checkout,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        found = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

@@ -149,9 +149,7 @@ class Failed:
 
 
 Event = Waiting | Planned | Loading | Loaded | Prefilled | Step | Memory | Freed | Finished | Failed
-EVENT_TYPES = {
-    cls.__name__: cls for cls in (Waiting, Planned, Loading, Loaded, Prefilled, Step, Memory, Freed, Finished, Failed)
-}
+EVENT_TYPES = {cls.__name__: cls for cls in get_args(Event)}
 
 
 @dataclass(frozen=True)

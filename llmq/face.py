@@ -27,13 +27,12 @@ from llmq.files import write_text
 from llmq.formatting import plain_json
 from llmq.labs import Answer, lab_classes, load_answer, save_answer
 from llmq.labs.compare import Comparison
-from llmq.labs.run_answer import RunAnswer
 from llmq.machine.door import Machine, Question
 from llmq.methods import Method
 from llmq.models import opening
 from llmq.models.loading import quiet_libraries
 from llmq.reporting import reported, shown_block
-from llmq.summary import Summary
+from llmq.summary import RunAnswer, Summary
 from llmq.terminal import show_progress
 
 Methods = str | Sequence[str | Method]

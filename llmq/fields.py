@@ -7,7 +7,7 @@ line, the page and the grammar of names ask here and know no field by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any, ClassVar, get_type_hints
@@ -164,15 +164,12 @@ class Field:
 def fields_of(cls: type) -> tuple[Field, ...]:
     """The annotated fields of a dataclass, in the order of their definition."""
     hints = get_type_hints(cls, include_extras=True)
-    return tuple(_annotated(cls, hints))
-
-
-def _annotated(cls: type, hints: dict) -> Iterator[Field]:
-    for field in fields(cls):
-        for kind in getattr(hints[field.name], "__metadata__", ()):
-            if isinstance(kind, Kind):
-                default = field.default if field.default_factory is MISSING else field.default_factory()
-                yield Field(field.name, kind, default)
+    return tuple(
+        Field(field.name, kind, field.default if field.default_factory is MISSING else field.default_factory())
+        for field in fields(cls)
+        for kind in getattr(hints[field.name], "__metadata__", ())
+        if isinstance(kind, Kind)
+    )
 
 
 def check_fields(record: Any) -> None:

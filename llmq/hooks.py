@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
 
 OnTensor = Callable[[str, nn.Module, torch.Tensor], None]
 
-KINDS = {
-    "q_proj": "q/k/v",
-    "k_proj": "q/k/v",
-    "v_proj": "q/k/v",
-    "o_proj": "o",
-    "gate_proj": "gate/up",
-    "up_proj": "gate/up",
-    "down_proj": "down",
-}
+KINDS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "q/k/v") | dict.fromkeys(("gate_proj", "up_proj"), "gate/up")
+KINDS |= {"o_proj": "o", "down_proj": "down"}
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -30,9 +24,8 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear):
-        return True
-    return hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children())
+    replaced = hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children())
+    return replaced or isinstance(module, nn.Linear)
 
 
 def kind_and_layer(name: str) -> tuple[str, int | None]:
@@ -50,16 +43,13 @@ def is_quantized(module: nn.Module) -> bool:
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The stack of equal blocks that a decoder is made of, by name: the longest list of modules of one class that
     itself is in no other such list. Empty where there is none."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    stacks = [(name, module) for name, module in lists if len(module) and len({type(block) for block in module}) == 1]
-    names = [name for name, _ in stacks]
-    stacks = [(name, stack) for name, stack in stacks if not any(_lies_in(name, outer) for outer in names)]
-    name, stack = max(stacks, key=lambda entry: (len(entry[1]), -entry[0].count(".")), default=("", ()))
-    return {f"{name}.{number}" if name else str(number): block for number, block in enumerate(stack)}
-
-
-def _lies_in(name: str, outer: str) -> bool:
-    return name != outer and (not outer or name.startswith(f"{outer}."))
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():  # outer ones come before those inside them
+        alike = isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+        if alike and not any(name.startswith(f"{outer}." if outer else "") for outer in stacks):
+            stacks[name] = module
+    name = max(stacks, key=lambda name: (len(stacks[name]), -name.count(".")), default="")
+    return {f"{name}.{number}" if name else str(number): block for number, block in enumerate(stacks.get(name, ()))}
 
 
 class Watched:
@@ -76,50 +66,37 @@ class Watched:
     def __init__(
         self, modules: dict[str, nn.Module], on_input: OnTensor | None = None, on_output: OnTensor | None = None
     ) -> None:
-        self._modules = modules
-        self._on_input, self._on_output = on_input, on_output
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._output_handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._modules, self._on_input, self._on_output = modules, on_input, on_output
+        self._handles: dict[tuple[str, str], torch.utils.hooks.RemovableHandle] = {}
 
     def __enter__(self) -> Watched:
-        if self._handles or self._output_handles:
+        if self._handles:
             raise RuntimeError("these hooks are already in place; make a second Watched to nest")
         for name, module in self._modules.items():
             if self._on_input:
-                self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+                hook = partial(self._before, name)
+                self._handles[name, "input"] = module.register_forward_pre_hook(hook, with_kwargs=True)
             if self._on_output:
-                self._output_handles[name] = module.register_forward_hook(self._after(name))
+                self._handles[name, "output"] = module.register_forward_hook(partial(self._after, name))
         return self
 
     def __exit__(self, *exception: object) -> None:
         while self._handles:
-            self._handles.pop().remove()
-        while self._output_handles:
-            self._output_handles.popitem()[1].remove()
+            self._handles.popitem()[1].remove()
 
     def skip_output(self, name: str) -> None:
         """Call `on_output` for this module no more in this block; a callback may ask so of its own module."""
-        self._output_handles.pop(name).remove()
+        self._handles.pop((name, "output")).remove()
 
-    def _before(self, name: str):
-        def before_forward(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = _first_tensor((*args, *kwargs.values()))
-            if x is not None:
-                self._on_input(name, module, x.detach() if x.requires_grad else x)
+    def _before(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        _tell(self._on_input, name, module, (*args, *kwargs.values()))
 
-        return before_forward
-
-    def _after(self, name: str):
-        def after_forward(module: nn.Module, args: tuple, output: object) -> None:
-            y = _first_tensor(output if isinstance(output, tuple | list) else (output,))
-            if y is not None:
-                self._on_output(name, module, y.detach() if y.requires_grad else y)
-
-        return after_forward
+    def _after(self, name: str, module: nn.Module, args: tuple, output: object) -> None:
+        _tell(self._on_output, name, module, output if isinstance(output, tuple | list) else (output,))
 
 
-def _first_tensor(values) -> torch.Tensor | None:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            return value
-    return None
+def _tell(listener: OnTensor, name: str, module: nn.Module, values: Iterable[object]) -> None:
+    """Give `listener` the first tensor among `values`, if there is one."""
+    found = next((value for value in values if isinstance(value, torch.Tensor)), None)
+    if found is not None:
+        listener(name, module, found.detach() if found.requires_grad else found)

@@ -56,12 +56,10 @@ def predict(shape: nn.Module, method: Method, *, tokens: int, batch: int = 1) ->
 
 
 def _predict(config, method: Method, weights: WeightBytes, *, tokens: int, batch: int) -> Prediction:
-    return Prediction(
-        weights.weights,
-        weights.scales,
-        kv_bytes(config, tokens=tokens, batch=batch, itemsize=_itemsize(method)),
-        _workspace(config, tokens=tokens, batch=batch, itemsize=_itemsize(method)),
-    )
+    import torch
+
+    sizes = {"tokens": tokens, "batch": batch, "itemsize": getattr(torch, method.dtype).itemsize}
+    return Prediction(weights.weights, weights.scales, kv_bytes(config, **sizes), _workspace(config, **sizes))
 
 
 def forecast(
@@ -93,15 +91,10 @@ def forecast(
             row["fits"] = found.total <= room
             row["largest_context"] = _largest_context(opened, contestant.method, room, batch)
         rows.append(row)
-    asked = {
-        "model": model if isinstance(model, str) else model.name,
-        "context": tokens,
-        "batch": batch,
-        "device_memory": device_bytes,
-    }
+    asked = {"model": model if isinstance(model, str) else model.name, "context": tokens, "batch": batch}
     limit = None if opened.context == ENDLESS else opened.context
-    asked |= {"device_memory": device_bytes, "usable_memory": room}
-    return asked | {"model_context": limit, "results": rows}
+    asked |= {"device_memory": device_bytes, "usable_memory": room, "model_context": limit}
+    return asked | {"results": rows}
 
 
 def _largest_context(model: Model, method: Method, room: float, batch: int) -> int:
@@ -143,24 +136,15 @@ def _kept(config: PretrainedConfig | PlainConfig, tokens: int) -> int | None:
 
 def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> Plan:
     """`interleave` needs all contestants at once; where they do not fit, one after the other is chosen and said."""
-    together = sum(p.total for p in predictions)
-    if schedule == "interleave" and together > HEADROOM * free_bytes:
-        reason = (
-            f"loaded together they need {together / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free, "
-            "so each is loaded in turn and freed before the next"
-        )
-        return Plan("in-turn", reason, free_bytes)
-    return Plan(schedule, "", free_bytes)
+    if schedule != "interleave" or fit_together(predictions, free_bytes):
+        return Plan(schedule, "", free_bytes)
+    needed = f"{sum(p.total for p in predictions) / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free"
+    reason = f"loaded together they need {needed}, so each is loaded in turn and freed before the next"
+    return Plan("in-turn", reason, free_bytes)
 
 
 def fit_together(predictions: Sequence[Prediction], free_bytes: int) -> bool:
     return sum(p.total for p in predictions) <= HEADROOM * free_bytes
-
-
-def _itemsize(method: Method) -> int:
-    import torch
-
-    return getattr(torch, method.dtype).itemsize
 
 
 def _workspace(config: PretrainedConfig, *, tokens: int, batch: int, itemsize: int) -> int:

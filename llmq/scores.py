@@ -45,18 +45,21 @@ def score_text(
     import torch
 
     found = []
-    for p, q, targets in _pairs(baseline, own, ids, allow_overflow):
+    for p, q, targets in pairs(baseline, own, ids, allow_overflow=allow_overflow):
         same = (p.argmax(-1) == q.argmax(-1)) & (q.amax(-1) > -math.inf)
         loss = -q.gather(1, targets[:, None])[:, 0]
         found.append(torch.stack((loss, kl_divergence(p, q), kl_divergence(q, p), same.double())).cpu())
     return TextScore(*torch.cat(found, 1).mean(1).tolist())
 
 
-def _pairs(baseline, own, ids, allow_overflow: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(baseline, own) log-probabilities and the next tokens, `ROWS` positions at a time, on the baseline's device."""
+def pairs(
+    baseline: torch.Tensor, own: torch.Tensor, ids: Sequence[int], *, first: int = 1, allow_overflow: bool = False
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(baseline, own) log-probabilities of the tokens from position `first` on and those tokens, `ROWS` positions at a
+    time, on the baseline's device."""
     import torch
 
-    for start in range(0, len(ids) - 1, ROWS):
+    for start in range(first - 1, len(ids) - 1, ROWS):
         stop = min(start + ROWS, len(ids) - 1)
         p = log_probabilities(baseline[start:stop])
         q = log_probabilities(own[start:stop], allow_overflow=allow_overflow).to(p.device)

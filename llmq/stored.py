@@ -37,12 +37,8 @@ def _plain(value: Any, arrays: dict[int, dict]) -> Any:
     if isinstance(value, np.ndarray):
         if id(value) not in arrays:
             data = base64.b64encode(zlib.compress(np.ascontiguousarray(value).tobytes(), 6)).decode()
-            arrays[id(value)] = {
-                "dtype": value.dtype.str,
-                "shape": list(value.shape),
-                "data": data,
-                "number": len(arrays),
-            }
+            form = {"dtype": value.dtype.str, "shape": list(value.shape)}
+            arrays[id(value)] = form | {"data": data, "number": len(arrays)}
         return {"array": arrays[id(value)]["number"]}
     if isinstance(value, Mapping):
         return {str(key): _plain(entry, arrays) for key, entry in value.items()}
@@ -56,9 +52,7 @@ def _array(entry: Mapping) -> np.ndarray:
     return np.frombuffer(data, np.dtype(entry["dtype"])).reshape(entry["shape"])
 
 
-@cache
-def _types(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+_types = cache(get_type_hints)
 
 
 def _made(kind: Any, value: Any, arrays: list[np.ndarray]) -> Any:

@@ -1,12 +1,17 @@
-"""What a run came to: one consumer of the event stream that adds up, for the command line, the page and the tables."""
+"""What a run came to: one consumer of the event stream that adds up, and the answer that a comparison is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Step
+from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Run, Step
+from llmq.figures.blocks import Block, Table, Verbatim
+from llmq.formatting import MISSING, format_bytes, format_seconds, format_speed, shown_coverage
 from llmq.scores import first_divergence
+
+SHOWN = ("engine", "text", "token_ids", "prompt_tokens", "load_seconds", "prefill_seconds", "decode_tokens_per_second")
+SHOWN += ("weight_bytes", "kv_bytes", "peak_bytes", "error")  # of a contestant, under the same name in JSON
 
 
 @dataclass
@@ -29,6 +34,26 @@ class Outcome:
     reason: str | None = None
     error: str | None = None
 
+    def add(self, event: Event) -> None:
+        """Take one of this contestant's events in."""
+        match event:
+            case Loaded():
+                self.weight_bytes, self.load_seconds = event.weight_bytes, event.seconds
+                self.engine, self.coverage = event.engine, event.coverage
+            case Prefilled():
+                self.prompt_tokens, self.prefill_seconds = event.prompt_tokens, event.seconds
+            case Step():
+                self.token_ids.append(event.token_id)
+                self.pieces.append(event.text)
+                self.logprobs.append(event.logprob)
+                if event.index:
+                    self.step_seconds.append(event.seconds)
+            case Finished():
+                self.reason, self.kv_bytes, self.peak_bytes = event.reason, event.kv_bytes, event.peak_bytes
+                self.pieces.append(event.text)
+            case Failed():
+                self.error = event.message
+
     @property
     def text(self) -> str:
         return "".join(self.pieces)
@@ -38,6 +63,10 @@ class Outcome:
         """Tokens over summed step seconds; token 0 belongs to the prefill. None with fewer than two tokens."""
         seconds = sum(self.step_seconds)
         return len(self.step_seconds) / seconds if seconds > 0 else None
+
+    def to_json(self) -> dict:
+        found = {"method": self.contestant} | {name: getattr(self, name) for name in SHOWN}
+        return found | {"coverage": self.coverage or None, "finish_reason": self.reason}
 
 
 class Summary:
@@ -53,32 +82,8 @@ class Summary:
         if isinstance(event, Planned):
             self.plan = event
             self.outcomes = {name: Outcome(name) for name in event.predicted_bytes}
-            return
-        name = getattr(event, "contestant", "")
-        if not name:
-            return
-        outcome = self.outcomes.setdefault(name, Outcome(name))
-        match event:
-            case Loaded():
-                outcome.weight_bytes, outcome.load_seconds = event.weight_bytes, event.seconds
-                outcome.engine, outcome.coverage = event.engine, event.coverage
-            case Prefilled():
-                outcome.prompt_tokens, outcome.prefill_seconds = event.prompt_tokens, event.seconds
-            case Step():
-                self._add_step(outcome, event)
-            case Finished():
-                outcome.reason, outcome.kv_bytes, outcome.peak_bytes = event.reason, event.kv_bytes, event.peak_bytes
-                outcome.pieces.append(event.text)
-            case Failed():
-                outcome.error = event.message
-
-    @staticmethod
-    def _add_step(outcome: Outcome, step: Step) -> None:
-        outcome.token_ids.append(step.token_id)
-        outcome.pieces.append(step.text)
-        outcome.logprobs.append(step.logprob)
-        if step.index:
-            outcome.step_seconds.append(step.seconds)
+        elif name := getattr(event, "contestant", ""):
+            self.outcomes.setdefault(name, Outcome(name)).add(event)
 
     def agreement(self) -> dict:
         """How far the first two contestants' tokens are the same.
@@ -91,3 +96,57 @@ class Summary:
         place = first_divergence(first, second)
         same = min(len(first), len(second)) if place is None else place
         return {"first_divergence": place, "matching_prefix_tokens": same}
+
+
+@dataclass(frozen=True)
+class RunAnswer:
+    """A comparison that ran, shown, written and loaded like a lab's answer: texts, figures, where the texts part."""
+
+    run: Run
+    summary: Summary
+    kind = "compare"
+
+    @property
+    def title(self) -> str:
+        return f"{self.run.settings.get('model')}: {' and '.join(self.summary.outcomes)}"
+
+    def blocks(self) -> Iterator[Block]:
+        outcomes = self.summary.outcomes.values()
+        for outcome in outcomes:
+            yield Verbatim(f"--- {outcome.contestant}\n{outcome.error or outcome.text}")
+        rows = [
+            [
+                outcome.contestant,
+                format_seconds(outcome.prefill_seconds),
+                format_speed(outcome.decode_tokens_per_second),
+                format_bytes(outcome.weight_bytes),
+                shown_coverage(outcome.coverage) or MISSING,
+                format_bytes(outcome.peak_bytes),
+            ]
+            for outcome in outcomes
+        ]
+        yield Table(["Method", "First token", "Decode", "Weights", "In 8 bit", "Peak"], rows, "Measured")
+        yield self._first_divergence()
+
+    def _first_divergence(self) -> str:
+        """Where the first two texts part; '' where there are not two, or one was not finished."""
+        pair = list(self.summary.outcomes.values())[:2]
+        if len(pair) < 2 or any(outcome.error for outcome in pair):
+            return ""
+        first = self.summary.agreement()["first_divergence"]
+        return "the texts agree throughout" if first is None else f"the first different token is number {first + 1}"
+
+    def to_json(self) -> dict:
+        """The stable keys of `compare --json` and of `replay --json`."""
+        run, plan = self.run, self.summary.plan
+        return {
+            "model": run.settings.get("model"),
+            "device": plan.device if plan else run.settings.get("device"),
+            "schedule": plan.schedule if plan else run.settings.get("schedule"),
+            "schedule_reason": plan.reason if plan else "",
+            "peak_source": "torch allocator" if plan and plan.device.startswith("cuda") else "tensor sizes",
+            "contestants": [outcome.to_json() for outcome in self.summary.outcomes.values()],
+            "agreement": self.summary.agreement(),
+            "settings": run.settings,
+            "environment": run.environment,
+        }

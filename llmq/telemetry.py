@@ -15,29 +15,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from llmq import cgroup
+from llmq.events import Memory
 
 DEFAULT_HZ = 10.0
 KEPT_SAMPLES = 6000  # ten minutes at 10 Hz; older ones are dropped when nobody drains
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One reading, in bytes; None where the machine does not say. `at`: seconds since the sampler started."""
-
-    at: float
-    process_bytes: int | None = None
-    device_bytes: int | None = None
-    device_process_bytes: int | None = None
-    allocated_bytes: int | None = None
-
-
 class Sampler:
     """Reads memory in a daemon thread while the `with` block runs; `drain()` hands over what has come in.
 
-    `read` returns a dict of Sample's fields; the default reads this process and, for a 'cuda…' device, its GPU.
+    `read` returns a dict of Memory's fields; the default reads this process and, for a 'cuda…' device, its GPU.
     """
 
     def __init__(
@@ -52,7 +41,7 @@ class Sampler:
         self._period = 1 / hz
         self._clock = clock
         self._read = read or MemoryReader(device)
-        self._samples: deque[Sample] = deque(maxlen=KEPT_SAMPLES)
+        self._samples: deque[Memory] = deque(maxlen=KEPT_SAMPLES)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="llmq-sampler", daemon=True)
 
@@ -65,17 +54,14 @@ class Sampler:
         self._stop.set()
         self._thread.join()
 
-    def drain(self) -> list[Sample]:
-        """All samples since the last call, oldest first."""
-        drained = []
-        while self._samples:
-            drained.append(self._samples.popleft())
-        return drained
+    def drain(self) -> list[Memory]:
+        """All samples since the last call, oldest first; `at` counts from the beginning of the block."""
+        return [self._samples.popleft() for _ in range(len(self._samples))]
 
     def _loop(self) -> None:
         due = self._clock()
         while not self._stop.wait(max(0.0, due - self._clock())):
-            self._samples.append(Sample(at=self._clock() - self._started, **self._read()))
+            self._samples.append(Memory(at=self._clock() - self._started, **self._read()))
             due = max(due + self._period, self._clock())  # after a long hold of the interpreter, no burst to catch up
 
 

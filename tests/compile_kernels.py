@@ -14,10 +14,10 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llmq.kernels.triton import attention, choice, embedding, matrix, norm, product, quantize, rows  # noqa: E402,F401
+from llmq.kernels.triton import attention, choice, matrix, norm, product, rows, weights  # noqa: E402,F401
 
 MODULES = {name: sys.modules[f"llmq.kernels.triton.{name}"] for name in (
-    "attention", "choice", "embedding", "matrix", "norm", "product", "quantize", "rows")}  # fmt: skip
+    "attention", "choice", "matrix", "norm", "product", "rows", "weights")}  # fmt: skip
 DECODE, TENSOR_CORES = (75, 80, 90), (80, 90)  # int8 `tl.dot` does not compile for sm_75
 ALIGNED = {"width", "n_out"}  # multiples of 16 in every model the lean loop takes
 F16, F32, F64, I8, I32, I64 = "*fp16", "*fp32", "*fp64", "*i8", "*i32", "*i64"
@@ -55,9 +55,9 @@ KERNELS = [
      {"BLOCK": 1024}, 4, DECODE),
     ("choice", "_settle", {"peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "token_ptr": I64, "chosen_ptr": F64,
      "parts": "i32"}, {"PARTS": 32}, 4, DECODE),
-    ("embedding", "_embed", {"codes_ptr": I8, "absmax_ptr": F32, "tokens_ptr": I64, "out_ptr": F16, "width": "i32"},
+    ("weights", "_embed", {"codes_ptr": I8, "absmax_ptr": F32, "tokens_ptr": I64, "out_ptr": F16, "width": "i32"},
      {"BLOCK": 1024}, 4, DECODE),
-    ("quantize", "_quantize", {"w_ptr": F16, "codes_ptr": I8, "absmax_ptr": F32, "width": "i32"}, {"BLOCK": 2048}, 8,
+    ("weights", "_quantize", {"w_ptr": F16, "codes_ptr": I8, "absmax_ptr": F32, "width": "i32"}, {"BLOCK": 2048}, 8,
      DECODE),
     ("rows", "_append", {"qkv_ptr": F16, "rope_ptr": F32, "queries_ptr": F16, "keys_ptr": F16, "values_ptr": F16}
      | dict.fromkeys(("rows", "heads", "groups", "width", "capacity", "start"), "i32"), {"HEADS": 16, "HALF": 64}, 4,

@@ -24,8 +24,9 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llmq import memory
-from llmq.engine.hf import cache_name
-from llmq.errors import BadChoice
+from llmq.engine.hf import HFEngine, cache_name
+from llmq.engine.sampling import SamplingSettings
+from llmq.errors import BadChoice, UserError
 from llmq.methods import METHODS
 from llmq.methods.base import WeightBytes
 from llmq.methods.coverage import Coverage, coverage, predicted_coverage
@@ -48,6 +49,7 @@ CONFIGS = {kind.model_type: kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING}
 EXACT = ("int8-weight-only", "llm-int8", "llm-int8-head", "bnb-int8", "absmax-w8a32")
 REFUSED = {("dory", "llm-int8-head"): "cannot be int8", ("hy_v4", "llm-int8-head"): "casts activations"}
 IDS = torch.tensor([[3, 4, 5, 9, 11]])
+NEW = 12  # tokens, past the small sliding window
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -164,6 +166,27 @@ def test_keys_and_values_are_forecast_or_unknown(model_type, tokens, folders):
         with torch.inference_mode():
             model(torch.ones(1, tokens, dtype=torch.long), **{cache_name(model): cache}, use_cache=True)
         assert forecast == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+# Encoders, whose positions `generate` counts from another number than the model by itself; and caches of another kind.
+NO_WRITERS = {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm", "minimax"}
+
+
+@pytest.mark.parametrize("model_type", sorted(CONFIGS.keys() - NO_WRITERS))
+def test_greedy_tokens_are_those_of_generate(model_type, folders):
+    """Token by token through the cache: one that stays empty, or lost positions, would write another text."""
+    model = (dense(model_type, folders(model_type)) or {}).get(torch.float32)
+    if model is None:
+        pytest.skip("not made small by these numbers")
+    try:
+        generation = HFEngine(model, METHODS["fp32"], "cpu").start(IDS[0].tolist(), SamplingSettings())
+    except UserError as refusal:
+        assert "takes no KV cache" in str(refusal)
+        return
+    found = [generation.prefill().token_id, *(generation.step().token_id for _ in range(NEW - 1))]
+    assert generation.kv_bytes > 0
+    made = model.generate(IDS, max_new_tokens=NEW, do_sample=False, eos_token_id=None, forced_eos_token_id=None)
+    assert found == made[0, IDS.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("model_type", ["gemma4_text", "mamba", "deepseek_v4"])

@@ -12,12 +12,10 @@ from conftest import tiny_llama
 from planted import hooks_left
 from scripted import Clock, Script, ScriptedEngine, in_order
 
-from llmq.bench import decode, setup
-from llmq.bench.decode import DecodeBench
+from llmq.bench import setup, speed
 from llmq.bench.hooks import HooksBench
-from llmq.bench.load import LoadBench
-from llmq.bench.prefill import PrefillBench
 from llmq.bench.setup import bandwidth_fraction, read_bandwidth
+from llmq.bench.speed import DecodeBench, LoadBench, PrefillBench
 from llmq.contestant import Contestant
 from llmq.events import Progress
 from llmq.inspect.recorder import OutlierRecorder
@@ -60,7 +58,7 @@ def settings(folder, methods: str = "fp16", **more) -> dict:
 
 def test_decode_figures_are_those_of_the_steps(tiny_folder, clock, monkeypatch):
     readings = iter([100_000.0, 20_000.0, 200_000.0])  # before everything, after each method: the fastest so far counts
-    monkeypatch.setattr(decode, "read_bandwidth", lambda device: next(readings))
+    monkeypatch.setattr(speed, "read_bandwidth", lambda device: next(readings))
     sizes = {"weight_bytes": 3000, "scale_bytes": 200, "read_bytes_per_token": 10_000}
     machine = machine_of(clock, REPEATS, load_seconds=3.0, warm_up_seconds=5.0, **sizes)
     result, told = measured(DecodeBench(**settings(tiny_folder, "fp16,fp32", new_tokens=5)), machine)
@@ -89,7 +87,7 @@ def test_decode_figures_are_those_of_the_steps(tiny_folder, clock, monkeypatch):
 
 @pytest.mark.parametrize(("name", "tokens"), [("hf", 5), ("lean", 128)], ids=["hf", "lean"])
 def test_predicted_bytes_have_the_cache_that_the_loop_allocates(name, tokens, tiny_folder, clock, monkeypatch):
-    monkeypatch.setattr(decode, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(speed, "read_bandwidth", lambda device: 1e9)
     bench = DecodeBench(**settings(tiny_folder, new_tokens=5))
     row = measured(bench, machine_of(clock, REPEATS, name=name))[0]["results"][0]
     model = tiny_llama()

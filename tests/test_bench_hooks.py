@@ -16,8 +16,8 @@ from llmq.cli import main
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.inspect import reductions
-from llmq.inspect.outliers import OutlierRecorder, OutlierReport, observe
-from llmq.inspect.report import THRESHOLDS, cutoff
+from llmq.inspect.outliers import OutlierRecorder, observe
+from llmq.inspect.report import THRESHOLDS, OutlierReport, cutoff
 
 LAYERS, HIDDEN, INNER, PROMPT_TOKENS, STEPS = 32, 4096, 11008, 2048, 64  # LLaMA-7B, a long prompt, the longest answer
 BOUND = 300e6

@@ -9,24 +9,26 @@ import pytest
 from browser_support import new_tab
 from colours import contrast
 
-from llmq.events import Finished, Planned, Run, Step
+from llmq.events import Failed, Finished, Planned, Run, Step
 from llmq.figures.blocks import Drawing, Table
 from llmq.figures.lines import Line, line_figure
 from llmq.figures.pages import cell, page, painted
 from llmq.figures.palette import LIGHT
-from llmq.labs.run_answer import RunAnswer
 from llmq.reporting import shown_block
-from llmq.summary import Summary
+from llmq.summary import RunAnswer, Summary
 
 WRITTEN = "2**3**4 is not **bold**, nor is <b>this</b>; both end in **"
 
 
-def answer_of(*texts: str) -> RunAnswer:
-    """A comparison in which each contestant wrote one token."""
+def answer_of(*texts: str, failing: tuple[int, ...] = ()) -> RunAnswer:
+    """A comparison in which each contestant wrote one token of its own, unless it is `failing`."""
     names = [f"m{number}" for number in range(len(texts))]
     events = [Planned(schedule="interleave", reason="", prompt_tokens=3, free_bytes=1, device="cpu",
                       predicted_bytes=dict.fromkeys(names, 1))]  # fmt: skip
     for number, (name, text) in enumerate(zip(names, texts, strict=True)):
+        if number in failing:
+            events += [Failed(contestant=name, message="too large")]
+            continue
         events += [Step(contestant=name, index=0, token_id=number, text=text, seconds=0.0, logprob=0.0)]
         events += [Finished(contestant=name, reason="eos")]
     run = Run({"model": "tiny"}, {})
@@ -37,6 +39,15 @@ def test_what_a_model_wrote_is_shown_sign_by_sign():
     answer = answer_of(WRITTEN, "x")
     assert f"--- m0\n{WRITTEN}" in [shown_block(block) for block in answer.blocks()]
     assert f"<p>--- m0\n{html.escape(WRITTEN)}</p>" in page(answer.title, answer.blocks())
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"), [((), "token is number 1"), ((2,), "token is number 1"), ((0,), ""), ((1,), ""), ((0, 1), "")]
+)
+def test_texts_are_compared_where_there_are_two(failing, said):
+    """Nothing is no text that agrees with another's beginning."""
+    *_, last = answer_of("a", "b", "c", failing=failing).blocks()
+    assert said in last and bool(last) == bool(said)
 
 
 def test_a_finding_is_bold_in_a_page_and_plain_in_a_terminal():

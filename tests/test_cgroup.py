@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from tiny_runs import key_of
 
 from llmq import cgroup, environment, telemetry
+from llmq.engine.loading import load_engine
 
 NO_LIMIT = "9223372036854771712"  # version 1's word for none
 
@@ -99,3 +101,14 @@ def test_a_container_gets_no_more_threads_than_processors(quota, expected, group
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     groups(v1(quota))
     assert usable_threads() == expected
+
+
+def test_transformers_gets_no_more_threads_either(groups, tiny_folder):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    groups(v1("100000"))
+    try:
+        load_engine(key_of(tiny_folder, "fp16"))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

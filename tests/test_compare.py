@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import pytest
+import torch
 from conftest import byte_tokenizer
 from tiny_runs import (
     KV_BYTES_A_TOKEN,
@@ -20,7 +24,8 @@ from llmq.contestant import Contestant
 from llmq.engine.hf import HFEngine
 from llmq.engine.loading import load_engine
 from llmq.errors import BadChoice
-from llmq.events import Finished, Loaded, Memory, Planned, Prefilled, Step, Waiting
+from llmq.events import Finished, Loaded, Loading, Memory, Planned, Prefilled, Step, Waiting
+from llmq.kernels.cpu.library import why_not_native
 from llmq.labs.compare import Comparison
 from llmq.machine.door import Machine
 from llmq.methods import METHODS
@@ -145,6 +150,33 @@ def test_a_full_context_ends_the_answer(schedule, tiny_folder, machine):
     events = list(machine.run(comparison(tiny_folder, prompt=prompt, schedule=schedule, max_new_tokens=99)))
     assert reasons(events) == {"fp32": "context", "bf16": "context"}
     assert [len(token_ids(events, name)) for name in ("fp32", "bf16")] == [8, 8]
+
+
+@pytest.mark.parametrize("left", [1, 2, 3])
+@pytest.mark.parametrize("engine", ["hf", "lean"])
+def test_the_last_positions_of_the_context_are_written_to(engine, left, tiny_folder, machine):
+    """Greedy tokens to the very end, those of transformers; and none beyond it."""
+    if engine == "lean" and why_not_native():
+        pytest.skip(why_not_native())
+    prompt = ("Hello LLaMA, how are you? " * 5)[: 128 - left]
+    ids = byte_tokenizer()(prompt)["input_ids"]
+    asked = comparison(tiny_folder, "fp16", prompt=prompt, max_new_tokens=99)
+    events = list(machine.run(replace(asked, engine=engine)))
+    model = engine_of(machine, tiny_folder, "fp32").model
+    made = model.generate(torch.tensor([ids]), max_new_tokens=left, do_sample=False, eos_token_id=None)
+    assert reasons(events) == {"fp16": "context"}
+    assert token_ids(events, "fp16") == made[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("engine", ["hf", "lean"])
+def test_settings_that_are_not_followed_are_said(engine, tiny_folder, tmp_path, machine):
+    if engine == "lean" and why_not_native():
+        pytest.skip(why_not_native())
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.05, "suppress_tokens": [3]}')
+    events = machine.run(replace(comparison(tmp_path, "fp16,bf16"), engine=engine))
+    said = [event.message for event in events if isinstance(event, Loading) and event.contestant]
+    assert said == ["ignored, of the model's own generation settings: repetition_penalty 1.05, suppress_tokens [3]"] * 2
 
 
 @pytest.mark.parametrize("schedule", ["interleave", "in-turn"])

@@ -110,10 +110,10 @@ def test_a_device_that_is_full_is_one_line():
 def test_a_named_pipe_gets_the_text_and_stays(tmp_path):
     pipe, found = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: found.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: found.append(pipe.read_text()), daemon=True)
     reader.start()
     write_text(pipe, "new" * 100_000)
-    reader.join()
+    reader.join(60)
     assert found == ["new" * 100_000] and stat.S_ISFIFO(pipe.stat().st_mode)
 
 

@@ -14,6 +14,7 @@ from tiny_runs import key_of
 from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.kernels import reference
+from llmq.kernels.buffers import Noting
 from llmq.kernels.primitives import Int8Weight
 from llmq.machine.door import Machine
 
@@ -87,7 +88,7 @@ def test_a_layer_is_bitsandbytes_layer(shape, rows, kernels):
 
 
 def noted(kernels, x):
-    return kernels.plain_rows(x, 6.0, torch.zeros(x.shape[1], dtype=torch.int8, device=GPU))
+    return kernels.plain_rows(x, Noting(6.0, torch.zeros(x.shape[1], dtype=torch.int8, device=GPU)))
 
 
 def multiply(kernels, x, weight) -> torch.Tensor:
@@ -247,10 +248,10 @@ def test_decode_steps_agree_with_the_prompt_path(demo, machine):
     ids, lean = reference_ids(demo, 300), engine(machine, demo, "fp16", "lean")
     generation = lean.start(ids[:200], SamplingSettings(max_new_tokens=100))
     generation.prefill()
-    expected, decoder = lean.logits(ids).float(), generation._graph.decoder
+    expected, decoder = lean.logits(ids).float(), generation._workspace.decoder
     for place in range(200, 299):
         decoder.token.fill_(ids[place])
-        generation._graph.step()
+        generation._workspace.step()
         p, q = decoder.logits.log_softmax(-1), expected[place].log_softmax(-1)
         assert (q.exp() * (q - p)).sum() < 5e-3
 

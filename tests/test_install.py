@@ -67,6 +67,13 @@ def test_version_and_requirements_are_said_once(installed):
     assert set(map(Requirement, found.requires)) == set(map(Requirement, wanted)) and len(wanted) > 5
 
 
+def test_transformers_is_of_the_versions_that_were_tested():
+    """Before 5.22 byte-level tokenizers lost their spaces; 5.40 is to drop the name under which a cache is passed."""
+    wanted = map(Requirement, (ROOT / "requirements.txt").read_text().split())
+    (versions,) = (requirement.specifier for requirement in wanted if requirement.name == "transformers")
+    assert list(versions.filter(["5.17.0", "5.21.0", "5.22.0", "5.39.1", "5.40.0"])) == ["5.22.0", "5.39.1"]
+
+
 def test_the_command_runs_from_another_folder(installed, away, tiny_folder):
     done = away(installed / "bin" / "llmq", *compare_options(tiny_folder, "--methods", "fp16,llm-int8", "--json"))
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmq.kernels import reference
-from llmq.kernels.buffers import Cache, Partials, SplitVector
+from llmq.kernels.buffers import Cache, Noting, Partials, SplitVector
 from llmq.kernels.primitives import Int8Weight, int8_linear, quantize_rows, split_rows
 
 fast = pytest.importorskip("llmq.kernels.triton", reason="triton is not installed", exc_type=ImportError)
@@ -44,7 +44,7 @@ def test_norm(width):
     reference.norm(x, gain, 1e-5, expected)
     assert difference(made, expected) < 1e-3
     rows = torch.stack((3 * x, x))
-    assert difference(fast.norm_rows(rows, gain, 1e-5, None, None).x[1], expected) < 1e-3
+    assert difference(fast.norm_rows(rows, gain, 1e-5, Noting()).x[1], expected) < 1e-3
 
 
 @pytest.mark.parametrize("threshold", [6.0, 1.0, 0.0])
@@ -139,7 +139,7 @@ def test_linear_rows(rows, width, outputs, threshold):
     exact = int8_linear(x, weight, threshold)
     sum_before = torch.randn(rows, outputs).half()
     for kernels in (fast, reference):
-        noted = kernels.plain_rows(x, threshold, torch.zeros(width + 3, dtype=torch.int8))
+        noted = kernels.plain_rows(x, Noting(threshold, torch.zeros(width + 3, dtype=torch.int8)))
         assert difference(kernels.linear_rows(noted, weight), exact) < 1e-3
         assert difference(kernels.linear_rows(noted, weight, bias=bias), exact + bias) < 1e-3
         total = sum_before.clone()
@@ -152,9 +152,10 @@ def test_rows_note_their_outliers_while_they_are_written(threshold):
     x = torch.stack([vector(576, seed) for seed in range(5)])
     gain, gate_up = vector(576).abs(), torch.cat((x, 4 * x), 1)
     weight = quantize_rows(torch.randn(32, 576).half())
+    noted, plain = lambda: Noting(threshold, marks()), Noting(threshold)
     for made, expected in (
-        (fast.norm_rows(x, gain, 1e-5, threshold, marks()), reference.norm_rows(x, gain, 1e-5, threshold, None)),
-        (fast.gate_rows(gate_up, threshold, marks()), reference.gate_rows(gate_up, threshold, None)),
+        (fast.norm_rows(x, gain, 1e-5, noted()), reference.norm_rows(x, gain, 1e-5, plain)),
+        (fast.gate_rows(gate_up, noted()), reference.gate_rows(gate_up, plain)),
     ):
         assert difference(made.x, expected.x) < 1e-3
         split = split_rows(made.x, threshold)
@@ -184,7 +185,7 @@ def test_rows_rotate_into_the_cache_and_gate():
     results = [k.append_rows(qkv, cache, rope, 3) for k, cache in zip((fast, reference), caches, strict=True)]
     for made, expected in zip(*results, strict=True):
         assert made.shape == expected.shape and difference(made, expected) < 1e-3
-    gated, expected = (k.gate_rows(qkv, None, None).x for k in (fast, reference))
+    gated, expected = (k.gate_rows(qkv, Noting()).x for k in (fast, reference))
     assert difference(gated, expected) < 1e-3
 
 
@@ -196,9 +197,9 @@ def test_rows_beyond_a_prompt_hold_no_outliers(threshold):
     for kernels in (fast, reference):
         marks = torch.zeros(3, 96, dtype=torch.int8)
         made = [
-            kernels.plain_rows(x, threshold, marks[0], used),
-            kernels.norm_rows(x, torch.ones(96).half() * 10, 1e-5, threshold, marks[1], used),
-            kernels.gate_rows(gate_up, threshold, marks[2], used),
+            kernels.plain_rows(x, Noting(threshold, marks[0], used)),
+            kernels.norm_rows(x, torch.ones(96).half() * 10, 1e-5, Noting(threshold, marks[1], used)),
+            kernels.gate_rows(gate_up, Noting(threshold, marks[2], used)),
         ]
         if kernels is fast:
             found = [set(mark.nonzero().view(-1).tolist()) for mark in marks]

@@ -17,14 +17,14 @@ SOURCES = {
 # From the ground up: a package, or a module beside them, imports only from floors below its own.
 FLOORS = [
     "llmq llmq.cgroup llmq.errors llmq.formatting llmq.hooks llmq.stored",
-    "llmq.cache llmq.cards llmq.fields llmq.files llmq.scores llmq.telemetry llmq.terminal",
+    "llmq.cache llmq.cards llmq.fields llmq.files llmq.scores llmq.terminal",
     "llmq.events llmq.kernels",
-    "llmq.methods llmq.summary",
+    "llmq.methods llmq.telemetry",
     "llmq.contestant llmq.models",
     "llmq.engine llmq.environment llmq.memory",
     "llmq.inspect llmq.machine",
     "llmq.figures",
-    "llmq.labs llmq.reporting",
+    "llmq.labs llmq.reporting llmq.summary",
     "llmq.bench llmq.face llmq.ui",
     "llmq.actions",
     "llmq.cli",

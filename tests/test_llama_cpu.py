@@ -18,9 +18,9 @@ from test_llama_cuda import KINDS, PROMPT, ModelTensors, generate
 
 from llmq.engine.base import Interrupted, capacity_for
 from llmq.engine.choice import choose_engines
+from llmq.engine.llama import rope_table
 from llmq.engine.llama_cuda import CudaLlama
 from llmq.engine.llama_weights import load_weights
-from llmq.engine.rope import rope_table
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.kernels import primitives, reference
@@ -72,16 +72,14 @@ def built(source, architecture, method: str, *, packed: bool, threads: int = 2, 
     weights = load_weights(
         source if packed else Rounded(source, dtype),
         architecture,
-        dtype=dtype if packed else torch.float32,
-        int8=method.packed == "int8",
-        int8_head=method.int8_head,
-        device="cpu",
+        method if packed else SimpleNamespace(dtype="float32", packed=method.packed, int8_head=method.int8_head),
+        "cpu",
         kernels=library if quantizer else reference,
         form=Packing() if packed else None,
     )
     if packed:
-        return CpuLlama(weights, architecture, method, threads=threads)
-    return CudaLlama(weights, architecture, method, "cpu", kernels=with_cache_of(dtype))
+        return CpuLlama(weights, method, threads=threads)
+    return CudaLlama(weights, method, "cpu", kernels=with_cache_of(dtype))
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -56,12 +56,9 @@ class ModelTensors:
 def pair(method: str = "fp32", **changes) -> tuple[HFEngine, CudaLlama]:
     """The same weights in both loops; FP32 for the dense methods, so that differences are bugs and not rounding."""
     model = tiny_llama(torch.float32, intermediate_size=64, **changes)
-    method, int8 = METHODS[method], "int8" in method
-    architecture = architecture_of(model.config.to_dict())
-    dtype = torch.float16 if int8 else torch.float32
-    kind = {"dtype": dtype, "int8": int8, "int8_head": method.int8_head}
-    weights = load_weights(ModelTensors(model), architecture, **kind, device="cpu", kernels=reference)
-    lean = CudaLlama(weights, architecture, method, "cpu", kernels=reference)
+    method, architecture = METHODS[method], architecture_of(model.config.to_dict())
+    weights = load_weights(ModelTensors(model), architecture, method, "cpu", kernels=reference)
+    lean = CudaLlama(weights, method, "cpu", kernels=reference)
     return HFEngine(method.quantize_(model, "cpu").requires_grad_(False).eval(), method, "cpu"), lean
 
 
@@ -82,8 +79,7 @@ def test_every_kind_of_llama_computes_what_transformers_computes(kind):
 def ends(tied: bool, tensors: dict) -> tuple:
     """Embedding and head that the loop makes of `tensors`."""
     architecture = architecture_of(tiny_llama(torch.float32, tie_word_embeddings=tied).config.to_dict())
-    kind = {"dtype": torch.float32, "int8": False, "device": "cpu", "kernels": reference}
-    made = load_weights(ModelTensors(tensors), architecture, **kind)
+    made = load_weights(ModelTensors(tensors), architecture, METHODS["fp32"], "cpu", kernels=reference)
     return made.embedding, made.head
 
 

@@ -32,8 +32,8 @@ from llmq.inspect.report import (
     TokenMap,
 )
 from llmq.labs import lab_classes, load_answer, save_answer
-from llmq.labs.agreement import Read, Reading, agreement_json, drift_line
-from llmq.labs.cause import CauseAnswer, cause_json, cause_line, patch_rows
+from llmq.labs.agreement import Read, Reading, drift_line
+from llmq.labs.cause import CauseAnswer, cause_line, patch_rows
 from llmq.labs.outliers import ReportAnswer, account_line
 
 EVIL = '<script>alert(1)</script>&"'
@@ -115,13 +115,13 @@ def test_a_reading_travels_whole():
     assert [row[2] for row in value["tokens"]] == [2, 1, 2]
     assert value["tokens"][0][3] == [[f"{EVIL}{n}\n", pytest.approx(0.5 / (n + 1), rel=1e-2)] for n in range(5)]
     assert "token 2" in drift_line(source) and "0.5 and 0.25" in drift_line(source)
-    assert json.loads(json.dumps(agreement_json(source), allow_nan=False))["tokens"][1]["rank"] == 1
+    assert json.loads(json.dumps(source.to_json(), allow_nan=False))["tokens"][1]["rank"] == 1
 
 
 def test_a_cause_names_the_repair_and_what_is_not_finite_is_left_out():
     assert "With only model.layers.0.a in 16 bit" in cause_line(cause(), read())
     assert [row[3] for row in patch_rows(cause(), read())] == ["yes", "no"]
-    plain = json.loads(json.dumps(plain_json(cause_json(cause(), read())), allow_nan=False))
+    plain = json.loads(json.dumps(plain_json(CauseAnswer(cause(), read()).to_json()), allow_nan=False))
     assert plain["repairs"] == ["model.layers.0.a"] and plain["layers"][1]["sqnr_db"] is None
     assert series(bars.layer_error_figure(cause()))["SQNR of the output"] == [(0, 40.0), (1, None)]
     assert "nothing to repair" in cause_line(Cause(2, 5, 5, 0.0, ()), read())
@@ -134,7 +134,7 @@ def test_an_infinite_divergence_is_shown_and_stored():
     source = replace(source, agreement=replace(source.agreement, tokens=rows))
     assert [row[1] for row in source.value()["tokens"]] == [None, 0.1, 0.15]
     assert "KL inf nats" in page(source.title, source.blocks())
-    assert json.loads(json.dumps(plain_json(agreement_json(source)), allow_nan=False))["tokens"][0]["kl"] is None
+    assert json.loads(json.dumps(plain_json(source.to_json()), allow_nan=False))["tokens"][0]["kl"] is None
 
 
 class Page(HTMLParser):

@@ -8,8 +8,9 @@ import torch
 from planted import PROMPT, StopAfter, columns, planted_llama, raw_inputs
 
 from llmq.errors import BadChoice
-from llmq.inspect.outliers import OutlierRecorder, layer_channel_map, observe, strongest_channels
+from llmq.inspect.outliers import OutlierRecorder, observe
 from llmq.inspect.report import cutoff
+from llmq.inspect.views import layer_channel_map, strongest_channels
 
 
 @pytest.fixture(scope="module")

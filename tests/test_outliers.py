@@ -11,8 +11,10 @@ from planted import PLANTED, PROMPT, StopAfter, columns, hooks_left, planted_lla
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from llmq.engine.base import Interrupted
 from llmq.inspect import reductions
-from llmq.inspect.outliers import THRESHOLDS, OutlierRecorder, Stopped, observe
+from llmq.inspect.outliers import OutlierRecorder, observe
+from llmq.inspect.report import THRESHOLDS
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,7 @@ def test_quantized_layers_compare_in_fp16_whatever_they_are_given():
 def test_layers_that_read_one_tensor_are_reduced_once(tiny, seen, monkeypatch):
     reduced = []
     original = reductions.reduce_prompt
-    monkeypatch.setattr("llmq.inspect.recorder.reduce_prompt", lambda *args: reduced.append(1) or original(*args))
+    monkeypatch.setattr(reductions, "reduce_prompt", lambda *args: reduced.append(1) or original(*args))
     observe(tiny, PROMPT)
     assert len(reduced) == 3 * 4 + 1  # q/k/v, o, gate/up, down; the head
     q, k, o = (seen[1].module(f"model.layers.0.self_attn.{name}_proj") for name in "qko")
@@ -205,7 +207,7 @@ def test_stop_ends_within_one_layer_and_says_so(tiny, seen, layers_run, layers_k
 def test_stop_reaches_the_caller_of_a_bare_recorder(tiny):
     stop = threading.Event()
     stop.set()
-    with pytest.raises(Stopped), OutlierRecorder(tiny, stop=stop) as recorder:
+    with pytest.raises(Interrupted), OutlierRecorder(tiny, stop=stop) as recorder:
         recorder.phase("prefill")
         tiny(PROMPT)
     assert hooks_left(tiny) == 0

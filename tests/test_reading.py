@@ -91,7 +91,7 @@ def test_a_continuation_is_what_the_library_generates_and_parts_where_it_does(fo
     assert (found.agreement.token_ids, found.agreement.continuation) == (tuple(text), len(TOKENIZED))
     tables = [logits_of(model, text).float() for model in models_of(machine, folder, asked)]
     assert found.agreement.tokens == tuple(compare_logits(*tables, text))
-    assert found.texts == tuple(found.text_of(token) for token in text)
+    assert found.texts == tuple(found.names[token] for token in text)
     shares = [event.fraction for event in events if isinstance(event, Progress)]
     assert shares == sorted(shares) and len(shares) == 2 * NEW + 1 and 0 < shares[0] and shares[-1] < 1
 

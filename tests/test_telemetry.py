@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from llmq import telemetry
-from llmq.telemetry import MemoryReader, Nvml, Sample, Sampler
+from llmq.events import Memory
+from llmq.telemetry import MemoryReader, Nvml, Sampler
 
 SOON = 10.0  # seconds a busy machine may need for what takes milliseconds
 UUID = "GPU-0000-1111"
@@ -206,7 +207,7 @@ def test_a_sample_has_the_time_of_the_clock():
     with Sampler(hz=1000, read=dict, clock=lambda: next(ticks)) as sampler:
         wait_for(lambda: sampler._samples)
     first = sampler.drain()[0]
-    assert first == Sample(at=first.at) and first.at >= 0.5 and first.at % 0.25 == 0
+    assert first == Memory(at=first.at) and first.at >= 0.5 and first.at % 0.25 == 0
 
 
 def test_leaving_stops_at_once():

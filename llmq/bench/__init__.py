@@ -5,10 +5,8 @@ from __future__ import annotations
 
 def bench_named(kind: str) -> type:
     """The benchmark called `kind`."""
-    from llmq.bench.decode import DecodeBench
     from llmq.bench.hooks import HooksBench
-    from llmq.bench.load import LoadBench
     from llmq.bench.peers import PeersBench
-    from llmq.bench.prefill import PrefillBench
+    from llmq.bench.speed import DecodeBench, LoadBench, PrefillBench
 
     return {bench.kind: bench for bench in (DecodeBench, PrefillBench, LoadBench, PeersBench, HooksBench)}[kind]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING
 
-from llmq.bench.decode import DecodeBench
-from llmq.bench.setup import Setup
+from llmq.bench.setup import Setup, spread
+from llmq.bench.speed import DecodeBench
 from llmq.contestant import Contestant
 from llmq.engine.hf import HFEngine
 from llmq.engine.loading import Key
@@ -61,52 +61,35 @@ class HooksBench(DecodeBench):
         for number in range(self.repeats + 1):  # the first is not counted
             recorder = OutlierRecorder(engine.model, outlier_columns=engine.method.outlier_columns)
             sides = (None, recorder) if number % 2 else (recorder, None)  # who comes second may find warmer caches
-            rounds.append({bool(s): _seconds(engine, setup.prompt_ids, self.new_tokens, s, lease.clock) for s in sides})
+            rounds.append({bool(side): self._seconds(engine, setup.prompt_ids, side, lease.clock) for side in sides})
         held = held_bytes(recorder.report(model=self.model, method=contestant.label))
         plain, watched = ([seconds[side] for seconds in rounds[1:]] for side in (False, True))
         row = {"engine": engine.name, "held_bytes": held}
         for phase, name in enumerate(("prefill_seconds", "decode_seconds_per_token")):
-            pairs = [(one[phase], other[phase]) for one, other in zip(plain, watched, strict=True)]
-            row |= _compared(name.partition("_")[0], name, pairs)
+            without, with_hooks = ([seconds[phase] for seconds in side] for side in (plain, watched))
+            ratios = [slow / fast for fast, slow in zip(without, with_hooks, strict=True)]
+            row |= spread(f"{name.partition('_')[0]}_ratio", ratios)
+            row |= {name: statistics.median(without), f"{name}_watched": statistics.median(with_hooks)}
         return row
 
-
-def _compared(phase: str, name: str, pairs: list[tuple[float, float]]) -> dict:
-    """One phase's keys from (seconds without, seconds with) of every round."""
-    ratios = [watched / plain for plain, watched in pairs]
-    plain, watched = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return {
-        f"{phase}_ratio": statistics.median(ratios),
-        f"{phase}_ratio_min": min(ratios),
-        f"{phase}_ratio_max": max(ratios),
-        name: plain,
-        f"{name}_watched": watched,
-    }
-
-
-def _seconds(
-    engine: HFEngine,
-    prompt_ids: list[int],
-    new_tokens: int,
-    recorder: OutlierRecorder | None,
-    clock: Callable[[], float],
-) -> tuple[float, float]:
-    """Seconds of the prefill and of one decode step (their mean), by the host's clock; both end with the chosen token
-    on the host. With a recorder each phase also ends with its statistics there."""
-    phase = recorder.phase if recorder else lambda name: None
-    generation = engine.start(prompt_ids, SamplingSettings(max_new_tokens=new_tokens))
-    started = clock()
-    with recorder or nullcontext():
-        phase("prefill")
-        generation.prefill()
-        phase("decode")
-        between = clock()
-        for _ in range(new_tokens - 1):
-            generation.step()
-            phase("decode")
-    ended = clock()  # with the hooks removed
-    generation.close()
-    return between - started, (ended - between) / (new_tokens - 1)
+    def _seconds(
+        self, engine: HFEngine, prompt_ids: list[int], recorder: OutlierRecorder | None, clock: Callable[[], float]
+    ) -> tuple[float, float]:
+        """Seconds of the prefill and of one decode step (their mean), by the host's clock; both end with the chosen
+        token on the host. With a recorder each phase also ends with its statistics there."""
+        phase = recorder.phase if recorder else lambda name: None
+        with closing(engine.start(prompt_ids, SamplingSettings(max_new_tokens=self.new_tokens))) as generation:
+            started = clock()
+            with recorder or nullcontext():
+                phase("prefill")
+                generation.prefill()
+                phase("decode")
+                between = clock()
+                for _ in range(self.new_tokens - 1):
+                    generation.step()
+                    phase("decode")
+            ended = clock()  # with the hooks removed
+        return between - started, (ended - between) / (self.new_tokens - 1)
 
 
 def held_bytes(report: object) -> int:

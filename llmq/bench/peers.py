@@ -13,13 +13,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmq.bench.setup import Bench, bandwidth_fraction, read_bandwidth, require_whole
+from llmq.bench.setup import Bench, bandwidth_fraction, read_bandwidth, require_whole, spread
 from llmq.engine.base import Engine
-from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError
 from llmq.events import Event, Progress
@@ -61,60 +60,59 @@ class PeersBench(Bench):
         setup = yield from self.prepare(lease)
         long_prompt = (setup.prompt_ids * LONG_PROMPT)[:LONG_PROMPT]
         with tempfile.TemporaryDirectory(prefix="llmq-peers-") as folder:
-            runners = [_ours(lease, contestant, key) for contestant, key in setup.entries]
+            sides = [
+                _Side(c.label, lease.get(key, c.method), SAME_PRECISION.get(c.method.name, "Q8_0"))
+                for c, key in setup.entries
+            ]
             for progress in fetch_gguf():
                 yield lease.progress(progress.message)
-            for name, file in _files(llama, Path(folder)):
-                runners.append(_Peer(llama, f"llama.cpp {name}", file, LONG_PROMPT + self.new_tokens))
-            times = {runner.label: _Times([], []) for runner in runners}
+            peers = {name: _Peer(llama, file, self.positions) for name, file in _files(llama, Path(folder))}
+            sides += [_Side(f"llama.cpp {name}", peer, name) for name, peer in peers.items()]
             with _another_process() if self.busy else nullcontext():
                 for number in range(self.repeats + 1):  # the first is not counted
-                    for runner in runners:
-                        decode = runner.decode(setup.prompt_ids, self.new_tokens)
-                        prefill = LONG_PROMPT / runner.read(long_prompt)
+                    for side in sides:
+                        decode = _decode(side.engine, setup.prompt_ids, self.new_tokens)
+                        prefill = LONG_PROMPT / _read(side.engine, long_prompt)
                         if number:
-                            times[runner.label].add(decode, prefill)
+                            side.decode.append(decode)
+                            side.prefill.append(prefill)
                     yield lease.progress(f"round {number} of {self.repeats}")
-            bandwidth = setup.facts["read_bandwidth_bytes_per_second"]
-            results = [_row(runner, times, bandwidth) for runner in runners]
-            for runner in runners:
-                runner.close()
+            results = list(_rows(sides, setup.facts["read_bandwidth_bytes_per_second"]))
+            for peer in peers.values():
+                peer.free()
         conditions = {"new_tokens": self.new_tokens, "long_prompt_tokens": LONG_PROMPT, "busy_process": self.busy}
         conditions |= {"schedule": "everybody in turn, round by round", "llama_cpp_python": llama.__version__}
         yield self.result(setup, results, conditions)
 
 
 @dataclass(frozen=True)
-class _Times:
-    """Tokens per second of every round."""
+class _Side:
+    """Who takes part, against which of llama.cpp's file types, and the tokens per second of every round."""
 
-    decode: list[float]
-    prefill: list[float]
+    label: str
+    engine: Engine | _Peer
+    rival: str
+    decode: list[float] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
 
-    def add(self, decode: float, prefill: float) -> None:
-        self.decode.append(decode)
-        self.prefill.append(prefill)
 
-
-def _row(runner, times: dict[str, _Times], bandwidth: float) -> dict:
-    own, peer = times[runner.label], times[f"llama.cpp {runner.same}"]
-    decode, prefill = statistics.median(own.decode), statistics.median(own.prefill)
-    return {
-        "method": runner.label,
-        "engine": runner.engine_name,
-        "tokens_per_second": decode,
-        "tokens_per_second_min": min(own.decode),
-        "tokens_per_second_max": max(own.decode),
-        "prefill_tokens_per_second": prefill,
-        "prefill_tokens_per_second_min": min(own.prefill),
-        "prefill_tokens_per_second_max": max(own.prefill),
-        "against": f"llama.cpp {runner.same}",
-        "decode_ratio": _ratio(own.decode, peer.decode),
-        "prefill_ratio": _ratio(own.prefill, peer.prefill),
-        "over_fp16": _ratio(own.decode, times["fp16"].decode) if "fp16" in times else None,
-        "weight_bytes": runner.weight_bytes,
-        "bandwidth_fraction": bandwidth_fraction(runner.read_bytes, decode, bandwidth),
-    }
+def _rows(sides: list[_Side], bandwidth: float) -> Iterator[dict]:
+    named = {side.label: side for side in sides}
+    for side in sides:
+        peer, fp16, engine = named[f"llama.cpp {side.rival}"], named.get("fp16"), side.engine
+        speed = statistics.median(side.decode)
+        yield {
+            "method": side.label,
+            "engine": engine.name,
+            **spread("tokens_per_second", side.decode),
+            **spread("prefill_tokens_per_second", side.prefill),
+            "against": peer.label,
+            "decode_ratio": _ratio(side.decode, peer.decode),
+            "prefill_ratio": _ratio(side.prefill, peer.prefill),
+            "over_fp16": _ratio(side.decode, fp16.decode) if fp16 else None,
+            "weight_bytes": engine.weight_bytes + engine.scale_bytes,
+            "bandwidth_fraction": bandwidth_fraction(engine.read_bytes_per_token, speed, bandwidth),
+        }
 
 
 def _ratio(own: list[float], peer: list[float]) -> float:
@@ -122,63 +120,34 @@ def _ratio(own: list[float], peer: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(own, peer, strict=True))
 
 
-def _ours(lease: Lease, contestant, key: Key) -> _Ours:
-    engine = lease.get(key, contestant.method)
-    return _Ours(contestant.label, engine, SAME_PRECISION.get(contestant.method.name, "Q8_0"))
-
-
-@dataclass(frozen=True)
-class _Ours:
-    label: str
-    engine: Engine
-    same: str
-
-    @property
-    def engine_name(self) -> str:
-        return self.engine.name
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.engine.weight_bytes + self.engine.scale_bytes
-
-    @property
-    def read_bytes(self) -> int:
-        return self.engine.read_bytes_per_token
-
-    def decode(self, prompt_ids: list[int], tokens: int) -> float:
-        """Tokens per second of `tokens` greedy ones after the prompt."""
-        generation = self.engine.start(prompt_ids, SamplingSettings(max_new_tokens=tokens))
+def _decode(engine: Engine | _Peer, prompt_ids: list[int], tokens: int) -> float:
+    """Tokens per second of `tokens` greedy ones after the prompt."""
+    with closing(engine.start(prompt_ids, SamplingSettings(max_new_tokens=tokens))) as generation:
         generation.prefill()
         started = time.perf_counter()
         for _ in range(tokens - 1):
             generation.step()
-        seconds = time.perf_counter() - started
-        generation.close()
-        return (tokens - 1) / seconds
+        return (tokens - 1) / (time.perf_counter() - started)
 
-    def read(self, ids: list[int]) -> float:
-        """Seconds until the token after a prompt is chosen."""
-        generation = self.engine.start(ids, SamplingSettings(max_new_tokens=1))
+
+def _read(engine: Engine | _Peer, ids: list[int]) -> float:
+    """Seconds until the token after a prompt is chosen."""
+    with closing(engine.start(ids, SamplingSettings(max_new_tokens=1))) as generation:
         started = time.perf_counter()
         generation.prefill()
-        seconds = time.perf_counter() - started
-        generation.close()
-        return seconds
-
-    def close(self) -> None:
-        """The engine goes with the pool."""
+        return time.perf_counter() - started
 
 
 class _Peer:
-    """llama.cpp with one file, through its C functions: a decode, then its own greedy sampler."""
+    """llama.cpp with one file, through its C functions, with the face of an engine and of its generation: a step is a
+    decode, then its own greedy sampler."""
 
-    engine_name = "llama.cpp"
+    name, scale_bytes = "llama.cpp", 0
 
-    def __init__(self, llama, label: str, file: Path, context: int):
+    def __init__(self, llama, file: Path, context: int):
         import torch
 
-        self.label, self.same, self.weight_bytes = label, label.split()[-1], file.stat().st_size
-        self.read_bytes = self.weight_bytes
+        self.weight_bytes = self.read_bytes_per_token = file.stat().st_size
         self._llama = llama
         self._model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
         settings = llama.llama_context_default_params()
@@ -188,31 +157,24 @@ class _Peer:
         self._context = llama.llama_init_from_model(self._model, settings)
         self._greedy = llama.llama_sampler_init_greedy()
 
-    def _next(self, ids: list[int]) -> int:
-        llama = self._llama
-        tokens = (llama.llama_token * len(ids))(*ids)
-        if failure := llama.llama_decode(self._context, llama.llama_batch_get_one(tokens, len(ids))):
-            raise UserError(f"llama.cpp could not decode (its code {failure})")
-        return llama.llama_sampler_sample(self._greedy, self._context, -1)
-
-    def _clear(self) -> None:
+    def start(self, ids: list[int], settings: SamplingSettings) -> _Peer:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+        self._ids = ids
+        return self
 
-    def decode(self, prompt_ids: list[int], tokens: int) -> float:
-        self._clear()
-        token = self._next(prompt_ids)
-        started = time.perf_counter()
-        for _ in range(tokens - 1):
-            token = self._next([token])
-        return (tokens - 1) / (time.perf_counter() - started)
+    def step(self) -> None:
+        llama = self._llama
+        tokens = (llama.llama_token * len(self._ids))(*self._ids)
+        if failure := llama.llama_decode(self._context, llama.llama_batch_get_one(tokens, len(self._ids))):
+            raise UserError(f"llama.cpp could not decode (its code {failure})")
+        self._ids = [llama.llama_sampler_sample(self._greedy, self._context, -1)]
 
-    def read(self, ids: list[int]) -> float:
-        self._clear()
-        started = time.perf_counter()
-        self._next(ids)
-        return time.perf_counter() - started
+    prefill = step
 
     def close(self) -> None:
+        """The next `start` clears what a generation leaves."""
+
+    def free(self) -> None:
         self._llama.llama_sampler_free(self._greedy)
         self._llama.llama_free(self._context)
         self._llama.llama_model_free(self._model)

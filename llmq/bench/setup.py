@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -102,9 +102,8 @@ class Bench:
         if self.positions > model.context:
             needed = f"prompt and answer are {self.positions:,} tokens"
             raise BadChoice(f"{needed} and {self.model} reads {model.context:,}; choose fewer")
-        entries = []
-        for contestant in self.contestants:
-            entries.append((contestant, Key.of(model, contestant.method, self.device, self.loop_of(contestant, model))))
+        keys = [Key.of(model, c.method, self.device, self.loop_of(c, model)) for c in self.contestants]
+        entries = list(zip(self.contestants, keys, strict=True))
         return Setup(model, fixed_prompt(model, self.prompt_tokens), entries, self.facts())
 
     def result(self, setup: Setup, results: list[dict], conditions: dict) -> dict:
@@ -124,6 +123,11 @@ class Bench:
             "results": results,
             **setup.facts,
         }
+
+
+def spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The median, and the lowest and the highest beside it."""
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def require_whole(name: str, value, lowest: int) -> None:

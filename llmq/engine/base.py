@@ -76,14 +76,7 @@ class Writer(Protocol):
     def warm_up(self, prompt_ids: list[int]) -> None: ...
 
 
-class Scorer(Writer, Protocol):
-    """An engine that also tells the logits of a text."""
-
-    def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
-        """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
-
-
-class Engine(Scorer, Protocol):
+class Engine(Writer, Protocol):
     """An engine that holds a model in this process: one model under one method on one device.
 
     `model` holds the weights; `reserved_bytes` is what stays allocated beside them between generations. `under` gives a
@@ -98,6 +91,8 @@ class Engine(Scorer, Protocol):
 
     def under(self, method: Method) -> Engine: ...
     def outlier_share(self, ids: list[int]) -> float: ...
+    def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
+        """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
 
 
 def generate(

@@ -28,22 +28,17 @@ def choose_engines(wanted: str, methods: Sequence[Method], config: Mapping, devi
     reasons = [why_not_lean(method, config) for method in methods]
     if wanted == "lean" and any(reasons):
         raise BadChoice(f"engine 'lean': {next(filter(None, reasons))}; choose auto or hf")
-    if wanted == "lean" and device == "cpu" and (missing := _why_not_native()):
-        raise BadChoice(f"engine 'lean': {missing}; choose auto or hf")
-    if wanted != "auto":
-        return [wanted] * len(methods)
-    possible = [not reason for reason in reasons]
-    if any(possible) and device == "cpu" and (missing := _why_not_native()):
-        log.warning("%s, so the CPU runs through transformers, which is several times slower", missing)
-        possible = [False] * len(methods)
+    possible = [not reason and wanted != "hf" for reason in reasons]
+    if any(possible) and device == "cpu":
+        from llmq.kernels.cpu.library import why_not_native  # with torch behind it
+
+        if missing := why_not_native():
+            if wanted == "lean":
+                raise BadChoice(f"engine 'lean': {missing}; choose auto or hf")
+            log.warning("%s, so the CPU runs through transformers, which is several times slower", missing)
+            possible = [False] * len(methods)
     fair = all(possible) or len(methods) != 2
     return ["lean" if fair and lean else "hf" for lean in possible]
-
-
-def _why_not_native() -> str:
-    from llmq.kernels.cpu.library import why_not_native  # with torch behind it
-
-    return why_not_native()
 
 
 def why_not_lean(method: Method, config: Mapping) -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from llmq.engine.decoder import Decoder
-from llmq.engine.prefill import read_prompt
 from llmq.engine.sampling import Sampler, SamplingSettings
 
 STEPS_UNDER_WAY = 2  # the one awaited and the next
@@ -39,19 +38,9 @@ class InFlight:
 class StepGraph:
     """A decoder and the way to run its step: captured on a GPU, called elsewhere."""
 
-    def __init__(self, engine, capacity: int, settings: SamplingSettings):
-        self.decoder = Decoder(
-            engine.model,
-            engine.architecture,
-            engine.kernels,
-            capacity=capacity,
-            threshold=engine.threshold,
-            device=engine.device,
-        )
-        self.engine = engine
-        self.kind = (capacity, draw_of(settings), engine.threshold)
-        self.sampler = Sampler(settings, engine.device)
-        on_gpu = engine.device.startswith("cuda")
+    def __init__(self, decoder: Decoder, settings: SamplingSettings):
+        self.decoder, self.sampler = decoder, Sampler(settings, decoder.device)
+        on_gpu = decoder.device.startswith("cuda")
         self.slots = [InFlight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
         self.graph = try_capture(self._capture) if on_gpu else None
         self.prompts: dict[int, PromptGraph | None] = {}
@@ -67,11 +56,11 @@ class StepGraph:
     def prompt_of(self, tokens: int) -> PromptGraph | None:
         """Return the graph that reads prompts of about so many tokens, captured now if needed; None if impossible."""
         rows = max(SHORTEST_PROMPT_GRAPH, 1 << (tokens - 1).bit_length())
-        possible = self.graph and self.engine.kernels.prompts_can_be_captured
+        possible = self.graph and self.decoder.kernels.prompts_can_be_captured
         if not possible or rows > min(LONGEST_PROMPT_GRAPH, self.decoder.capacity):
             return None
         if rows not in self.prompts:
-            self.prompts[rows] = try_capture(lambda: PromptGraph(self, rows))
+            self.prompts[rows] = try_capture(lambda: PromptGraph(self.decoder, rows))
         return self.prompts[rows]
 
     def step(self) -> None:
@@ -89,25 +78,37 @@ class StepGraph:
         """Choose the next token: from the decoder's `logits` to its `token` and `chosen`."""
         decoder = self.decoder
         if self.sampler.settings.temperature == 0:
-            decoder.choose_likeliest()
+            decoder.kernels.likeliest(decoder.logits, decoder.token, decoder.chosen)
         else:
             decoder.chosen.copy_(self.sampler.choose(decoder.logits))
             decoder.token.copy_(decoder.chosen[:1])
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Record a step; it runs on a position that the prompt overwrites. Kernels compile in the run before."""
-        side = torch.cuda.Stream(self.decoder.device)
-        side.wait_stream(torch.cuda.current_stream(self.decoder.device))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(side):
+        """Record a step; the run before is on a position that the prompt overwrites."""
+
+        def first() -> None:
             self._step()
             self.decoder.position.zero_()
-        side.synchronize()
-        if self.sampler.settings.temperature:
-            graph.register_generator_state(self.sampler.generator)
-        with torch.cuda.graph(graph, stream=side):
-            self._step()
-        return graph
+
+        generator = self.sampler.generator if self.sampler.settings.temperature else None
+        return recorded(first, self._step, self.decoder.device, generator)
+
+
+def recorded(
+    first: Callable[[], None], run: Callable[[], None], device: str, generator: torch.Generator | None = None
+) -> torch.cuda.CUDAGraph:
+    """Run `first`, in which kernels compile, on a stream of its own, then record `run` there."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        first()
+    side.synchronize()
+    if generator:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph, stream=side):
+        run()
+    return graph
 
 
 def try_capture(capture: Callable):
@@ -124,30 +125,21 @@ def try_capture(capture: Callable):
 class PromptGraph:
     """The reading of a prompt of up to `rows` tokens as a graph: hundreds of kernels, each shorter than its launch."""
 
-    def __init__(self, step_graph: StepGraph, rows: int):
-        engine, decoder = step_graph.engine, step_graph.decoder
-        self.ids = torch.zeros(rows, dtype=torch.int64, device=engine.device)
-        self.used = torch.full((1,), rows, dtype=torch.int32, device=engine.device)
-        self.level = torch.cuda.memory_allocated(engine.device)
+    def __init__(self, decoder: Decoder, rows: int):
+        device = decoder.device
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.used = torch.full((1,), rows, dtype=torch.int32, device=device)
+        level = torch.cuda.memory_allocated(device)
+
+        def measured() -> None:
+            torch.cuda.reset_peak_memory_stats(device)
+            read()
+            self.workspace_bytes = torch.cuda.max_memory_allocated(device) - level
 
         def read() -> None:
-            hidden = read_prompt(
-                engine.model, engine.architecture, engine.kernels, self.ids, decoder.caches, decoder.rope,
-                threshold=engine.threshold, used=self.used,
-            )  # fmt: skip
-            decoder.score(hidden.index_select(0, self.used - 1).view(-1))
-            decoder.position.copy_(self.used)
+            decoder.read(self.ids, used=self.used)
 
-        side = torch.cuda.Stream(engine.device)
-        side.wait_stream(torch.cuda.current_stream(engine.device))
-        with torch.cuda.stream(side):
-            torch.cuda.reset_peak_memory_stats(engine.device)
-            read()
-        side.synchronize()
-        self.workspace_bytes = torch.cuda.max_memory_allocated(engine.device) - self.level
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=side):
-            read()
+        self.graph = recorded(measured, read, device)
 
     def read(self, ids: list[int]) -> None:
         """Fill the decoder's caches and logits."""

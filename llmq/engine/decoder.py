@@ -1,16 +1,22 @@
-"""One token through a LLaMA: a fixed sequence of kernels over fixed buffers, so that a GPU can replay it as a graph.
+"""One token through a LLaMA: a fixed sequence of kernels over fixed buffers, so that a GPU can replay it as a graph;
+and the whole prompt in one call: products of many rows, for the library's matrix products.
 
 Nothing in a step depends on the host: the token, the position and the length are read on the device, and the chosen
-token is where the next step looks for it.
+token is where the next step looks for it. A prompt is read in one call, not in chunks: LLM.int8() pools outlier columns
+over the rows of a call, so chunks would change results.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Sequence
 
+import torch
+from torch.nn import functional
+
+from llmq.engine.base import Interrupted
+from llmq.engine.llama import rope_table
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.engine.rope import rope_table
-from llmq.kernels.buffers import Cache, Partials, SplitVector
+from llmq.kernels.buffers import Cache, Noting, Partials, SplitVector
 from llmq.kernels.primitives import Int8Weight
 from llmq.models.architecture import Architecture
 
@@ -21,28 +27,16 @@ class Decoder:
     `threshold`: float for LLM.int8(), None where activations keep their 16 bits.
     """
 
-    def __init__(
-        self,
-        weights: LlamaWeights,
-        architecture: Architecture,
-        kernels,
-        *,
-        capacity: int,
-        threshold: float | None,
-        device: str,
-    ):
-        self.weights, self.architecture, self.kernels = weights, architecture, kernels
+    def __init__(self, weights: LlamaWeights, kernels, *, capacity: int, threshold: float | None, device: str):
+        self.weights, self.kernels = weights, kernels
         self.capacity, self.threshold, self.device = capacity, threshold, device
-        a, dtype = architecture, weights.dtype
+        a, dtype = weights.architecture, weights.dtype
 
-        def zeros(size: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        def zeros(size: int | tuple[int, ...], kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.zeros(size, dtype=kind, device=device)
 
         shape = (a.kv_heads, capacity, a.head_dim)
-        self.caches = [
-            Cache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(a.layers)
-        ]
+        self.caches = [Cache(zeros(shape), zeros(shape)) for _ in range(a.layers)]
         self.rope = rope_table(a, capacity, device)
         self.token, self.position = zeros(1, torch.int64), zeros(1, torch.int64)
         self.chosen = zeros(2, torch.float64)
@@ -82,6 +76,21 @@ class Decoder:
         self.score(hidden)
         self.position.add_(1)
 
+    def read(
+        self, ids: torch.Tensor, *, used: torch.Tensor | None = None, stopped: Callable[[], bool] | None = None
+    ) -> None:
+        """Fill the empty caches from a prompt, as `read_prompt` does; afterwards `logits` are the next token's."""
+        hidden = read_prompt(
+            self.weights, self.kernels, ids, self.caches, self.rope,
+            threshold=self.threshold, used=used, stopped=stopped,
+        )  # fmt: skip
+        if used is None:
+            self.score(hidden[-1])
+            self.position.fill_(len(ids))
+        else:
+            self.score(hidden.index_select(0, used - 1).view(-1))
+            self.position.copy_(used)
+
     def score(self, hidden: torch.Tensor) -> None:
         """Compute `logits` from the last layer's output (hidden_size,)."""
         head = self.weights.head
@@ -89,15 +98,11 @@ class Decoder:
         x = self._norm(hidden, self.weights.norm, self._attended_split, threshold)
         self.kernels.product(x, head, self.logits)
 
-    def choose_likeliest(self) -> None:
-        """Choose the most likely token of `logits`, into `token` and `chosen`."""
-        self.kernels.likeliest(self.logits, self.token, self.chosen)
-
     def _norm(
         self, x: torch.Tensor, norm_weight: torch.Tensor, empty: SplitVector | None, threshold: float | None
     ) -> torch.Tensor | SplitVector:
         """RMSNorm, in the form the weights are multiplied with; `empty` is the split that comes next."""
-        eps = self.architecture.eps
+        eps = self.weights.architecture.eps
         if threshold is None:
             self.kernels.norm(x, norm_weight, eps, self._normed)
             return self._normed
@@ -109,3 +114,58 @@ class Decoder:
             return x
         self.kernels.split(x, self.threshold, split)
         return split
+
+
+def read_prompt(
+    weights: LlamaWeights,
+    kernels,
+    ids: torch.Tensor,
+    caches: Sequence[Cache],
+    rope: torch.Tensor,
+    *,
+    threshold: float | None,
+    used: torch.Tensor | None = None,
+    stopped: Callable[[], bool] | None = None,
+    outlier_marks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Fill empty `caches` from `ids` (tokens,); returns what the final norm gets, (tokens, hidden).
+
+    `used`: int32 (1,), how many of `ids` are the prompt's where the rest only fills a captured graph's shape: those
+    rows mean nothing and change nothing else.
+
+    `stopped` is asked before every layer, so a long prompt can be given up (raises Interrupted). `outlier_marks`:
+    int8 zeros (4·layers, widest input): 1 where a column of the inputs of q/k/v, output, gate/up and down of each layer
+    in turn is multiplied in 16 bit.
+    """
+    a = weights.architecture
+    hidden = torch.empty(len(ids), a.hidden_size, dtype=weights.dtype, device=ids.device)
+    kernels.embed(weights.embedding, ids, hidden)
+    outlier_marks = outlier_marks_for(a, ids.device) if outlier_marks is None else outlier_marks
+    noting = (Noting(threshold, marks, used) for marks in outlier_marks)
+    for layer, cache in zip(weights.layers, caches, strict=True):
+        if stopped and stopped():
+            raise Interrupted
+        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, next(noting))
+        qkv = kernels.linear_rows(rows, layer.qkv, bias=layer.qkv_bias)
+        attended = _attend(*kernels.append_rows(qkv, cache, rope, 0))
+        rows = kernels.plain_rows(attended, next(noting))
+        kernels.linear_rows(rows, layer.output, bias=layer.output_bias, residual=hidden)
+        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, next(noting))
+        rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), next(noting))
+        kernels.linear_rows(rows, layer.down, residual=hidden)
+    return hidden
+
+
+def outlier_marks_for(architecture: Architecture, device: torch.device | str) -> torch.Tensor:
+    """Return zeros for the `outlier_marks` of a prompt."""
+    a = architecture
+    widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
+    return torch.zeros(4 * a.layers, widest, dtype=torch.int8, device=device)
+
+
+def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Attend causally: (heads, rows, head_dim), twice (kv_heads, rows, head_dim) -> (rows, heads·head_dim)."""
+    y = functional.scaled_dot_product_attention(
+        queries[None], keys[None], values[None], is_causal=True, enable_gqa=keys.shape[0] != queries.shape[0]
+    )
+    return y[0].transpose(0, 1).reshape(queries.shape[1], -1)

@@ -23,6 +23,7 @@ from llmq.engine.timing import timer_for
 from llmq.errors import UserError
 from llmq.methods import Method
 from llmq.methods.swap import stored_bytes
+from llmq.models.config import context_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ class HFEngine:
         self, model: PreTrainedModel, method: Method, device: str, *, clock: Callable[[], float] = time.perf_counter
     ):
         self.model, self.method, self.device = model, method, device
-        self.weight_bytes = stored_bytes(model)
+        self.weight_bytes, self.context = stored_bytes(model), context_of(model.config)
         self._timer = timer_for(device, clock)
         self._warm: set[int] = set()  # lengths of prompts
         self._applied = [method.stored()]  # the method whose live fields the layers have, for every view
@@ -60,11 +61,6 @@ class HFEngine:
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         tied = head is not None and head.weight is embedding.weight
         return self.weight_bytes + self.scale_bytes - (0 if tied else embedding.weight.nbytes)
-
-    @property
-    def context(self) -> int:
-        """The most tokens, prompt and answer together, the model's positions allow."""
-        return int(getattr(self.model.config, "max_position_embeddings", 2**31))
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -139,9 +135,13 @@ class Generation:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values held now, exact tensor sizes."""
+        """Bytes of the cache now, exact tensor sizes: keys and values, or whatever else a layer keeps of a text."""
+        import torch
+
         layers = self._cache.layers if self._cache is not None else ()
-        return sum(t.nbytes for layer in layers for t in (layer.keys, layer.values) if t is not None)
+        kept = (part for layer in layers for part in vars(layer).values())
+        parts = (part for value in kept for part in (value.values() if isinstance(value, dict) else [value]))
+        return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor) and part.ndim)
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token.
@@ -197,16 +197,11 @@ def cache_name(model: PreTrainedModel) -> str:
 @contextmanager
 def _interruptible(model: torch.nn.Module, stopped: Callable[[], bool] | None) -> Iterator[None]:
     """Make every linear layer of `model` ask `stopped()` before it runs, and raise Interrupted if it says yes."""
-    from torch import nn
+    from llmq.hooks import Watched, linear_modules
 
-    def check(module, args):
+    def check(*_) -> None:
         if stopped():
             raise Interrupted
 
-    linears = (m for m in model.modules() if isinstance(m, nn.Linear)) if stopped else ()
-    hooks = [linear.register_forward_pre_hook(check) for linear in linears]
-    try:
+    with Watched(linear_modules(model) if stopped else {}, on_input=check):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

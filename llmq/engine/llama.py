@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from llmq.engine.base import Generation
+import torch
+
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.sampling import SamplingSettings
 from llmq.methods import Method
@@ -24,16 +25,16 @@ class Workspace(Protocol):
 
 
 class LlamaEngine:
-    """The half of `base.Engine` that `CudaLlama` and `CpuLlama` share."""
+    """The half of `base.Engine` that `CudaLlama` and `CpuLlama` share. `generation`: what `start` makes."""
 
     name = "lean"
+    generation: ClassVar[type[LlamaGeneration]]
 
-    def __init__(
-        self, weights: LlamaWeights, architecture: Architecture, method: Method, device: str, eos_ids: frozenset[int]
-    ):
-        self.model, self.architecture, self.method, self.device = weights, architecture, method, device
-        self.eos_ids, self.context = eos_ids, architecture.context
+    def __init__(self, weights: LlamaWeights, method: Method, device: str, eos_ids: frozenset[int]):
+        self.model, self.architecture, self.method, self.device = weights, weights.architecture, method, device
+        self.eos_ids, self.context = eos_ids, weights.architecture.context
         self.weight_bytes, self.scale_bytes = weights.weight_bytes, weights.scale_bytes
+        self.read_bytes_per_token = weights.read_bytes_per_token
         self._warm: set[tuple] = set()  # (tokens of a prompt, threshold)
         self.spare: list[Workspace] = []
 
@@ -52,8 +53,10 @@ class LlamaEngine:
         found = next((workspace for workspace in self.spare if workspace.kind == kind), None)
         if found is None:
             self.spare.clear()
-            return make()
-        self.spare.remove(found)
+            found = make()
+            found.kind = kind
+        else:
+            self.spare.remove(found)
         return found
 
     @property
@@ -61,13 +64,9 @@ class LlamaEngine:
         """Caches and buffers that stay allocated for the next generations."""
         return sum(workspace.kv_bytes + workspace.workspace_bytes for workspace in self.spare)
 
-    @property
-    def read_bytes_per_token(self) -> int:
-        return self.model.read_bytes_per_token
-
-    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> Generation:
+    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> LlamaGeneration:
         """Begin a generation: nothing runs until its `prefill()`."""
-        raise NotImplementedError
+        return self.generation(self, prompt_ids, settings)
 
     def warm_up(self, prompt_ids: list[int]) -> None:
         """Run what a generation of this prompt will run, uncounted: kernels compile and load, clocks settle."""
@@ -80,11 +79,50 @@ class LlamaEngine:
         generation.close()
         self._warm.add((len(prompt_ids), self.threshold))
 
+    def outlier_counts(self, ids: list[int]) -> list[int]:
+        """Return how many columns are multiplied in 16 bit while `ids` are read, in the inputs of q/k/v, output,
+        gate/up and down of each layer in turn."""
+        raise NotImplementedError
 
-def share_of_columns(architecture: Architecture, counts: list[int]) -> float:
-    """Return the mean share of columns a linear layer keeps in 16 bit, from how many there are in the inputs of q/k/v,
-    output, gate/up and down of each layer in turn: three, one, two and one linear layers read them."""
-    a = architecture
-    widths, readers = (a.hidden_size, a.heads * a.head_dim, a.hidden_size, a.intermediate_size), (3, 1, 2, 1)
-    shares = (count / widths[i % 4] * readers[i % 4] for i, count in enumerate(counts))
-    return sum(shares) / (sum(readers) * a.layers)
+    def outlier_share(self, ids: list[int]) -> float:
+        """Return the same as `HFEngine.outlier_share`, over the layers without the head: of the four inputs of a layer
+        three, one, two and one linear layers read each."""
+        a, readers = self.architecture, (3, 1, 2, 1)
+        widths = (a.hidden_size, a.heads * a.head_dim, a.hidden_size, a.intermediate_size)
+        shares = (count / widths[i % 4] * readers[i % 4] for i, count in enumerate(self.outlier_counts(ids)))
+        return sum(shares) / (sum(readers) * a.layers)
+
+
+class LlamaGeneration:
+    """One generation under way, see `base.Generation`: its workspace is taken by `prefill` and given back at the end.
+    A subclass reads and steps."""
+
+    workspace_bytes = allocator_peak_bytes = 0
+
+    def __init__(self, engine: LlamaEngine, prompt_ids: list[int], settings: SamplingSettings):
+        assert prompt_ids, "a generation needs at least one prompt token"
+        self._engine, self._prompt_ids, self._settings = engine, prompt_ids, settings
+        self._tokens = min(engine.context, len(prompt_ids) + settings.max_new_tokens)
+        self._workspace: Workspace | None = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values, exact tensor sizes."""
+        return self._workspace.kv_bytes if self._workspace else 0
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.kv_bytes + self.workspace_bytes
+
+    def close(self) -> None:
+        """Give the workspace back for the next generation; the object is of no more use."""
+        if self._workspace:
+            self._engine.spare.append(self._workspace)
+        self._workspace = None
+
+
+def rope_table(architecture: Architecture, positions: int, device: str) -> torch.Tensor:
+    """Return float32 (positions, head_dim): cosines, then sines, of each position's angles (Su et al. 2021)."""
+    frequencies = torch.tensor(architecture.rope.frequencies(architecture.head_dim), dtype=torch.float64)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), 1).float().to(device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import time
 import weakref
 from collections.abc import Callable
 
@@ -16,62 +15,12 @@ import torch
 
 from llmq import cgroup
 from llmq.engine.base import Interrupted, Token, capacity_for, token_of
-from llmq.engine.llama import LlamaEngine, share_of_columns
+from llmq.engine.llama import LlamaEngine, LlamaGeneration, rope_table
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.engine.rope import rope_table
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import HostTimer
 from llmq.kernels.cpu.library import KINDS, LANES, STOPPED, Layer, Model, Session, open_library
 from llmq.methods import Method
-from llmq.models.architecture import Architecture
-
-
-class CpuLlama(LlamaEngine):
-    """One LLaMA under one method on the CPU, for one generation at a time. `weights` are packed (`library.Packing`)."""
-
-    def __init__(
-        self,
-        weights: LlamaWeights,
-        architecture: Architecture,
-        method: Method,
-        *,
-        eos_ids: frozenset[int] = frozenset(),
-        threads: int | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
-        super().__init__(weights, architecture, method, "cpu", eos_ids)
-        self.timer = HostTimer(clock)
-        self.library = open_library()
-        self.shape = _model(weights, architecture, method.dtype)
-        self.pool = ThreadPool(self.library, threads or usable_threads(), self.library.llmq_regions(self.shape))
-        self.threads = self.pool.threads
-
-    def start(self, prompt_ids: list[int], settings: SamplingSettings) -> CpuGeneration:
-        """Begin a generation: nothing runs until its `prefill()`."""
-        return CpuGeneration(self, prompt_ids, settings)
-
-    def workspace(self, tokens: int) -> _CpuWorkspace:
-        """Return cache and buffers for generations of up to `tokens` positions."""
-        capacity = capacity_for(tokens, self.context)
-        return self.take((capacity, self.threshold is not None), lambda: _CpuWorkspace(self, capacity))
-
-    def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
-        """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
-        workspace = _CpuWorkspace(self, len(ids))
-        logits = torch.empty(len(ids), _eights(self.architecture.vocab_size))
-        workspace.read(ids, logits, every=True, stopped=stopped)
-        return logits[:, : self.architecture.vocab_size]
-
-    def outlier_columns(self, ids: list[int]) -> list[set[int]]:
-        """Return the columns that the library multiplies in 16 bit while it reads `ids`: of the inputs of qkv, output,
-        gate_up and down of each layer in turn."""
-        workspace = _CpuWorkspace(self, len(ids), watch=True)
-        workspace.read(ids, torch.empty(_eights(self.architecture.vocab_size)), every=False)
-        return [set(row.nonzero().view(-1).tolist()) for row in workspace.outlier_marks[: 4 * self.architecture.layers]]
-
-    def outlier_share(self, ids: list[int]) -> float:
-        """Return the same as `HFEngine.outlier_share`, over the layers without the head."""
-        return share_of_columns(self.architecture, [len(columns) for columns in self.outlier_columns(ids)])
 
 
 class ThreadPool:
@@ -91,7 +40,6 @@ class _CpuWorkspace:
     def __init__(self, engine: CpuLlama, capacity: int, *, watch: bool = False):
         a = engine.architecture
         self.engine, self.capacity = engine, capacity
-        self.kind = (capacity, engine.threshold is not None)
         kind = torch.bfloat16 if engine.method.dtype == "bfloat16" else torch.float16
         self.cache = torch.empty(2, a.layers, a.kv_heads, capacity, a.head_dim, dtype=kind)
         self.rope = rope_table(a, capacity, "cpu")
@@ -99,7 +47,7 @@ class _CpuWorkspace:
         self.chosen = (ctypes.c_double * 2)()
         self.buffers = self._buffers(0)
         widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
-        self.outlier_marks = torch.zeros(4 * a.layers + 1, _eights(widest), dtype=torch.uint8) if watch else None
+        self.outlier_marks = torch.zeros(4 * a.layers + 1, _eights(widest) if watch else 0, dtype=torch.uint8)
         self.read_bytes = 0  # what the last prompt needed besides
 
     @property
@@ -153,72 +101,93 @@ class _CpuWorkspace:
             self.capacity,
             engine.threshold is not None,
             engine.threshold or 0.0,
-            self.outlier_marks.shape[1] if self.outlier_marks is not None else 0,
-            self.outlier_marks.data_ptr() if self.outlier_marks is not None else None,
+            self.outlier_marks.shape[1],
+            self.outlier_marks.data_ptr(),  # 0 where there is none
             buffers.data_ptr(),
         )
 
 
-class CpuGeneration:
+class CpuGeneration(LlamaGeneration):
     """One generation under way; see `base.Generation`."""
 
-    allocator_peak_bytes = 0  # a CPU has no allocator to ask
-
     def __init__(self, engine: CpuLlama, prompt_ids: list[int], settings: SamplingSettings):
-        assert prompt_ids, "a generation needs at least one prompt token"
-        self._engine, self._prompt_ids, self._settings = engine, prompt_ids, settings
+        super().__init__(engine, prompt_ids, settings)
         self._sampler = Sampler(settings, "cpu")
-        self._workspace: _CpuWorkspace | None = None
         self._position, self._token = len(prompt_ids), -1
-        self.workspace_bytes = 0
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values, exact tensor sizes."""
-        return self._workspace.kv_bytes if self._workspace else 0
-
-    @property
-    def peak_bytes(self) -> int:
-        return self.kv_bytes + self.workspace_bytes
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
-        engine = self._engine
-        self._workspace = engine.workspace(min(engine.context, len(self._prompt_ids) + self._settings.max_new_tokens))
-        self._workspace.engine = engine  # whose threshold it computes with
-        with engine.timer:
-            self._workspace.read(self._prompt_ids, self._workspace.logits, every=False, stopped=stopped)
-            token_id, logprob = self._choose()
-        self.workspace_bytes = self._workspace.workspace_bytes + self._workspace.read_bytes
-        return self._made(token_id, logprob)
+        workspace = self._workspace = self._engine.workspace(self._tokens)
+        workspace.engine = self._engine  # whose threshold it computes with
+        token = self._timed(lambda: workspace.read(self._prompt_ids, workspace.logits, every=False, stopped=stopped))
+        self.workspace_bytes = workspace.workspace_bytes + workspace.read_bytes
+        return token
 
     def step(self) -> Token:
         """Sample the next token."""
         assert self._workspace is not None, "prefill before the first step"
-        with self._engine.timer:
-            self._workspace.step(self._token, self._position)
-            token_id, logprob = self._choose()
+        token = self._timed(lambda: self._workspace.step(self._token, self._position))
         self._position += 1
-        return self._made(token_id, logprob)
+        return token
 
-    def _choose(self) -> tuple[float, float]:
-        if self._settings.temperature == 0:
-            return tuple(self._workspace.chosen)
-        return tuple(self._sampler.choose(self._workspace.logits[: self._engine.architecture.vocab_size]).tolist())
-
-    def _made(self, token_id: float, logprob: float) -> Token:
-        self._token = int(token_id) if not math.isnan(token_id) else 0
-        return token_of(token_id, logprob, self._engine.timer.seconds)
-
-    def close(self) -> None:
-        """Give the workspace back for the next generation; the object is of no more use."""
-        if self._workspace:
-            self._engine.spare.append(self._workspace)
-        self._workspace = None
+    def _timed(self, compute: Callable[[], None]) -> Token:
+        """Compute the next token's logits and choose it."""
+        with self._engine.timer:
+            compute()
+            chosen = self._workspace.chosen
+            if self._settings.temperature:
+                chosen = self._sampler.choose(self._workspace.logits[: self._engine.architecture.vocab_size]).tolist()
+        token = token_of(*chosen, self._engine.timer.seconds)
+        self._token = token.token_id
+        return token
 
 
-def _model(weights: LlamaWeights, a: Architecture, dtype: str) -> Model:
+class CpuLlama(LlamaEngine):
+    """One LLaMA under one method on the CPU, for one generation at a time. `weights` are packed (`library.Packing`)."""
+
+    generation = CpuGeneration
+
+    def __init__(
+        self,
+        weights: LlamaWeights,
+        method: Method,
+        *,
+        eos_ids: frozenset[int] = frozenset(),
+        threads: int | None = None,
+    ):
+        super().__init__(weights, method, "cpu", eos_ids)
+        self.timer, self.library = HostTimer(), open_library()
+        self.shape = _model(weights, method.dtype)
+        self.pool = ThreadPool(self.library, threads or usable_threads(), self.library.llmq_regions(self.shape))
+        self.threads = self.pool.threads
+
+    def workspace(self, tokens: int) -> _CpuWorkspace:
+        """Return cache and buffers for generations of up to `tokens` positions."""
+        capacity = capacity_for(tokens, self.context)
+        return self.take((capacity, self.threshold is not None), lambda: _CpuWorkspace(self, capacity))
+
+    def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
+        """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
+        workspace = _CpuWorkspace(self, len(ids))
+        logits = torch.empty(len(ids), _eights(self.architecture.vocab_size))
+        workspace.read(ids, logits, every=True, stopped=stopped)
+        return logits[:, : self.architecture.vocab_size]
+
+    def outlier_columns(self, ids: list[int]) -> list[set[int]]:
+        """Return the columns that the library multiplies in 16 bit while it reads `ids`: of the inputs of qkv, output,
+        gate_up and down of each layer in turn."""
+        workspace = _CpuWorkspace(self, len(ids), watch=True)
+        workspace.read(ids, torch.empty(_eights(self.architecture.vocab_size)), every=False)
+        return [set(row.nonzero().view(-1).tolist()) for row in workspace.outlier_marks[: 4 * self.architecture.layers]]
+
+    def outlier_counts(self, ids: list[int]) -> list[int]:
+        """Return how many columns of each input are outliers; see `LlamaEngine`."""
+        return [len(columns) for columns in self.outlier_columns(ids)]
+
+
+def _model(weights: LlamaWeights, dtype: str) -> Model:
     """The library's view of packed weights, which must outlive it."""
+    a = weights.architecture
     layers = (Layer * a.layers)(
         *(
             Layer(

@@ -14,19 +14,16 @@ import torch
 
 from llmq.errors import ModelUnavailable
 from llmq.kernels.primitives import Int8Weight
+from llmq.methods import Method
 from llmq.models.architecture import Architecture
 
 Weight = torch.Tensor | Int8Weight
 
 
-class Form(Protocol):
-    """How finished matrices and vectors are stored, such as in another layout. `paired`: gate rows, then up rows."""
+class Form:
+    """How finished matrices and vectors are stored: as they are, or in another layout where `library.Packing` stands in
+    its place. `paired`: gate rows, then up rows."""
 
-    def matrix(self, weight: Weight, *, paired: bool = False) -> Weight: ...
-    def vector(self, values: torch.Tensor) -> torch.Tensor: ...
-
-
-class AsTheyAre:
     def matrix(self, weight: Weight, *, paired: bool = False) -> Weight:
         return weight
 
@@ -60,6 +57,7 @@ class Layer:
 class LlamaWeights:
     """`embedding`, `head`: (vocab_size, hidden_size); one object where they are tied."""
 
+    architecture: Architecture
     embedding: Weight
     layers: tuple[Layer, ...]
     norm: torch.Tensor
@@ -98,24 +96,22 @@ class LlamaWeights:
 def load_weights(
     source: Tensors,
     architecture: Architecture,
-    *,
-    dtype: torch.dtype,
-    int8: bool,
-    int8_head: bool = False,
+    method: Method,
     device: str,
+    *,
     kernels,
     form: Form | None = None,
 ) -> LlamaWeights:
-    """Build the weights from `source`, tensor by tensor. `kernels` offers `quantize_rows`. `int8_head`: embedding and
-    head in int8 too."""
-    made = _Maker(source, dtype, int8, device, kernels, form or AsTheyAre())
-    ends = replace(made, int8=int8_head)
+    """Build the weights from `source` under `method`, tensor by tensor. `kernels` offers `quantize_rows`."""
+    dtype, int8 = getattr(torch, method.dtype), method.packed == "int8"
+    made = _Maker(source, dtype, int8, device, kernels, form or Form())
+    ends = replace(made, int8=method.int8_head)
     a, prefix = architecture, "model." if "model.norm.weight" in source else ""  # none in a decoder saved by itself
     names = _ends(source, prefix + "embed_tokens", device if architecture.tied else None)
     embedding, *head = [ends.linear([name], a.vocab_size, a.hidden_size) for name in names]
     layers = tuple(_layer(made, f"{prefix}layers.{i}.", a) for i in range(a.layers))
     norm = made.vector(prefix + "norm.weight", size=a.hidden_size)
-    return LlamaWeights(embedding, layers, norm, head[0] if head else embedding)
+    return LlamaWeights(a, embedding, layers, norm, head[0] if head else embedding)
 
 
 def _ends(source: Tensors, embedding: str, tied_on: str | None) -> list[str]:

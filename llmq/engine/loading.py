@@ -14,7 +14,7 @@ from llmq.cache import cache_folder
 from llmq.engine.base import Engine
 from llmq.engine.hf import HFEngine
 from llmq.methods import Method
-from llmq.methods.calibrate import FOLDER, file_name, load_statistics
+from llmq.methods.calibrate import FOLDER, file_name
 from llmq.models.loading import folder_of, load_model, require_method
 from llmq.models.opening import Model
 from llmq.models.reference_text import WINDOW
@@ -52,7 +52,15 @@ def load_engine(key: Key) -> Engine:
 
 
 def _load_hf(key: Key) -> HFEngine:
-    statistics = load_statistics(statistics_file(key)) if key.method.calibrated else None
+    from safetensors.torch import load_file
+
+    if key.device == "cpu":
+        import torch
+
+        from llmq.engine.llama_cpu import usable_threads
+
+        torch.set_num_threads(usable_threads())
+    statistics = load_file(statistics_file(key)) if key.method.calibrated else None
     return HFEngine(load_model(key.model.source, key.method, key.device, statistics), key.method, key.device)
 
 
@@ -67,34 +75,25 @@ def statistics_file(key: Key) -> Path:
 
 
 def _load_lean(key: Key) -> Engine:
-    import torch
-
     from llmq.engine.llama_weights import load_weights
     from llmq.models.architecture import architecture_of
 
-    method = key.method
-    architecture, eos_ids = architecture_of(key.model.config.to_dict()), key.model.eos_ids
-    wanted = {
-        "dtype": getattr(torch, method.dtype),
-        "int8": method.packed == "int8",
-        "int8_head": method.int8_head,
-        "device": key.device,
-    }
-    tensors = key.model.tensors()
+    method, eos_ids = key.method, key.model.eos_ids
+    wanted = (key.model.tensors(), architecture_of(key.model.config.to_dict()), method, key.device)
     if key.device == "cpu":
         from llmq.engine.llama_cpu import CpuLlama
         from llmq.kernels.cpu import library
 
-        weights = load_weights(tensors, architecture, **wanted, kernels=library, form=library.Packing())
-        return CpuLlama(weights, architecture, method, eos_ids=eos_ids)
+        weights = load_weights(*wanted, kernels=library, form=library.Packing())
+        return CpuLlama(weights, method, eos_ids=eos_ids)
     from llmq.engine.llama_cuda import CudaLlama
     from llmq.kernels.backend import kernels_for
 
     kernels, slower = kernels_for(key.device)
     if slower:
         log.warning("%s", slower)
-    weights = load_weights(tensors, architecture, **wanted, kernels=kernels)
-    return CudaLlama(weights, architecture, method, key.device, kernels=kernels, eos_ids=eos_ids)
+    weights = load_weights(*wanted, kernels=kernels)
+    return CudaLlama(weights, method, key.device, kernels=kernels, eos_ids=eos_ids)
 
 
 @contextmanager

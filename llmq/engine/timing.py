@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 
@@ -10,7 +11,7 @@ class HostTimer:
 
     growth_bytes = peak_bytes = 0
 
-    def __init__(self, clock: Callable[[], float]):
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
 
     def __enter__(self):
@@ -46,6 +47,6 @@ class CudaTimer:
         self.growth_bytes = self.peak_bytes - self._level
 
 
-def timer_for(device: str, clock: Callable[[], float]) -> HostTimer | CudaTimer:
+def timer_for(device: str, clock: Callable[[], float] = time.perf_counter) -> HostTimer | CudaTimer:
     """Return the timer of a device; `clock` returns seconds and is used on a CPU only."""
     return CudaTimer(device) if device.startswith("cuda") else HostTimer(clock)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmq.errors import BadChoice
-from llmq.scores import ROWS, kl_divergence, log_probabilities, perplexity
+from llmq.scores import kl_divergence, pairs, perplexity
 
 if TYPE_CHECKING:
     import torch
@@ -111,24 +111,21 @@ def compare_logits(baseline: torch.Tensor, other: torch.Tensor, ids: list[int], 
     if len(ids) < 2:
         raise BadChoice(f"the text has {len(ids)} token; at least 2 are needed, the first predicts the second")
     found = []
-    for start in range(first - 1, len(ids) - 1, ROWS):
-        stop = min(start + ROWS, len(ids) - 1)
-        a, b = (log_probabilities(logits[start:stop]) for logits in (baseline, other))
-        found += _rows(a, b.to(a.device), ids[start + 1 : stop + 1], start + 1)
+    for a, b, targets in pairs(baseline, other, ids, first=first):
+        found += _rows(a, b, targets, first + len(found))
     return found
 
 
-def _rows(a: torch.Tensor, b: torch.Tensor, targets: list[int], first: int) -> list[TokenAgreement]:
+def _rows(a: torch.Tensor, b: torch.Tensor, targets: torch.Tensor, first: int) -> list[TokenAgreement]:
     import torch
 
     best = a.argmax(-1, keepdim=True)
     own = b.gather(1, best)
     before = torch.arange(b.shape[1], device=b.device) < best
     rank = ((b > own) | ((b == own) & before)).sum(-1) + 1
-    index = torch.tensor(targets, device=a.device)[:, None]
-    logprobs = torch.cat((a.gather(1, index), b.gather(1, index)), 1).tolist()
+    logprobs = torch.cat([side.gather(1, targets[:, None]) for side in (a, b)], 1).tolist()
     lists = [_guesses(side) for side in (a, b)]
-    rows = zip(targets, kl_divergence(a, b).tolist(), rank.tolist(), logprobs, *lists, strict=True)
+    rows = zip(targets.tolist(), kl_divergence(a, b).tolist(), rank.tolist(), logprobs, *lists, strict=True)
     return [
         TokenAgreement(first + i, token, kl, rank, tuple(logs), mine, yours)
         for i, (token, kl, rank, logs, mine, yours) in enumerate(rows)

@@ -71,13 +71,10 @@ class Emergence:
 
     def to_json(self) -> dict:
         """Return plain values for `json.dumps`."""
+        counted = ("layers", "positions", "layers_touched", "positions_touched", "median_magnitude")
         return {
             "criterion": {"magnitude": CRITERION, "layer_share": LAYER_SHARE, "position_share": POSITION_SHARE},
-            "layers": self.layers,
-            "positions": self.positions,
-            "layers_touched": self.layers_touched,
-            "positions_touched": self.positions_touched,
-            "median_magnitude": self.median_magnitude,
+            **{name: getattr(self, name) for name in counted},
             "outlier_features": [asdict(feature) for feature in self.outlier_features],
             "dimensions_reaching_magnitude": len(self.features),
             "peaks": list(self.peaks),

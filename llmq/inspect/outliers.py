@@ -1,8 +1,7 @@
-"""Observe a model's activation outliers over one prompt; the whole public interface of outlier statistics.
+"""Observe a model's activation outliers over one prompt.
 
 `observe` runs the model, `observe_in_parts` says early what the prompt gave; `OutlierRecorder` records whatever the
-caller runs; an `OutlierReport` answers the rest from stored numbers. The report and its views import no torch: take
-them from their own modules where that matters.
+caller runs; an `OutlierReport` answers the rest from stored numbers.
 """
 
 from __future__ import annotations
@@ -14,27 +13,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from llmq.engine.base import Interrupted
 from llmq.engine.hf import cache_name
 from llmq.errors import BadChoice
-from llmq.inspect.recorder import OutlierColumns, OutlierRecorder, Stopped
-from llmq.inspect.report import THRESHOLDS, ModuleOutliers, OutlierReport, PhaseStatistics, TokenMap
-from llmq.inspect.views import ChannelMap, StrongChannel, layer_channel_map, strongest_channels
-
-__all__ = [
-    "THRESHOLDS",
-    "ChannelMap",
-    "ModuleOutliers",
-    "OutlierRecorder",
-    "OutlierReport",
-    "PhaseStatistics",
-    "Stopped",
-    "StrongChannel",
-    "TokenMap",
-    "layer_channel_map",
-    "observe",
-    "observe_in_parts",
-    "strongest_channels",
-]
+from llmq.inspect.recorder import OutlierColumns, OutlierRecorder
+from llmq.inspect.report import OutlierReport
 
 
 def observe(model: nn.Module, input_ids: torch.Tensor, **options) -> OutlierReport:
@@ -80,7 +63,7 @@ def observe_in_parts(
                     token_ids.append(token_id)
                 elif new_tokens:
                     yield report()
-        except Stopped:
+        except Interrupted:
             stopped = True
     yield report()
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -81,14 +82,20 @@ def patched(model: nn.Module, name: str, replacement: nn.Module) -> Iterator[Non
     """Replace the module called `name` inside the `with` block; inputs and outputs are cast to the types it had."""
     parent, _, child = name.rpartition(".")
     holder = model.get_submodule(parent)
-    original = getattr(holder, child, None)
-    if not isinstance(original, nn.Module):
+    if not isinstance(getattr(holder, child, None), nn.Module):
         raise unknown("module", name, linear_modules(model))
-    setattr(holder, child, _InOtherType(replacement))
+    with _replaced(holder, child, _InOtherType(replacement)):
+        yield
+
+
+@contextmanager
+def _replaced(holder: nn.Module, name: str, replacement: nn.Module) -> Iterator[None]:
+    original = getattr(holder, name)
+    setattr(holder, name, replacement)
     try:
         yield
     finally:
-        setattr(holder, child, original)
+        setattr(holder, name, original)
 
 
 class _InOtherType(nn.Module):
@@ -109,7 +116,8 @@ def _by_promise(baseline: nn.Module, model: nn.Module, ids: list[int], pair: tup
 
     def after(name: str, module: nn.Module, y: torch.Tensor) -> None:
         x, other = inputs.pop(name), baseline.get_submodule(name)
-        if _differs(module, other) and name in slopes:
+        differs = type(module) is not type(other) or module.weight.dtype != other.weight.dtype
+        if differs and name in slopes:
             repair = other(x.to(other.weight.dtype)).float() - y.float()
             promise[name] = float((slopes.pop(name).float() * repair).sum())
 
@@ -122,23 +130,14 @@ def _slopes(baseline: nn.Module, ids: list[int], pair: tuple[int, int]) -> dict[
     """For each linear layer the gradient of logit[pair[0]] - logit[pair[1]] after the last token with respect to its
     output, (1, tokens, out)."""
     outputs: dict[str, torch.Tensor] = {}
-    hooks = [
-        module.register_forward_hook(lambda module, args, y, name=name: outputs.update({name: y}))
-        for name, module in linear_modules(baseline).items()
-    ]
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            embedded = baseline.get_input_embeddings()(_tokens(baseline, ids)).detach().requires_grad_()
-            logits = baseline(inputs_embeds=embedded, use_cache=False, logits_to_keep=1).logits[0, -1].float()
-            found = torch.autograd.grad(logits[pair[0]] - logits[pair[1]], list(outputs.values()), allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
+        for name, module in linear_modules(baseline).items():
+            keep = partial(lambda name, module, args, y: outputs.update({name: y}), name)  # not detached: no `Watched`
+            hooks.enter_context(module.register_forward_hook(keep))
+        embedded = baseline.get_input_embeddings()(_tokens(baseline, ids)).detach().requires_grad_()
+        logits = _last_logits(baseline(inputs_embeds=embedded, use_cache=False, logits_to_keep=1))
+        found = torch.autograd.grad(logits[pair[0]] - logits[pair[1]], list(outputs.values()), allow_unused=True)
     return {name: slope for name, slope in zip(outputs, found, strict=True) if slope is not None}
-
-
-def _differs(module: nn.Module, other: nn.Module) -> bool:
-    return type(module) is not type(other) or module.weight.dtype != other.weight.dtype
 
 
 @dataclass(frozen=True)
@@ -209,28 +208,12 @@ def _forecaster(model: nn.Module, ids: list[int], own: _Trace) -> Callable[[int 
     def from_layer(layer: int | None) -> torch.Tensor:
         if not layer:
             return whole()
-        with _stack_from(model, layer):
+        with _replaced(model.model, "layers", model.model.layers[layer:]):
             return _last_logits(model(inputs_embeds=own.inputs[layer], use_cache=False, logits_to_keep=1))
 
     middle = len(own.inputs) // 2
-    if not middle or not _has_plain_stack(model):
-        return whole
-    return from_layer if torch.equal(from_layer(middle), own.logits) else whole
-
-
-def _has_plain_stack(model: nn.Module) -> bool:
-    return isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList)
-
-
-@contextmanager
-def _stack_from(model: nn.Module, layer: int) -> Iterator[None]:
-    """Make the decoder begin at `layer` inside the `with` block."""
-    stack = model.model.layers
-    model.model.layers = stack[layer:]
-    try:
-        yield
-    finally:
-        model.model.layers = stack
+    plain = isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList)
+    return from_layer if middle and plain and torch.equal(from_layer(middle), own.logits) else whole
 
 
 def _tokens(model: nn.Module, ids: list[int]) -> torch.Tensor:

@@ -18,34 +18,13 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from llmq.engine.base import Interrupted
 from llmq.hooks import Watched, decoder_blocks, is_quantized, kind_and_layer, linear_modules
-from llmq.inspect.reductions import (
-    Layout,
-    PromptStatistics,
-    StepTotals,
-    absolute_values,
-    fetch,
-    reduce_prompt,
-    reduce_stream,
-    split_peaks,
-)
-from llmq.inspect.report import (
-    THRESHOLDS,
-    ModuleOutliers,
-    OutlierReport,
-    PhaseStatistics,
-    PromptPositions,
-    StreamPeak,
-    TokenMap,
-    check_phase,
-    cutoff,
-)
+from llmq.inspect import reductions
+from llmq.inspect.reductions import Layout, PromptParts, PromptStatistics, StepTotals, fetch
+from llmq.inspect.report import ModuleOutliers, OutlierReport, PhaseStatistics, StreamPeak, check_phase, cutoff
 
 OutlierColumns = Callable[[nn.Module], torch.Tensor | None]  # `methods.Method.outlier_columns`
-
-
-class Stopped(Exception):
-    """The stop event was set while the model ran; raised from a hook to leave the forward pass."""
 
 
 @dataclass(eq=False)
@@ -72,10 +51,9 @@ class OutlierRecorder:
         report = recorder.report(...)
 
     Before the first `phase` nothing is recorded (warm-up). Decode keeps single channels from `lowest_threshold` up.
-    Layers that read the same tensor (q, k, v) are reduced once. With `stop` set, the next layer raises `Stopped`.
+    Layers that read the same tensor (q, k, v) are reduced once. With `stop` set, the next layer raises `Interrupted`.
     `outlier_columns` is asked after each layer ran: which columns did it multiply in 16 bit? The output of each decoder
-    block is watched in the prefill too. Activations are fp16, bf16 or fp32. RuntimeError when the
-    prefill runs twice.
+    block is watched in the prefill too. Activations are fp16, bf16 or fp32. RuntimeError when the prefill runs twice.
     """
 
     def __init__(
@@ -90,24 +68,22 @@ class OutlierRecorder:
         self.lowest_threshold = lowest_threshold
         self._modules = linear_modules(model)
         self._quantized = {name: is_quantized(module) for name, module in self._modules.items()}
-        self._blocks = decoder_blocks(model)
         self._hooks = ExitStack()
         self._watched = (
             Watched(self._modules, self._on_input, self._on_output if outlier_columns else None),
-            Watched(self._blocks, on_output=self._on_block),
+            Watched(decoder_blocks(model), on_output=self._on_block),
         )
         self._columns_of = outlier_columns
         self._stop = stop
         self._phase: str | None = None
         self._dtypes: dict[str, str] = {}
         self._last: tuple[tuple, StorageWeakRef, _Input] | None = None  # while its memory lives, its address is its own
-        self._prompt: list[_Input] = []
-        self._prompt_of: dict[str, tuple[PhaseStatistics, TokenMap, PromptPositions]] = {}
-        self._stream: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
+        self._inputs: list[_Input] = []  # of the call under way
+        self._prompt_of: dict[str, PromptParts] = {}
+        self._stream: dict[int, tuple[torch.Tensor, torch.dtype]] = {}
         self._peaks: tuple[StreamPeak, ...] = ()
         self._outlier_columns: dict[str, torch.Tensor] = {}  # of the call under way
         self._outlier_calls: list[dict[str, np.ndarray]] = []  # the prefill's, then each step's
-        self._step: list[_Input] = []
         self._seen: set[str] = set()
         self._totals: dict[Layout, StepTotals] = {}
         self._steps: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
@@ -119,10 +95,10 @@ class OutlierRecorder:
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
         self._hooks.close()
-        if kind is None:
-            self._close()
-        else:
-            self._forget()
+        if kind is not None:  # let go of what is on the device
+            for kept in (self._inputs, self._stream, self._outlier_columns):
+                kept.clear()
+        self._close()
 
     def phase(self, name: str) -> None:
         """Say what the next calls of the model are: 'prefill', or 'decode', where each call is one generated token."""
@@ -153,8 +129,8 @@ class OutlierRecorder:
 
     def _module(self, name: str, decode: PhaseStatistics | None) -> ModuleOutliers:
         in_features = self._modules[name].in_features
-        nothing = np.zeros(in_features, np.float32), np.zeros(len(THRESHOLDS), np.int64)
-        prefill, token_map, positions = self._prompt_of.get(name, (PhaseStatistics(*nothing), None, None))
+        nothing = PhaseStatistics.of_nothing(in_features)
+        prefill, token_map, positions = self._prompt_of.get(name, (nothing, None, None))
         quiet = np.empty(0, np.int32), np.empty(0, np.float32)
         known = any(name in call for call in self._outlier_calls)
         return ModuleOutliers(
@@ -165,7 +141,7 @@ class OutlierRecorder:
             dtype=self._dtypes.get(name, "float16"),
             lowest_threshold=self.lowest_threshold,
             prefill=prefill,
-            decode=decode or PhaseStatistics(*nothing),
+            decode=decode or nothing,
             decode_steps=tuple(step.get(name, quiet) for step in self._steps),
             token_map=token_map,
             positions=positions,
@@ -185,10 +161,10 @@ class OutlierRecorder:
                 raise RuntimeError(f"{name} ran twice in the prefill; call phase('decode') before the next call")
             self._close()
         if self._stop is not None and self._stop.is_set():
-            self._step.clear()  # an unfinished token; an unfinished prompt keeps the layers that it reached
-            if self._phase == "decode":
+            if self._phase == "decode":  # an unfinished token; an unfinished prompt keeps the layers that it reached
+                self._inputs.clear()
                 self._outlier_columns.clear()
-            raise Stopped
+            raise Interrupted
         if self._phase is None or x.numel() == 0:
             return
         self._seen.add(name)
@@ -205,7 +181,7 @@ class OutlierRecorder:
 
     def _on_block(self, name: str, block: nn.Module, y: torch.Tensor) -> None:
         if self._phase == "prefill" and y.numel():
-            self._stream[name] = reduce_stream(y)
+            self._stream[int(name.rpartition(".")[2])] = reductions.reduce_stream(y)
 
     def _input(self, x: torch.Tensor, compared_as: str) -> _Input:
         """The input that `x` is: the last one when `x` is the same memory, unchanged; else a new one.
@@ -216,13 +192,10 @@ class OutlierRecorder:
         key = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, compared_as, version)
         if self._last is not None and self._last[0] == key and not self._last[1].expired():
             return self._last[2]
-        absolute = absolute_values(x).reshape(-1, x.shape[-1])
-        if self._phase == "prefill":
-            found = _Input(reduce_prompt(absolute, compared_as), compared_as, [])
-            self._prompt.append(found)
-        else:
-            found = _Input(absolute, compared_as, [])
-            self._step.append(found)
+        absolute = x.abs().reshape(-1, x.shape[-1])
+        kept = reductions.reduce_prompt(absolute, compared_as) if self._phase == "prefill" else absolute
+        found = _Input(kept, compared_as, [])
+        self._inputs.append(found)
         self._last = key, StorageWeakRef(x.untyped_storage()), found
         return found
 
@@ -237,40 +210,31 @@ class OutlierRecorder:
             self._outlier_columns = {}
         if self._stream:
             self._close_stream()
-        if self._prompt:
-            self._close_prompt()
-        if self._step:
-            self._close_step()
-
-    def _forget(self) -> None:
-        """Let go of what is on the device."""
-        self._last = None
-        for kept in (self._prompt, self._step, self._stream, self._outlier_columns):
-            kept.clear()
+        if self._inputs:
+            self._close_prompt() if self._phase == "prefill" else self._close_step()
 
     def _close_stream(self) -> None:
         arrays = fetch([peaks for peaks, _ in self._stream.values()])
-        numbers = {name: number for number, name in enumerate(self._blocks)}
-        found = (split_peaks(peaks, dtype) for peaks, (_, dtype) in zip(arrays, self._stream.values(), strict=True))
-        self._peaks = tuple(
-            StreamPeak(numbers[name], absmax, tokens.astype(np.int64))
-            for name, (absmax, tokens) in zip(self._stream, found, strict=True)
-        )
+        found = []
+        for (layer, (_, dtype)), peaks in zip(self._stream.items(), arrays, strict=True):
+            absmax, tokens = reductions.split_peaks(peaks, dtype)
+            found.append(StreamPeak(layer, absmax, tokens.astype(np.int64)))
+        self._peaks = tuple(found)
         self._stream = {}
 
     def _close_prompt(self) -> None:
-        arrays = iter(fetch([tensor for entry in self._prompt for tensor in entry.kept.tensors]))
-        rows = max(entry.kept.rows for entry in self._prompt)
-        for entry in self._prompt:
+        arrays = iter(fetch([tensor for entry in self._inputs for tensor in entry.kept.tensors]))
+        rows = max(entry.kept.rows for entry in self._inputs)
+        for entry in self._inputs:
             parts = [next(arrays) for _ in entry.kept.tensors]
             # lm_head is given the last tokens only: what an input has fewer rows, it begins later in the prompt.
             found = entry.kept.to_numpy(*parts, first_token=rows - entry.kept.rows)
             self._prompt_of.update(dict.fromkeys(entry.names, found))
-        self._prompt.clear()
+        self._inputs.clear()
 
     def _close_step(self) -> None:
         groups: dict[tuple, list[_Input]] = defaultdict(list)
-        for entry in self._step:
+        for entry in self._inputs:
             groups[entry.kept.device, entry.compared_as].append(entry)
         step: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for (device, compared_as), entries in groups.items():
@@ -281,4 +245,4 @@ class OutlierRecorder:
             for entry, found in zip(entries, strong, strict=True):
                 step.update(dict.fromkeys(entry.names, found))
         self._steps.append(step)
-        self._step.clear()
+        self._inputs.clear()

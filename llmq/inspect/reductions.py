@@ -26,6 +26,7 @@ MAP_ROWS, MAP_COLUMNS = 128, 256  # largest token map
 PATTERNS = 1 << 15  # bits of a 16-bit magnitude
 CPU_PIECE = 1 << 18  # numbers widened at a time, so that they stay in its caches: 8 times faster on 2,048 x 11,008
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+PromptParts = tuple[PhaseStatistics, TokenMap, PromptPositions]  # of a report: one input's prefill
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,9 @@ class PromptStatistics:
     height: int
     width: int
 
-    def to_numpy(
-        self,
-        absmax: np.ndarray,
-        histogram: np.ndarray,
-        peaks: np.ndarray,
-        counts: np.ndarray,
-        touched: np.ndarray,
-        *,
-        first_token: int,
-    ) -> tuple[PhaseStatistics, TokenMap, PromptPositions]:
+    def to_numpy(self, *fetched: np.ndarray, first_token: int) -> PromptParts:
         """Turn the fetched `tensors` into parts of a report; row 0 of this input is the prompt's `first_token`."""
+        absmax, histogram, peaks, counts, touched = fetched
         values, place = split_peaks(peaks, self.dtype)
         down = place // self.width
         tokens = np.arange(len(place))[:, None] * self.height + (down + first_token)
@@ -89,13 +82,8 @@ def reduce_prompt(absolute: torch.Tensor, compared_as: str) -> PromptStatistics:
 def reduce_stream(y: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
     """Reduce a decoder block's output (1, tokens, hidden_size) -> (hidden_size,) peaks, max |y| of each channel and its
     token; and the dtype to give `split_peaks`."""
-    absolute = absolute_values(y.reshape(-1, y.shape[-1]))
+    absolute = y.reshape(-1, y.shape[-1]).abs()
     return first_peaks(_bits_without_nan(absolute), len(absolute), 1)[0], absolute.dtype
-
-
-def absolute_values(x: torch.Tensor) -> torch.Tensor:
-    """Return |x|, a new tensor, in x's dtype where its bits can be read (`INTEGERS`), else in float32."""
-    return x.abs() if x.dtype in INTEGERS else x.abs().float()
 
 
 def _bits_without_nan(absolute: torch.Tensor) -> torch.Tensor:
@@ -106,7 +94,8 @@ def first_peaks(bits: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Return the maximum of each cell of `height` rows x `width` columns, and the first place in it that has it, as one
     integer: the magnitude's bits over the place counted backwards, so that of two equal ones the earlier is larger."""
     rows, columns = bits.shape
-    shift, integer = _peak_layout(bits.dtype, height * width)
+    narrow = bits.dtype == torch.int16 and height * width <= 1 << 16
+    shift, integer = (16, torch.int32) if narrow else (32, torch.int64)  # the lower bits hold the place
     down, across = -(-rows // height), -(-columns // width)
     missing = across * width - columns, down * height - rows
     if any(missing):
@@ -117,11 +106,6 @@ def first_peaks(bits: torch.Tensor, height: int, width: int) -> torch.Tensor:
     pieces = bits.view(down, height, -1).split(max(1, piece // (height * across * width)))
     columnwise = torch.cat([torch.add(backwards, piece, alpha=1 << shift).amax(1) for piece in pieces])
     return columnwise.view(down, across, width).amax(2)
-
-
-def _peak_layout(bits: torch.dtype, places: int) -> tuple[int, torch.dtype]:
-    """How many lower bits of which integer hold the place."""
-    return (16, torch.int32) if bits == torch.int16 and places <= 1 << 16 else (32, torch.int64)
 
 
 def split_peaks(peaks: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:

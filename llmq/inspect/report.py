@@ -120,6 +120,10 @@ class PhaseStatistics:
     values: int = 0
     nan: int = 0
 
+    @classmethod
+    def of_nothing(cls, in_features: int) -> PhaseStatistics:
+        return cls(np.zeros(in_features, np.float32), np.zeros(len(THRESHOLDS), np.int64))
+
     def __add__(self, other: PhaseStatistics) -> PhaseStatistics:
         absmax = np.maximum(self.absmax, other.absmax)
         return PhaseStatistics(absmax, self.counts + other.counts, self.values + other.values, self.nan + other.nan)
@@ -170,9 +174,8 @@ class ModuleOutliers:
 
     def share_of_channels(self, threshold: float, phase: str) -> float:
         """Return channels over the threshold / in_features. In decode, the mean over the generated tokens."""
-        if check_phase(phase) == "prefill":
-            return len(self.prefill_columns(threshold)) / self.in_features
-        steps = self.decode_columns(threshold)
+        whole = check_phase(phase) == "prefill"
+        steps = [self.prefill_columns(threshold)] if whole else self.decode_columns(threshold)
         return sum(map(len, steps)) / len(steps) / self.in_features if steps else 0.0
 
     def share_of_values(self, threshold: float, phase: str) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmq.errors import unknown
 from llmq.formatting import format_share
-from llmq.inspect.report import OutlierReport, check_phase, cutoff
+from llmq.inspect.report import PHASES, OutlierReport, cutoff
 
 STRONGEST = 15  # rows of the table of channels
 
@@ -64,8 +64,8 @@ def strongest_channels(report: OutlierReport, threshold: float, n: int = 20) -> 
 
 
 def _strongest_of_kind(report: OutlierReport, kind: str, threshold: float, n: int) -> list[StrongChannel]:
-    stacks = np.stack([_stack(report, kind, phase)[0] for phase in ("prefill", "decode")])
-    _, layers, compared = _stack(report, kind, "prefill")
+    prefill, layers, compared = _stack(report, kind, "prefill")
+    stacks = np.stack([prefill, _stack(report, kind, "decode")[0]])  # as PHASES
     limits = np.array([cutoff(threshold, dtype) for dtype in compared])
     pooled = stacks.max(axis=0)
     over = pooled >= limits[:, None]
@@ -77,13 +77,13 @@ def _strongest_of_kind(report: OutlierReport, kind: str, threshold: float, n: in
         phase, row = np.unravel_index(stacks[:, :, channel].argmax(), stacks.shape[:2])
         reached = tuple(layers[index] for index in np.flatnonzero(over[:, channel]))
         strongest = float(stacks[phase, row, channel])
-        rows.append(StrongChannel(kind, layers[row], int(channel), strongest, ("prefill", "decode")[phase], reached))
+        rows.append(StrongChannel(kind, layers[row], int(channel), strongest, PHASES[phase], reached))
     return rows
 
 
 def shares_table(report: OutlierReport, threshold: float) -> list[list[str]]:
     """Return one row for each kind of linear layer and phase: how many layers, which shares of channels and values."""
-    phases = ("prefill", "decode") if report.generated_tokens else ("prefill",)
+    phases = PHASES if report.generated_tokens else PHASES[:1]
     return [_share_row(report, kind, phase, threshold) for kind in report.kinds for phase in phases]
 
 
@@ -131,7 +131,6 @@ def ranges(numbers: list[int]) -> str:
 
 def _stack(report: OutlierReport, kind: str, phase: str) -> tuple[np.ndarray, list[int | None], list[str]]:
     """(layers, widest in_features) float32 max |x|, -1 where nothing ran; the layers; what dtype each compares in."""
-    check_phase(phase)
     modules = [module for module in report.modules if module.kind == kind]
     if not modules:
         raise unknown("kind of layer", kind, report.kinds)

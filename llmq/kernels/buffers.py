@@ -6,11 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from llmq.kernels.primitives import Tensors
+
 PADDING = 32  # entries of a list of outliers that may be read without knowing how many there are
+UNDIVIDED = 512  # positions one program per head reads sooner than several do and combine
+SHORTEST_PART = 128
+MOST_PARTS = 16  # 16 parts of 32 heads fill 132 multiprocessors four times
 
 
 @dataclass(frozen=True)
-class SplitVector:
+class SplitVector(Tensors):
     """One token's activations for an int8 product: codes, and beside them the values that keep their 16 bits.
 
     `codes`: int8 (in,), 0 at an outlier. `absmax`: float32 (1,) over the values below the threshold, infinite where a
@@ -26,29 +31,29 @@ class SplitVector:
 
     @classmethod
     def empty(cls, width: int, device: str) -> SplitVector:
-        def make(size: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
+        sizes = width, 1, 1, max(width, PADDING), max(width, PADDING)
+        types = torch.int8, torch.float32, torch.int32, torch.int32, torch.float32
+        return cls(*(torch.zeros(size, dtype=kind, device=device) for size, kind in zip(sizes, types, strict=True)))
 
-        return cls(
-            make(width, torch.int8),
-            make(1, torch.float32),
-            make(1, torch.int32),
-            make(max(width, PADDING), torch.int32),
-            make(max(width, PADDING), torch.float32),
-        )
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.codes, self.absmax, self.count, self.index, self.value))
+@dataclass(frozen=True)
+class Noting:
+    """What is noted of a call's rows while they are written. `threshold`: float for LLM.int8(), None where they keep
+    their 16 bits. `outlier_marks`: int8 zeros, at least (in,): the columns that are multiplied in 16 bit become 1, then
+    or at the latest in `linear_rows`. `used`: None, or int32 (1,): so many rows are the prompt's, and outliers are
+    looked for in those alone."""
+
+    threshold: float | None = None
+    outlier_marks: torch.Tensor | None = None
+    used: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Rows:
     """Activations of a call, (rows, in), on their way into linear layers.
 
-    `threshold`: float for LLM.int8(), None where they keep their 16 bits. With a threshold an implementation may note
-    what it saw while it wrote `x`: `absmax` float32 (rows,) over the values below the threshold, and `outlier_marks`
-    int8, at least (in,), not 0 in every column that reaches it.
+    `threshold`: as in `Noting`. With a threshold an implementation may note what it saw while it wrote `x`: `absmax`
+    float32 (rows,) over the values below the threshold, and `outlier_marks`.
     """
 
     x: torch.Tensor
@@ -58,23 +63,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Cache:
+class Cache(Tensors):
     """Keys and values of one layer. `keys`, `values`: (kv_heads, capacity, head_dim)."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
 
 @dataclass(frozen=True)
-class Partials:
+class Partials(Tensors):
     """Attention over parts of the context, to be combined: float32 `sums` (heads, parts, head_dim), `peaks` and
     `weights` (heads, parts), the largest score and the sum of exponentials of each part."""
 
@@ -87,18 +84,5 @@ class Partials:
     def empty(cls, heads: int, head_dim: int, capacity: int, device: str) -> Partials:
         part = capacity if capacity <= UNDIVIDED else max(SHORTEST_PART, capacity // MOST_PARTS)
         parts = -(-capacity // part)
-        return cls(
-            torch.empty(heads, parts, head_dim, device=device),
-            torch.empty(heads, parts, device=device),
-            torch.empty(heads, parts, device=device),
-            part,
-        )
-
-    @property
-    def nbytes(self) -> int:
-        return self.sums.nbytes + self.peaks.nbytes + self.weights.nbytes
-
-
-UNDIVIDED = 512  # positions one program per head reads sooner than several do and combine
-SHORTEST_PART = 128
-MOST_PARTS = 16  # 16 parts of 32 heads fill 132 multiprocessors four times
+        peaks, weights = torch.empty(2, heads, parts, device=device)
+        return cls(torch.empty(heads, parts, head_dim, device=device), peaks, weights, part)

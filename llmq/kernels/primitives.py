@@ -11,8 +11,16 @@ from dataclasses import dataclass
 import torch
 
 
+class Tensors:
+    """What records of tensors share: `nbytes`, of all of them."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
+
+
 @dataclass(frozen=True)
-class Int8Weight:
+class Int8Weight(Tensors):
     """A linear layer's weight. `codes`: int8 (out, in), `absmax`: float32 (out,), as bitsandbytes' CB and SCB.
 
     Row n of the matrix it stands for is `codes[n] * absmax[n] / 127`.
@@ -24,11 +32,6 @@ class Int8Weight:
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.codes.nbytes + self.absmax.nbytes
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the values, each computed in float32 and rounded once, without a float32 copy of the matrix."""
@@ -61,10 +64,7 @@ def split_rows(x: torch.Tensor, threshold: float) -> SplitRows:
     outlier columns, as in bitsandbytes.
     """
     x = x.half()
-    if threshold <= 0:
-        absmax = x.abs().amax(1).float()
-        return SplitRows(_codes(x, absmax), absmax, torch.empty(0, dtype=torch.int64, device=x.device))
-    outliers = x.abs() >= threshold
+    outliers = (x.abs() >= threshold) & (threshold > 0)
     below = x.masked_fill(outliers, 0)
     absmax = below.abs().amax(1).float()
     columns = outliers.any(0).nonzero().view(-1)
@@ -74,16 +74,21 @@ def split_rows(x: torch.Tensor, threshold: float) -> SplitRows:
 
 
 def int8_linear(x: torch.Tensor, weight: Int8Weight, threshold: float) -> torch.Tensor:
-    """Do LLM.int8() of (rows, in) activations: float32 (rows, out), the sum of the int8 and the outliers' product.
-
-    Computed in float64 from exact integers: the definition that every kernel is compared with. The outlier columns use
-    the dequantised int8 weights, as bitsandbytes does.
-    """
+    """Do LLM.int8() of (rows, in) activations: float32 (rows, out), the definition that every kernel is compared
+    with."""
     split = split_rows(x, threshold)
-    products = split.codes.double() @ weight.codes.double().T
-    scaled = products * split.absmax.double()[:, None] * weight.absmax.double() / 127**2
-    outliers = x[:, split.columns].double() @ weight.codes[:, split.columns].double().T
-    return (scaled + outliers * weight.absmax.double() / 127).float()
+    return split_product(split, x[:, split.columns], weight)
+
+
+def split_product(split: SplitRows, outliers: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+    """Return the sum of the int8 and the outliers' product, float32 (rows, out). `outliers`: (rows, outliers) values.
+
+    Computed in float64 from exact integers. The outlier columns use the dequantised int8 weights, as bitsandbytes does.
+    """
+    absmax = weight.absmax.double()
+    integers = split.codes.double() @ weight.codes.double().T
+    others = outliers.double() @ weight.codes[:, split.columns].double().T
+    return (integers * split.absmax.double()[:, None] * absmax / 127**2 + others * absmax / 127).float()
 
 
 def _codes(x: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:

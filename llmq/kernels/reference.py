@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from llmq.kernels import primitives
-from llmq.kernels.buffers import PADDING, Cache, Partials, Rows, SplitVector
-from llmq.kernels.primitives import Int8Weight, split_rows
+from llmq.kernels.buffers import PADDING, Cache, Noting, Partials, Rows, SplitVector
+from llmq.kernels.primitives import Int8Weight, SplitRows, split_product, split_rows
 
 Weight = torch.Tensor | Int8Weight
 
@@ -79,28 +79,20 @@ def product(
 
     `x`: (in,), or a SplitVector with an int8 weight (LLM.int8()); an int8 weight with a plain `x` is weight-only.
     """
-    y = _split_product(x, weight) if isinstance(x, SplitVector) else _plain_product(x, weight)
+    if isinstance(x, SplitVector):
+        count = int(x.count)
+        rows = SplitRows(x.codes[None], x.absmax, x.index[:count].long())
+        y = split_product(rows, x.value[None, :count], weight)[0]
+    elif isinstance(weight, Int8Weight):
+        y = (weight.codes.float() @ x.float()) * weight.absmax / 127
+    else:
+        y = weight.float() @ x.float()
     if bias is not None:
         y = y + bias
     if gated:
         gate, up = y.chunk(2)
         y = functional.silu(gate) * up
     out.copy_(y if residual is None else y + residual)
-
-
-def _plain_product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    if isinstance(weight, Int8Weight):
-        return (weight.codes.float() @ x.float()) * weight.absmax / 127
-    return weight.float() @ x.float()
-
-
-def _split_product(x: SplitVector, weight: Int8Weight) -> torch.Tensor:
-    count = int(x.count)
-    index, value = x.index[:count].long(), x.value[:count].double()
-    integers = weight.codes.double() @ x.codes.double()  # exact: below 2^53
-    outliers = weight.codes[:, index].double() @ value
-    absmax = weight.absmax.double()
-    return (integers * x.absmax.double() * absmax / 127**2 + outliers * absmax / 127).float()
 
 
 def attend(
@@ -156,40 +148,24 @@ def append_rows(
     return rotated[:-kv_heads], cache.keys[:, :stop], cache.values[:, :stop]
 
 
-def plain_rows(
-    x: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
-) -> Rows:
-    """Hand on `x` (rows, in) as it is. `outlier_marks`: int8 zeros, at least (in,): the columns that are multiplied in
-    16 bit become 1, here or at the latest in `linear_rows`.
-    `used`: None, or int32 (1,): so many rows are the prompt's, and outliers are looked for in those alone."""
-    return Rows(x if used is None else _used_only(x, used), threshold, outlier_marks=outlier_marks)
+def plain_rows(x: torch.Tensor, noting: Noting) -> Rows:
+    """Hand on `x` (rows, in) as it is."""
+    if noting.used is not None:
+        x = x * (torch.arange(len(x), device=x.device) < noting.used)[:, None]  # the rows beyond mean nothing
+    return Rows(x, noting.threshold, outlier_marks=noting.outlier_marks)
 
 
-def _used_only(x: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """The rows beyond, which mean nothing, as zeros."""
-    return x * (torch.arange(len(x), device=x.device) < used)[:, None]
-
-
-def norm_rows(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    threshold: float | None,
-    outlier_marks: torch.Tensor | None,
-    used: torch.Tensor | None = None,
-) -> Rows:
+def norm_rows(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, noting: Noting) -> Rows:
     """Compute `norm` of several tokens, (rows, width)."""
     out = torch.empty_like(x)
     norm(x, norm_weight, eps, out)
-    return plain_rows(out, threshold, outlier_marks, used)
+    return plain_rows(out, noting)
 
 
-def gate_rows(
-    gate_up: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
-) -> Rows:
+def gate_rows(gate_up: torch.Tensor, noting: Noting) -> Rows:
     """Multiply (rows, 2·in) -> (rows, in): SiLU of the first half times the second (SwiGLU, Shazeer 2020)."""
     gate, up = gate_up.chunk(2, -1)
-    return plain_rows(functional.silu(gate) * up, threshold, outlier_marks, used)
+    return plain_rows(functional.silu(gate) * up, noting)
 
 
 def linear_rows(

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmq.contestant import Contestant
-from llmq.formatting import format_share
-from llmq.labs.rows import BASELINE, RowLab, Rows, Workbench, shown_perplexity
+from llmq.labs.rows import BASELINE, SCORES, RowLab, Rows, Workbench, share_of
 
 ROWS = {
     "W32A32": "fp32",
@@ -27,6 +26,7 @@ class Ablation(RowLab):
     kind, command, panel = "ablation", ("experiment", "ablation"), True
     title = "Which half breaks naive 8 bit?"
     about = "Weights alone in 8 bit (W8A32), activations alone (W32A8), both (W8A8), on the same text."
+    columns = {"": "{name}", "Method": "{method}", **SCORES, "Same first choice": share_of("top1_agreement")}
 
     def measure(self, bench: Workbench) -> Rows:
         yield bench.progress("FP16 reads the text", 0.0)
@@ -37,15 +37,6 @@ class Ablation(RowLab):
             with bench.engine(Contestant.parse(method)) as engine:
                 row = {"name": name, "method": method, "engine": engine.name}
                 yield row | bench.score(bench.read(engine), truth)
-
-    @classmethod
-    def headers(cls) -> list[str]:
-        return ["", "Method", "Perplexity", "KL to FP16", "Same first choice"]
-
-    @classmethod
-    def row(cls, row: dict) -> list[str]:
-        figures = [shown_perplexity(row), f"{row['kl_to_fp16']:.3g}", format_share(row["top1_agreement"])]
-        return [row["name"], row["method"], *figures]
 
     @classmethod
     def finding(cls, rows: list[dict]) -> str:

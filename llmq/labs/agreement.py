@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmq.contestant import Contestant, OneContestant
@@ -80,7 +80,12 @@ class Reading(Lab):
 
     @classmethod
     def restore(cls, stored: dict[str, Any]) -> Read:
-        return restored_read(cls, stored)
+        question = dict(stored["stored"]["question"])
+        for side in ("baseline", "contestant"):
+            question[side] = Contestant.parse(question[side])
+        names = {int(token_id): text for token_id, text in stored["stored"]["names"].items()}
+        asked = cls(**{field.name: question[field.name] for field in fields(cls) if field.name in question})
+        return Read(asked, from_stored(Agreement, stored["stored"]["found"]), names)
 
 
 @dataclass(frozen=True)
@@ -94,15 +99,16 @@ class Read:
 
     @property
     def title(self) -> str:
-        return f"Agreement: {self.reading.model}, {self.reading.baseline.label} and {self.reading.contestant.label}"
+        return f"Agreement: {self.reading.model}, {' and '.join(self.labels)}"
 
     @property
     def texts(self) -> tuple[str, ...]:
         """One for each token of the text."""
         return tuple(self.names[token_id] for token_id in self.agreement.token_ids)
 
-    def text_of(self, token_id: int) -> str:
-        return self.names[token_id]
+    @property
+    def labels(self) -> tuple[str, str]:
+        return self.reading.baseline.label, self.reading.contestant.label
 
     def blocks(self) -> Iterator[Block]:
         """The finding, the drift, the text with both lists of five behind each token, the diverging tokens."""
@@ -120,7 +126,7 @@ class Read:
         """What a page shows of it: labels, one row a token, and a summary. A KL that is infinite is None."""
         agreement = self.agreement
         return {
-            "labels": [self.reading.baseline.label, self.reading.contestant.label],
+            "labels": list(self.labels),
             "first": agreement.tokens[0].position,
             "opening": self.texts[0],
             "continuation": agreement.continuation,
@@ -129,24 +135,30 @@ class Read:
         }
 
     def to_json(self) -> dict:
-        return agreement_json(self)
+        """The keys of `agreement --json`."""
+        found, reading = self.agreement, self.reading
+        return {
+            "kind": self.kind,
+            "model": reading.model,
+            "device": reading.device,
+            "baseline": self.labels[0],
+            "method": self.labels[1],
+            "text": reading.text,
+            "token_ids": list(found.token_ids),
+            "texts": list(self.texts),
+            "continuation": found.continuation,
+            "mean_kl": found.mean_kl,
+            "top1_agreement": found.top1_agreement,
+            "perplexities": list(found.perplexities),
+            "tokens": [_token_json(self, token) for token in found.tokens],
+            "drift": found.drift and asdict(found.drift),
+        }
 
     def stored(self) -> dict:
         question = {f.name: getattr(self.reading, f.name) for f in fields(Reading)}
-        question |= {"baseline": self.reading.baseline.label, "contestant": self.reading.contestant.label}
+        question |= dict(zip(("baseline", "contestant"), self.labels, strict=True))
         found = {"question": question, "found": to_stored(self.agreement), "names": dict(self.names)}
         return plain_json(self.to_json()) | {"stored": found}
-
-
-def restored_read(cls: type[Reading], stored: dict[str, Any]) -> Read:
-    """What `Read.stored` was made of."""
-    question = dict(stored["stored"]["question"])
-    for side in ("baseline", "contestant"):
-        question[side] = Contestant.parse(question[side])
-    names = {int(token_id): text for token_id, text in stored["stored"]["names"].items()}
-    known = {f.name for f in fields(cls)}
-    asked = cls(**{name: value for name, value in question.items() if name in known})
-    return Read(asked, from_stored(Agreement, stored["stored"]["found"]), names)
 
 
 def _value_row(read: Read, token: TokenAgreement) -> list:
@@ -212,7 +224,7 @@ def load_pair(question, model: Model, lease: Lease) -> Generator[Event, None, tu
 
 def summary_of(read: Read) -> str:
     """Agreement in one line."""
-    found, labels = read.agreement, (read.reading.baseline.label, read.reading.contestant.label)
+    found, labels = read.agreement, read.labels
     same = sum(token.agrees for token in found.tokens)
     return (
         f"Both read the same {len(found.tokens)} tokens: {same} times ({format_share(found.top1_agreement)}) the same "
@@ -223,13 +235,13 @@ def summary_of(read: Read) -> str:
 
 def drift_line(read: Read) -> str:
     """Where the two free texts part; '' where none was written."""
-    drift, labels = read.agreement.drift, (read.reading.baseline.label, read.reading.contestant.label)
+    drift, labels = read.agreement.drift, read.labels
     if drift is None:
         return ""
     if drift.position is None:
         shorter = min(len(drift.baseline_ids), len(drift.other_ids))
         return f"Writing freely, both write the same {shorter} tokens."
-    own, other = (read.text_of(ids[drift.position]) for ids in (drift.baseline_ids, drift.other_ids))
+    own, other = (read.names[ids[drift.position]] for ids in (drift.baseline_ids, drift.other_ids))
     margins = f"{drift.margins[0]:.3g} and {drift.margins[1]:.3g} nats" if drift.margins else "unknown margins"
     return (
         f"Writing freely, the texts part at token {drift.position + 1}: {labels[0]} writes {own!r}, {labels[1]} "
@@ -238,44 +250,8 @@ def drift_line(read: Read) -> str:
     )
 
 
-def agreement_json(read: Read) -> dict:
-    """The keys of `agreement --json`."""
-    found, reading, drift = read.agreement, read.reading, read.agreement.drift
-    return {
-        "kind": "agreement",
-        "model": reading.model,
-        "device": reading.device,
-        "baseline": reading.baseline.label,
-        "method": reading.contestant.label,
-        "text": reading.text,
-        "token_ids": list(found.token_ids),
-        "texts": list(read.texts),
-        "continuation": found.continuation,
-        "mean_kl": found.mean_kl,
-        "top1_agreement": found.top1_agreement,
-        "perplexities": list(found.perplexities),
-        "tokens": [_token_json(read, token) for token in found.tokens],
-        "drift": drift
-        and {
-            "position": drift.position,
-            "margins": drift.margins and list(drift.margins),
-            "baseline_ids": list(drift.baseline_ids),
-            "other_ids": list(drift.other_ids),
-        },
-    }
-
-
 def _token_json(read: Read, token: TokenAgreement) -> dict:
-    lists = {
-        name: [{"text": read.text_of(g.token_id), "token_id": g.token_id, "probability": g.probability} for g in side]
-        for name, side in (("baseline", token.baseline), ("other", token.other))
-    }
-    return {
-        "position": token.position,
-        "token_id": token.token_id,
-        "text": read.texts[token.position],
-        "kl": token.kl,
-        "rank": token.rank,
-        "logprobs": list(token.logprobs),
-        **lists,
-    }
+    found = asdict(token) | {"text": read.names[token.token_id]}
+    for side in ("baseline", "other"):
+        found[side] = [guess | {"text": read.names[guess["token_id"]]} for guess in found[side]]
+    return found

@@ -6,8 +6,8 @@ SmoothQuant (Xiao et al. 2023, arXiv 2211.10438) backwards, see `models.edits.Am
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Annotated
 
 from llmq.contestant import Contestant
@@ -15,7 +15,7 @@ from llmq.fields import Number, Numbers
 from llmq.figures.blocks import Drawing
 from llmq.figures.lines import Line, line_figure
 from llmq.formatting import format_number
-from llmq.labs.rows import BASELINE, RowLab, Rows, Workbench, shown_perplexity
+from llmq.labs.rows import BASELINE, SCORES, RowLab, Rows, Workbench
 from llmq.models.edits import LARGEST_FACTOR, Amplify, require_channels
 
 FACTOR = Number(1, LARGEST_FACTOR, shown=LARGEST_FACTOR, step=1)
@@ -44,6 +44,12 @@ class Amplifying(RowLab):
     ] = None
     spread: Annotated[int, Number(1, 64, whole=True, help="how many channels, where none is named")] = 3
     contestants: tuple[Contestant, ...] = METHODS_ASKED
+    columns = {
+        "s": "{factor:g}",
+        "Method": "{method}",
+        **SCORES,
+        "Largest change of a logit": "{largest_logit_change:.3g}",
+    }
 
     def conditions(self) -> dict:
         return {"largest_factor": LARGEST_FACTOR}
@@ -54,9 +60,9 @@ class Amplifying(RowLab):
         with bench.engine(BASELINE) as engine:
             yield bench.progress("FP16 reads the text", 0.0)
             truth = bench.read(engine)
-        total = len(self.factors) * len(self.contestants)
-        for number, (factor, contestant) in enumerate(self._pairs()):
-            yield bench.progress(f"{contestant.title} at s = {factor:g}", 0.05 + 0.95 * number / total)
+        pairs = list(product(self.factors, self.contestants))
+        for number, (factor, contestant) in enumerate(pairs):
+            yield bench.progress(f"{contestant.title} at s = {factor:g}", 0.05 + 0.95 * number / len(pairs))
             edit = Amplify(channels, factor) if factor != 1 else None
             with bench.engine(contestant, edit) as engine:
                 found = bench.read(engine)
@@ -64,24 +70,12 @@ class Amplifying(RowLab):
             row = {"factor": factor, "method": contestant.label, "channels": list(channels)}
             yield row | bench.score(found, truth) | {"largest_logit_change": change}
 
-    def _pairs(self) -> Iterator[tuple[float, Contestant]]:
-        return ((factor, contestant) for factor in self.factors for contestant in self.contestants)
-
     def channels_of(self, width: int) -> tuple[int, ...]:
         """The channels meant, in a stream of `width`."""
         if self.channels is not None:
             return self.channels
         spread = min(self.spread, width)
         return tuple(width * (2 * i + 1) // (2 * spread) for i in range(spread))
-
-    @classmethod
-    def headers(cls) -> list[str]:
-        return ["s", "Method", "Perplexity", "KL to FP16", "Largest change of a logit"]
-
-    @classmethod
-    def row(cls, row: dict) -> list[str]:
-        figures = [shown_perplexity(row), f"{row['kl_to_fp16']:.3g}", f"{row['largest_logit_change']:.3g}"]
-        return [f"{row['factor']:g}", row["method"], *figures]
 
     @classmethod
     def finding(cls, rows: list[dict]) -> str:

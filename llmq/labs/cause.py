@@ -16,8 +16,8 @@ from llmq.fields import Number, Switch
 from llmq.figures.bars import layer_error_figure
 from llmq.figures.blocks import Block, Drawing, Table, Verbatim
 from llmq.figures.pages import text_markup
-from llmq.inspect.cause import Cause
-from llmq.labs.agreement import Read, Reading, load_pair, restored_read
+from llmq.inspect.cause import Cause, LayerError
+from llmq.labs.agreement import Read, Reading, load_pair
 from llmq.labs.base import Lab
 from llmq.machine.door import Lease
 from llmq.methods import METHODS
@@ -45,6 +45,12 @@ class Explanation(Lab):
             dense = ", ".join(name for name, method in METHODS.items() if method.dense)
             raise BadChoice(f"{self.baseline.label} has no 16-bit modules to put back; choose one of {dense}")
 
+    @classmethod
+    def of(cls, read: Read, position: int, patch: bool) -> Explanation:
+        """Of one token of a text that both have read."""
+        asked = {name: getattr(read.reading, name) for name in ("model", "baseline", "contestant", "device")}
+        return cls(token_ids=read.agreement.token_ids, position=position, patch=patch, **asked)
+
     @property
     def threshold(self) -> float:
         """What counts as an outlier: the method's own threshold, the usual one where it has none."""
@@ -55,16 +61,9 @@ class Explanation(Lab):
         from llmq.inspect.patching import explain_token
 
         model = yield from lease.open(self.model)
-        pair = yield from load_pair(self, model, lease)
-        yield from explain_token(
-            pair[0].model,
-            pair[1].model,
-            list(self.token_ids),
-            self.position,
-            threshold=self.threshold,
-            patch=self.patch,
-            stop=lease.stop,
-        )
+        models = [engine.model for engine in (yield from load_pair(self, model, lease))]
+        ids, threshold = list(self.token_ids), self.threshold
+        yield from explain_token(*models, ids, self.position, threshold=threshold, patch=self.patch, stop=lease.stop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,21 +86,13 @@ class ExplainToken(Reading):
             else:
                 yield item
         tokens = read.agreement.diverging or sorted(read.agreement.tokens, key=lambda token: -token.kl)
-        explanation = Explanation(
-            token_ids=read.agreement.token_ids,
-            position=tokens[0].position if self.token is None else self.token,
-            model=self.model,
-            baseline=self.baseline,
-            contestant=self.contestant,
-            patch=self.patch,
-            device=self.device,
-        )
-        for item in explanation.run(lease):
+        position = tokens[0].position if self.token is None else self.token
+        for item in Explanation.of(read, position, self.patch).run(lease):
             yield CauseAnswer(item, read) if isinstance(item, Cause) else item
 
     @classmethod
     def restore(cls, stored: dict[str, Any]) -> CauseAnswer:
-        return CauseAnswer(from_stored(Cause, stored["cause"]), restored_read(Reading, stored))
+        return CauseAnswer(from_stored(Cause, stored["cause"]), Reading.restore(stored))
 
 
 @dataclass(frozen=True)
@@ -137,7 +128,32 @@ class CauseAnswer:
         yield text_markup(read.value())
 
     def to_json(self) -> dict:
-        return cause_json(self.cause, self.read)
+        """The keys of `explain-token --json`."""
+        cause, read = self.cause, self.read
+
+        def token(token_id: int) -> dict:
+            return {"token_id": token_id, "text": read.names[token_id]}
+
+        return {
+            "kind": self.kind,
+            "model": read.reading.model,
+            "device": read.reading.device,
+            "baseline": read.labels[0],
+            "method": read.labels[1],
+            "token_ids": list(read.agreement.token_ids),
+            "position": cause.position,
+            "text": read.texts[cause.position],
+            "baseline_token": token(cause.baseline_token),
+            "other_token": token(cause.other_token),
+            "margin": cause.margin,
+            "stopped": cause.stopped,
+            "layers": [_layer_json(layer) for layer in cause.layers],
+            "patches": [
+                {"module": p.module, "margin": p.margin, "token": read.names[p.token_id], "repaired": p.repaired}
+                for p in cause.patches
+            ],
+            "repairs": [patch.module for patch in cause.repairs],
+        }
 
     def stored(self) -> dict:
         return self.read.stored() | self.to_json() | {"cause": to_stored(self.cause)}
@@ -145,8 +161,8 @@ class CauseAnswer:
 
 def cause_line(cause: Cause, read: Read) -> str:
     """The finding in one or two sentences."""
-    token, labels = read.texts[cause.position], (read.reading.baseline.label, read.reading.contestant.label)
-    wanted, got = read.text_of(cause.baseline_token), read.text_of(cause.other_token)
+    token, labels = read.texts[cause.position], read.labels
+    wanted, got = read.names[cause.baseline_token], read.names[cause.other_token]
     if not cause.diverges:
         return f"Token {cause.position} ({token!r}): both hold {wanted!r} likeliest, so there is nothing to repair."
     start = (
@@ -168,46 +184,12 @@ def cause_line(cause: Cause, read: Read) -> str:
 def patch_rows(cause: Cause, read: Read) -> list[list[str]]:
     """The table of patches, best first."""
     return [
-        [patch.module, f"{patch.margin:+.3f}", repr(read.text_of(patch.token_id)), "yes" if patch.repaired else "no"]
+        [patch.module, f"{patch.margin:+.3f}", repr(read.names[patch.token_id]), "yes" if patch.repaired else "no"]
         for patch in cause.patches[:PATCHES]
     ]
 
 
-def cause_json(cause: Cause, read: Read) -> dict:
-    """The keys of `explain-token --json`."""
-    return {
-        "kind": "cause",
-        "model": read.reading.model,
-        "device": read.reading.device,
-        "baseline": read.reading.baseline.label,
-        "method": read.reading.contestant.label,
-        "token_ids": list(read.agreement.token_ids),
-        "position": cause.position,
-        "text": read.texts[cause.position],
-        "baseline_token": {"token_id": cause.baseline_token, "text": read.text_of(cause.baseline_token)},
-        "other_token": {"token_id": cause.other_token, "text": read.text_of(cause.other_token)},
-        "margin": cause.margin,
-        "stopped": cause.stopped,
-        "layers": [
-            {
-                "layer": entry.layer,
-                "relative_error": entry.relative,
-                "sqnr_db": entry.sqnr_db,
-                "outlier_count": entry.outlier_count,
-                "strongest": [
-                    {"input_of": kind, "channel": channel, "absmax": value} for kind, channel, value in entry.outliers
-                ],
-            }
-            for entry in cause.layers
-        ],
-        "patches": [
-            {
-                "module": patch.module,
-                "margin": patch.margin,
-                "token": read.text_of(patch.token_id),
-                "repaired": patch.repaired,
-            }
-            for patch in cause.patches
-        ],
-        "repairs": [patch.module for patch in cause.repairs],
-    }
+def _layer_json(layer: LayerError) -> dict:
+    strongest = [{"input_of": kind, "channel": channel, "absmax": value} for kind, channel, value in layer.outliers]
+    figures = {"layer": layer.layer, "relative_error": layer.relative, "sqnr_db": layer.sqnr_db}
+    return figures | {"outlier_count": layer.outlier_count, "strongest": strongest}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated
 
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
@@ -20,17 +21,10 @@ from llmq.engine.base import Engine, Generation, Interrupted, Token, capacity_fo
 from llmq.engine.choice import ENGINES, choose_engines
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
-from llmq.errors import BadChoice, OutOfMemory, UserError, unknown
-from llmq.events import (
-    Event,
-    Failed,
-    Finished,
-    Freed,
-    Memory,
-    Planned,
-    Prefilled,
-    Step,
-)
+from llmq.errors import BadChoice, OutOfMemory, UserError
+from llmq.events import Event, Failed, Finished, Freed, Memory, Planned, Prefilled, Step
+from llmq.fields import Choice
+from llmq.labs.base import Lab
 from llmq.machine.door import Lease, out_of_memory, shortage
 from llmq.methods import METHODS
 from llmq.models.loading import range_note
@@ -43,36 +37,28 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Lab):
     """Everything that decides a run. `device`: 'cpu' or 'cuda:N'."""
 
     prompt: str
-    model: str = "demo"
     contestants: tuple[Contestant, ...] = (Contestant.parse("fp16"), Contestant.parse("bnb-int8"))
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    schedule: str = "interleave"
-    device: str = "cpu"
+    schedule: Annotated[str, Choice(SCHEDULES)] = "interleave"
     random_weights: bool = False
-    engine: str = "auto"
+    engine: Annotated[str, Choice(ENGINES)] = "auto"
 
     def __post_init__(self):
-        if self.engine not in ENGINES:
-            raise unknown("engine", self.engine, ENGINES)
-        if self.schedule not in SCHEDULES:
-            raise unknown("schedule", self.schedule, SCHEDULES)
+        super().__post_init__()
         if not 1 <= len(self.contestants) <= MAX_CONTESTANTS:
-            raise BadChoice(
-                f"{len(self.contestants)} methods given; choose 1 to {MAX_CONTESTANTS} of {', '.join(METHODS)}"
-            )
+            choices = f"choose 1 to {MAX_CONTESTANTS} of {', '.join(METHODS)}"
+            raise BadChoice(f"{len(self.contestants)} methods given; {choices}")
         labels = [c.label for c in self.contestants]
         if len(set(labels)) < len(labels):
             raise BadChoice(f"the methods {', '.join(labels)} repeat one; choose different methods or thresholds")
 
     def settings(self) -> dict:
         """As stored in a run: plain JSON."""
-        plain = asdict(self)
-        plain["contestants"] = [c.label for c in self.contestants]
-        return plain
+        return asdict(self) | {"contestants": [c.label for c in self.contestants]}
 
     def run(self, lease: Lease) -> Iterator[Event]:
         """Yield the events of the comparison. Raises UserError only before the plan (bad model, bad prompt)."""
@@ -106,22 +92,20 @@ class _Lane:
     def finish(self, reason: str) -> Finished:
         """End this lane, freeing its KV cache."""
         ledger = self.ledger()
-        above_weights = self.generation.peak_bytes if self.generation else 0
+        peak = ledger["weights"] + ledger["scales"] + (self.generation.peak_bytes if self.generation else 0)
         rest = self.text.flush() if self.text else ""
         self.close()
-        return Finished(
-            contestant=self.name,
-            reason=reason,
-            text=rest,
-            kv_bytes=ledger["kv"],
-            peak_bytes=ledger["weights"] + ledger["scales"] + above_weights,
-        )
+        return Finished(contestant=self.name, reason=reason, text=rest, kv_bytes=ledger["kv"], peak_bytes=peak)
 
     def close(self) -> None:
         self.over = True
         if self.generation:
             self.generation.close()
         self.generation = self.tokens = None
+
+
+def _running(lanes: list[_Lane]) -> list[_Lane]:
+    return [lane for lane in lanes if not lane.over]
 
 
 class _Race:
@@ -137,7 +121,7 @@ class _Race:
         plan = yield from self._plan(self.model)
         with telemetry.Sampler(self.comparison.device) as self.sampler:
             try:
-                yield from (self._interleave() if plan.schedule == "interleave" else self._in_turn(plan))
+                yield from (self._interleave(self.lanes) if plan.schedule == "interleave" else self._in_turn())
                 yield from self._memory()
             finally:
                 for lane in self.lanes:
@@ -182,36 +166,26 @@ class _Race:
             self.pool.drop_others(set(keys))
         return plan
 
-    def _interleave(self) -> Iterator[Event]:
+    def _interleave(self, lanes: list[_Lane]) -> Iterator[Event]:
         for stage in (self._load, self._prefill):
-            for lane in self._running():
+            for lane in _running(lanes):
                 yield from self._guarded(lane, stage)
-        while running := self._running():
+        while running := _running(lanes):
             for lane in running:
                 yield from self._guarded(lane, self._step)
 
-    def _in_turn(self, plan: memory.Plan) -> Iterator[Event]:
+    def _in_turn(self) -> Iterator[Event]:
         for lane in self.lanes:
-            for stage in (self._load, self._prefill):
-                if not lane.over:
-                    yield from self._guarded(lane, stage)
-            while not lane.over:
-                yield from self._guarded(lane, self._step)
-            if not self.fits_together and not any(other.key == lane.key for other in self._running()):
+            yield from self._interleave([lane])
+            if not self.fits_together and not any(other.key == lane.key for other in _running(self.lanes)):
                 yield self._free(lane)
 
-    def _running(self) -> list[_Lane]:
-        return [lane for lane in self.lanes if not lane.over]
-
     def _load(self, lane: _Lane) -> Iterator[Event]:
-        note = "; ".join(filter(None, (range_note(self.model.config, lane.contestant.method), self._ignored())))
+        ignored = ", ".join(self.model.ignored_settings)  # which the answers here do not follow
+        ignored = f"ignored, of the model's own generation settings: {ignored}" if ignored else ""
+        note = "; ".join(filter(None, (range_note(self.model.config, lane.contestant.method), ignored)))
         lane.engine = yield from self.lease.load(lane.key, lane.contestant, lane.prediction, note)
         lane.engine.warm_up(self.prompt_ids)
-
-    def _ignored(self) -> str:
-        """Generation settings of the model that its answers here do not follow; '' where there are none."""
-        ignored = self.model.ignored_settings
-        return f"ignored, of the model's own generation settings: {', '.join(ignored)}" if ignored else ""
 
     def _prefill(self, lane: _Lane) -> Iterator[Event]:
         sampling, stopped = self.comparison.sampling, self.lease.stop.is_set
@@ -227,15 +201,9 @@ class _Race:
         yield from self._emit(lane, next(lane.tokens))
 
     def _emit(self, lane: _Lane, token: Token) -> Iterator[Event]:
-        index, lane.count = lane.count, lane.count + 1
-        yield Step(
-            contestant=lane.name,
-            index=index,
-            token_id=token.token_id,
-            text=lane.text.push(token.token_id),
-            seconds=token.seconds,
-            logprob=token.logprob,
-        )
+        found = {"token_id": token.token_id, "seconds": token.seconds, "logprob": token.logprob}
+        yield Step(contestant=lane.name, index=lane.count, text=lane.text.push(token.token_id), **found)
+        lane.count += 1
         if reason := token.end or ("time" if self.lease.clock() >= lane.ends_at else ""):
             yield lane.finish(reason)
 
@@ -265,14 +233,13 @@ class _Race:
     def _free(self, lane: _Lane) -> Freed:
         lane.close()
         lane.engine = None
-        freed = self.pool.drop(lane.key)
-        return Freed(contestant=lane.name, **asdict(freed))
+        return Freed(contestant=lane.name, **asdict(self.pool.drop(lane.key)))
 
     def _memory(self) -> Iterator[Memory]:
         """The samples that came in, each with the ledger as it is now."""
         ledger = {lane.name: lane.ledger() for lane in self.lanes}
-        seen = [lane.generation.allocator_peak_bytes for lane in self._running() if lane.generation]
+        seen = [lane.generation.allocator_peak_bytes for lane in _running(self.lanes) if lane.generation]
         for sample in self.sampler.drain():
             self._peak = max([self._peak, sample.allocated_bytes or 0, *seen])
             peak = self._peak if sample.allocated_bytes is not None else None
-            yield Memory(**asdict(sample), peak_allocated_bytes=peak, ledger=ledger)
+            yield replace(sample, peak_allocated_bytes=peak, ledger=ledger)

@@ -13,8 +13,7 @@ from llmq.errors import BadChoice, ModelUnavailable
 from llmq.events import Event, Progress
 from llmq.figures.blocks import Drawing
 from llmq.figures.lines import Line, line_figure
-from llmq.formatting import format_share
-from llmq.labs.rows import BASELINE, RowAnswer, RowLab, Rows, TableLab, Workbench, shown_perplexity
+from llmq.labs.rows import BASELINE, RowAnswer, RowLab, Rows, TableLab, Workbench, share_of, shown_perplexity
 from llmq.machine.door import Lease
 from llmq.models.opening import open_model
 
@@ -45,6 +44,17 @@ class Sweep(TableLab):
 
     kind, title = "sweep", "Outlier features by model size"
     models: tuple[str, ...] = ("demo",)
+    columns = {
+        "Model": "{model}",
+        "Parameters": lambda row: f"{row['parameters'] / 1e6:,.0f} M",
+        "Perplexity": shown_perplexity,
+        "Outlier features": lambda row: (
+            f"{len(row['outlier_features'])} of {row['dimensions_reaching_magnitude']} that reach 6"
+        ),
+        "Layers": share_of("layers_touched"),
+        "Positions": share_of("positions_touched"),
+        "Median magnitude": "{median_magnitude:,.1f}",
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,17 +84,6 @@ class Sweep(TableLab):
             merged["stopped"] = lease.stop.is_set()
             yield RowAnswer(type(self), merged, done=name == self.models[-1] or lease.stop.is_set())
             lease.check()
-
-    @classmethod
-    def headers(cls) -> list[str]:
-        return ["Model", "Parameters", "Perplexity", "Outlier features", "Layers", "Positions", "Median magnitude"]
-
-    @classmethod
-    def row(cls, row: dict) -> list[str]:
-        shares = [format_share(row["layers_touched"]), format_share(row["positions_touched"])]
-        count = f"{len(row['outlier_features'])} of {row['dimensions_reaching_magnitude']} that reach 6"
-        median = f"{row['median_magnitude']:,.1f}"
-        return [row["model"], f"{row['parameters'] / 1e6:,.0f} M", shown_perplexity(row), count, *shares, median]
 
     @classmethod
     def figures(cls, rows: list[dict]) -> list[Drawing]:

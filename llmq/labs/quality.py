@@ -21,8 +21,8 @@ from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number, Text
-from llmq.formatting import format_share
-from llmq.labs.rows import BASELINE, RowAnswer, TableLab
+from llmq.formatting import MISSING
+from llmq.labs.rows import BASELINE, RowAnswer, TableLab, share_of
 from llmq.machine.door import Lease
 from llmq.models.opening import Model
 from llmq.models.reference_text import WINDOW, reference_text
@@ -37,6 +37,14 @@ class Quality(TableLab):
     engine: Annotated[str, Choice(ENGINES, help="auto, hf (transformers) or lean (our own loop)")] = "auto"
     text: Annotated[str, Text(file="--text", help="default: CPython's pydoc topics")] = ""
     tokens: Annotated[int, Number(2 * WINDOW, 1_000_000, whole=True, help="how much of the text")] = 4096
+    columns = {
+        "Method": "{method}",
+        "Loop": "{engine}",
+        "Perplexity (95 %)": "{perplexity:.2f} ({perplexity_interval[0]:.2f}–{perplexity_interval[1]:.2f})",
+        "Change (95 %, paired)": lambda row: _shown_change(row),
+        "KL to FP16": "{kl_to_fp16:.4f}",
+        "Same first choice": share_of("top1_agreement"),
+    }
 
     def run(self, lease: Lease) -> Iterator[Event | Progress | dict]:
         """Let every method and FP16 read the text; last comes the result with the stable keys of `quality --json`."""
@@ -77,19 +85,12 @@ class Quality(TableLab):
             engines[contestant] = yield from lease.load(Key.of(model, contestant.method, self.device, loop), contestant)
         return engines
 
-    @classmethod
-    def headers(cls) -> list[str]:
-        return ["Method", "Loop", "Perplexity (95 %)", "Change (95 %, paired)", "KL to FP16", "Same first choice"]
 
-    @classmethod
-    def row(cls, row: dict) -> list[str]:
-        low, high = row["perplexity_interval"]
-        change = "–"
-        if "perplexity_change" in row:  # absent from results of earlier versions
-            ends = [f"{100 * end:+.1f}" for end in row["perplexity_change_interval"]]
-            change = f"{100 * row['perplexity_change']:+.1f} % ({ends[0]} to {ends[1]})"
-        figures = [f"{row['kl_to_fp16']:.4f}", format_share(row["top1_agreement"])]
-        return [row["method"], row["engine"], f"{row['perplexity']:.2f} ({low:.2f}–{high:.2f})", change, *figures]
+def _shown_change(row: dict) -> str:
+    if "perplexity_change" not in row:  # absent from results of earlier versions
+        return MISSING
+    low, high = (f"{100 * end:+.1f}" for end in row["perplexity_change_interval"])
+    return f"{100 * row['perplexity_change']:+.1f} % ({low} to {high})"
 
 
 def _summarise(rows: list[TextScore], baseline: list[TextScore]) -> dict:

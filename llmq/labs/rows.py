@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from llmq.contestant import Contestant
 from llmq.engine.base import Engine, Interrupted, generate
@@ -21,7 +21,7 @@ from llmq.environment import describe
 from llmq.events import Event, Progress
 from llmq.fields import Number
 from llmq.figures.blocks import Block, Drawing, Table
-from llmq.formatting import plain_json
+from llmq.formatting import format_share, plain_json
 from llmq.labs.base import Lab
 from llmq.models.edits import Edit
 from llmq.models.opening import Model
@@ -36,20 +36,26 @@ if TYPE_CHECKING:
 BASELINE = Contestant.parse("fp16")
 WRITTEN_TOKENS = 24
 Rows = Generator[Event | Progress | dict, None, None]
+Cell = str | Callable[[dict], str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableLab(Lab):
-    """A lab whose answer is rows. A subclass says how they are shown: `headers`, `row`, `finding`, `figures`."""
+    """A lab whose answer is rows. A subclass says how they are shown: `columns`, `finding`, `figures`.
+
+    `columns`: what makes the cell under each header, a function of the row or a format such as '{kl_to_fp16:.3g}'.
+    """
+
+    columns: ClassVar[dict[str, Cell]] = {}
 
     @classmethod
     def headers(cls) -> list[str]:
-        raise NotImplementedError
+        return list(cls.columns)
 
     @classmethod
     def row(cls, row: dict) -> list[str]:
         """The cells of one row, under `headers`."""
-        raise NotImplementedError
+        return [cell.format_map(row) if isinstance(cell, str) else cell(row) for cell in cls.columns.values()]
 
     @classmethod
     def finding(cls, rows: list[dict]) -> str:
@@ -164,7 +170,6 @@ class Workbench:
     lab: RowLab
     model: Model
     lease: Lease
-    texts: list[list[int]] = field(init=False)
 
     def __post_init__(self):
         self.texts = windows(self.model, self.lab.windows)
@@ -223,3 +228,11 @@ def shown_perplexity(row: dict) -> str:
     """The perplexity of a row, in digits that can be read."""
     value = row["perplexity"]
     return "beyond measure" if not math.isfinite(value) else f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
+
+
+def share_of(name: str) -> Cell:
+    """The cell of a share, in per cent."""
+    return lambda row: format_share(row[name])
+
+
+SCORES: dict[str, Cell] = {"Perplexity": shown_perplexity, "KL to FP16": "{kl_to_fp16:.3g}"}

@@ -15,7 +15,7 @@ from llmq.fields import Number, Numbers, Text
 from llmq.figures.blocks import Drawing
 from llmq.figures.lines import Line, line_figure
 from llmq.formatting import format_number
-from llmq.labs.rows import BASELINE, RowLab, Rows, Workbench, shown_perplexity
+from llmq.labs.rows import BASELINE, SCORES, RowLab, Rows, Workbench
 from llmq.models.edits import Silence
 
 RANKING_TOKENS = 128
@@ -38,6 +38,12 @@ class Silencing(RowLab):
     draws: Annotated[int, Number(1, 1000, whole=True, help="random sets of each size")] = 3
     seed: int = 0
     prompt: Annotated[str, Text(help="how the model goes on after it", flag="--prompt")] = ""
+    columns = {
+        "Silenced": lambda row: "none" if row["silenced"] == "none" else f"{row['count']} {row['silenced']}",
+        "Channels": lambda row: ", ".join(map(str, row["channels"])),
+        **SCORES,
+        "Text": "{text}",
+    }
 
     def conditions(self) -> dict:
         return {"method": BASELINE.label, "draws": self.draws, "seed": self.seed}
@@ -50,34 +56,17 @@ class Silencing(RowLab):
         with bench.engine(BASELINE) as engine:
             yield bench.progress("read the text with no channel silenced", 0.05)
             truth = bench.read(engine)
-            yield {
-                "silenced": "none",
-                "count": 0,
-                "channels": [],
-                **bench.score(truth, truth),
-                "text": bench.write(engine),
-            }
-        drawn = random.Random(self.seed)
-        total, done = len(self.counts) * (1 + self.draws), 0
+            row = {"silenced": "none", "count": 0, "channels": []}
+            yield row | bench.score(truth, truth) | {"text": bench.write(engine)}
+        drawn, choices = random.Random(self.seed), []
         for count in self.counts:
-            choices = [("strongest", ranking[:count])]
+            choices.append(("strongest", ranking[:count]))
             choices += [("random", drawn.sample(range(bench.channels), count)) for _ in range(self.draws)]
-            for name, channels in choices:
-                yield bench.progress(f"{count} {name} silenced", 0.1 + 0.9 * done / total)
-                done += 1
-                with bench.engine(BASELINE, Silence(tuple(channels))) as engine:
-                    row = {"silenced": name, "count": count, "channels": list(channels)}
-                    yield row | bench.score(bench.read(engine), truth) | {"text": bench.write(engine)}
-
-    @classmethod
-    def headers(cls) -> list[str]:
-        return ["Silenced", "Channels", "Perplexity", "KL to FP16", "Text"]
-
-    @classmethod
-    def row(cls, row: dict) -> list[str]:
-        name = "none" if row["silenced"] == "none" else f"{row['count']} {row['silenced']}"
-        channels = ", ".join(map(str, row["channels"]))
-        return [name, channels, shown_perplexity(row), f"{row['kl_to_fp16']:.3g}", row["text"]]
+        for done, (name, channels) in enumerate(choices):
+            yield bench.progress(f"{len(channels)} {name} silenced", 0.1 + 0.9 * done / len(choices))
+            with bench.engine(BASELINE, Silence(tuple(channels))) as engine:
+                row = {"silenced": name, "count": len(channels), "channels": list(channels)}
+                yield row | bench.score(bench.read(engine), truth) | {"text": bench.write(engine)}
 
     @classmethod
     def finding(cls, rows: list[dict]) -> str:

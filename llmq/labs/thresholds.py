@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from llmq.fields import Choice, Numbers
 from llmq.figures.blocks import Drawing
 from llmq.figures.lines import Panel, panels_figure
 from llmq.formatting import format_share
-from llmq.labs.rows import BASELINE, RowLab, Rows, Workbench, shown_perplexity
+from llmq.labs.rows import BASELINE, SCORES, RowLab, Rows, Workbench, share_of
 from llmq.methods import METHODS, parse_method
 from llmq.methods.base import THRESHOLD
 
@@ -44,6 +45,13 @@ class Thresholds(RowLab):
     thresholds: Annotated[
         tuple[float, ...], Numbers(THRESHOLD, help="0 is off", named="threshold", flag="--thresholds")
     ] = (0.0, 2.0, 4.0, 6.0, 8.0, math.inf)
+    columns = {
+        "Threshold": "{threshold}",
+        **SCORES,
+        "Columns in 16 bit": share_of("outlier_share"),
+        "Decode": "{tokens_per_second:.3g} tok/s",
+        "Lowest to highest": "{tokens_per_second_min:.3g} to {tokens_per_second_max:.3g}",
+    }
 
     def contestants(self) -> list[Contestant]:
         return [Contestant(replace(parse_method(self.method), threshold=threshold)) for threshold in self.thresholds]
@@ -89,16 +97,6 @@ class Thresholds(RowLab):
         return speeds
 
     @classmethod
-    def headers(cls) -> list[str]:
-        return ["Threshold", "Perplexity", "KL to FP16", "Columns in 16 bit", "Decode", "Lowest to highest"]
-
-    @classmethod
-    def row(cls, row: dict) -> list[str]:
-        spread = f"{row['tokens_per_second_min']:.3g} to {row['tokens_per_second_max']:.3g}"
-        figures = [shown_perplexity(row), f"{row['kl_to_fp16']:.3g}", format_share(row["outlier_share"])]
-        return [row["threshold"], *figures, f"{row['tokens_per_second']:.3g} tok/s", spread]
-
-    @classmethod
     def finding(cls, rows: list[dict]) -> str:
         on = sorted((float(row["threshold"]), row) for row in rows if row["threshold"] not in ("off", "∞"))
         if len(on) < 2:
@@ -133,12 +131,9 @@ class Thresholds(RowLab):
 def decode_seconds(engine: Engine, ids: list[int], steps: int, stopped: Callable[[], bool]) -> float:
     """Seconds of `steps` decode steps after the prompt `ids`, the engine warmed up before."""
     engine.warm_up(ids)
-    generation = engine.start(ids, SamplingSettings(max_new_tokens=steps + 1))
-    try:
+    with closing(engine.start(ids, SamplingSettings(max_new_tokens=steps + 1))) as generation:
         generation.prefill(stopped)
         return sum(generation.step().seconds for _ in range(steps))
-    finally:
-        generation.close()
 
 
 def name_of(threshold: float) -> str:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from llmq import memory, telemetry
@@ -74,7 +73,8 @@ class Machine:
 
     def _answer(self, question: Question, lease: Lease) -> Iterator[object]:
         try:
-            with out_of_memory(lambda: f"out of memory on {lease.device}: {_free(lease.device)}. {ADVICE}"):
+            device = lease.device
+            with out_of_memory(lambda: f"out of memory on {device}: {_free(telemetry.free_bytes(device))}. {ADVICE}"):
                 yield from question.run(lease)
         except Interrupted:
             return
@@ -84,22 +84,12 @@ class Machine:
             raise
 
 
-@dataclass
 class Lease:
     """The device while a question holds it: what the question opens, loads and asks for."""
 
-    machine: Machine
-    device: str
-    stop: threading.Event
-    loaded: list[Key] = field(default_factory=list)  # engines that this question brought into memory
-
-    @property
-    def pool(self) -> Pool:
-        return self.machine.pool
-
-    @property
-    def clock(self) -> Callable[[], float]:
-        return self.machine.clock
+    def __init__(self, machine: Machine, device: str, stop: threading.Event):
+        self.device, self.stop, self.pool, self.clock = device, stop, machine.pool, machine.clock
+        self.loaded: list[Key] = []  # engines that this question brought into memory
 
     def check(self) -> None:
         """Raise Interrupted when the question was stopped."""
@@ -197,12 +187,8 @@ def out_of_memory(describe: Callable[[], str] = lambda: f"out of memory. {ADVICE
 def shortage(what: str, predicted: int, free: int) -> str:
     """What is missing, in bytes."""
     needed = f"{what} needs about {predicted / 1e9:.2f} GB ({predicted:,} bytes predicted)"
-    return f"out of memory: {needed} and {_free_bytes(free)}. {ADVICE}"
+    return f"out of memory: {needed} and {_free(free)}. {ADVICE}"
 
 
-def _free(device: str) -> str:
-    return _free_bytes(telemetry.free_bytes(device))
-
-
-def _free_bytes(free: int) -> str:
+def _free(free: int) -> str:
     return f"{free / 1e9:.2f} GB ({free:,} bytes) are free"

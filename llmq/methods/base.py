@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llmq.errors import BadChoice
-from llmq.fields import Field, Number, check_fields, fields_of
+from llmq.fields import Number, check_fields, fields_of
 from llmq.methods import swap
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmq.methods.calibrate import Observer
+    from llmq.methods.calibrate import ChannelMaximum
 
 DEFAULT_THRESHOLD = 6.0  # LLM.int8() paper, section 3.2; also the default of bitsandbytes through transformers
 LARGEST_FP16 = 65504  # nothing a 16-bit activation holds is above it
@@ -96,13 +96,11 @@ class Method:
     @property
     def spelled(self) -> str:
         """The name as people type it, with the settings that differ from their defaults."""
-        unusual = [(i, f) for i, f in enumerate(fields_of(type(self))) if getattr(self, f.name) != f.default]
-        parts = [self._setting(field, bare=number == 0) for number, field in unusual]
+        parts = []
+        for number, field in enumerate(fields_of(type(self))):
+            if (value := getattr(self, field.name)) != field.default:
+                parts.append(("" if number == 0 else f"{field.name}=") + field.kind.spell(value))
         return self.name + ("@" + ":".join(parts) if parts else "")
-
-    def _setting(self, field: Field, *, bare: bool) -> str:
-        value = field.kind.spell(getattr(self, field.name))
-        return value if bare else f"{field.name}={value}"
 
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         """One plain sentence: what is stored in which type, and in which type it is multiplied on this device in this
@@ -113,31 +111,39 @@ class Method:
 
     def load_arguments(self, device: str) -> dict[str, Any]:
         """Keyword arguments for `AutoModelForCausalLM.from_pretrained`."""
-        return dense_arguments(self.dtype, device)
+        return {"dtype": self.dtype, "device_map": {"": device}}
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
         """The replacement of one linear layer, on its device; `statistics` of its input where it is calibrated."""
         raise NotImplementedError
 
     def quantize_(self, model: nn.Module, device: str, statistics: Mapping[str, torch.Tensor] | None = None):
-        """Turn a 16- or 32-bit model into this method's, in place, in eval mode; returns it."""
-        return swap.convert_(model, self, device, statistics or {})
+        """Turn a 16- or 32-bit model into this method's, in place, in eval mode; returns it. Every linear layer but the
+        head is replaced; of a model out of an int8 checkpoint those that are int8 there, and it is not moved. Raises
+        BadChoice where there is nothing to replace."""
+        import torch
 
-    def apply(self, module: nn.Module) -> None:
-        """Set the live fields of one layer of a loaded model."""
+        opened = swap.opened_int8(model)
+        swap.cast_parameters_(model if opened else model.to(device), getattr(torch, self.dtype))
+        if not self.dense:
+            swap.replace_(model, opened or list(swap.linear_layers(model)), self.quantize, statistics or {})
+        if self.int8_head:
+            from llmq.methods.layers.int8_linear import convert_ends_
+
+            convert_ends_(model, self.threshold)
+        return model.eval()
 
     def apply_(self, model: nn.Module) -> None:
-        """Set the live fields of a loaded model."""
-        for module in model.modules() if self.live else ():
-            self.apply(module)
+        """Set the live fields of a loaded model, in its layers."""
 
     def stored(self) -> Self:
         """The method with its live fields at their defaults: equal where the loaded models are equal."""
         defaults = {field.name: field.default for field in fields_of(type(self)) if field.name in self.live}
         return replace(self, **defaults)
 
-    def observer(self, linear: nn.Module) -> Observer:
-        """What collects the statistics of one layer's input during calibration."""
+    def observer(self, linear: nn.Module) -> ChannelMaximum:
+        """What collects the statistics of one layer's input during calibration: `update(x)` with every input
+        (..., in_features), then `result()`, a tensor on the host."""
         raise NotImplementedError
 
     @property
@@ -153,24 +159,29 @@ class Method:
     # What it weighs
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
-        """Bytes of one linear weight of `shape` (out, in)."""
-        return WeightBytes(shape[0] * shape[1] * self.bits // 8)
+        """Bytes of one linear weight of `shape` (out, in); in 8 bit it has a scale a row."""
+        return WeightBytes(shape[0] * shape[1] * self.bits // 8, 4 * shape[0] if self.bits == 8 else 0)
 
     def predict(self, meta_model: nn.Module) -> WeightBytes:
-        """Bytes this method will need, from a dense model on the meta device."""
-        return swap.predict(meta_model, self)
+        """Bytes this method will need, from a dense model on the meta device; tied weights count once, buffers keep
+        their type."""
+        import torch
+
+        replaced = {
+            id(layer.weight): self.bytes(swap.shape_of(layer)) for layer in swap.replaced_layers(meta_model, self)
+        }
+        itemsize = getattr(torch, self.dtype).itemsize
+        rest = sum(
+            tensor.numel() * itemsize if tensor.requires_grad else tensor.nbytes
+            for tensor in swap.stored_tensors(meta_model)
+            if id(tensor) not in replaced
+        )
+        return WeightBytes(rest + sum(b.weights for b in replaced.values()), sum(b.scales for b in replaced.values()))
 
     def scale_bytes(self, model: nn.Module) -> int:
         """Bytes of quantization scales that are neither parameters nor buffers of a loaded model."""
         scales = {id(m.absmax): m.absmax for m in model.modules() if getattr(m, "absmax", None) is not None}
         return sum(scale.nbytes for scale in scales.values())
-
-
-def dense_arguments(dtype: str, device: str) -> dict[str, Any]:
-    """Keyword arguments that open a checkpoint in one floating-point type on `device`."""
-    import torch
-
-    return {"dtype": getattr(torch, dtype), "device_map": {"": device}}
 
 
 def subclasses(cls: type[Method]) -> Iterator[type[Method]]:

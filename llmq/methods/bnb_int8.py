@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method, WeightBytes
+from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method
 
 if TYPE_CHECKING:
     import torch
@@ -78,11 +78,9 @@ class BnbInt8(Method):
         int8.bias = linear.bias
         return int8.eval()
 
-    def apply(self, module: nn.Module) -> None:
-        import bitsandbytes as bnb
-
-        if isinstance(module, bnb.nn.Linear8bitLt):
-            module.state.threshold = self.threshold
+    def apply_(self, model: nn.Module) -> None:
+        for layer in int8_linears(model):
+            layer.state.threshold = self.threshold
 
     def outlier_columns(self, module: nn.Module) -> torch.Tensor | None:
         """bitsandbytes' own list, `state.idx`: made new in each call, and None where a call found no outlier. With the
@@ -94,9 +92,6 @@ class BnbInt8(Method):
             return None
         found = module.state.idx if module.state.threshold > 0 else None
         return torch.empty(0, dtype=torch.int64) if found is None else found.long().sort().values
-
-    def bytes(self, shape: tuple[int, int]) -> WeightBytes:
-        return WeightBytes(shape[0] * shape[1], 4 * shape[0])
 
     def scale_bytes(self, model: nn.Module) -> int:
         """bitsandbytes keeps the row scales as attributes; before the first call on the weight, then on the state."""

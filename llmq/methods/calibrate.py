@@ -11,7 +11,7 @@ was collected, and found again beside a checkpoint that brings its own (`FOLDER`
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from llmq.methods.swap import linear_layers
 
@@ -22,16 +22,6 @@ if TYPE_CHECKING:
     from llmq.methods.base import Method
 
 FOLDER = "calibration"
-
-
-class Observer(Protocol):
-    """Collects what one layer's method needs to know of its inputs."""
-
-    def update(self, x: torch.Tensor) -> None:
-        """Take in one input, (..., in_features)."""
-
-    def result(self) -> torch.Tensor:
-        """The statistics of everything taken in, on the host."""
 
 
 class ChannelMaximum:
@@ -78,17 +68,10 @@ def file_name(method: Method) -> str:
 
 
 def save_statistics(statistics: dict[str, torch.Tensor], path: Path) -> None:
-    """Write `statistics` to `path` in one step."""
+    """Write `statistics` to `path` in one step, as safetensors."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(statistics, partial)
     partial.replace(path)
-
-
-def load_statistics(path: Path) -> dict[str, torch.Tensor]:
-    """What `save_statistics` wrote."""
-    from safetensors.torch import load_file
-
-    return load_file(path)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmq.methods.swap import linear_layers
+from llmq.methods.swap import replaced_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,10 +47,7 @@ def coverage(model) -> Coverage:
 
 def predicted_coverage(meta_model: nn.Module, method: Method) -> Coverage:
     """What `method` will convert, from a dense model on the meta device."""
-    layers = [] if method.bits > 8 else [layer for _, layer in linear_layers(meta_model)]
-    if method.int8_head:
-        layers += [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
-    converted = {id(layer.weight) for layer in layers}
+    converted = {id(layer.weight) for layer in replaced_layers(meta_model, method) if method.bits <= 8}
     return _counted((name, w, linear, id(w) in converted) for name, w, linear, _ in _parameters(meta_model))
 
 

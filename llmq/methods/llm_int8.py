@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method, WeightBytes
+from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +34,6 @@ class Int8Weights(Method):
 
         return Int8Linear.over(linear, self.threshold)
 
-    def bytes(self, shape: tuple[int, int]) -> WeightBytes:
-        return WeightBytes(shape[0] * shape[1], 4 * shape[0])
-
 
 @dataclass(frozen=True)
 class LlmInt8(Int8Weights):
@@ -56,11 +53,12 @@ class LlmInt8(Int8Weights):
         products = "done as FP32 matrix products" if on_cpu and loop == "hf" else "summed exactly in integers"
         return f"{self._stored}; int8 products {products}; outliers keep FP16, summed with them"
 
-    def apply(self, module: nn.Module) -> None:
+    def apply_(self, model: nn.Module) -> None:
         from llmq.methods.layers.int8_linear import Int8Linear
 
-        if isinstance(module, Int8Linear):
-            module.threshold = self.threshold
+        for module in model.modules():
+            if isinstance(module, Int8Linear):
+                module.threshold = self.threshold
 
     def outlier_columns(self, module: nn.Module) -> torch.Tensor | None:
         """What the kernel marked in the last call."""

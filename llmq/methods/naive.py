@@ -39,8 +39,7 @@ class Naive(Method):
         return NaiveLinear.over(linear, self)
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
-        scales = (4 * shape[0] if self.by_row else 4) if self.weights else 0
-        return WeightBytes(super().bytes(shape).weights, scales)
+        return super().bytes(shape if self.by_row else (1, shape[0] * shape[1]))
 
 
 @dataclass(frozen=True)

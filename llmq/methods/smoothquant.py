@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmq.methods.calibrate import Observer
+    from llmq.methods.calibrate import ChannelMaximum
 
 SMALLEST = 1e-5  # of a channel's largest number: no factor is 0 or infinite
 
@@ -44,18 +44,18 @@ class SmoothQuant(Vectorwise):
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         return f"{super().arithmetic(device, loop)}; inputs divided by smoothing factors in FP32"
 
-    def observer(self, linear: nn.Module) -> Observer:
+    def observer(self, linear: nn.Module) -> ChannelMaximum:
         from llmq.methods.calibrate import ChannelMaximum
 
         return ChannelMaximum()
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
         """A smoothed layer that rounds weight and input; `statistics`: largest |x| of each input channel, (in,)."""
-        from llmq.methods.layers.naive_linear import SmoothedLinear
+        from llmq.methods.layers.naive_linear import NaiveLinear
 
         assert statistics is not None, "SmoothQuant needs the statistics of a calibration"
         weight = linear.weight.data.float()
-        return SmoothedLinear.smooth(linear, self, self.factors(statistics.to(weight.device), weight))
+        return NaiveLinear.over(linear, self, self.factors(statistics.to(weight.device), weight))
 
     def factors(self, largest_inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """s of equation 4, (in,), from max|X_j| (in,) and the weight (out, in); 1 for a channel that is never used."""

@@ -12,36 +12,19 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmq.methods.base import Method, WeightBytes
+    from llmq.methods.base import Method
 
 
-def convert_(model: nn.Module, method: Method, device: str, statistics: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Replace every linear layer but the head as `method` says, in place; returns the model in eval mode.
-
-    Of a model out of an int8 checkpoint those that are int8 there; it is where it belongs and may not be moved. Raises
-    BadChoice where there is nothing to replace.
-    """
-    import torch
-
-    opened = opened_int8(model)
-    cast_parameters_(model if opened else model.to(device), getattr(torch, method.dtype))
-    if not method.dense:
-        _replace_(model, method, opened or list(linear_layers(model)), statistics)
-    if method.int8_head:
-        from llmq.methods.layers.int8_linear import convert_ends_
-
-        convert_ends_(model, method.threshold)
-    return model.eval()
-
-
-def _replace_(model: nn.Module, method: Method, layers: list, statistics: Mapping[str, torch.Tensor]) -> None:
+def replace_(model: nn.Module, layers: list, quantize: Callable, statistics: Mapping[str, torch.Tensor]) -> None:
+    """Put `quantize(layer, its statistics)` in the place of each of `layers`, (name, module). Raises BadChoice where
+    there are none."""
     if not layers:
         owners = (m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
         kinds = ", ".join(sorted({type(module).__name__ for module in owners}))
         raise BadChoice(f"{type(model).__name__} keeps its weights in {kinds}: no linear layer to replace")
     for name, layer in layers:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, method.quantize(_as_linear(layer), statistics.get(name)))
+        setattr(model.get_submodule(parent), child, quantize(_as_linear(layer), statistics.get(name)))
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -81,25 +64,17 @@ def opened_int8(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in model.named_modules() if getattr(getattr(m, "weight", None), "SCB", None) is not None]
 
 
-def predict(meta_model: nn.Module, method: Method) -> WeightBytes:
-    """Bytes of `meta_model` (no storage) under `method`; tied weights count once, buffers keep their type."""
-    import torch
-
-    from llmq.methods.base import WeightBytes
-
+def replaced_layers(meta_model: nn.Module, method: Method) -> list[nn.Module]:
+    """The layers of a dense model whose weights `method` stores in a form of its own."""
     layers = [] if method.dense else [layer for _, layer in linear_layers(meta_model)]
     if method.int8_head:
         layers += [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
-    shapes = {id(m.weight): tuple(m.weight.shape)[:: -1 if is_conv1d(m) else 1] for m in layers}
-    quantized = {key: method.bytes(shape) for key, shape in shapes.items()}
-    itemsize = getattr(torch, method.dtype).itemsize
-    rest = sum(
-        tensor.numel() * itemsize if tensor.requires_grad else tensor.nbytes
-        for tensor in stored_tensors(meta_model)
-        if id(tensor) not in quantized
-    )
-    weights, scales = (sum(getattr(b, part) for b in quantized.values()) for part in ("weights", "scales"))
-    return WeightBytes(rest + weights, scales)
+    return layers
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer."""
+    return tuple(layer.weight.shape)[:: -1 if is_conv1d(layer) else 1]
 
 
 def stored_tensors(model: nn.Module) -> list[torch.Tensor]:

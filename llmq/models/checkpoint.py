@@ -60,6 +60,11 @@ def require_model(folder: Path, where: str) -> list[Path]:
     return files
 
 
+def stamps(files: Iterable[Path]) -> tuple:
+    """Name, bytes and time of each file: something else whenever one of them changes."""
+    return tuple((file.name, found.st_size, found.st_mtime_ns) for file in files for found in [file.stat()])
+
+
 class CheckpointTensors:
     """The tensors in a folder by name. Raises ModelUnavailable, with the name `where`, for what is missing."""
 

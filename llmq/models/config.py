@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from llmq.models.architecture import Unsupported, architecture_of
 
@@ -19,24 +18,11 @@ REWRITING |= {"forced_bos_token_id", "forced_eos_token_id", "min_length", "min_n
 REWRITING |= {"guidance_scale", "penalty_alpha", "stop_strings", "min_p", "typical_p", "num_beams"}
 
 
-@dataclass(frozen=True)
-class PlainConfig:
+class PlainConfig(SimpleNamespace):
     """The part of a `PretrainedConfig` that is used here: its entries as attributes."""
 
-    values: Mapping
-
-    def __getattr__(self, name: str):
-        if name == "values" or name.startswith("__"):  # asked for before there is any, by whoever copies
-            raise AttributeError(name)
-        if name == "dtype":
-            return self.values.get("dtype", self.values.get("torch_dtype"))
-        try:
-            return self.values[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
     def to_dict(self) -> dict:
-        return dict(self.values)
+        return dict(vars(self))
 
     def get_text_config(self) -> PlainConfig:
         return self
@@ -55,7 +41,12 @@ def plain_config(folder: Path) -> PlainConfig | None:
         architecture_of(values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, Unsupported):
         return None  # whatever is wrong with it, transformers says so
-    return PlainConfig(values)
+    return PlainConfig(**{"dtype": values.get("torch_dtype")} | values)
+
+
+def context_of(config) -> int:
+    """Return the most tokens that a model's positions allow; without end where its configuration states no limit."""
+    return int(getattr(config, "max_position_embeddings", 2**31))
 
 
 def generation_settings(folder: Path) -> dict:

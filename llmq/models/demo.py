@@ -22,6 +22,7 @@ from pathlib import Path
 from llmq.cache import cache_folder, require_space, sweep, workplace
 from llmq.errors import ModelUnavailable, UserError
 from llmq.events import Progress
+from llmq.models.checkpoint import stamps
 from llmq.models.gguf_convert import convert_gguf
 from llmq.terminal import spelled
 
@@ -49,8 +50,7 @@ def is_ready(folder: Path | None = None) -> bool:
     folder = folder or demo_folder()
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        stamps = tuple((name, *_stamp(folder / name)) for name in manifest)
-        if (found := (folder, stamps)) in _whole:
+        if (found := (folder, stamps(folder / name for name in manifest))) in _whole:
             return True
         if not manifest or any(_sha256(folder / name) != digest for name, digest in manifest.items()):
             return False
@@ -58,11 +58,6 @@ def is_ready(folder: Path | None = None) -> bool:
         return False
     _whole.add(found)
     return True
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def prepare_demo() -> Iterator[Progress]:

@@ -6,7 +6,6 @@ first norm of a layer, gate and up behind the second. Names are LLaMA's.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -74,7 +73,6 @@ def _scaled(tensor: torch.Tensor, channels: tuple[int, ...], factor: float) -> t
     require_channels(channels, tensor.shape[-1])
     if not tensor.is_floating_point():
         raise BadChoice("weights that are int8 already cannot be edited; choose a checkpoint in 16 or 32 bit")
-    assert math.isfinite(factor)
     changed = tensor.clone()
     changed[..., list(channels)] *= factor
     return changed

@@ -163,22 +163,19 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
 def _explanation(error: Exception, repo: str, revision: str | None) -> str:
     from huggingface_hub import errors
 
-    if isinstance(error, errors.GatedRepoError):
-        licence = "accept its licence on the hub, then set the HF_TOKEN environment variable"
-        return f"{repo} is gated: {licence}. The model 'demo' needs neither."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"the hub has no repository {repo!r}, or it is private and HF_TOKEN is not set"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} has no revision {revision!r} on the hub"
+    licence = "accept its licence on the hub, then set the HF_TOKEN environment variable"
+    explanations = {
+        errors.GatedRepoError: f"{repo} is gated: {licence}. The model 'demo' needs neither.",
+        errors.RepositoryNotFoundError: f"the hub has no repository {repo!r}, or it is private and HF_TOKEN is not set",
+        errors.RevisionNotFoundError: f"{repo} has no revision {revision!r} on the hub",
+        errors.HFValidationError: f"{repo!r} is no name a hub knows: {error}",
+    }
+    if explanation := next((text for kind, text in explanations.items() if isinstance(error, kind)), ""):
+        return explanation
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return f"{repo} holds no model: it has no config.json"
-    if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is no name a hub knows: {error}"
-    if isinstance(error, errors.HfHubHTTPError):
-        refused = error.response is not None and error.response.status_code == 401
-        return (
-            f"the hub refused {repo}: the token in HF_TOKEN is wrong or has expired" if refused else _UNREACHABLE % repo
-        )
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        return f"the hub refused {repo}: the token in HF_TOKEN is wrong or has expired"
     if isinstance(error, OSError) and (error.errno or 0) > 0 and not isinstance(error, ConnectionError | TimeoutError):
         return f"cannot store {repo} in the hub's cache (HF_HOME moves it): {error}"
     return _UNREACHABLE % repo

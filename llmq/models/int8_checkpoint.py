@@ -20,6 +20,7 @@ from llmq.methods.base import DEFAULT_THRESHOLD
 from llmq.methods.swap import is_conv1d, linear_layers
 from llmq.models.checkpoint import INDEX, CheckpointTensors, require_model
 from llmq.models.loading import Source, folder_of, transformers_config
+from llmq.models.skeleton import meta_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -58,12 +59,7 @@ def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
 
 def _quantized_names(config: PretrainedConfig) -> dict[str, bool]:
     """The weights that LLM.int8() stores as int8, and whether the checkpoint has them (in, out), as GPT-2's."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return {f"{name}.weight": is_conv1d(module) for name, module in linear_layers(model)}
+    return {f"{name}.weight": is_conv1d(module) for name, module in linear_layers(meta_model(config))}
 
 
 def _write(tensors: CheckpointTensors, quantized: dict[str, bool], folder: Path) -> Iterator[Progress]:

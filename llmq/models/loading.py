@@ -12,12 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.errors import BadChoice, ModelUnavailable, UserError, is_allocation_failure, unknown
+from llmq.errors import BadChoice, ModelUnavailable, UserError, first_line, is_allocation_failure, unknown
 from llmq.events import Progress
 from llmq.models import hub
-from llmq.models.checkpoint import CheckpointTensors, require_model, require_scales, require_whole
+from llmq.models.checkpoint import CheckpointTensors, require_model, require_scales, require_whole, stamps
 from llmq.models.config import PlainConfig, generation_settings, plain_config
-from llmq.models.demo import demo_folder, prepare_demo
+from llmq.models.demo import GGUF_SHA256, REQUIREMENT, demo_folder, prepare_demo
 from llmq.models.edits import Edit, EditedTensors, edit_model_
 from llmq.models.presets import PRESETS
 
@@ -98,8 +98,6 @@ def folder_of(source: Source) -> Path:
 def revision_of(source: Source) -> str:
     """Name the exact checkpoint: a hub commit, the demo's pinned hash, or what else identifies it."""
     if source.kind == "demo":
-        from llmq.models.demo import GGUF_SHA256, REQUIREMENT
-
         return f"{REQUIREMENT}, sha256 {GGUF_SHA256[:12]}"
     if source.kind == "hub":
         return folder_of(source).name
@@ -179,27 +177,21 @@ def range_note(config: PretrainedConfig | PlainConfig, method: Method) -> str:
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer, chat template included. Random weights borrow the demo model's tokenizer."""
     folder = folder_of(resolve("demo") if source.kind == "random" else source)
-    return _open_tokenizer(source, folder, _stamps(folder))
+    return _open_tokenizer(source, folder, _tokenizer_stamps(folder))
 
 
-def _stamps(folder: Path) -> tuple:
-    """Changes whenever a file of the tokenizer does."""
+def _tokenizer_stamps(folder: Path) -> tuple:
     files = sorted(path for path in folder.glob("*.json") if path.name not in ("config.json", "generation_config.json"))
-    found = ((path.name, path.stat()) for path in [*files, *folder.glob("*.jinja"), *folder.glob("tokenizer.model")])
-    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+    return stamps([*files, *folder.glob("*.jinja"), *folder.glob("tokenizer.model")])
 
 
 @lru_cache(maxsize=4)
-def _open_tokenizer(source: Source, folder: Path, stamps: tuple) -> PreTrainedTokenizerBase:
+def _open_tokenizer(source: Source, folder: Path, stamped: tuple) -> PreTrainedTokenizerBase:
     with _blamed_on(source, "open the tokenizer"):
-        if _names_no_family(folder):
-            from transformers import PreTrainedTokenizerFast
+        import transformers
 
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        else:
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        kind = transformers.PreTrainedTokenizerFast if _names_no_family(folder) else transformers.AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         ids = tokenizer(ROUND_TRIP, add_special_tokens=False)["input_ids"]
         back = tokenizer.decode(ids)
     if tokenizer.unk_token_id not in ids and back.lower().split() != ROUND_TRIP.split():
@@ -320,5 +312,4 @@ def _blamed_on(source: Source, attempt: str) -> Iterator[None]:
     except Exception as error:
         if is_allocation_failure(error):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelUnavailable(f"cannot {attempt} of {source.name}: {reason}") from error
+        raise ModelUnavailable(f"cannot {attempt} of {source.name}: {first_line(error)}") from error

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from llmq.events import Progress
 from llmq.models import loading
-from llmq.models.config import ignored_settings
+from llmq.models.checkpoint import stamps
+from llmq.models.config import context_of, ignored_settings
 from llmq.models.edits import Edit
 from llmq.models.loading import Source
 from llmq.models.presets import PRESETS
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from llmq.models.config import PlainConfig
-
-ENDLESS = 2**31  # positions of a model whose configuration states no limit
 
 
 def open_model(name: str, *, random_weights: bool = False) -> Model:
@@ -71,14 +70,13 @@ class Model:
         """A name for exactly these weights: the same files, the same edit."""
         facts = [self.source, loading.revision_of(self.source)]
         if self.source.kind == "folder":
-            files = sorted(loading.folder_of(self.source).glob("*.safetensors"))
-            facts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            facts += stamps(sorted(loading.folder_of(self.source).glob("*.safetensors")))
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     @property
     def context(self) -> int:
         """The most tokens, prompt and answer together, that the model's positions allow."""
-        return int(getattr(self.config, "max_position_embeddings", ENDLESS))
+        return context_of(self.config)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+from llmq.models.skeleton import meta_model
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +32,18 @@ class RandomTensors:
     config: LlamaConfig
     seed: int = 0
 
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in meta_model(self.config).named_parameters()}
+
     def __contains__(self, name: str) -> bool:
-        return name != "lm_head.weight" or not self.config.tie_word_embeddings
+        return name in self._shapes
 
     def get(self, name: str, device: str) -> torch.Tensor:
         """Draw the tensor called `name` on `device`: the same for the same name, seed and kind of device."""
         import torch
 
-        shape = self._shape(name)
+        shape = self._shapes[name]
         if len(shape) == 1:
             tensor = torch.ones(shape, dtype=torch.float16, device=device)
         else:
@@ -45,23 +52,6 @@ class RandomTensors:
             tensor = torch.empty(shape, dtype=torch.float16, device=device).normal_(0.0, scale, generator=generator)
         self._plant(name, tensor)
         return tensor
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        c = self.config
-        head_dim = c.head_dim or c.hidden_size // c.num_attention_heads
-        queries, kv_rows = c.num_attention_heads * head_dim, c.num_key_value_heads * head_dim
-        projections = {
-            "q_proj": (queries, c.hidden_size),
-            "k_proj": (kv_rows, c.hidden_size),
-            "v_proj": (kv_rows, c.hidden_size),
-            "o_proj": (c.hidden_size, queries),
-            "gate_proj": (c.intermediate_size, c.hidden_size),
-            "up_proj": (c.intermediate_size, c.hidden_size),
-            "down_proj": (c.hidden_size, c.intermediate_size),
-            "embed_tokens": (c.vocab_size, c.hidden_size),
-            "lm_head": (c.vocab_size, c.hidden_size),
-        }
-        return projections.get(name.split(".")[-2], (c.hidden_size,))
 
     def _plant(self, name: str, tensor: torch.Tensor) -> None:
         """Amplify six rows (channels of what comes out) of the tensors that feed a linear layer."""
@@ -78,11 +68,8 @@ _PLANTED = {"layernorm": NORM_GAIN, "v_proj": VALUE_GAIN, "up_proj": GATED_GAIN}
 def random_llama(config: LlamaConfig, device: str, seed: int = 0) -> LlamaForCausalLM:
     """Return an fp16 LLaMA of `config`'s shape on `device` with the weights of `RandomTensors`."""
     import torch
-    from transformers import LlamaForCausalLM
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).half()
-    model.to_empty(device=device)
+    model = meta_model(config).half().to_empty(device=device)
     model.tie_weights()
     tensors = RandomTensors(config, seed)
     with torch.no_grad():

@@ -28,8 +28,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, context: i
     if not ids:
         raise BadChoice(f"the model's tokenizer makes no token of the prompt {prompt!r:.80}; write something else")
     if len(ids) >= context:
+        length = f"{len(ids):,} tokens long" + (" with its chat template" if tokenizer.chat_template else "")
         raise BadChoice(
-            f"the prompt is {len(ids):,} tokens long with its chat template, and this model reads {context:,}; "
+            f"the prompt is {length}, and this model reads {context:,}; "
             "shorten the prompt or choose a model with a longer context"
         )
     return ids
@@ -87,9 +88,7 @@ class TextStream:
         self._ids.append(token_id)
         if _ONE_BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token_id) or ""):
             self._in_bytes = True
-        elif (
-            self._in_bytes
-        ):  # a special token, which is no text, ends no run; a leading space alone would be none either
+        elif self._in_bytes:  # a special token is no text and ends no run; nor would a leading space alone be any
             self._in_bytes = not self._decode([token_id, token_id])
         return "" if self._in_bytes else self._take(final=False)
 

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 
 from llmq.kernels.cpu.build import NoLibrary, library_path
-from llmq.kernels.primitives import Int8Weight
+from llmq.kernels.primitives import Int8Weight, Tensors
 
 VERSION = 1
 LANES = 8
@@ -18,50 +18,38 @@ KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
 STOPPED = ctypes.CFUNCTYPE(c_int)
 
 
+def _fields(*groups: tuple[type, str]) -> list[tuple[str, type]]:
+    """A structure's fields in order, from groups of one type: (type, names)."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
 class Matrix(Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("absmax", c_void_p),
-        ("bias", c_void_p),
-        ("rows", c_int32),
-        ("width", c_int32),
-        ("kind", c_int32),
-        ("paired", c_int32),
-    ]
+    _fields_ = _fields((c_void_p, "data absmax bias"), (c_int32, "rows width kind paired"))
 
 
 class Layer(Structure):
-    _fields_ = [("attention_norm", c_void_p), ("mlp_norm", c_void_p)] + [
-        (name, Matrix) for name in ("qkv", "output", "gate_up", "down")
-    ]
+    _fields_ = _fields((c_void_p, "attention_norm mlp_norm"), (Matrix, "qkv output gate_up down"))
 
 
 class Model(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("layers", "hidden", "inner", "heads", "groups", "width", "vocabulary")),
-        ("cache_kind", c_int32),
-        ("eps", c_float),
-        ("layer", POINTER(Layer)),
-        ("embedding", Matrix),
-        ("head", Matrix),
-        ("norm", c_void_p),
-    ]
+    _fields_ = _fields(
+        (c_int32, "layers hidden inner heads groups width vocabulary cache_kind"),
+        (c_float, "eps"),
+        (POINTER(Layer), "layer"),
+        (Matrix, "embedding head"),
+        (c_void_p, "norm"),
+    )
 
 
 class Session(Structure):
-    _fields_ = [
-        ("model", POINTER(Model)),
-        ("pool", c_void_p),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("rope", c_void_p),
-        ("capacity", c_int32),
-        ("decompose", c_int32),
-        ("threshold", c_float),
-        ("marks_stride", c_int32),
-        ("marks", c_void_p),
-        ("workspace", c_void_p),
-    ]
+    _fields_ = _fields(
+        (POINTER(Model), "model"),
+        (c_void_p, "pool keys values rope"),
+        (c_int32, "capacity decompose"),
+        (c_float, "threshold"),
+        (c_int32, "marks_stride"),
+        (c_void_p, "marks workspace"),
+    )
 
 
 _SIGNATURES = {
@@ -104,7 +92,7 @@ def open_library() -> ctypes.CDLL:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Tensors):
     """A matrix in the library's layout, see matrix.h. `data`: uint8, flat. `absmax`: float32, whole eights, of int8."""
 
     data: torch.Tensor
@@ -118,15 +106,10 @@ class Packed:
     def shape(self) -> tuple[int, int]:
         return self.rows, self.width
 
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes + (self.absmax.nbytes if self.absmax is not None else 0)
-
     def matrix(self, bias: torch.Tensor | None = None) -> Matrix:
         """Return the library's structure for it; the tensors must outlive it."""
-        absmax = None if self.absmax is None else self.absmax.data_ptr()
-        bias_ptr = None if bias is None else bias.data_ptr()
-        return Matrix(self.data.data_ptr(), absmax, bias_ptr, self.rows, self.width, self.kind, self.paired)
+        addresses = (None if part is None else part.data_ptr() for part in (self.data, self.absmax, bias))
+        return Matrix(*addresses, self.rows, self.width, self.kind, self.paired)
 
 
 class Packing:

@@ -2,12 +2,11 @@
 
 from llmq.kernels.triton.attention import attend
 from llmq.kernels.triton.choice import likeliest
-from llmq.kernels.triton.embedding import embed
 from llmq.kernels.triton.matrix import linear_rows
 from llmq.kernels.triton.norm import norm, norm_split, split
 from llmq.kernels.triton.product import product
-from llmq.kernels.triton.quantize import quantize_rows
 from llmq.kernels.triton.rows import append_rows, gate_rows, norm_rows, plain_rows
+from llmq.kernels.triton.weights import embed, quantize_rows
 
 __all__ = [
     "append_rows",

@@ -14,7 +14,7 @@ from llmq.kernels import reference
 from llmq.kernels.buffers import Rows
 from llmq.kernels.primitives import Int8Weight
 from llmq.kernels.triton.launch import INTERPRETED
-from llmq.kernels.triton.rows import GATHERED, SplitMatrix, split_matrix
+from llmq.kernels.triton.rows import GATHERED, split_matrix
 
 NEIGHBOURS = 8  # tiles of rows taken together, so that they share columns of weights in the L2 cache
 OUTLIERS = 32  # outlier columns at a time
@@ -73,29 +73,17 @@ def linear_rows(
     rows: Rows, weight, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `reference.linear_rows`."""
-    if rows.threshold is not None and isinstance(weight, Int8Weight):
-        return multiply(rows, split_matrix(rows, weight), weight, bias, residual)
-    if residual is not None and bias is None and not isinstance(weight, Int8Weight):
-        return residual.addmm_(rows.x, weight.T)
-    return reference.linear_rows(rows, weight, bias=bias, residual=residual)
-
-
-def multiply(
-    rows: Rows,
-    split: SplitMatrix,
-    weight: Int8Weight,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    tile: tuple | None = None,
-) -> torch.Tensor:
-    """Multiply decomposed rows. `tile`: rows, outputs, inputs, warps, stages, for measurements."""
     x = rows.x
-    (count, width), n_out = x.shape, weight.shape[0]
-    out = torch.empty(count, n_out, dtype=x.dtype, device=x.device) if residual is None else residual
-    m, n, k, warps, stages = tile or _tile(count, n_out, width)
-    _int8_linear[(triton.cdiv(count, m) * triton.cdiv(n_out, n),)](
-        x, split.codes, split.absmax, weight.codes, weight.absmax, bias, split.columns, split.count, split.gathered,
-        split.weights, out, count, n_out, width,
+    if residual is not None and bias is None and not isinstance(weight, Int8Weight):
+        return residual.addmm_(x, weight.T)
+    if rows.threshold is None or not isinstance(weight, Int8Weight):
+        return reference.linear_rows(rows, weight, bias=bias, residual=residual)
+    codes, *outliers = split_matrix(rows, weight)
+    (height, width), n_out = x.shape, weight.shape[0]
+    out = torch.empty(height, n_out, dtype=x.dtype, device=x.device) if residual is None else residual
+    m, n, k, warps, stages = _tile(height, n_out, width)
+    _int8_linear[(triton.cdiv(height, m) * triton.cdiv(n_out, n),)](
+        x, codes, rows.absmax, weight.codes, weight.absmax, bias, *outliers, out, height, n_out, width,
         ROWS=m, OUTPUTS=n, INPUTS=k, OUTLIERS=OUTLIERS, GATHERED=GATHERED, NEIGHBOURS=NEIGHBOURS,
         BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -103,7 +91,7 @@ def multiply(
 
 
 def _tile(rows: int, n_out: int, width: int) -> tuple[int, int, int, int, int]:
-    """Of those tried on one H100 at LLaMA-2-7B's shapes."""
+    """Rows, outputs, inputs, warps, stages: of those tried on one H100 at LLaMA-2-7B's shapes."""
     if INTERPRETED:
         return (16, 16, 32, 4, 1)
     if rows <= 64:

@@ -7,7 +7,7 @@ against 7.5 us). The outliers are a list; their weights are gathered from rows t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,11 +17,8 @@ from llmq.kernels.buffers import PADDING, SplitVector
 from llmq.kernels.primitives import Int8Weight
 from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
 
-ALIGNMENT = 16  # inputs per row are a multiple of this, so that rows can be read 16 bytes at a time
 
-
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """`rows` outputs a program, `columns` inputs at a time."""
 
     rows: int
@@ -192,14 +189,13 @@ def product(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     gated: bool = False,
-    tile: Tile | None = None,
 ) -> None:
-    """See `reference.product`. `tile` overrides the choice for measurements."""
+    """See `reference.product`."""
     rows, width = weight.shape
     n_out = rows // 2 if gated else rows
     flags = {"GATED": gated, "BIAS": bias is not None, "RESIDUAL": residual is not None}
     if isinstance(x, SplitVector):
-        tile = tile or split_tile(n_out, width, gated)
+        tile = split_tile(n_out, width, gated)
         dp4a = not INTERPRETED and width % 4 == 0
         codes, packed = (x.codes.view(torch.int32), weight.codes.view(torch.int32)) if dp4a else (x.codes, weight.codes)
         _split[(triton.cdiv(n_out, tile.rows),)](
@@ -210,7 +206,7 @@ def product(
         return
     int8 = isinstance(weight, Int8Weight)
     codes, absmax = (weight.codes, weight.absmax) if int8 else (weight, None)
-    tile = tile or plain_tile(n_out, width, codes.itemsize, gated)
+    tile = plain_tile(n_out, width, codes.itemsize, gated)
     _plain[(triton.cdiv(n_out, tile.rows),)](
         x, codes, absmax, bias, residual, out, n_out, width, ROWS=tile.rows, COLUMNS=tile.columns, INT8=int8,
         num_warps=tile.warps, **flags, **options(out.device),

@@ -6,13 +6,11 @@ many there are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from llmq.kernels.buffers import Cache, Rows
+from llmq.kernels.buffers import Cache, Noting, Rows
 from llmq.kernels.primitives import Int8Weight
 from llmq.kernels.triton.launch import INTERPRETED
 from llmq.kernels.triton.norm import code_scale, rounded
@@ -102,19 +100,17 @@ def _survey(x_ptr, marks_ptr, absmax_ptr, used_ptr, width, threshold, BLOCK: tl.
     tl.store(absmax_ptr + row, tl.max(peak, 0))
 
 
-def plain_rows(
-    x: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
-) -> Rows:
+def plain_rows(x: torch.Tensor, noting: Noting) -> Rows:
     """See `reference.plain_rows`; `x` is contiguous."""
-    if threshold is None:
+    if noting.threshold is None:
         return Rows(x)
     rows, width = x.shape
     absmax = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = min(4096, triton.next_power_of_2(width))
     _survey[(rows,)](
-        x, outlier_marks, absmax, used, width, float(threshold), BLOCK=block, USED=used is not None, num_warps=4,
+        x, noting.outlier_marks, absmax, noting.used, width, float(noting.threshold),
+        BLOCK=min(4096, triton.next_power_of_2(width)), USED=noting.used is not None, num_warps=4,
     )  # fmt: skip
-    return Rows(x, threshold, absmax, outlier_marks)
+    return Rows(x, noting.threshold, absmax, noting.outlier_marks)
 
 
 @triton.jit
@@ -137,18 +133,17 @@ def _gate(
         tl.store(absmax_ptr + row, tl.max(peak, 0))
 
 
-def gate_rows(
-    gate_up: torch.Tensor, threshold: float | None, outlier_marks: torch.Tensor | None, used: torch.Tensor | None = None
-) -> Rows:
+def gate_rows(gate_up: torch.Tensor, noting: Noting) -> Rows:
     """See `reference.gate_rows`."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
+    absmax = None if noting.threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
     _gate[(rows,)](
-        gate_up, out, outlier_marks, absmax, used, width, float(threshold or 0),
-        BLOCK=min(2048, triton.next_power_of_2(width)), NOTE=threshold is not None, USED=used is not None, num_warps=8,
+        gate_up, out, noting.outlier_marks, absmax, noting.used, width, float(noting.threshold or 0),
+        BLOCK=min(2048, triton.next_power_of_2(width)), NOTE=absmax is not None, USED=noting.used is not None,
+        num_warps=8,
     )  # fmt: skip
-    return Rows(out, threshold, absmax, outlier_marks)
+    return Rows(out, noting.threshold, absmax, noting.outlier_marks)
 
 
 @triton.jit
@@ -169,37 +164,16 @@ def _norm(
         tl.store(absmax_ptr + row, tl.max(peak, 0))
 
 
-def norm_rows(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    threshold: float | None,
-    outlier_marks: torch.Tensor | None,
-    used: torch.Tensor | None = None,
-) -> Rows:
+def norm_rows(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, noting: Noting) -> Rows:
     """See `reference.norm_rows`; `x` is contiguous."""
     rows, width = x.shape
     out = torch.empty_like(x)
-    absmax = None if threshold is None else torch.empty(rows, dtype=torch.float32, device=x.device)
+    absmax = None if noting.threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
     _norm[(rows,)](
-        x, norm_weight, out, outlier_marks, absmax, used, width, eps, float(threshold or 0),
-        BLOCK=triton.next_power_of_2(width), NOTE=threshold is not None, USED=used is not None, num_warps=8,
+        x, norm_weight, out, noting.outlier_marks, absmax, noting.used, width, eps, float(noting.threshold or 0),
+        BLOCK=triton.next_power_of_2(width), NOTE=absmax is not None, USED=noting.used is not None, num_warps=8,
     )  # fmt: skip
-    return Rows(out, threshold, absmax, outlier_marks)
-
-
-@dataclass(frozen=True)
-class SplitMatrix:
-    """Rows decomposed for one call. `codes`: int8 (rows, in). `absmax`: float32 (rows,). `columns`: int32 (in,), the
-    first `count` of which are the outlier columns in order. `gathered`: float16 (rows, GATHERED), the values of the
-    first of them, and `weights`: float16 (out, GATHERED), the weights' codes there; both 0 beyond `count`."""
-
-    codes: torch.Tensor
-    absmax: torch.Tensor
-    columns: torch.Tensor
-    count: torch.Tensor
-    gathered: torch.Tensor
-    weights: torch.Tensor
+    return Rows(out, noting.threshold, absmax, noting.outlier_marks)
 
 
 @triton.jit
@@ -240,20 +214,22 @@ def _gather(x_ptr, w_ptr, columns_ptr, count_ptr, xo_ptr, wo_ptr, rows, width, G
         tl.store(wo_ptr + (row - rows) * GATHERED + at, w.to(tl.float16))
 
 
-def split_matrix(rows: Rows, weight: Int8Weight) -> SplitMatrix:
-    """See `primitives.split_rows`; the rows have been noted. Also copies the outlier columns of the weight."""
-    (count, width), n_out, device = rows.x.shape, weight.shape[0], rows.x.device
-    codes = torch.empty(count, width, dtype=torch.int8, device=device)
-    columns = torch.empty(max(width, GATHERED) + 1, dtype=torch.int32, device=device)
-    gathered = torch.empty(count + n_out, GATHERED, dtype=torch.float16, device=device)
-    split = SplitMatrix(codes, rows.absmax, columns[1:], columns[:1], gathered[:count], gathered[count:])
-    _code[(count + 1,)](
-        rows.x, rows.outlier_marks, rows.absmax, codes, split.columns, split.count, count, width,
+def split_matrix(rows: Rows, weight: Int8Weight) -> tuple[torch.Tensor, ...]:
+    """See `primitives.split_rows`; the rows have been noted. Returns their codes, int8 (rows, in); a list of columns,
+    int32 (in,), and int32 (1,) how many of these are the outlier columns, in order; of the first of those the values,
+    float16 (rows, GATHERED), and the weights' codes, float16 (out, GATHERED), both 0 beyond."""
+    (height, width), n_out, device = rows.x.shape, weight.shape[0], rows.x.device
+    codes = torch.empty(height, width, dtype=torch.int8, device=device)
+    listed = torch.empty(max(width, GATHERED) + 1, dtype=torch.int32, device=device)
+    count, columns = listed[:1], listed[1:]
+    gathered = torch.empty(height + n_out, GATHERED, dtype=torch.float16, device=device)
+    values, weights = gathered[:height], gathered[height:]
+    _code[(height + 1,)](
+        rows.x, rows.outlier_marks, rows.absmax, codes, columns, count, height, width,
         BLOCK=min(4096, triton.next_power_of_2(width)), WHOLE=triton.next_power_of_2(width), PTX=not INTERPRETED,
         num_warps=8,
     )  # fmt: skip
-    _gather[(count + n_out,)](
-        rows.x, weight.codes, split.columns, split.count, split.gathered, split.weights, count, width,
-        GATHERED=GATHERED, num_warps=1,
+    _gather[(height + n_out,)](
+        rows.x, weight.codes, columns, count, values, weights, height, width, GATHERED=GATHERED, num_warps=1,
     )  # fmt: skip
-    return split
+    return codes, columns, count, values, weights

@@ -7,6 +7,7 @@ from torch import nn
 
 from llmq.errors import BadChoice
 from llmq.kernels.backend import current, kernels_for, quantizer_for
+from llmq.kernels.buffers import Noting
 from llmq.kernels.primitives import Int8Weight
 
 
@@ -41,7 +42,7 @@ class Int8Linear(nn.Linear):
         weight = Int8Weight(self.weight.data, self.absmax)
         self.outlier_marks = outlier_marks = torch.zeros(self.in_features, dtype=torch.int8, device=x.device)
         with current(str(x.device)):
-            prepared = self._kernels.plain_rows(rows, self.threshold, outlier_marks)
+            prepared = self._kernels.plain_rows(rows, Noting(self.threshold, outlier_marks))
             y = self._kernels.linear_rows(prepared, weight, bias=self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 

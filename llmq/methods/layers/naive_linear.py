@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
 class NaiveLinear(nn.Linear):
     """`weight`: int8 codes (out, in) with `absmax` float32 (out, 1) or (1, 1), or the FP32 weight with `absmax` None.
+    `factors`: float32 (in,), which the input is divided by and the weight was multiplied by; None without smoothing.
 
     `absmax` is no buffer, so that bytes of weights and of scales stay apart. A subclass of `nn.Linear`, so that hooks
     find it among the linear layers.
     """
+
+    factors: torch.Tensor | None = None
 
     def __init__(self, weight: torch.Tensor, absmax: torch.Tensor | None, bias: nn.Parameter | None, method: Naive):
         nn.Module.__init__(self)
@@ -26,16 +29,21 @@ class NaiveLinear(nn.Linear):
         self.absmax, self.bias, self.method = absmax, bias, method
 
     @classmethod
-    def over(cls, linear: nn.Linear, method: Naive) -> NaiveLinear:
-        """`linear` under `method`, on its device."""
-        if not method.weights:
-            return cls(linear.weight.data, None, linear.bias, method)
-        codes, absmax = rounded(linear.weight.data, by_row=method.by_row)
-        return cls(codes.to(torch.int8), absmax, linear.bias, method)
+    def over(cls, linear: nn.Linear, method: Naive, factors: torch.Tensor | None = None) -> NaiveLinear:
+        """`linear` under `method`, on its device; behind smoothing where there are `factors`."""
+        weight, absmax = linear.weight.data if factors is None else linear.weight.data.float() * factors, None
+        if method.weights:
+            codes, absmax = rounded(weight, by_row=method.by_row)
+            weight = codes.to(torch.int8)
+        made = cls(weight, absmax, linear.bias, method)
+        made.factors = factors
+        return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out). Without a scale a row, all rows of the call share one."""
         rows, scale = x.reshape(-1, self.in_features).float(), None
+        if self.factors is not None:
+            rows = rows / self.factors
         if self.method.activations:
             rows, scale = rounded(rows, by_row=self.method.by_row)
             scale = scale / 127
@@ -46,23 +54,6 @@ class NaiveLinear(nn.Linear):
             y = y * (self.absmax.T / 127)
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-
-class SmoothedLinear(NaiveLinear):
-    """A `NaiveLinear` whose input is divided by `factors` (in,) float32, and whose weight was multiplied by them."""
-
-    factors: torch.Tensor
-
-    @classmethod
-    def smooth(cls, linear: nn.Linear, method: Naive, factors: torch.Tensor) -> SmoothedLinear:
-        """`linear` under `method` behind smoothing, on its device."""
-        codes, absmax = rounded(linear.weight.data.float() * factors, by_row=method.by_row)
-        made = cls(codes.to(torch.int8), absmax, linear.bias, method)
-        made.factors = factors
-        return made
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x / self.factors)
 
 
 def rounded(x: torch.Tensor, *, by_row: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,14 +7,14 @@ a row that was sent is never touched again: an update costs the new rows and the
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llmq.contestant import shown_name
 from llmq.errors import unknown
-from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Step, Waiting
+from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Waiting
 from llmq.formatting import MISSING, format_bytes, format_count, format_seconds, format_speed
+from llmq.summary import Outcome
 
 SPEED_WINDOW = 16  # decode steps behind one point of the speed curve
 SPACING_SECONDS = 0.15  # of kept samples; the browser draws four times a second, the machine is sampled ten times
@@ -39,53 +39,42 @@ PROCESS_SERIES = {"process_bytes": ("process", "whole process")}
 
 @dataclass
 class _Progress:
-    """One contestant so far. Seconds and bytes; `recent` holds the seconds of the last decode steps."""
+    """One contestant so far. `drawn`: how many of its decode steps the speed curve has seen."""
 
-    arithmetic: str = ""
+    outcome: Outcome
+    arithmetic: str
     state: str = "waiting"
     state_text: str = STATE_TEXT["waiting"]
     note: str = ""
-    weight_bytes: int | None = None
     peak_bytes: int | None = None
-    first_token_seconds: float | None = None
-    tokens: int = 0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=SPEED_WINDOW))
-    stepped: bool = False  # a decode step arrived since the last sample
+    drawn: int = 0
 
     def enter(self, state: str, *, text: str | None = None, note: str = "") -> None:
         self.state, self.state_text, self.note = state, text or STATE_TEXT[state], note
-
-    def step(self, step: Step) -> None:
-        self.tokens += 1
-        if step.index >= 1:  # token 0 is the prefill's
-            self.decode_tokens += 1
-            self.decode_seconds += step.seconds
-            self.recent.append(step.seconds)
-            self.stepped = True
 
     def raise_peak(self, count: int) -> None:
         self.peak_bytes = max(count, self.peak_bytes or 0)
 
     def window_speed(self) -> float | None:
         """Tokens per second over the last decode steps; None when not decoding and nothing came since the last call."""
-        if not (self.stepped or (self.state == "decoding" and self.recent)):
+        steps = self.outcome.step_seconds
+        if len(steps) == self.drawn and not (self.state == "decoding" and steps):
             return None
-        self.stepped = False
-        return round(_speed(len(self.recent), sum(self.recent)) or 0.0, 2)
+        self.drawn, recent = len(steps), steps[-SPEED_WINDOW:]
+        return round(len(recent) / sum(recent), 2) if sum(recent) > 0 else 0.0
 
     def card(self) -> dict[str, str]:
+        found, tokens = self.outcome, len(self.outcome.token_ids)
         return {
             "arithmetic": self.arithmetic,
             "state": self.state,
             "state_text": self.state_text,
             "note": self.note,
-            "first_token": format_seconds(self.first_token_seconds),
-            "speed": format_speed(_speed(self.decode_tokens, self.decode_seconds)),
-            "weights": format_bytes(self.weight_bytes),
+            "first_token": format_seconds(found.prefill_seconds),
+            "speed": format_speed(found.decode_tokens_per_second),
+            "weights": format_bytes(found.weight_bytes),
             "peak": format_bytes(self.peak_bytes),
-            "tokens": format_count(self.tokens) if self.tokens else MISSING,
+            "tokens": format_count(tokens) if tokens else MISSING,
         }
 
 
@@ -99,7 +88,7 @@ class LiveState:
     def __init__(self, contestants: Mapping[str, str], *, run: str):
         self._run = run
         self._contestants = [{"title": shown_name(label)} for label in contestants]
-        self._progress = {label: _Progress(arithmetic=text) for label, text in contestants.items()}
+        self._progress = {label: _Progress(Outcome(label), text) for label, text in contestants.items()}
         self._columns: dict[str, dict] = {}
         self._samples: list[list[float | None]] = []
         self._held: dict[str, float] = {}  # the peaks of samples not kept since the last kept one
@@ -154,17 +143,14 @@ class LiveState:
         if event.contestant not in self._progress:
             raise unknown("contestant", event.contestant, self._progress)
         progress = self._progress[event.contestant]
+        progress.outcome.add(event)
         match event:
             case Loading():
                 progress.enter("loading", note=event.message)
             case Loaded():
-                progress.weight_bytes = event.weight_bytes
                 progress.enter("prefill")
             case Prefilled():
-                progress.first_token_seconds = event.seconds
                 progress.enter("decoding")
-            case Step():
-                progress.step(event)
             case Finished():
                 self._keep()
                 progress.raise_peak(event.peak_bytes)
@@ -211,10 +197,6 @@ class LiveState:
     def _column(self, key: str, name: str, axis: str, contestant: int | None = None) -> None:
         """Columns keep the order of their first appearance, which is the order of a row's figures."""
         self._columns.setdefault(key, {"key": key, "name": name, "axis": axis, "contestant": contestant})
-
-
-def _speed(tokens: int, seconds: float) -> float | None:
-    return tokens / seconds if seconds > 0 else None
 
 
 def _megabytes(count: int) -> float:

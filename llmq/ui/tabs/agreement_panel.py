@@ -125,15 +125,7 @@ class AgreementPanel:
         self.state.stop(request.session_hash or "nobody")  # another token: the one before is no longer wanted
         cause = None
         try:
-            explanation = Explanation(
-                token_ids=read.agreement.token_ids,
-                position=whole("token", event.position),
-                model=read.reading.model,
-                baseline=read.reading.baseline,
-                contestant=read.reading.contestant,
-                patch=bool(patch),
-                device=self.state.device,
-            )
+            explanation = Explanation.of(read, whole("token", event.position), bool(patch))
             for item in self.state.run(explanation, request.session_hash or "nobody"):
                 if isinstance(item, Cause):
                     cause = item

@@ -1,4 +1,7 @@
-"""Int8 codes and row scales of a weight, written straight into place: no float32 copy of the tensor on the device."""
+"""Int8 weights: codes and row scales written straight into place, and rows of an embedding read at their scale.
+
+No float32 copy of the tensor is made on the device.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from llmq.kernels import reference
 from llmq.kernels.primitives import Int8Weight
-from llmq.kernels.triton.launch import INTERPRETED
+from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
 from llmq.kernels.triton.norm import code_scale, rounded
 
 BLOCK = 2048
@@ -37,3 +41,26 @@ def quantize_rows(weight: torch.Tensor, out: Int8Weight) -> None:
         weight, out.codes, out.absmax, width, BLOCK=min(BLOCK, triton.next_power_of_2(width)),
         PTX=not INTERPRETED, num_warps=8,
     )  # fmt: skip
+
+
+@triton.jit
+def _embed(codes_ptr, absmax_ptr, tokens_ptr, out_ptr, width, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    let_next_start(OVERLAP)
+    row = tl.program_id(0).to(tl.int64)
+    wait_for_previous(OVERLAP)
+    token = tl.load(tokens_ptr + row)
+    scale = tl.load(absmax_ptr + token) / 127
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    codes = tl.load(codes_ptr + token * width + at, mask=at < width, other=0)
+    tl.store(out_ptr + row * width + at, (codes.to(tl.float32) * scale).to(out_ptr.dtype.element_ty), mask=at < width)
+
+
+def embed(table: torch.Tensor | Int8Weight, tokens: torch.Tensor, out: torch.Tensor) -> None:
+    """See `reference.embed`."""
+    if not isinstance(table, Int8Weight):
+        return reference.embed(table, tokens, out)
+    width = table.shape[1]
+    block = min(1024, triton.next_power_of_2(width))
+    _embed[(len(tokens), triton.cdiv(width, block))](
+        table.codes, table.absmax, tokens, out, width, BLOCK=block, num_warps=4, **options(out.device)
+    )
