@@ -15,8 +15,8 @@ from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.methods import Method, WeightBytes
 from llmq.methods.coverage import predicted_coverage
-from llmq.models.config import PlainConfig
-from llmq.models.opening import ENDLESS, Model, describe_model
+from llmq.models.config import ENDLESS, PlainConfig
+from llmq.models.opening import Model, describe_model
 
 if TYPE_CHECKING:
     from torch import nn

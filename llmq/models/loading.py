@@ -137,7 +137,7 @@ def described_config(source: Source) -> PretrainedConfig | PlainConfig:
     """Return the configuration to count bytes with, where the weights need not be here: of a hub's repository its
     config.json alone is fetched. Raises ModelUnavailable as `load_config`."""
     if source.kind == "random":
-        return PlainConfig({"model_type": "llama"} | asdict(PRESETS[source.location].shape))
+        return PlainConfig(model_type="llama", **asdict(PRESETS[source.location].shape))
     folder = hub.settings(source.location, source.revision) if source.kind == "hub" else Path(source.location)
     if not (folder / "config.json").is_file():
         raise ModelUnavailable(f"{source.name} holds no model: it has no config.json")
