@@ -11,7 +11,7 @@ const cell = (text, label, colour) => {
 
 const fitRow = (row) => {
   const [verdict, kind] = VERDICTS.get(row.fits);
-  const head = node("th", { role: "rowheader", scope: "row" }, node("span", { class: "llmq-fit-method" }, row.method),
+  const head = node("th", { role: "rowheader", scope: "row" }, node("span", { class: "llmq-fit-method" }, row.method), " ",
     node("span", { class: "llmq-fit-verdict" }, verdict));
   if (row.others) head.append(node("span", { class: "llmq-fit-others" }, `also ${row.others}`));
   const bar = node("div", { class: "llmq-fit-bar", "aria-hidden": "true" });
