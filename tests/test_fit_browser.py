@@ -140,7 +140,7 @@ def test_accessible_and_never_wider_than_the_window(browser, address, theme, wid
     page.screenshot(path=screenshots / f"fit-{theme}-{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     clipped = page.evaluate(
-        "() => [...document.querySelectorAll('#fit th, #fit td, #fit p')].filter("
+        "() => [...document.querySelectorAll('#fit tbody th, #fit tbody td, #fit p')].filter("
         "node => node.offsetWidth > 1 && node.getBoundingClientRect().right > innerWidth).length"
     )
     assert clipped == 0
@@ -157,8 +157,9 @@ def test_the_form_is_walked_by_keyboard_and_every_control_has_a_name(page, addre
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.closest('[id^=fit-]')?.id"))
     assert names == ["fit-model", "fit-card", "fit-context", "fit-batch"]
-    for name in ("Model", "Card", "Context", "Batch", "Link to this answer"):
-        assert page.locator("#fit-view").get_by_label(name, exact=False).first.is_visible(), name
+    for name in ("Model", "Card", "Context", "Batch"):
+        assert page.locator("#fit-form").get_by_label(name, exact=False).first.is_visible(), name
+    assert page.get_by_role("textbox", name="Link to this answer").is_visible()
     assert page.locator("#fit-headline[role=status]").count() == 1
     page.locator("#fit-context input").focus()
     page.keyboard.press("ArrowUp")

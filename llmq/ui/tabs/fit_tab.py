@@ -53,7 +53,7 @@ class FitTab:
         )  # fmt: skip
         self.card = gr.Dropdown(
             [(card.title, card.name) for card in CARDS.values()] + [("other", OTHER)], value="rtx-4080", label="Card",
-            info="As its driver counts it.", elem_id="fit-card", min_width=220, scale=2,
+            info="As its driver counts it.", elem_id="fit-card", min_width=260, scale=2,
         )  # fmt: skip
         self.memory = gr.Textbox(
             "16 GiB", label="Its memory", info="In GiB or GB.", elem_id="fit-memory", min_width=120, visible=False

@@ -78,7 +78,7 @@ def _reach(tokens: int, limit: int | None) -> str:
 
 
 def _tokens(count: int) -> str:
-    return f"{format_count(count)} token{'' if count == 1 else 's'}"
+    return "none" if count == 0 else f"{format_count(count)} token{'' if count == 1 else 's'}"
 
 
 def _alike(results: Sequence[Mapping]) -> list[list[Mapping]]:
