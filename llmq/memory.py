@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+MOST_TOKENS = 10**12  # of a forecast: whatever the model, the bytes stay a whole number of 64 bit
 HEADROOM = 0.95  # share of the free bytes a plan may use; the rest is the allocator's rounding and fragmentation
 
 
@@ -73,10 +74,11 @@ def forecast(
     """Predicted bytes of every method for a model that need not be here: a preset's shape or a configuration is enough.
 
     With `device_bytes`, each row says whether the method alone fits into HEADROOM of them, and the largest context
-    that does, 0 for none. Raises BadChoice for tokens or batch under 1.
+    that does, 0 for none. Raises BadChoice for tokens or batch out of range.
     """
-    if tokens < 1 or batch < 1:
-        raise BadChoice(f"context is {tokens} and batch is {batch}; both must be at least 1")
+    if tokens < 1 or batch < 1 or tokens * batch > MOST_TOKENS:
+        most = f"both must be at least 1, and their product {MOST_TOKENS:.0e} at most"
+        raise BadChoice(f"context is {tokens:.12g} and batch is {batch:.12g}; {most}")
     if device_bytes is not None and not 0 < device_bytes <= 1e18:
         raise BadChoice(f"device memory is {device_bytes / 1e9!r} GB; choose a number over 0")
     opened = model if isinstance(model, Model) else describe_model(model)

@@ -25,8 +25,8 @@ FLOORS = [
     "llmq.inspect llmq.machine",
     "llmq.figures",
     "llmq.labs llmq.reporting llmq.summary",
-    "llmq.bench llmq.face llmq.ui",
-    "llmq.actions",
+    "llmq.bench llmq.face",
+    "llmq.actions llmq.ui",
     "llmq.cli",
     "app llmq.__main__",
 ]

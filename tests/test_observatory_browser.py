@@ -129,18 +129,18 @@ def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, scre
     page.screenshot(path=screenshots / "observatory-amplified.png", full_page=True)
 
 
-@pytest.mark.parametrize(("name", "inputs"), [
-    ("agreement", [PROMPT, "", "continuation", "demo", "bnb-int8", 6.0, 8]),
-    ("ablation", ["demo", "", []]),
+@pytest.mark.parametrize(("button", "inputs"), [
+    ("read", [PROMPT, "", "continuation", "demo", "bnb-int8", 6.0, 8]),
+    ("ablation-run", ["demo", "", []]),
 ])  # fmt: skip
-def test_what_travels_for_a_view_is_small(address, name, inputs):
-    sizes = [size for size, _ in raw_messages(address, name, inputs)]
+def test_what_travels_for_a_view_is_small(address, button, inputs):
+    sizes = [size for size, _ in raw_messages(address, button, inputs)]
     assert max(sizes) < LARGEST_VIEW and len(sizes) > 3
 
 
 @pytest.mark.parametrize("bad", [-1, 21])
 def test_a_threshold_off_the_slider_is_refused_by_its_value(address, bad):
-    *_, (_, last) = raw_messages(address, "outliers", [PROMPT, "demo", "bnb-int8", bad, 2])
+    *_, (_, last) = raw_messages(address, "watch", [PROMPT, "demo", "bnb-int8", bad, 2])
     assert not last["success"] and f"Value {bad}" in json.dumps(last)
 
 

@@ -88,8 +88,11 @@ const draw = () => {
   pending = false;
   lastDraw = performance.now();
   enter(shown.state);
-  if (shown.notice) fold(false);
   fillFrame(shown);
+  if (shown.notice) {
+    fold(false);
+    part("status").scrollIntoView({ block: "nearest" }); // below the form, which may fill a phone
+  }
   if (shown.run !== drawnRun) {
     drawnRun = element.dataset.run = shown.run;
     element.dataset.points = 0;

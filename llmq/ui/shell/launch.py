@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from llmq.ui.shell.endpoints import server_options
 from llmq.ui.shell.layout import build
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
@@ -22,9 +23,11 @@ def launch(
     port: int | None = 7860,
     share: bool = False,
     auth: tuple[str, str] | None = None,
+    mcp: bool = False,
     block: bool = True,
 ) -> gr.Blocks:
-    """Build and serve the page; with `block=False` return at once (tests, notebooks)."""
+    """Build and serve the page; with `block=False` return at once (tests, notebooks). `mcp`: its endpoints are also
+    tools of an MCP server."""
     page = build(state)
     page.queue(max_size=WAITING_RUNS, default_concurrency_limit=16)
     page._queue.sleep_when_free = QUEUE_POLL_SECONDS  # no public setting
@@ -43,5 +46,7 @@ def launch(
         quiet=not block,
         run_history=False,
         inbrowser=False,
+        app_kwargs=server_options(page),
+        mcp_server=mcp or None,
     )
     return page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from llmq.models.presets import model_title
+from llmq.ui.api import Api
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import CompareTab
 from llmq.ui.tabs.fit_tab import FitTab
@@ -36,6 +37,7 @@ def build(state: AppState) -> gr.Blocks:
         for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):
             shown.select(None, there, here, js="(prompt, model) => [prompt, model]", **QUIET)
         gr.Markdown(_about(state), elem_id="about", elem_classes=["llmq-about"])
+        Api(state).build(page)
     return page
 
 

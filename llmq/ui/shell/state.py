@@ -18,7 +18,7 @@ from pathlib import Path
 from llmq.machine.door import Machine, Question
 
 KEPT_FINDINGS = 32  # outlier reports and readings stay on the server; the browser gets pictures of them
-KEPT_OUTCOMES = 64  # of runs whose page has yet to ask for them
+KEPT_RECORDINGS = 64  # of runs whose page has yet to ask for them
 
 
 class Jobs:
@@ -73,7 +73,7 @@ class AppState:
         self._numbers = itertools.count(1)
         self._downloads = tempfile.TemporaryDirectory(prefix="llmq-downloads-")
         self._findings: OrderedDict[str, object] = OrderedDict()
-        self._outcomes: OrderedDict[str, dict] = OrderedDict()
+        self._recordings: OrderedDict[str, Path] = OrderedDict()
 
     def next_run(self) -> str:
         """A name no other run of this server has."""
@@ -94,11 +94,11 @@ class AppState:
         """What was kept under `key`; None when it is forgotten."""
         return self._findings.get(key or "")
 
-    def keep_outcome(self, owner: str, outcome: dict) -> None:
-        """Keep what `owner`'s last run came to, until the page takes it."""
-        self._outcomes[owner] = outcome
-        while len(self._outcomes) > KEPT_OUTCOMES:
-            self._outcomes.popitem(last=False)
+    def keep_recording(self, owner: str, path: Path) -> None:
+        """Keep where `owner`'s last run is saved, until the page takes it."""
+        self._recordings[owner] = path
+        while len(self._recordings) > KEPT_RECORDINGS:
+            self._recordings.popitem(last=False)
 
-    def take_outcome(self, owner: str) -> dict | None:
-        return self._outcomes.pop(owner, None)
+    def take_recording(self, owner: str) -> Path | None:
+        return self._recordings.pop(owner, None)

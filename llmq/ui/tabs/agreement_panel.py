@@ -68,7 +68,8 @@ class AgreementPanel:
             self._read,
             [prompt, self.pasted, self.text, model, method, threshold, self.new_tokens],
             [self.status, self.reading, self.drift, self.key, self.cause_status, self.layers, self.patches],
-            api_name="agreement",
+            api_name="page_agreement",
+            api_visibility="private",
             **QUIET,
         )
         self.reading.select(

@@ -168,7 +168,7 @@ class CompareTab:
     ) -> Iterator[dict]:  # fmt: skip
         """Run one prompt through two or three methods; stream what the result shows."""
         owner = request.session_hash or "nobody"
-        self.state.take_outcome(owner)
+        self.state.take_recording(owner)
         try:
             comparison = comparison_of(
                 self.state.device, prompt, model, left, right, third, threshold, max_new_tokens, schedule,
@@ -186,12 +186,12 @@ class CompareTab:
         yield from view.updates(run.record(self.state.run(comparison, owner), time.monotonic))
         run.environment = describe(comparison.device, source)
         path = run.save(self.state.download_path(f"llmq-{view.run}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
-        self.state.keep_outcome(owner, str(path))
+        self.state.keep_recording(owner, path)
 
     def _keep(self, request: gr.Request) -> gr.DownloadButton:
         """What can be downloaded once a run is over."""
-        path = self.state.take_outcome(request.session_hash or "nobody")
-        return gr.DownloadButton(value=path, interactive=True) if path else gr.skip()
+        path = self.state.take_recording(request.session_hash or "nobody")
+        return gr.DownloadButton(value=str(path), interactive=True) if path else gr.skip()
 
     def _replay(self, name: str | None) -> dict:
         """Show a recorded run at its own pace, and fill the form with what it answers."""

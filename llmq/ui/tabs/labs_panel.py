@@ -69,7 +69,8 @@ class LabsPanel:
             gr.on(
                 [section.button.click, *moved], self.handler(section), inputs,
                 [section.status, section.finding, section.table, section.rows, section.figure], concurrency_limit=16,
-                concurrency_id="runs", api_name=section.lab.kind, trigger_mode="always_last", **QUIET,
+                concurrency_id="runs", api_name=f"page_{section.lab.kind}", api_visibility="private",
+                trigger_mode="always_last", **QUIET,
             )  # fmt: skip
 
     def handler(self, section: Section):

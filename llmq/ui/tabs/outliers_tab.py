@@ -93,7 +93,8 @@ class OutliersTab:
             show_progress="hidden",
             concurrency_limit=16,
             concurrency_id="runs",
-            api_name="outliers",
+            api_name="page_outliers",
+            api_visibility="private",
         )
         for panel in panels:
             inputs = [self.report_key, self.threshold, *panel.inputs]
