@@ -211,6 +211,13 @@ def test_what_is_not_known_is_never_a_zero(tmp_path):
         assert {row["figures"][name] for name in ("kv", "total", "left")} == {"not known"}
 
 
+def test_a_model_without_layers_for_int8_says_so(tmp_path):
+    """Its methods share one row, because they weigh the same."""
+    result = forecast(describe_model(str(configured(tmp_path))), [Contestant.parse("fp16")], tokens=9, device_bytes=1e9)
+    shown = fit_view(result, title="x", place="a T4", asked=9)
+    assert shown["headline"].startswith("x fits a T4 at 9 tokens, up to all 128 tokens it reads; it has no layers that")
+
+
 def test_a_configuration_from_anywhere_cannot_keep_the_server_busy(tmp_path):
     shown = answer(str(configured(tmp_path, num_hidden_layers=1001)), "t4", "", 1, 1)
     assert shown["failed"] and "1,001 layers" in shown["headline"]

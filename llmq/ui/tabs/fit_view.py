@@ -41,16 +41,21 @@ def headline(result: Mapping, title: str, place: str, asked: int) -> str:
     rounded, limit = [row for row, *_ in rounded], result["model_context"]
     at = _at(result, asked)
     if dense["total"] is None:
-        weights = f"{format_bytes(_weights(dense))} in FP16 and {format_bytes(_weights(rounded[0]))} in int8"
+        weights = f"{format_bytes(_weights(dense))} in FP16"
+        weights += f" and {format_bytes(_weights(rounded[0]))} in int8" if rounded else ""
         unknown = "is not known, because what its attention keeps for a token is not"
         return f"Whether {title} fits {place} {unknown}. Its weights alone take {weights}."
-    best = next((row for row in rounded if row["fits"]), None)
     far = _reach(dense["largest_context"], limit)
+    if not rounded:
+        fits = f"fits {place} {at}, {far}" if dense["fits"] else f"does not fit {place} {at}"
+        return f"{title} {fits}; it has no layers that int8 would change."
+    best = next((row for row in rounded if row["fits"]), None)
     if dense["fits"]:
         if best and best["largest_context"] > dense["largest_context"]:
             return f"{title} fits {place} in FP16 {at}, {far}; with int8, {_reach(best['largest_context'], limit)}."
-        saved = format_bytes(dense["total"] - rounded[0]["total"])
-        return f"{title} fits {place} in FP16 {at}, {far}. Int8 would leave {saved} more free."
+        saved = dense["total"] - rounded[0]["total"]
+        more = f" Int8 would leave {format_bytes(saved)} more free." if saved > 0 else ""
+        return f"{title} fits {place} in FP16 {at}, {far}.{more}"
     if best:
         name = _short(best, rounded)
         alone = f", only {far}" if dense["largest_context"] else ""
