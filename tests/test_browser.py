@@ -341,7 +341,7 @@ def test_it_is_said_how_sure_each_model_was_where_they_part(page, address):
     """A first token that is a coin toss makes another text; that is said, or it looks like a broken program."""
     open_page(page, address)
     page.locator("#recording input").click()
-    page.get_by_role("option", name="demo-paris-h100").click()
+    page.get_by_role("option", name="on NVIDIA H100").click()
     press(page, "replay")
     page.locator("[data-part=skip]").click()
     page.wait_for_function("/differ from the first token on/.test(document.querySelector('#status').textContent)")

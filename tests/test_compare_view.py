@@ -11,7 +11,15 @@ from llmq.errors import UserError
 from llmq.events import Failed, Finished, Freed, Loaded, Loading, Planned, Prefilled, Run, Step, Waiting
 from llmq.ui.parts.difference import UNKNOWN
 from llmq.ui.parts.progress import event_line
-from llmq.ui.tabs.compare_view import UPDATE_SECONDS, CompareView, arithmetic, asked_of, labels_of, recording_of
+from llmq.ui.tabs.compare_view import (
+    UPDATE_SECONDS,
+    CompareView,
+    arithmetic,
+    asked_of,
+    labels_of,
+    recording_of,
+    recording_title,
+)
 
 NAMES = ["fp16", "bnb-int8"]
 HTML = '<script>alert("1")</script>&amp;'
@@ -226,6 +234,10 @@ def test_a_recordings_long_pauses_are_cut():
     run = saved(script())
     run.events[3:] = [replace(timed, at=timed.at + 600) for timed in run.events[3:]]
     assert recording_of(run, "run-1")["frames"][-1]["at"] < 10
+
+
+def test_a_recording_is_listed_by_its_methods_and_its_machine(tmp_path):
+    assert recording_title(saved(script()).save(tmp_path / "a.jsonl")) == "FP16 and int8 · bitsandbytes, on NVIDIA L4"
 
 
 def test_what_was_asked_is_said_in_words():

@@ -23,7 +23,7 @@ from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import query_of, wishes_of
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_form import NONE, comparison_of, labels_in
-from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of
+from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of, recording_title
 
 LARGEST_RECORDING = 32_000_000  # bytes
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
@@ -118,9 +118,9 @@ class CompareTab:
                     "Download this run", elem_id="download", interactive=False, min_width=200, scale=1
                 )
             with gr.Row(elem_id="recordings"):
-                names = list(self.state.recorded_runs)
+                runs = [(recording_title(path), name) for name, path in self.state.recorded_runs.items()]
                 self.recording = gr.Dropdown(
-                    names, value=names[0] if names else None, label="Recorded run", elem_id="recording", min_width=240,
+                    runs, value=runs[0][1] if runs else None, label="Recorded run", elem_id="recording", min_width=240,
                     scale=2,
                 )  # fmt: skip
                 self.upload = gr.UploadButton(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from llmq.contestant import Contestant, shown_name
 from llmq.errors import UserError
@@ -147,6 +148,14 @@ def recording_of(run: Run, number: str, *, example: bool = False) -> dict:
         f"Recording, made on {machine} on {str(day)[:10]}", str(environment.get("cpu_capability", "")), pace,
     )  # fmt: skip
     return recorded(view.updates(pace.events(run)), pace) | ({"example": True} if example else {})
+
+
+def recording_title(path: Path) -> str:
+    """A saved run in a list: its methods and its machine, from the first line of its file."""
+    with path.open(encoding="utf-8") as lines:
+        run = Run.from_lines([next(lines, "")], name=path.name)
+    methods = " and ".join(map(shown_name, labels_of(run.settings)))
+    return f"{methods}, on {run.environment.get('device_name', 'an unknown device')}"
 
 
 def asked_of(settings: Mapping) -> dict:
