@@ -105,9 +105,10 @@ def _print(options, result: dict, lines: Iterable[str]) -> int:
 
 
 def run_memory(options) -> int:
+    from llmq.cards import device_bytes
     from llmq.memory import forecast
 
-    room = None if options.device_memory is None else options.device_memory * 1e9
+    room = None if options.device_memory is None else device_bytes(options.device_memory)
     asked = {"tokens": options.context, "batch": options.batch, "device_bytes": room}
     result = forecast(options.model, _contestants(options), **asked)
     return _print(options, result, memory_lines(result))

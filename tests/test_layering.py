@@ -17,7 +17,7 @@ SOURCES = {
 # From the ground up: a package, or a module beside them, imports only from floors below its own.
 FLOORS = [
     "llmq llmq.cgroup llmq.errors llmq.formatting llmq.hooks llmq.stored",
-    "llmq.cache llmq.fields llmq.files llmq.scores llmq.terminal",
+    "llmq.cache llmq.cards llmq.fields llmq.files llmq.scores llmq.terminal",
     "llmq.events llmq.kernels",
     "llmq.methods llmq.telemetry",
     "llmq.contestant llmq.models",
@@ -36,7 +36,7 @@ PLAIN = {"llmq.ui", "llmq.ui.parts", "llmq.ui.shell", "llmq.ui.tabs"}
 PLAIN |= {f"llmq.ui.parts.{name}" for name in ("difference", "examples", "live_state", "progress", "recording")}
 PLAIN |= {"llmq.ui.parts.token_alignment", "llmq.ui.parts.verdict"}
 PLAIN |= {f"llmq.ui.shell.{name}" for name in ("address", "link", "quick_import", "state")}
-PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view")}
+PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view", "fit_view")}
 
 
 def imports_of(tree: ast.AST, module: str, *, is_package: bool) -> set[str]:

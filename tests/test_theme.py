@@ -23,6 +23,8 @@ AS_MARKUP = re.compile(
 
 def test_every_script_and_style_is_looked_at():
     assert {
+        "fit.js",
+        "nodes.js",
         "result.js",
         "result_nodes.js",
         "result_player.js",
@@ -30,7 +32,7 @@ def test_every_script_and_style_is_looked_at():
         "reading.js",
         "figure.js",
     } <= SCRIPTS.keys()
-    assert {"page.css", "theme.css"} <= STYLES.keys()
+    assert {"page.css", "theme.css", "fit.css"} <= STYLES.keys()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -23,12 +23,14 @@ from llmq.models.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmq.methods import Method
     from llmq.models.random_weights import RandomTensors
 
 ROUND_TRIP = "hello world how are you today"  # what a tokenizer must give back, whatever it does to spaces and capitals
+MOST_LAYERS = 1000  # of a configuration from anywhere, which would be built layer by layer
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names for one class
 
 
@@ -112,18 +114,46 @@ def load_config(source: Source) -> PretrainedConfig | PlainConfig:
 
 def transformers_config(source: Source) -> PretrainedConfig:
     """Return the configuration that transformers makes models from. Raises ModelUnavailable as `load_config`."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig
+    from transformers import LlamaConfig
 
     if source.kind == "random":
         shape = asdict(PRESETS[source.location].shape)
         rope = {"rope_theta": shape.pop("rope_theta"), **(shape.pop("rope_scaling") or {"rope_type": "default"})}
         return LlamaConfig(**shape, rope_parameters=rope, dtype="float16", borrowed_tokenizer=True)
-    folder = folder_of(source)
+    return _config_in(folder_of(source), source)
+
+
+def _config_in(folder: Path, source: Source) -> PretrainedConfig:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
     with _blamed_on(source, "read the configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelUnavailable(f"{source.name} is a {config.model_type!r} model, which does not write text by itself")
     return config
+
+
+def described_config(source: Source) -> PretrainedConfig | PlainConfig:
+    """Return the configuration to count bytes with, where the weights need not be here: of a hub's repository its
+    config.json alone is fetched. Raises ModelUnavailable as `load_config`."""
+    if source.kind == "random":
+        return PlainConfig(model_type="llama", **asdict(PRESETS[source.location].shape))
+    folder = hub.settings(source.location, source.revision) if source.kind == "hub" else Path(source.location)
+    if not (folder / "config.json").is_file():
+        raise ModelUnavailable(f"{source.name} holds no model: it has no config.json")
+    config = plain_config(folder) or _config_in(folder, source)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
+    if layers > MOST_LAYERS:
+        raise ModelUnavailable(f"{source.name} says it has {layers:,} layers; up to {MOST_LAYERS:,} are counted")
+    return config
+
+
+def shape_of(source: Source, config: PretrainedConfig | PlainConfig) -> nn.Module:
+    """Return the model on the meta device. Raises ModelUnavailable for a configuration that makes none."""
+    from llmq.models.skeleton import meta_model
+
+    with _blamed_on(source, "build the shape"):
+        return meta_model(config)
 
 
 def require_method(source: Source, config: PretrainedConfig | PlainConfig, method: Method) -> None:

@@ -11,6 +11,7 @@ from llmq.ui.shell.layout import build
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
 
+SHEETS = ("page.css", "fit.css")
 WAITING_RUNS = 32
 QUEUE_POLL_SECONDS = 0.05  # Gradio's 0.001 keeps its idle loop on the GIL a tenth of the time (profiled)
 
@@ -36,7 +37,7 @@ def launch(
         share=share or None,
         auth=auth,
         theme=build_theme(),
-        css=build_css() + Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
+        css=build_css() + "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SHEETS),
         footer_links=["api"],
         show_error=True,
         max_file_size="32mb",

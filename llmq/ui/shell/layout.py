@@ -8,6 +8,7 @@ from llmq.models.presets import model_title
 from llmq.ui.api import Api
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import CompareTab
+from llmq.ui.tabs.fit_tab import FitTab
 from llmq.ui.tabs.outliers_tab import QUIET, OutliersTab
 
 TITLE = "llmq: what 8-bit quantization does to a LLaMA"
@@ -19,7 +20,7 @@ INTRO = (
 
 def build(state: AppState) -> gr.Blocks:
     """The page over the state that all visitors share; `launch.launch` serves it."""
-    compare, outliers = CompareTab(state), OutliersTab(state)
+    compare, outliers, fit = CompareTab(state), OutliersTab(state), FitTab(state)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# What 8 bits do to a language model\n{INTRO}", elem_id="header")
         with gr.Tabs(elem_id="tabs"):
@@ -27,8 +28,11 @@ def build(state: AppState) -> gr.Blocks:
                 compare.build()
             with gr.Tab("Outliers", id="outliers", elem_id="tab-outliers", render_children=False) as tab:
                 outliers.build()
+            with gr.Tab("Does it fit?", id="fit", elem_id="tab-fit") as fit_tab:
+                fit.build()
         compare.wire(page)
         outliers.wire(tab)
+        fit.wire(page, fit_tab)
         asked, watched = [compare.prompt, compare.model], [outliers.prompt, outliers.model]
         for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):
             shown.select(None, there, here, js="(prompt, model) => [prompt, model]", **QUIET)

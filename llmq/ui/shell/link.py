@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
+from llmq.cards import CARDS, device_bytes
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
 from llmq.labs.compare import SCHEDULES
@@ -42,6 +43,26 @@ def wishes_of(query: Mapping[str, str]) -> dict:
         except (KeyError, ValueError, OverflowError, UserError):
             continue
     return wishes
+
+
+def fit_wishes_of(query: Mapping[str, str]) -> dict:
+    """What a link asks of 'Does it fit?': model, card ('other' with memory, where it is an amount), context, batch."""
+    if query.get("view") != "fit":
+        return {}
+    wishes: dict = {"model": query["model"]} if query.get("model") else {}
+    card = query.get("card", "").strip()
+    with suppress(UserError):
+        wishes |= {"card": card.lower()} if card.lower() in CARDS else _amount(card)
+    for name in ("context", "batch"):
+        with suppress(KeyError, ValueError):
+            if 1 <= (number := int(query[name])) <= 10**9:
+                wishes[name] = number
+    return wishes
+
+
+def _amount(text: str) -> dict:
+    device_bytes(text)
+    return {"card": "other", "memory": text}
 
 
 def _methods(names: list[str], *, own: bool) -> dict:
