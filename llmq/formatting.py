@@ -45,8 +45,9 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_number(value: float) -> str:
-    """A figure of any size as people read it: 0.012, 3.46, 12,610."""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.3g}"
+    """A figure of any size in four digits, as people read it: 0.01234, 17.53, 12,590."""
+    size = abs(value)
+    return f"{round(value, 3 - int(math.log10(size))):,.0f}" if 1000 <= size < 1e12 else f"{value:.4g}"
 
 
 def format_speed(tokens_per_second: float | None) -> str:

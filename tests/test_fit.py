@@ -11,11 +11,11 @@ from conftest import tiny_config
 from llmq.cards import CARDS, device_bytes
 from llmq.cli import main
 from llmq.contestant import Contestant
-from llmq.errors import BadChoice
+from llmq.errors import BadChoice, ModelUnavailable
 from llmq.formatting import format_bytes
 from llmq.memory import forecast
 from llmq.methods import METHODS
-from llmq.models import loading
+from llmq.models import described
 from llmq.models.opening import describe_model, open_model
 from llmq.models.presets import PRESETS
 from llmq.ui.shell.link import fit_wishes_of
@@ -225,9 +225,9 @@ def test_a_configuration_from_anywhere_cannot_keep_the_server_busy(tmp_path):
 
 def test_an_error_names_no_place_on_the_server(tmp_path, monkeypatch):
     def broken(source):
-        raise loading.ModelUnavailable(f"cannot read the configuration of {source.name}: no file /srv/cache/hub/x.json")
+        raise ModelUnavailable(f"cannot read the configuration of {source.name}: no file /srv/cache/hub/x.json")
 
-    monkeypatch.setattr(loading, "described_config", broken)
+    monkeypatch.setattr(described, "described_config", broken)
     said = answer("somebody/else", "t4", "", 1, 1)["headline"]
     assert "somebody/else" in said and "/srv" not in said
 

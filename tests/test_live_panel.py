@@ -216,7 +216,9 @@ def test_seconds(seconds, text):
     assert format_seconds(seconds) == text
 
 
-@pytest.mark.parametrize("value, text", [(12590.4, "12,590"), (17.53, "17.5"), (0.01234, "0.0123"), (-2000, "-2,000")])
+@pytest.mark.parametrize(
+    "value, text", [(12594.4, "12,590"), (17.53, "17.53"), (0.01234, "0.01234"), (-2000, "-2,000"), (74435.1, "74,440")]
+)
 def test_figures_are_written_as_people_read_them(value, text):
     assert format_number(value) == text
 

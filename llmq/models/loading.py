@@ -23,14 +23,12 @@ from llmq.models.presets import PRESETS
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from llmq.methods import Method
     from llmq.models.random_weights import RandomTensors
 
 ROUND_TRIP = "hello world how are you today"  # what a tokenizer must give back, whatever it does to spaces and capitals
-MOST_LAYERS = 1000  # of a configuration from anywhere, which would be built layer by layer
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names for one class
 
 
@@ -120,40 +118,18 @@ def transformers_config(source: Source) -> PretrainedConfig:
         shape = asdict(PRESETS[source.location].shape)
         rope = {"rope_theta": shape.pop("rope_theta"), **(shape.pop("rope_scaling") or {"rope_type": "default"})}
         return LlamaConfig(**shape, rope_parameters=rope, dtype="float16", borrowed_tokenizer=True)
-    return _config_in(folder_of(source), source)
+    return config_in(folder_of(source), source)
 
 
-def _config_in(folder: Path, source: Source) -> PretrainedConfig:
+def config_in(folder: Path, source: Source) -> PretrainedConfig:
+    """Return transformers' configuration of a folder. Raises ModelUnavailable for what writes no text."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    with _blamed_on(source, "read the configuration"):
+    with blamed_on(source, "read the configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelUnavailable(f"{source.name} is a {config.model_type!r} model, which does not write text by itself")
     return config
-
-
-def described_config(source: Source) -> PretrainedConfig | PlainConfig:
-    """Return the configuration to count bytes with, where the weights need not be here: of a hub's repository its
-    config.json alone is fetched. Raises ModelUnavailable as `load_config`."""
-    if source.kind == "random":
-        return PlainConfig(model_type="llama", **asdict(PRESETS[source.location].shape))
-    folder = hub.settings(source.location, source.revision) if source.kind == "hub" else Path(source.location)
-    if not (folder / "config.json").is_file():
-        raise ModelUnavailable(f"{source.name} holds no model: it has no config.json")
-    config = plain_config(folder) or _config_in(folder, source)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None) or 0
-    if layers > MOST_LAYERS:
-        raise ModelUnavailable(f"{source.name} says it has {layers:,} layers; up to {MOST_LAYERS:,} are counted")
-    return config
-
-
-def shape_of(source: Source, config: PretrainedConfig | PlainConfig) -> nn.Module:
-    """Return the model on the meta device. Raises ModelUnavailable for a configuration that makes none."""
-    from llmq.models.skeleton import meta_model
-
-    with _blamed_on(source, "build the shape"):
-        return meta_model(config)
 
 
 def require_method(source: Source, config: PretrainedConfig | PlainConfig, method: Method) -> None:
@@ -187,7 +163,7 @@ def _tokenizer_stamps(folder: Path) -> tuple:
 
 @lru_cache(maxsize=4)
 def _open_tokenizer(source: Source, folder: Path, stamped: tuple) -> PreTrainedTokenizerBase:
-    with _blamed_on(source, "open the tokenizer"):
+    with blamed_on(source, "open the tokenizer"):
         import transformers
 
         kind = transformers.PreTrainedTokenizerFast if _names_no_family(folder) else transformers.AutoTokenizer
@@ -244,7 +220,7 @@ def _opened(source: Source, arguments: dict) -> PreTrainedModel:
     """The checkpoint as transformers opens it. Raises ModelUnavailable where weights are missing or of another size."""
     from transformers import AutoModelForCausalLM
 
-    with _blamed_on(source, "open the weights"):
+    with blamed_on(source, "open the weights"):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder_of(source),
             use_safetensors=True,
@@ -267,7 +243,7 @@ def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTe
         from llmq.models.random_weights import RandomTensors
 
         return RandomTensors(load_config(source))
-    with _blamed_on(source, "open the weights"):
+    with blamed_on(source, "open the weights"):
         tensors = CheckpointTensors(folder_of(source), source.name)
     stated = getattr(load_config(source), "quantization_config", None)  # then all of a LLaMA's layers but the head
     layers = {name.removesuffix(".weight") for name in tensors.names() if stated and name.endswith("_proj.weight")}
@@ -280,7 +256,7 @@ def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozen
     because each of the three is wrong somewhere."""
     ends = [getattr(config.get_text_config(), "eos_token_id", None)]
     if source.kind != "random":
-        with _blamed_on(source, "read the generation settings"):
+        with blamed_on(source, "read the generation settings"):
             ends.append(generation_settings(folder_of(source)).get("eos_token_id"))
         ends.append(load_tokenizer(source).eos_token_id)
     lists = (end if isinstance(end, list | tuple) else [end] for end in ends)
@@ -301,7 +277,7 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def _blamed_on(source: Source, attempt: str) -> Iterator[None]:
+def blamed_on(source: Source, attempt: str) -> Iterator[None]:
     """Turn what a library raises while it reads a model's files into one line that names those files."""
     import torch
 

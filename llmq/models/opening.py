@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llmq.events import Progress
-from llmq.models import loading
+from llmq.models import described, loading
 from llmq.models.checkpoint import stamps
 from llmq.models.config import context_of, ignored_settings
 from llmq.models.edits import Edit
@@ -63,7 +63,7 @@ class Model:
     @cached_property
     def config(self) -> PretrainedConfig | PlainConfig:
         """The configuration. Raises ModelUnavailable where the files are missing or make no model."""
-        return (loading.described_config if self.described else loading.load_config)(self.source)
+        return (described.described_config if self.described else loading.load_config)(self.source)
 
     @property
     def fingerprint(self) -> str:
@@ -109,4 +109,4 @@ class Model:
     @cached_property
     def shape(self) -> nn.Module:
         """The model on the meta device: shapes and no storage."""
-        return loading.shape_of(self.source, self.config)
+        return described.shape_of(self.source, self.config)
