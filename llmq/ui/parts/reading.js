@@ -25,7 +25,7 @@ const guesses = (label, list, number) => {
     row.style.setProperty("--llmq-share", `${100 * p}%`);
     rows.append(row);
   }
-  box.append(node("h4", "", label), rows);
+  box.append(node("h3", "", label), rows);
   return box;
 };
 

@@ -1,17 +1,4 @@
-// The nodes of one result: strip and panes. All text of prompts and models reaches the page through textContent.
-const part = (name) => element.querySelector(`[data-part="${name}"]`);
-
-const node = (tag, attributes = {}, ...children) => {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-};
-
-const setText = (target, text) => {
-  if (target.textContent !== text) target.textContent = text;
-};
-
+// The nodes of one result: strip and panes; needs `nodes.js`.
 // Three figures, each with a row for every method: [key of the value's strip, field of its card, heading].
 const FIGURES = [["memory", "weights", "Memory of the weights"], ["speed", "speed", "Writing speed"]];
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import gradio as gr
 
 from llmq.ui.shell.layout import build
@@ -33,7 +31,7 @@ def launch(
         share=share or None,
         auth=auth,
         theme=build_theme(),
-        css=build_css() + Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
+        css=build_css(),
         footer_links=["api"],
         show_error=True,
         max_file_size="32mb",

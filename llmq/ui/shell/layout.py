@@ -28,6 +28,7 @@ def build(state: AppState) -> gr.Blocks:
                 outliers.build()
         compare.wire(page)
         outliers.wire(tab)
+        page.load(outliers.from_link, None, outliers.linked, **QUIET)
         asked, watched = [compare.prompt, compare.model], [outliers.prompt, outliers.model]
         for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):
             shown.select(None, there, here, js="(prompt, model) => [prompt, model]", **QUIET)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
 from llmq.labs.compare import SCHEDULES
+from llmq.labs.outliers import LOWEST_THRESHOLD
 from llmq.methods import DEFAULT_THRESHOLD, Method, parse_method
 from llmq.methods.base import THRESHOLD
 
@@ -41,6 +42,19 @@ def wishes_of(query: Mapping[str, str]) -> dict:
             wishes[name] = getattr(SamplingSettings(**{name: kind(query[name])}), name)
         except (KeyError, ValueError, OverflowError, UserError):
             continue
+    return wishes
+
+
+def outlier_wishes(query: Mapping[str, str]) -> dict:
+    """What a link asks of the Outliers tab, as far as it is possible: method, threshold."""
+    wishes: dict = {}
+    method = _method(query.get("method", ""))
+    if method:
+        wishes["method"] = method.spelled
+    with suppress(KeyError, UserError):
+        threshold = THRESHOLD.parse("threshold", query["threshold"])
+        if LOWEST_THRESHOLD <= threshold <= 20:
+            wishes["threshold"] = threshold
     return wishes
 
 

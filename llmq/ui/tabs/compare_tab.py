@@ -36,7 +36,7 @@ class CompareTab:
         self.state = state
 
     def build(self) -> None:
-        with gr.Column(elem_id="compare-view", elem_classes=["llmq-compare"]):
+        with gr.Column(elem_id="compare-view", elem_classes=["llmq-view"]):
             with gr.Column(elem_id="compare-form", elem_classes=["llmq-form"]):
                 self._build_question()
                 self._build_choices()
