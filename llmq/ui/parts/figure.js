@@ -6,8 +6,8 @@ const failed = element.querySelector('[data-part="failed"]');
 const config = { displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "",
   modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
-// A snug figure is as high as half the window lets it be.
-const heightOf = ({ height }) => (props.snug ? Math.min(height, Math.max(300, Math.round(innerHeight * 0.5))) : height);
+// A snug figure is as high as two fifths of the window.
+const heightOf = ({ height }) => (props.snug ? Math.min(height, Math.max(280, Math.round(innerHeight * 0.42))) : height);
 
 const clicked = ({ points: [{ x, y, data }] }) => trigger("select", { x, y, type: data.type });
 

@@ -55,7 +55,9 @@ class Keeping:
         except UserError as error:
             raise UserError(str(error).replace(str(path), path.name)) from error
         if answer.kind not in self.kinds:
-            raise UserError(f"{path.name} holds an answer of the kind {answer.kind!r}; open one of {self.kinds[0]!r} here")
+            raise UserError(
+                f"{path.name} holds an answer of the kind {answer.kind!r}; open one of {self.kinds[0]!r} here"
+            )
         return answer
 
     def _write(self, key: str | None) -> gr.DownloadButton:

@@ -54,5 +54,13 @@ TEMPLATE = """
 
 def result_view(example: dict) -> gr.HTML:
     """The component; `example`: the recording that plays until somebody generates, or `{}`."""
-    names = ("plotly.js", "nodes.js", "result_nodes.js", "result_table.js", "live_plot.js", "result_player.js", "result.js")
+    names = (
+        "plotly.js",
+        "nodes.js",
+        "result_nodes.js",
+        "result_table.js",
+        "live_plot.js",
+        "result_player.js",
+        "result.js",
+    )
     return component(TEMPLATE, script(*names), elem_id="result", value=example, plotly_path=serve_plotly())

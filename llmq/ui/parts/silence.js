@@ -16,8 +16,8 @@ const draw = () => {
   setText(part("recorded"), recorded || "");
   setText(part("before"), change[0]);
   setText(part("after"), change[1]);
-  part("texts").replaceChildren(...texts.flatMap(([name, text]) =>
-    [node("dt", {}, name), node("dd", { dir: "auto" }, text)]));
+  part("texts").replaceChildren(...texts.map(([name, text]) =>
+    node("div", {}, node("dt", {}, name), node("dd", { dir: "auto" }, text))));
   setText(part("said"), said || "");
 };
 

@@ -14,19 +14,20 @@ from llmq.ui.shell.assets import component, script
 
 _TEMPLATE = f"""
 <section class="llmq-tile llmq-silence" aria-label="Silence one channel">
-  <p data-part="lead"></p>
-  <div class="llmq-buttons">
+  <div class="llmq-lead">
+    <p data-part="lead"></p>
     <button type="button" class="llmq-button" data-part="silence" id="silence">Silence it</button>
     <button type="button" class="llmq-button" data-part="stop" id="silence-stop" hidden>Stop</button>
   </div>
   <p class="llmq-quiet" role="status" data-part="doing"></p>
   <progress class="llmq-progress" max="1" aria-label="Progress of the silencing" data-part="bar" hidden></progress>
   <div data-part="outcome" hidden>
-    <p class="llmq-quiet" data-part="recorded"></p>
-    <dl><dt>{term("Perplexity", TERMS["perplexity"])}</dt>
-      <dd class="llmq-change"><span data-part="before"></span> → <span data-part="after"></span></dd></dl>
-    <dl data-part="texts"></dl>
-    <p class="llmq-quiet" data-part="said"></p>
+    <div class="llmq-columns">
+      <dl><dt>{term("Perplexity", TERMS["perplexity"])}</dt>
+        <dd class="llmq-change"><span data-part="before"></span> → <span data-part="after"></span></dd></dl>
+      <dl data-part="texts"></dl>
+    </div>
+    <p class="llmq-quiet"><span data-part="recorded"></span> <span data-part="said"></span></p>
   </div>
 </section>
 """

@@ -19,11 +19,12 @@ def headline(report: OutlierReport, threshold: float) -> str:
     """What came out, in two sentences."""
     peaks = stream_peaks(report)
     reached = f"reach{'es' * (int((peaks >= threshold).sum()) == 1)} {threshold:g}"
+    kept = kept_in_16_bit(report, threshold)
     if not peaks.size:
-        return kept_in_16_bit(report, threshold)
-    said = f"{int((peaks >= threshold).sum())} of {peaks.size:,} channels that run through the model {reached}"
-    loudest = f"; the loudest, {peaks.argmax()}, {format_number(peaks.max())} where a typical one has "
-    return f"{said}{loudest}{format_number(float(np.median(peaks)))}. {kept_in_16_bit(report, threshold)}"
+        return kept
+    said = f"{int((peaks >= threshold).sum())} of the {peaks.size:,} channels that run through the model {reached}"
+    loud, typical = format_number(peaks.max()), format_number(float(np.median(peaks)))
+    return f"{said}; the loudest, {peaks.argmax()}, is at {loud}, a typical one at {typical}. {kept}"
 
 
 def kept_in_16_bit(report: OutlierReport, threshold: float) -> str:
@@ -44,7 +45,7 @@ def inputs_of(report: OutlierReport) -> list[ModuleOutliers]:
 
 
 def stream_peaks(report: OutlierReport) -> np.ndarray:
-    """(channels,) largest |x| in the prompt, over all layers, of what a layer reads behind a norm; empty without one."""
+    """(channels,) largest |x| in the prompt, over all layers, of what is read behind a norm; empty without one."""
     read = [module.prefill.absmax for modules in stream_inputs(report).values() for module in modules]
     widths = {len(peaks) for peaks in read}
     return np.max(read, axis=0) if len(widths) == 1 else np.zeros(0, np.float32)
@@ -58,9 +59,10 @@ def watched_line(report: OutlierReport) -> str:
 
 def asked_of(model: str, method: str, prompt: str) -> dict:
     """What a watched run answers: `prompt`, and `settings` in one line."""
-    settings = f"{model_title(model)} · {shown_name(method)}"
-    usual = _threshold(method)
-    return {"prompt": prompt, "settings": settings if "@" in method or not usual else f"{settings} · threshold {usual:g}"}
+    settings, usual = f"{model_title(model)} · {shown_name(method)}", _threshold(method)
+    if usual and "@" not in method:
+        settings += f" · threshold {usual:g}"
+    return {"prompt": prompt, "settings": settings}
 
 
 def _threshold(method: str) -> float | None:
@@ -87,7 +89,7 @@ def silenced(rows: list[dict]) -> dict:
     if before is None or after is None:
         return {}
     names = ", ".join(map(str, after["channels"]))
-    texts = [["Whole", before["text"]], [f"Without {names}", after["text"]]]
+    texts = [["With every channel", before["text"]], [f"Without channel {names}", after["text"]]]
     return {"change": [_perplexity(before), _perplexity(after)], "texts": [entry for entry in texts if entry[1]]}
 
 

@@ -13,12 +13,13 @@ const draw = () => {
   part("banner").hidden = !banner;
   setText(part("banner"), banner || "");
   if (asked) {
+    part("prompt").hidden = !asked.prompt;
     setText(part("prompt"), asked.prompt);
     setText(part("settings"), asked.settings);
   }
   const line = part("text");
   line.setAttribute("aria-live", state === "running" && fraction ? "off" : "polite"); // a count is seen, not heard
-  setText(line, text || doing || "");
+  setText(line, (text || doing || "").replaceAll(" · ", "\u00a0· ")); // a method's name stays on one line
   setText(part("note"), state === "running" ? (text && doing) || "" : note || "");
   const bar = part("bar");
   bar.dataset.empty = state !== "running";

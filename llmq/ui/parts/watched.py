@@ -15,12 +15,12 @@ from llmq.ui.shell.assets import component, script
 _TEMPLATE = """
 <div class="llmq-result">
   <div class="llmq-asked">
+    <p class="llmq-banner" data-part="banner" hidden></p>
     <p data-part="asked"><q data-part="prompt" dir="auto"></q> <span data-part="settings"></span></p>
     <button type="button" class="llmq-button" data-part="stop" id="outlier-stop">Stop</button>
     <button type="button" class="llmq-button" data-part="change" id="outlier-change">Change</button>
     <button type="button" class="llmq-button llmq-primary" data-part="again" id="watch-again">Watch again</button>
   </div>
-  <p class="llmq-banner" data-part="banner" hidden></p>
   <p class="llmq-status llmq-headline" role="status" data-part="text"></p>
   <p class="llmq-quiet llmq-watched" data-part="note"></p>
   <progress class="llmq-progress" max="1" aria-label="Progress" data-part="bar" data-empty="true"></progress>
@@ -30,4 +30,6 @@ _TEMPLATE = """
 
 def watched_view(text: str, *, elem_id: str) -> gr.HTML:
     """The component; `text` until something was watched."""
-    return component(_TEMPLATE, script("nodes.js", "watched.js"), elem_id=elem_id, value={"state": "idle", "text": text})
+    return component(
+        _TEMPLATE, script("nodes.js", "watched.js"), elem_id=elem_id, value={"state": "idle", "text": text}
+    )

@@ -13,8 +13,8 @@ from llmq.inspect.cause import Cause
 from llmq.labs.agreement import MAX_NEW_TOKENS, Read, Reading, drift_line
 from llmq.labs.cause import PATCH_HEADERS, CauseAnswer, Explanation, cause_line, patch_rows
 from llmq.ui.parts.controls import whole
+from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
-from llmq.ui.parts.glossary import explained
 from llmq.ui.parts.keeping import Keeping
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
@@ -41,11 +41,9 @@ class AgreementPanel:
         self.keeping.build("agreement", "what both read")
 
     def _build_reading(self) -> None:
-        gr.HTML(
-            explained(
-                "FP16 and the method above read the same text, so a difference at one token is not carried into the "
-                "next. Apart from that both write freely, and the page shows where they part."
-            )
+        explanation(
+            "FP16 and the method above read the same text, so a difference at one token is not carried into the "
+            "next. Apart from that both write freely, and the page shows where they part."
         )
         with gr.Row(equal_height=True):
             self.text = gr.Radio(TEXTS, value="continuation", label="Both read", elem_id="text-kind")

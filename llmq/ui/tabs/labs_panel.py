@@ -8,14 +8,15 @@ from functools import partial
 
 import gradio as gr
 
+from llmq.contestant import shown_name
 from llmq.errors import UserError
 from llmq.fields import Field, fields_of
 from llmq.labs import lab_classes
 from llmq.labs.rows import RowAnswer, RowLab
 from llmq.models.presets import model_title
 from llmq.ui.parts.controls import control, value_of
+from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
-from llmq.ui.parts.glossary import explained
 from llmq.ui.parts.keeping import Keeping
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
@@ -52,11 +53,9 @@ class LabsPanel:
         self.state = state
 
     def build(self) -> None:
-        gr.HTML(
-            explained(
-                "Each lab asks the model above, and writes on from the prompt above. The method and the threshold "
-                "above play no part here: every lab names its own."
-            )
+        explanation(
+            "Each lab asks the model above, and writes on from the prompt above. The method and the threshold "
+            "above play no part here: every lab names its own."
         )
         self.sections = [self._section(lab) for lab in lab_classes().values() if lab.panel]
 
@@ -68,7 +67,7 @@ class LabsPanel:
         kind = lab.kind
         keeping = Keeping(self.state, kind)
         with gr.Accordion(lab.title, open=True, elem_id=kind, elem_classes=["llmq-part"]):
-            gr.HTML(explained(lab.about))
+            explanation(lab.about)
             with gr.Row(equal_height=True):
                 made = [(field, control(field, f"{kind}-{field.name}")) for field in fields_of(lab)]
             button = gr.Button(lab.button, elem_id=f"{kind}-run", size="md", elem_classes=["llmq-run"])
@@ -148,14 +147,19 @@ class LabsPanel:
         return section.keeping.kept(replace(answer, result=answer.result | {"results": rows}))
 
     def _shown(self, section: Section, rows: list[dict]) -> dict:
-        lab = section.lab
-        said, figures = lab.finding(rows), lab.figures(rows)
+        lab, named = section.lab, [_named(row) for row in rows]
+        said, figures = lab.finding(named), lab.figures(named)
         return {
             section.finding: gr.Markdown(said, visible=bool(said)),
-            section.table: gr.Dataframe(value=[lab.row(row) for row in rows], visible=True),
+            section.table: gr.Dataframe(value=[lab.row(row) for row in named], visible=True),
             section.rows: rows,
             section.figure: sent(figures[0].make() if figures else None),
         }
+
+
+def _named(row: dict) -> dict:
+    """A row with its method's name as people read it."""
+    return row | {"method": shown_name(row["method"])} if "method" in row else row
 
 
 def _ended(answer: RowAnswer | None) -> str:

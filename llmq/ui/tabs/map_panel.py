@@ -15,8 +15,9 @@ from llmq.figures.heatmaps import map_figure, token_figure
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.views import shares_table, strongest_table
 from llmq.labs.outliers import CHANNEL_HEADERS, SHARE_HEADERS
+from llmq.ui.parts.explanation import explanation, shown
 from llmq.ui.parts.figure import figure_view, sent
-from llmq.ui.parts.glossary import KINDS, explained, kinds_explained
+from llmq.ui.parts.glossary import KINDS, kinds_explained
 from llmq.ui.parts.silence import silence_view
 from llmq.ui.parts.story import loudest_line
 
@@ -31,15 +32,15 @@ class MapPanel:
         self.example = example
 
     def build(self) -> None:
-        with gr.Row(elem_classes=["llmq-beside"]):
-            with gr.Column(scale=3, min_width=300, elem_classes=["llmq-needs"]):
+        with gr.Row(elem_classes=["llmq-beside", "llmq-needs"]):
+            with gr.Column(scale=5, min_width=300):
                 self.map = figure_view(elem_id="outlier-map", snug=True)
-            with gr.Column(scale=1, min_width=270):
-                with gr.Column(elem_classes=["llmq-needs", "llmq-knobs"]):
-                    self._build_knobs()
-                self.card = silence_view(self.example, elem_id="silence-card")
+            with gr.Column(scale=2, min_width=300, elem_classes=["llmq-knobs"]):
+                self._build_knobs()
+        self.card = silence_view(self.example, elem_id="silence-card")
         with gr.Column(elem_classes=["llmq-needs"]):
-            gr.HTML(explained("One layer, token by token: click a row of the picture above, or move the slider."))
+            gr.Markdown("## One layer, token by token")
+            explanation("Click a row of the picture above to see which token it comes from, or move the slider.")
             self.layer = gr.Slider(0, 31, 0, step=1, label="Layer", elem_id="layer")
             self.tokens = figure_view(elem_id="token-map")
             with gr.Accordion("The figures as tables", open=False, elem_id="outlier-tables"):
@@ -48,11 +49,10 @@ class MapPanel:
 
     def _build_knobs(self) -> None:
         self.threshold = gr.Slider(
-            2, 20, 6.0, step=0.1, label="Threshold", info="Judges anew, without a new run.",
-            elem_id="outlier-threshold",
+            2, 20, 6.0, step=0.1, label="Threshold", elem_id="outlier-threshold",
         )  # fmt: skip
         self.kind = gr.Radio(list(KINDS), value="down", label="What these layers read", elem_id="kind")
-        gr.HTML(kinds_explained())
+        shown(kinds_explained())
         self.phase = gr.Radio(PHASES, value="prefill", label="While", elem_id="phase")
 
     def prepare(self, find: Find) -> None:

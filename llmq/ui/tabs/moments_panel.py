@@ -7,18 +7,17 @@ import gradio as gr
 from llmq.figures.bars import columns_figure
 from llmq.inspect.report import OutlierReport
 from llmq.labs.outliers import account_line
+from llmq.ui.parts.explanation import explanation, shown
 from llmq.ui.parts.figure import figure_view, sent
-from llmq.ui.parts.glossary import KINDS, explained, kinds_explained
+from llmq.ui.parts.glossary import KINDS, kinds_explained
 from llmq.ui.tabs.map_panel import QUIET, Find, kinds_of
 
 
 class MomentsPanel:
     def build(self) -> None:
-        gr.HTML(
-            explained(
-                "Filled: the columns that the layer itself multiplied in 16 bit, read from its own list after each "
-                "call. Rings: what was found by watching its input. Move through the generated tokens, or click a bar."
-            )
+        explanation(
+            "Filled: the columns that the layer itself multiplied in 16 bit, read from its own list after each "
+            "call. Rings: what was found by watching its input. Move through the generated tokens, or click a bar."
         )
         with gr.Column(elem_classes=["llmq-needs"]):
             with gr.Row(equal_height=True):
@@ -27,7 +26,7 @@ class MomentsPanel:
                     0, 8, 0, step=1, label="Token", info="0 is the prompt, then each generated token.",
                     elem_id="moment", min_width=220,
                 )  # fmt: skip
-            gr.HTML(kinds_explained())
+            shown(kinds_explained())
             self.figure = figure_view(elem_id="moment-figure")
             self.said = gr.Markdown("", elem_id="moment-agreement")
 

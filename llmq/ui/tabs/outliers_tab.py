@@ -14,7 +14,7 @@ from llmq.labs.outliers import MAX_NEW_TOKENS, Inspection, Preparation, ReportAn
 from llmq.methods import METHODS
 from llmq.models.presets import PRESETS
 from llmq.ui.parts.examples import EXAMPLES
-from llmq.ui.parts.glossary import explained
+from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.keeping import Keeping
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
@@ -33,8 +33,12 @@ from llmq.ui.tabs.silencing_card import SilencingCard, recorded_value
 log = logging.getLogger(__name__)
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 RUNS = {"concurrency_limit": 16, "concurrency_id": "runs"}
+ABOUT = (
+    "LLM.int8() keeps a column of a layer's input in 16 bit when any number in it reaches the threshold. Prefill looks "
+    "at the whole prompt; decode sees one token at a time, so it keeps fewer."
+)
 IDLE = "A few numbers inside a language model are many times larger than the rest. Watch where they are."
-FIRST = "Nothing is watched yet: press Watch above, or open a saved run below."
+FIRST = "Nothing is watched yet: press Watch above, or open a saved run under Activations."
 
 
 class OutliersTab:
@@ -53,6 +57,8 @@ class OutliersTab:
             with gr.Column(elem_id="outlier-form", elem_classes=["llmq-form"]):
                 self._build_form()
             self.status = watched_view(IDLE, elem_id="outlier-status")
+            with gr.Column(elem_classes=["llmq-unwatched"]):
+                explanation(ABOUT)
             with gr.Tabs(elem_id="observatory") as self.parts:
                 self._build_watched("Activations", "activations", self.map)
                 self._build_watched("Sent to 16 bit", "moments", self.moments)
@@ -67,7 +73,8 @@ class OutliersTab:
 
     def _build_watched(self, title: str, name: str, panel) -> None:
         with gr.Tab(title, id=name, elem_id=f"part-{name}"):
-            gr.HTML(f'<p class="llmq-quiet llmq-first">{FIRST}</p>', elem_classes=["llmq-unwatched"])
+            if panel is not self.map:
+                gr.HTML(f'<p class="llmq-quiet">{FIRST}</p>', elem_classes=["llmq-flush", "llmq-unwatched"])
             panel.build()
             if panel is self.map:
                 self.keeping.build("report", "this watched run")
@@ -92,12 +99,6 @@ class OutliersTab:
                 0, MAX_NEW_TOKENS, 8, step=1, label="Generated tokens to watch", elem_id="outlier-new-tokens",
                 min_width=200,
             )  # fmt: skip
-        gr.HTML(
-            explained(
-                "LLM.int8() keeps a column of a layer's input in 16 bit when any number in it reaches the threshold. "
-                "Prefill looks at the whole prompt; decode sees one token at a time, so it keeps fewer."
-            )
-        )
 
     @property
     def threshold(self) -> gr.Slider:
@@ -137,7 +138,9 @@ class OutliersTab:
     def from_link(self, request: gr.Request) -> dict:
         """What the address asks of this tab; what it does not name stays."""
         wishes = outlier_wishes(dict(request.query_params))
-        return {part: wishes.get(name, gr.skip()) for name, part in zip(("method", "threshold"), self.linked, strict=True)}
+        return {
+            part: wishes.get(name, gr.skip()) for name, part in zip(("method", "threshold"), self.linked, strict=True)
+        }
 
     def _report(self, key: str | None) -> OutlierReport | None:
         answer = self.state.kept(key)
@@ -175,10 +178,10 @@ class OutliersTab:
         frame = {
             self.status: {
                 "state": "opened" if banner else "done",
-                "asked": asked_of(report.model, report.method, answer.prompt or "".join(report.token_texts)),
+                "asked": asked_of(report.model, report.method, answer.prompt),
                 "text": headline(report, answer.threshold),
                 "doing": "",
-                "note": watched_line(report),
+                "note": f"{watched_line(report)} Moving the threshold needs no new run.",
                 "banner": banner,
             }
         }

@@ -24,8 +24,10 @@ def recorded_value(state: AppState) -> dict:
         return value
     answer = load_answer(path)
     made = answer.result["conditions"]
-    where = f"{model_title(answer.result['model'])}, {made.get('device_name', 'unknown')}, {str(made.get('date', ''))[:10]}"
-    return value | silenced(answer.rows) | {"recorded": f"Recording: {where}", "said": Silencing.finding(answer.rows)}
+    where = (
+        f"{model_title(answer.result['model'])}, {made.get('device_name', 'unknown')}, {str(made.get('date', ''))[:10]}"
+    )
+    return value | silenced(answer.rows) | {"recorded": f"Recording: {where}.", "said": Silencing.finding(answer.rows)}
 
 
 class SilencingCard:
