@@ -21,6 +21,7 @@ const draw = async () => {
     const library = await loadPlotly();
     const { data, layout } = painted(figure, element);
     layout.height = heightOf(layout);
+    layout.modebar = { bgcolor: "rgba(0, 0, 0, 0)", color: layout.font.color };
     if (props.snug) layout.margin = { ...layout.margin, t: 8 };
     place.style.height = `${layout.height}px`;
     await library.react(place, data, layout, config);
