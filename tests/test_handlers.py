@@ -379,6 +379,7 @@ def test_a_click_on_a_bar_names_a_moment(event, moment):
 def test_a_link_opens_the_outliers_as_they_were():
     tab = Page().outliers
     request = SimpleNamespace(query_params={"method": "llm-int8@3", "threshold": "4.5"})
-    assert tab.from_link(request) == {tab.method: "llm-int8@3", tab.threshold: 4.5}
-    wrong = SimpleNamespace(query_params={"method": "int9", "threshold": "99"})
+    assert tab.from_link(request) == {tab.method: "llm-int8@3", tab.threshold: 4.5, tab.parts: gr.skip()}
+    assert tab.from_link(SimpleNamespace(query_params={"part": "what-if"}))[tab.parts].selected == "what-if"
+    wrong = SimpleNamespace(query_params={"method": "int9", "threshold": "99", "part": "nowhere"})
     assert all(value == gr.skip() for value in tab.from_link(wrong).values())

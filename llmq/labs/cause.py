@@ -145,12 +145,12 @@ class CauseAnswer:
 
 def cause_line(cause: Cause, read: Read) -> str:
     """The finding in one or two sentences."""
-    token, labels = read.texts[cause.position], (read.reading.baseline.label, read.reading.contestant.label)
+    token, titles = read.texts[cause.position], read.titles
     wanted, got = read.text_of(cause.baseline_token), read.text_of(cause.other_token)
     if not cause.diverges:
         return f"Token {cause.position} ({token!r}): both hold {wanted!r} likeliest, so there is nothing to repair."
     start = (
-        f"Token {cause.position} ({token!r}): {labels[0]} forecasts {wanted!r}, {labels[1]} {got!r}, "
+        f"Token {cause.position} ({token!r}): {titles[0]} forecasts {wanted!r}, {titles[1]} {got!r}, "
         f"{-cause.margin:.3g} logits ahead."
     )
     if not cause.patches:

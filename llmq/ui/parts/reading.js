@@ -75,7 +75,7 @@ const draw = () => {
   text.append(node("span", "llmq-unread", visible(value.opening)));
   value.tokens.forEach((token, index) => {
     const position = value.first + index;
-    if (position === value.continuation) text.append(node("span", "llmq-diff-flag", "answer"));
+    if (position === value.continuation) text.append(node("span", "llmq-first", "answer"));
     text.append(tokenButton(token, position));
     if (token[0].includes("\n")) text.append(node("br"));
   });

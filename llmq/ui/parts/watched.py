@@ -19,10 +19,11 @@ _TEMPLATE = """
     <p data-part="asked"><q data-part="prompt" dir="auto"></q> <span data-part="settings"></span></p>
     <button type="button" class="llmq-button" data-part="stop" id="outlier-stop">Stop</button>
     <button type="button" class="llmq-button" data-part="change" id="outlier-change">Change</button>
-    <button type="button" class="llmq-button llmq-primary" data-part="again" id="watch-again">Watch again</button>
+    <button type="button" class="llmq-button llmq-primary llmq-for-watching" data-part="again"
+      id="watch-again">Watch again</button>
   </div>
-  <p class="llmq-status llmq-headline" role="status" data-part="text"></p>
-  <p class="llmq-quiet llmq-watched" data-part="note"></p>
+  <p class="llmq-status llmq-headline llmq-for-watching" role="status" data-part="text"></p>
+  <p class="llmq-quiet llmq-watched llmq-for-watching" data-part="note"></p>
   <progress class="llmq-progress" max="1" aria-label="Progress" data-part="bar" data-empty="true"></progress>
 </div>
 """

@@ -53,7 +53,7 @@ class AgreementPanel:
         self.pasted = gr.Textbox(
             "", label="Text to read", lines=4, visible=False, elem_id="pasted", placeholder="Paste a few sentences."
         )
-        self.read = gr.Button("Read with both", elem_id="read", elem_classes=["llmq-run"])
+        self.read = gr.Button("Read with both", variant="primary", elem_id="read", elem_classes=["llmq-run"])
         self.status = status_line("", elem_id="reading-status")
         self.reading = reading_view(elem_id="reading")
         self.drift = gr.Textbox("", show_label=False, container=False, visible=False, elem_id="drift", lines=2)
@@ -61,8 +61,8 @@ class AgreementPanel:
 
     def _build_cause(self) -> None:
         gr.Markdown("## Chain of cause", elem_id="cause-title")
-        self.cause_status = status_line("Click a token: how far each layer is off there, and which single module, "
-                                        "put back to 16 bit, repairs it.", elem_id="cause-status")  # fmt: skip
+        explanation("How far each layer's output is off at one token, as SQNR; and which single module repairs it.")
+        self.cause_status = status_line("Click a token of the text that both have read.", elem_id="cause-status")
         self.patch = gr.Checkbox(
             True, label="Try every module in 16 bit (Stop ends it; what is found stays)", elem_id="patch"
         )

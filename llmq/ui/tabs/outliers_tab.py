@@ -32,6 +32,13 @@ from llmq.ui.tabs.silencing_card import SilencingCard, recorded_value
 
 log = logging.getLogger(__name__)
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+PARTS = {
+    "activations": "Activations",
+    "moments": "Sent to 16 bit",
+    "figures": "The paper's figures",
+    "agreement": "Agreement and cause",
+    "what-if": "What if",
+}
 RUNS = {"concurrency_limit": 16, "concurrency_id": "runs"}
 ABOUT = (
     "LLM.int8() keeps a column of a layer's input in 16 bit when any number in it reaches the threshold. Prefill looks "
@@ -57,35 +64,33 @@ class OutliersTab:
             with gr.Column(elem_id="outlier-form", elem_classes=["llmq-form"]):
                 self._build_form()
             self.status = watched_view(IDLE, elem_id="outlier-status")
-            with gr.Column(elem_classes=["llmq-unwatched"]):
+            with gr.Column(elem_classes=["llmq-unwatched", "llmq-for-watching"]):
                 explanation(ABOUT)
             with gr.Tabs(elem_id="observatory") as self.parts:
-                self._build_watched("Activations", "activations", self.map)
-                self._build_watched("Sent to 16 bit", "moments", self.moments)
-                self._build_watched("The paper's figures", "figures", self.figures)
-                with gr.Tab("Agreement and cause", id="agreement", elem_id="part-agreement"):
-                    self.agreement.build()
-                with gr.Tab("What if", id="what-if", elem_id="part-what-if"):
-                    self.what_if.build()
+                built = (self.map, self.moments, self.figures, self.agreement, self.what_if)
+                for (name, title), panel in zip(PARTS.items(), built, strict=True):
+                    with gr.Tab(title, id=name, elem_id=f"part-{name}"):
+                        self._build_part(panel)
             self.link = gr.Textbox(
                 label="Link to this view", buttons=["copy"], elem_id="outlier-link", interactive=False, max_lines=1
             )
 
-    def _build_watched(self, title: str, name: str, panel) -> None:
-        with gr.Tab(title, id=name, elem_id=f"part-{name}"):
-            if panel is not self.map:
-                gr.HTML(f'<p class="llmq-quiet">{FIRST}</p>', elem_classes=["llmq-flush", "llmq-unwatched"])
-            panel.build()
-            if panel is self.map:
-                self.keeping.build("report", "this watched run")
+    def _build_part(self, panel) -> None:
+        if panel in (self.moments, self.figures):
+            gr.HTML(f'<p class="llmq-quiet">{FIRST}</p>', elem_classes=["llmq-flush", "llmq-unwatched"])
+        panel.build()
+        if panel is self.map:
+            self.keeping.build("report", "this watched run")
 
     def _build_form(self) -> None:
         with gr.Row(elem_classes=["llmq-ask"]):
             self.prompt = gr.Textbox(
-                EXAMPLES[0][1], label="Prompt to watch", lines=2, max_lines=8, elem_id="outlier-prompt", scale=1,
+                EXAMPLES[0][1], label="Prompt", lines=2, max_lines=8, elem_id="outlier-prompt", scale=1,
                 min_width=260,
             )  # fmt: skip
-            self.watch = gr.Button("Watch", variant="primary", elem_id="watch", scale=0, min_width=150)
+            self.watch = gr.Button(
+                "Watch", variant="primary", elem_id="watch", scale=0, min_width=150, elem_classes=["llmq-for-watching"]
+            )
         with gr.Row(equal_height=True, elem_classes=["llmq-choices"]):
             self.model = gr.Dropdown(
                 [(preset.title, preset.name) for preset in PRESETS.values()], value=self.state.model, label="Model",
@@ -94,10 +99,11 @@ class OutliersTab:
             self.method = gr.Dropdown(
                 [(method.label, name) for name, method in METHODS.items()], value="bnb-int8", label="Method",
                 allow_custom_value=True, elem_id="outlier-method", min_width=200,
+                elem_classes=["llmq-for-methods"],
             )  # fmt: skip
             self.new_tokens = gr.Slider(
                 0, MAX_NEW_TOKENS, 8, step=1, label="Generated tokens to watch", elem_id="outlier-new-tokens",
-                min_width=200,
+                min_width=200, elem_classes=["llmq-for-watching"],
             )  # fmt: skip
 
     @property
@@ -107,7 +113,7 @@ class OutliersTab:
     @property
     def linked(self) -> list:
         """What a link to this tab carries besides the prompt and the model."""
-        return [self.method, self.threshold]
+        return [self.method, self.threshold, self.parts]
 
     def wire(self, tab: gr.Tab) -> None:
         for panel in self.panels:
@@ -131,15 +137,19 @@ class OutliersTab:
         self._wire_link(tab)
 
     def _wire_link(self, tab: gr.Tab) -> None:
-        carried = [self.prompt, self.model, *self.linked]
+        carried = [self.prompt, self.model, self.method, self.threshold]
         moved = [tab.select, self.parts.select, *(part.change for part in carried)]
         gr.on(moved, None, carried, self.link, js=script("outlier_link.js"), **QUIET)
 
     def from_link(self, request: gr.Request) -> dict:
         """What the address asks of this tab; what it does not name stays."""
-        wishes = outlier_wishes(dict(request.query_params))
+        query = dict(request.query_params)
+        wishes = outlier_wishes(query)
+        part = query.get("part")
         return {
-            part: wishes.get(name, gr.skip()) for name, part in zip(("method", "threshold"), self.linked, strict=True)
+            self.method: wishes.get("method", gr.skip()),
+            self.threshold: wishes.get("threshold", gr.skip()),
+            self.parts: gr.Tabs(selected=part) if part in PARTS else gr.skip(),
         }
 
     def _report(self, key: str | None) -> OutlierReport | None:
