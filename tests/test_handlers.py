@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from browser_support import ROOT
 from test_compare_view import NAMES, script
 from test_observatory_views import SILENCED, cause, read, report
 
@@ -20,6 +21,7 @@ from llmq.labs.rows import RowAnswer
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import CompareTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
+from llmq.ui.tabs.silencing_card import recorded_value
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # Gradio's, where a handler gets too few or many inputs
 ANN = SimpleNamespace(session_hash="ann")
@@ -383,3 +385,12 @@ def test_a_link_opens_the_outliers_as_they_were():
     assert tab.from_link(SimpleNamespace(query_params={"part": "what-if"}))[tab.parts].selected == "what-if"
     wrong = SimpleNamespace(query_params={"method": "int9", "threshold": "99", "part": "nowhere"})
     assert all(value == gr.skip() for value in tab.from_link(wrong).values())
+
+
+def test_until_somebody_measures_the_card_shows_a_recording_where_there_is_one():
+    page = Page()
+    assert "change" not in recorded_value(page.state)
+    page.state.recorded_answers = {"silencing": ROOT / "assets" / "answers" / "silencing.json"}
+    value = recorded_value(page.state)
+    assert value["change"] == ["17.5", "12,619"] and value["recorded"].startswith("Recording: SmolLM2-135M (demo), ")
+    assert value["texts"][0][1].startswith("Planning a 3-day itinerary") and not value["running"]
