@@ -20,6 +20,7 @@ from llmq.ui.shell.address import DEFAULT_PORTS, free_address  # noqa: E402
 from llmq.ui.shell.state import AppState, Jobs  # noqa: E402
 
 RUNS = Path(__file__).parent / "assets" / "runs"
+ANSWERS = Path(__file__).parent / "assets" / "answers"
 JOBS = Jobs()
 AFTER_THE_PAGE = 5.0  # seconds left to the page and its first run before more is imported
 MCP_ADVICE = "install it with: pip install 'gradio[mcp]>=6.31,<7'"
@@ -83,6 +84,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
         model_reason=choice.reason,
         methods=tuple(Contestant.parse(name).label for name in methods.split(",")),
         recorded_runs={path.stem: path for path in sorted(RUNS.glob("*.jsonl"))},
+        recorded_answers={path.stem: path for path in sorted(ANSWERS.glob("*.json"))},
     )
 
 

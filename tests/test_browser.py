@@ -353,20 +353,22 @@ def test_outliers_heatmap_and_threshold(page, address, screenshots):
     open_page(page, address)
     page.get_by_role("tab", name="Outliers").click()
     page.locator("#watch").click()
-    page.wait_for_function("/watched in/.test(document.querySelector('#outlier-status .llmq-status').textContent)")
-    assert "211 linear layers" in status(page, "outlier-status")
+    page.wait_for_function("/watched in/.test(document.querySelector('#outlier-status [data-part=note]').textContent)")
+    assert "211 linear layers" in page.locator("#outlier-status").inner_text()
     page.wait_for_selector("#outlier-map .js-plotly-plot .hm")
     page.wait_for_selector("#token-map .js-plotly-plot .hm")
     heatmap = "document.querySelector('#outlier-map .js-plotly-plot').data[0]"
     assert page.evaluate(f"{heatmap}.customdata.shape ?? {heatmap}.customdata.length")
-    assert "3,062" in page.locator("#outlier-channels").inner_text()
+    page.locator("#outlier-tables > button").click()
+    page.wait_for_function("/3,062/.test(document.querySelector('#outlier-channels')?.innerText)")
     page.screenshot(path=screenshots / "outliers-light.png", full_page=True)
     before = page.locator("#outlier-shares").inner_text()
     page.locator("#outlier-threshold input[type=number]").fill("12")
     page.keyboard.press("Enter")
     page.wait_for_function("old => document.querySelector('#outlier-shares').innerText !== old", arg=before)
     title = "document.querySelector('#outlier-map [data-part=title]').textContent"
-    page.get_by_role("radio", name="decode").click()
+    page.wait_for_function("/ reache?s? 12;/.test(document.querySelector('#outlier-status .llmq-status').textContent)")
+    page.get_by_role("radio", name="writing").click()
     page.wait_for_function(f"/decode/.test({title})")
 
 

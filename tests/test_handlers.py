@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from browser_support import ROOT
 from test_compare_view import NAMES, script
 from test_observatory_views import SILENCED, cause, read, report
 
@@ -20,6 +21,7 @@ from llmq.labs.rows import RowAnswer
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import CompareTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
+from llmq.ui.tabs.silencing_card import recorded_value
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # Gradio's, where a handler gets too few or many inputs
 ANN = SimpleNamespace(session_hash="ann")
@@ -168,6 +170,16 @@ class Case:
     shows: Callable[[Page, dict], bool]
 
 
+def words(value) -> str:
+    """Everything that a line says."""
+    return value if isinstance(value, str) else " ".join(str(value.get(name, "")) for name in ("text", "note"))
+
+
+def progress(value) -> tuple | None:
+    """What a line says is going on, and how far it is."""
+    return None if isinstance(value, str) else (value.get("doing", value["text"]), value.get("fraction"))
+
+
 def experiment(kind: str, *inputs) -> Case:
     def section(page: Page):
         return next(part for part in page.outliers.what_if.sections if part.lab.kind == kind)
@@ -190,7 +202,7 @@ CASES = {
         lambda page: page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN), ReportAnswer(report(), 6.0),
         lambda page: page.outliers.status, "2 generated tokens watched in 3 linear layers",
         "Stopped before anything ran.", "Not run",
-        lambda page, seen: page.state.kept(seen[page.outliers.report_key]).generated_tokens == 2,
+        lambda page, seen: page.state.kept(seen[page.outliers.keeping.key]).report.generated_tokens == 2,
     ),
     "read": Case(
         lambda page: page.outliers.agreement._read(PROMPT, "", "prompt", "demo", "bnb-int8", 6.0, 8, ANN), read(),
@@ -216,9 +228,9 @@ def test_a_job_that_ends_well_is_shown(name):
     case, page = CASES[name], Page(*WORKING, CASES[name].found)
     updates = list(case.call(page))
     lines = [update[case.status(page)] for update in updates if case.status(page) in update]
-    assert {"text": "Reading the text", "fraction": 0.5} in lines
+    assert ("Reading the text", 0.5) in [progress(line) for line in lines]
     seen = shown(updates)
-    assert case.good in seen[case.status(page)] and case.shows(page, seen)
+    assert case.good in words(seen[case.status(page)]) and case.shows(page, seen)
     assert [owner for _, owner in page.jobs] == ["ann"]
 
 
@@ -238,10 +250,147 @@ def test_a_job_stopped_before_it_found_anything_says_so(name):
 @pytest.mark.parametrize("panel", ["map", "moments", "figures"])
 def test_a_panel_draws_the_kept_report_and_nothing_for_a_forgotten_one(panel):
     page = Page(ReportAnswer(report(), 6.0))
-    key = shown(page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))[page.outliers.report_key]
+    key = shown(page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))[page.outliers.keeping.key]
     part = getattr(page.outliers, panel)
     inputs = {"map": ("down", "prefill", 1), "moments": ("down", 1), "figures": ()}[panel]
     drawn = shown([part.draw(key, 6.0, *inputs)])
     figures = [value for value in drawn.values() if isinstance(value, dict) and "layout" in value]
     assert drawn.keys() == set(part.outputs) and len(figures) == {"map": 2, "moments": 1, "figures": 2}[panel]
     assert all(value == gr.skip() for value in part.draw("run-99", 6.0, *inputs).values())
+
+
+def section_of(page: Page, kind: str):
+    return page.outliers.what_if.section(lab_classes()[kind])
+
+
+def saved(page: Page, keeping, seen: dict) -> str:
+    """The file of the answer that a part shows."""
+    return keeping._write(seen[keeping.key]).value["path"]
+
+
+def test_a_watched_run_says_what_came_out_and_opens_again_without_a_model(tmp_path):
+    page = Page(ReportAnswer(report(), 6.0, PROMPT))
+    tab = page.outliers
+    first = next(tab._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))[tab.status]
+    assert (first["state"], first["asked"]["prompt"]) == ("running", PROMPT)
+    seen = shown(tab._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))
+    told = seen[tab.status]
+    assert told["state"] == "done" and told["text"].endswith(
+        "int8 · bitsandbytes keeps 6 of 48 columns (12%) in 16 bit, the orange ones."
+    )
+    assert told["asked"] == {
+        "prompt": PROMPT,
+        "settings": "SmolLM2-135M (demo) · int8 · bitsandbytes · threshold 6",
+    }
+    page.items = ()
+    opened = shown([tab._open(saved(page, tab.keeping, seen))])
+    assert opened[tab.status] == told | {"state": "opened", "banner": "A saved run"}
+    assert [opened[part] for part in (tab.prompt, tab.model, tab.method, tab.threshold)] == [
+        PROMPT, "demo", "bnb-int8", 6.0,
+    ]  # fmt: skip
+    assert tab.map.draw(opened[tab.keeping.key], 6.0, "down", "prefill", 1)[tab.map.map]["data"]
+
+
+def test_another_threshold_says_something_else_and_runs_nothing():
+    page = Page(ReportAnswer(report(), 6.0))
+    key = shown(page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))[page.outliers.keeping.key]
+    page.jobs.clear()
+    assert "keeps 0 of 48 columns" in page.outliers._judge(key, 11.0)[page.outliers.status]["text"]
+    assert page.outliers._judge("run-99", 11.0)[page.outliers.status] == gr.skip() and page.jobs == []
+
+
+def test_what_both_read_opens_again_with_the_cause_of_a_token():
+    page = Page(*WORKING, read())
+    part = page.outliers.agreement
+    seen = shown(part._read(PROMPT, "", "prompt", "demo", "bnb-int8", 6.0, 8, ANN))
+    again = shown([part._open(saved(page, part.keeping, seen))])
+    assert again[part.reading] == seen[part.reading] and again[part.status] == seen[part.status]
+    page.items = (cause(),)
+    explained = shown(part._explain(seen[part.key], True, SimpleNamespace(position=2), ANN))
+    again = shown([part._open(saved(page, part.keeping, explained))])
+    assert again[part.cause_status] == explained[part.cause_status] and again[part.layers]["data"]
+    assert again[part.reading] == seen[part.reading]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_labs_answer_opens_again_and_other_files_are_refused_by_name(kind, tmp_path):
+    page = Page(*WORKING, outcome(kind))
+    section = section_of(page, kind)
+    inputs = {"ablation": (), "silencing": (1,), "amplifying": (4, "3"), "thresholds": ("llm-int8",)}[kind]
+    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN, *inputs))
+    path = saved(page, section.keeping, seen)
+    again = shown([page.outliers.what_if.opener(section)(path)])
+    for part in (section.finding, section.table, section.rows, section.figure):
+        assert again[part] == seen[part]
+    assert again[section.status].startswith("A saved answer, SmolLM2-135M (demo). Measured on 3 tokens")
+    refused = page.outliers.agreement._open(path)[page.outliers.agreement.status]
+    name = path.rsplit("/", 1)[1]
+    assert refused.startswith(f"Not opened: {name} holds an answer of the kind '{kind}'")
+
+
+@pytest.mark.parametrize("content", [b"no json", b"\xff\xfe", b"{}", b'{"kind": "silencing"}', b'{"kind": "outliers"}'])
+def test_a_wrong_answer_is_refused_without_a_place_on_the_server(tmp_path, content):
+    path = tmp_path / "gradio" / "junk.json"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    page = Page()
+    for part, said in (
+        (page.outliers.status, page.outliers._open(str(path))),
+        (page.outliers.agreement.status, page.outliers.agreement._open(str(path))),
+        (section_of(page, "silencing").status, page.outliers.what_if.opener(section_of(page, "silencing"))(str(path))),
+    ):
+        assert said[part].startswith("Not opened: ") and "junk.json" in said[part] and str(tmp_path) not in said[part]
+
+
+def test_what_is_no_longer_kept_is_not_saved():
+    page = Page()
+    with pytest.raises(gr.Error, match="no longer kept"):
+        page.outliers.keeping._write("run-99")
+
+
+def test_the_card_silences_one_channel_through_the_labs_own_section():
+    page = Page(*WORKING, outcome("silencing"))
+    section, card = section_of(page, "silencing"), page.outliers.map.card
+    seen = shown(page.outliers.card.silence("demo", PROMPT, ANN))
+    assert page.jobs[0][0].counts == (1,) and page.jobs[0][0].prompt == PROMPT
+    told = seen[card]
+    assert not told["running"] and told["doing"].startswith("Measured on 3 tokens")
+    assert len(seen[section.rows]) == len(SILENCED) and seen[section.finding]
+    updates = list(page.outliers.card.silence("demo", PROMPT, ANN))
+    answers = [update[card] for update in updates if "change" in update[card]]
+    assert answers[-1]["change"] == ["10", "beyond measure"] and answers[-1]["texts"][1][0] == "Without channel 5"
+    assert {"running": True, "doing": "Reading the text", "fraction": 0.5} in [update[card] for update in updates]
+
+
+@pytest.mark.parametrize(("event", "layer"), [
+    ({"type": "heatmap", "x": 3, "y": "12"}, 12), ({"type": "heatmap", "x": 3, "y": "head"}, gr.skip()),
+    ({"type": "scatter", "x": 3, "y": 4}, gr.skip()),
+])  # fmt: skip
+def test_a_click_on_the_map_names_a_layer(event, layer):
+    assert Page().outliers.map.layer_of(SimpleNamespace(**event)) == layer
+
+
+@pytest.mark.parametrize(("event", "moment"), [
+    ({"type": "bar", "x": 3, "y": 9}, 3), ({"type": "bar", "x": "a", "y": 9}, gr.skip()),
+    ({"type": "scatter", "x": 3, "y": "4"}, gr.skip()),
+])  # fmt: skip
+def test_a_click_on_a_bar_names_a_moment(event, moment):
+    assert Page().outliers.moments.moment_of(SimpleNamespace(**event)) == moment
+
+
+def test_a_link_opens_the_outliers_as_they_were():
+    tab = Page().outliers
+    request = SimpleNamespace(query_params={"method": "llm-int8@3", "threshold": "4.5"})
+    assert tab.from_link(request) == {tab.method: "llm-int8@3", tab.threshold: 4.5, tab.parts: gr.skip()}
+    assert tab.from_link(SimpleNamespace(query_params={"part": "what-if"}))[tab.parts].selected == "what-if"
+    wrong = SimpleNamespace(query_params={"method": "int9", "threshold": "99", "part": "nowhere"})
+    assert all(value == gr.skip() for value in tab.from_link(wrong).values())
+
+
+def test_until_somebody_measures_the_card_shows_a_recording_where_there_is_one():
+    page = Page()
+    assert "change" not in recorded_value(page.state)
+    page.state.recorded_answers = {"silencing": ROOT / "assets" / "answers" / "silencing.json"}
+    value = recorded_value(page.state)
+    assert value["change"] == ["17.5", "12,619"] and value["recorded"].startswith("Recording: SmolLM2-135M (demo), ")
+    assert value["texts"][0][1].startswith("Planning a 3-day itinerary") and not value["running"]

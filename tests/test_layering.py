@@ -33,9 +33,12 @@ FLOORS = [
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages.split()}
 # Modules of the page that are plain Python, among them whatever turns events into updates: tests of it need no server.
 PLAIN = {"llmq.ui", "llmq.ui.parts", "llmq.ui.shell", "llmq.ui.tabs"}
-PLAIN |= {f"llmq.ui.parts.{name}" for name in ("difference", "examples", "live_state", "progress", "recording")}
+PLAIN |= {
+    f"llmq.ui.parts.{name}"
+    for name in ("difference", "examples", "glossary", "live_state", "progress", "recording", "story")
+}
 PLAIN |= {"llmq.ui.parts.token_alignment", "llmq.ui.parts.verdict"}
-PLAIN |= {f"llmq.ui.shell.{name}" for name in ("address", "link", "quick_import", "state")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("address", "link", "quick_import", "state", "wiring")}
 PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view", "fit_view")}
 
 

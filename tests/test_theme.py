@@ -29,10 +29,12 @@ def test_every_script_and_style_is_looked_at():
         "result_nodes.js",
         "result_player.js",
         "live_plot.js",
+        "watched.js",
+        "silence.js",
         "reading.js",
         "figure.js",
     } <= SCRIPTS.keys()
-    assert {"page.css", "theme.css", "fit.css"} <= STYLES.keys()
+    assert {"page.css", "theme.css", "fit.css", "outliers.css"} <= STYLES.keys()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

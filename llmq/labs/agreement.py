@@ -102,6 +102,11 @@ class Read:
         return f"Agreement: {self.reading.model}, {' and '.join(self.labels)}"
 
     @property
+    def titles(self) -> tuple[str, str]:
+        """Both methods as people read them."""
+        return self.reading.baseline.title, self.reading.contestant.title
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """One for each token of the text."""
         return tuple(self.names[token_id] for token_id in self.agreement.token_ids)
@@ -126,7 +131,7 @@ class Read:
         """What a page shows of it: labels, one row a token, and a summary. A KL that is infinite is None."""
         agreement = self.agreement
         return {
-            "labels": list(self.labels),
+            "labels": list(self.titles),
             "first": agreement.tokens[0].position,
             "opening": self.texts[0],
             "continuation": agreement.continuation,
@@ -224,18 +229,18 @@ def load_pair(question, model: Model, lease: Lease) -> Generator[Event, None, tu
 
 def summary_of(read: Read) -> str:
     """Agreement in one line."""
-    found, labels = read.agreement, read.labels
+    found, titles = read.agreement, read.titles
     same = sum(token.agrees for token in found.tokens)
     return (
         f"Both read the same {len(found.tokens)} tokens: {same} times ({format_share(found.top1_agreement)}) the same "
-        f"first choice, mean KL {found.mean_kl:.3g} nats, perplexity {found.perplexities[0]:.4g} ({labels[0]}) and "
-        f"{found.perplexities[1]:.4g} ({labels[1]})."
+        f"first choice, mean KL {found.mean_kl:.3g} nats, perplexity {found.perplexities[0]:.4g} ({titles[0]}) and "
+        f"{found.perplexities[1]:.4g} ({titles[1]})."
     )
 
 
 def drift_line(read: Read) -> str:
     """Where the two free texts part; '' where none was written."""
-    drift, labels = read.agreement.drift, read.labels
+    drift, titles = read.agreement.drift, read.titles
     if drift is None:
         return ""
     if drift.position is None:
@@ -244,7 +249,7 @@ def drift_line(read: Read) -> str:
     own, other = (read.names[ids[drift.position]] for ids in (drift.baseline_ids, drift.other_ids))
     margins = f"{drift.margins[0]:.3g} and {drift.margins[1]:.3g} nats" if drift.margins else "unknown margins"
     return (
-        f"Writing freely, the texts part at token {drift.position + 1}: {labels[0]} writes {own!r}, {labels[1]} "
+        f"Writing freely, the texts part at token {drift.position + 1}: {titles[0]} writes {own!r}, {titles[1]} "
         f"{other!r}, each preferring its own by {margins}. From there on they read different texts, so a large "
         "difference of texts can come from a small one of numbers."
     )

@@ -29,14 +29,15 @@ class Amplifying(RowLab):
     evenly, `spread` of them."""
 
     kind, command, panel = "amplifying", ("experiment", "amplifying"), True
-    title, button = "Make channels louder without changing the function", "Measure at this s"
+    title, button = "Make channels louder without changing the function", "Measure"
     about = (
         "Each norm's weight times s, the columns that read it divided by s: in 16 bit the same model, with activations "
         "s times as large, as outliers are. It is SmoothQuant run backwards: SmoothQuant divides activations to make "
         "them easy to round, this multiplies them to make them hard."
     )
     factors: Annotated[
-        tuple[float, ...], Numbers(FACTOR, help="s, from 1 to 64", label="s", named="factor", start=16, live=True)
+        tuple[float, ...],
+        Numbers(FACTOR, help="s, from 1 to 64", label="How many times louder (s)", named="factor", start=16, live=True),
     ] = (1, 4, 16, 64)
     channels: Annotated[
         tuple[int, ...] | None,

@@ -161,12 +161,12 @@ class CauseAnswer:
 
 def cause_line(cause: Cause, read: Read) -> str:
     """The finding in one or two sentences."""
-    token, labels = read.texts[cause.position], read.labels
+    token, titles = read.texts[cause.position], read.titles
     wanted, got = read.names[cause.baseline_token], read.names[cause.other_token]
     if not cause.diverges:
         return f"Token {cause.position} ({token!r}): both hold {wanted!r} likeliest, so there is nothing to repair."
     start = (
-        f"Token {cause.position} ({token!r}): {labels[0]} forecasts {wanted!r}, {labels[1]} {got!r}, "
+        f"Token {cause.position} ({token!r}): {titles[0]} forecasts {wanted!r}, {titles[1]} {got!r}, "
         f"{-cause.margin:.3g} logits ahead."
     )
     if not cause.patches:

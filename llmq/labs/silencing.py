@@ -33,7 +33,8 @@ class Silencing(RowLab):
         "Perplexity, and how the prompt goes on."
     )
     counts: Annotated[
-        tuple[int, ...], Numbers(COUNT, help="how many channels", label="k", named="channels to silence", start=1)
+        tuple[int, ...],
+        Numbers(COUNT, help="how many channels", label="How many channels (k)", named="channels to silence", start=1),
     ] = (1, 2, 4, 8)
     draws: Annotated[int, Number(1, 1000, whole=True, help="random sets of each size")] = 3
     seed: int = 0

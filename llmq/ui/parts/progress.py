@@ -9,10 +9,15 @@ from llmq.events import Event, Failed, Freed, Loading, Planned, Progress, Step, 
 def progress_of(item: object) -> dict | str:
     """The line with its bar; '' for what is not worth a line."""
     if isinstance(item, Progress):
-        message = item.message[:1].upper() + item.message[1:]
-        return {"text": message, "fraction": item.fraction} if message else ""
+        return {"text": _sentence(item.message), "fraction": item.fraction} if item.message else ""
     line = event_line(item)
-    return {"text": line, "fraction": None} if isinstance(item, Loading) and line else line
+    return {"text": line, "fraction": None} if line else ""
+
+
+def _sentence(message: str) -> str:
+    """With a capital, unless it begins with a name: 'int8 · ours', 'model.layers.6'."""
+    first = message.split(" ")[0]
+    return message[:1].upper() + message[1:] if first.isalpha() else message
 
 
 def event_line(event: Event) -> str:

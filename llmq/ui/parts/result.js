@@ -1,7 +1,7 @@
 // Draws the result, and holds the one state of its tab: idle, running, done, example, replaying, replayed.
 const EMPTY = { run: null, state: "idle", memory: "Memory", contestants: [], columns: [], samples: [], cards: [], texts: [] };
 const redrawPause = () => (still() ? 1000 : 250); // milliseconds
-const tab = element.closest(".llmq-compare") || element;
+const tab = element.closest(".llmq-view") || element;
 
 let shown = EMPTY;
 let settled = EMPTY; // what stands again when a run is refused

@@ -1,6 +1,7 @@
 """One line that says what is going on, announced to screen readers; whatever it says is text, not markup.
 
-A long job's line has a bar below it: the value is then `working(text, fraction)`, and a plain text takes the bar away.
+A long job's line has a bar below it and, where there is a way to end it, a button: the value is then
+`working(text, fraction)`, and a plain text takes both away. The button triggers `stop`.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ import gradio as gr
 from llmq.ui.shell.assets import component
 
 _TEMPLATE = (
-    '<p class="llmq-status" role="status"></p>'
+    '<div class="llmq-doing"><p class="llmq-status" role="status"></p>'
+    '<button type="button" class="llmq-button" data-part="stop" hidden>Stop</button></div>'
     '<progress class="llmq-progress" max="1" aria-label="Progress" hidden></progress>'
 )
 _SCRIPT = """
 const line = element.querySelector(".llmq-status");
 const bar = element.querySelector(".llmq-progress");
+const stop = element.querySelector("button");
+const place = element.closest(".llmq-part");
 const show = () => {
   const value = props.value || "";
   const [text, fraction] = typeof value === "string" ? [value, undefined] : [value.text, value.fraction];
   line.setAttribute("aria-live", fraction === undefined ? "polite" : "off"); // a count is seen, not heard
   line.textContent = text;
-  bar.hidden = fraction === undefined;
+  bar.hidden = stop.hidden = fraction === undefined;
+  if (place) place.dataset.state = fraction === undefined ? "idle" : "running";
   if (fraction === null) bar.removeAttribute("value");
   else if (fraction !== undefined) bar.value = fraction;
 };
+stop.addEventListener("click", () => trigger("stop"));
 watch("value", show);
 show();
 """
@@ -35,6 +41,6 @@ def status_line(text: str, *, elem_id: str) -> gr.HTML:
     return component(_TEMPLATE, _SCRIPT, elem_id=elem_id, value=text)
 
 
-def working(text: str, fraction: float | None) -> dict:
+def working(text: str, fraction: float | None = None) -> dict:
     """A line with a bar; a fraction of None for a bar without an end."""
     return {"text": text, "fraction": fraction}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import gradio as gr
 
 from llmq.ui.shell.endpoints import server_options
@@ -11,7 +9,6 @@ from llmq.ui.shell.layout import build
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
 
-SHEETS = ("page.css", "fit.css")
 WAITING_RUNS = 32
 QUEUE_POLL_SECONDS = 0.05  # Gradio's 0.001 keeps its idle loop on the GIL a tenth of the time (profiled)
 
@@ -37,7 +34,7 @@ def launch(
         share=share or None,
         auth=auth,
         theme=build_theme(),
-        css=build_css() + "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SHEETS),
+        css=build_css(),
         footer_links=["api"],
         show_error=True,
         max_file_size="32mb",

@@ -7,9 +7,10 @@ import gradio as gr
 from llmq.models.presets import model_title
 from llmq.ui.api import Api
 from llmq.ui.shell.state import AppState
+from llmq.ui.shell.wiring import QUIET
 from llmq.ui.tabs.compare_tab import CompareTab
 from llmq.ui.tabs.fit_tab import FitTab
-from llmq.ui.tabs.outliers_tab import QUIET, OutliersTab
+from llmq.ui.tabs.outliers_tab import OutliersTab
 
 TITLE = "llmq: what 8-bit quantization does to a LLaMA"
 INTRO = (
@@ -33,6 +34,7 @@ def build(state: AppState) -> gr.Blocks:
         compare.wire(page)
         outliers.wire(tab)
         fit.wire(page, fit_tab)
+        page.load(outliers.from_link, None, outliers.linked, **QUIET)
         asked, watched = [compare.prompt, compare.model], [outliers.prompt, outliers.model]
         for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):
             shown.select(None, there, here, js="(prompt, model) => [prompt, model]", **QUIET)

@@ -13,6 +13,7 @@ from llmq.cards import CARDS, device_bytes
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
 from llmq.labs.compare import SCHEDULES
+from llmq.labs.outliers import LOWEST_THRESHOLD
 from llmq.methods import DEFAULT_THRESHOLD, Method, parse_method
 from llmq.methods.base import THRESHOLD
 
@@ -63,6 +64,19 @@ def fit_wishes_of(query: Mapping[str, str]) -> dict:
 def _amount(text: str) -> dict:
     device_bytes(text)
     return {"card": "other", "memory": text}
+
+
+def outlier_wishes(query: Mapping[str, str]) -> dict:
+    """What a link asks of the Outliers tab, as far as it is possible: method, threshold."""
+    wishes: dict = {}
+    method = _method(query.get("method", ""))
+    if method:
+        wishes["method"] = method.spelled
+    with suppress(KeyError, UserError):
+        threshold = THRESHOLD.parse("threshold", query["threshold"])
+        if LOWEST_THRESHOLD <= threshold <= 20:
+            wishes["threshold"] = threshold
+    return wishes
 
 
 def _methods(names: list[str], *, own: bool) -> dict:

@@ -68,6 +68,7 @@ class AppState:
     model_reason: str = ""
     methods: tuple[str, ...] = ("fp16", "bnb-int8")
     recorded_runs: dict[str, Path] = field(default_factory=dict)
+    recorded_answers: dict[str, Path] = field(default_factory=dict)  # of labs, by kind
 
     def __post_init__(self):
         self._numbers = itertools.count(1)

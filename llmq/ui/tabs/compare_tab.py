@@ -22,11 +22,11 @@ from llmq.ui.parts.result import result_view
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import query_of, wishes_of
 from llmq.ui.shell.state import AppState
+from llmq.ui.shell.wiring import QUIET, RUNS
 from llmq.ui.tabs.compare_form import NONE, comparison_of, labels_in
 from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of, recording_title
 
 LARGEST_RECORDING = 32_000_000  # bytes
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class CompareTab:
@@ -36,7 +36,7 @@ class CompareTab:
         self.state = state
 
     def build(self) -> None:
-        with gr.Column(elem_id="compare-view", elem_classes=["llmq-compare"]):
+        with gr.Column(elem_id="compare-view", elem_classes=["llmq-view"]):
             with gr.Column(elem_id="compare-form", elem_classes=["llmq-form"]):
                 self._build_question()
                 self._build_choices()
@@ -149,8 +149,7 @@ class CompareTab:
             button.click(None, None, self.prompt, js=f"() => {json.dumps(text)}", **QUIET)
         form = list(self.settings.values())
         generated = gr.on(
-            [self.generate.click, self.prompt.submit], self._generate, form, self.result, concurrency_id="runs",
-            concurrency_limit=16, **QUIET,
+            [self.generate.click, self.prompt.submit], self._generate, form, self.result, **RUNS, **QUIET,
         )  # fmt: skip
         generated.then(self._keep, None, self.download, **QUIET)
         shown = [self.result, *form]

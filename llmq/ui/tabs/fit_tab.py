@@ -21,10 +21,11 @@ from llmq.ui.parts.fit import fit_panel
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import fit_wishes_of
 from llmq.ui.shell.state import AppState
+from llmq.ui.shell.wiring import QUIET
 from llmq.ui.tabs.fit_view import METHODS_SHOWN, failed, fit_view
 
 OTHER = "other"  # in the card field: an amount of memory, typed
-QUIET = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+AT_ONCE = QUIET | {"queue": False}
 PLACE = re.compile(r"(?<![\w./:-])(?:/[\w.@+~-]+){2,}/?")  # a path from the root
 
 
@@ -74,10 +75,10 @@ class FitTab:
         changed = [part.change for part in self.form]
         gr.on(
             [tab.select, *changed], self._answer, self.form, [self.panel, self.memory], trigger_mode="always_last",
-            **QUIET,
+            **AT_ONCE,
         )  # fmt: skip
-        gr.on([tab.select, *changed], None, self.form, self.link, js=script("fit_link.js"), **QUIET)
-        page.load(self._from_link, None, self.form, **QUIET)
+        gr.on([tab.select, *changed], None, self.form, self.link, js=script("fit_link.js"), **AT_ONCE)
+        page.load(self._from_link, None, self.form, **AT_ONCE)
 
     def _answer(self, model, card, memory, context, batch) -> dict:
         """What every method needs, and whether the card has it."""
