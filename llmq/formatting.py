@@ -45,9 +45,11 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_number(value: float) -> str:
-    """A figure of any size in four digits, as people read it: 0.01234, 17.53, 12,590."""
+    """A figure of any size as people read it, in four digits or up to the point: 0.01234, 17.53, 12,594, 20,220,000."""
     size = abs(value)
-    return f"{round(value, 3 - int(math.log10(size))):,.0f}" if 1000 <= size < 1e12 else f"{value:.4g}"
+    if not 1000 <= size < 1e12:
+        return f"{value:.4g}"
+    return f"{round(value, min(0, 3 - int(math.log10(size))) if size >= 1e5 else 0):,.0f}"
 
 
 def format_speed(tokens_per_second: float | None) -> str:

@@ -217,7 +217,8 @@ def test_seconds(seconds, text):
 
 
 @pytest.mark.parametrize(
-    "value, text", [(12594.4, "12,590"), (17.53, "17.53"), (0.01234, "0.01234"), (-2000, "-2,000"), (74435.1, "74,440")]
+    "value, text",
+    [(12594.4, "12,594"), (17.53, "17.53"), (0.01234, "0.01234"), (-2000, "-2,000"), (20221021.0, "20,220,000")],
 )
 def test_figures_are_written_as_people_read_them(value, text):
     assert format_number(value) == text
