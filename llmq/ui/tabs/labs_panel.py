@@ -86,8 +86,8 @@ class LabsPanel:
             inputs = [model, prompt, section.rows, *(component for _, component in section.controls)]
             moved = [component.release for field, component in section.controls if getattr(field.kind, "live", False)]
             gr.on(
-                [section.button.click, *moved], self.handler(section), inputs, section.outputs, trigger_mode="always_last",
-                **RUNS, **QUIET,
+                [section.button.click, *moved], self.handler(section), inputs, section.outputs,
+                trigger_mode="always_last", **RUNS, **QUIET,
             )  # fmt: skip
             section.status.stop(stop, None, None, queue=False, **QUIET)
             section.keeping.wire(self.opener(section), section.outputs)
