@@ -161,7 +161,8 @@ def test_a_failure_keeps_what_was_shown_and_says_why():
 
 
 def test_a_run_that_never_began_leaves_what_was_there():
-    assert updates(failing(script()[:4], "no <b>room</b>"))[-1] == {"notice": "Not started: no <b>room</b>"}
+    last = updates(failing(script()[:4], "no <b>room</b>"))[-1]
+    assert last == {"notice": "Not started: no <b>room</b>", "run": "run-1"}
 
 
 def test_a_failure_that_is_no_users_is_not_hidden():

@@ -130,6 +130,35 @@ def test_a_wrong_upload_is_refused_without_a_place_on_the_server(tmp_path, conte
     assert "choose a recorded run" in tab._replay("../etc/passwd")[tab.result]["notice"]
 
 
+def test_no_refusal_is_the_value_before_it():
+    """A browser is told of a value that differs: the same words twice would leave its form folded."""
+    page = Page()
+    for part, refused in (
+        (page.compare.result, lambda: {page.compare.result: next(page.compare._generate(*page.form("none"), ANN))}),
+        (page.compare.result, lambda: page.compare._replay("none")),
+        (page.outliers.status, lambda: next(page.outliers._watch("p", "demo", "mystery", 6.0, 2, ANN))),
+        (page.outliers.status, lambda: page.outliers._open(__file__)),
+    ):
+        first, second = refused()[part], refused()[part]
+        assert first != second and {name for name in first if first[name] != second[name]} <= {"run", "number"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sampling": [1]}, {"sampling": {"temperature": "hot"}}, {"sampling": {"temperature": [1]}}]
+)
+def test_a_recording_with_values_that_no_run_has_is_refused(tmp_path, settings):
+    run = Run({"contestants": ["fp16"], "prompt": "p", "model": "demo"} | settings, {})
+    tab = Page().compare
+    assert tab._replay_upload(str(run.save(tmp_path / "run.jsonl")))[tab.result]["notice"].startswith("Not replayed: ")
+
+
+def test_a_recording_that_would_take_minutes_to_prepare_is_refused(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text("{}\n" * 40_000)
+    tab = Page().compare
+    assert "40,001 lines" in tab._replay_upload(str(path))[tab.result]["notice"]
+
+
 def test_a_comparison_that_is_stopped_keeps_its_text():
     page = Page(*script()[:30], *(Finished(contestant=name, reason="stopped") for name in NAMES))
     *_, last = page.compare._generate(*page.form(), ANN)
@@ -238,13 +267,16 @@ def test_a_job_that_ends_well_is_shown(name):
 def test_a_job_that_fails_says_why_where_it_speaks_and_in_a_notice(name):
     case, page = CASES[name], Page(*WORKING, UserError("no <b>room</b>"))
     seen, notice = said(case.call(page))
-    assert seen[case.status(page)] == f"{case.failed}: no <b>room</b>" and notice == "no &lt;b&gt;room&lt;/b&gt;"
+    assert (
+        words(seen[case.status(page)]).strip() == f"{case.failed}: no <b>room</b>"
+        and notice == "no &lt;b&gt;room&lt;/b&gt;"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_job_stopped_before_it_found_anything_says_so(name):
     case, page = CASES[name], Page(*WORKING)
-    assert shown(case.call(page))[case.status(page)] == case.stopped
+    assert words(shown(case.call(page))[case.status(page)]).strip() == case.stopped
 
 
 @pytest.mark.parametrize("panel", ["map", "moments", "figures"])
@@ -339,7 +371,8 @@ def test_a_wrong_answer_is_refused_without_a_place_on_the_server(tmp_path, conte
         (page.outliers.agreement.status, page.outliers.agreement._open(str(path))),
         (section_of(page, "silencing").status, page.outliers.what_if.opener(section_of(page, "silencing"))(str(path))),
     ):
-        assert said[part].startswith("Not opened: ") and "junk.json" in said[part] and str(tmp_path) not in said[part]
+        told = words(said[part])
+        assert told.startswith("Not opened: ") and "junk.json" in told and str(tmp_path) not in told
 
 
 def test_what_is_no_longer_kept_is_not_saved():

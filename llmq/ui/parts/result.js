@@ -5,6 +5,8 @@ const tab = element.closest(".llmq-view") || element;
 
 let shown = EMPTY;
 let settled = EMPTY; // what stands again when a run is refused
+let asked = 0; // how often something was asked
+let open = 0; // which of them has no end yet
 let drawnRun = EMPTY.run;
 let drawnPieces = null;
 let pending = false;
@@ -116,7 +118,8 @@ const schedule = () => {
 
 const show = (value) => {
   shown = value;
-  if (value.state !== "running") settled = value;
+  if (value.state !== "running") [settled, open] = [value, 0];
+  else if (!open) open = ++asked;
   schedule();
 };
 
@@ -128,6 +131,7 @@ const halt = () => {
 // A click folds the form at once: what the server says of it may take a while under load.
 const begin = () => {
   halt();
+  open = ++asked;
   enter("running");
   busy(true);
   setText(part("status"), "Starting");
@@ -144,11 +148,17 @@ const showRecording = (recording) => {
   playing = play(recording, (value, ended) => show({ ...value, state: ended ? after : during }));
 };
 
+// The form opens again below what is said; a recording that was playing stands where it was.
+const refuse = (value, notice) => {
+  halt();
+  const state = { running: "done", replaying: "replayed" }[value.state] || value.state;
+  show({ ...value, state, status: notice, headline: "", notice: true });
+};
+
 const changed = () => {
   const value = props.value || {};
   if (value.notice) {
-    halt();
-    show({ ...settled, status: value.notice, headline: "", notice: true });
+    refuse(settled, value.notice);
     return;
   }
   halt();
@@ -158,7 +168,7 @@ const changed = () => {
 
 const stopAll = () => {
   if (tab.dataset.state === "replaying") {
-    playing.stop();
+    halt();
     show({ ...shown, state: "replayed", status: "Recording stopped." });
   } else {
     trigger("stop");
@@ -196,5 +206,6 @@ whenIdle(() => loadPlotly().then((library) => {
 }));
 
 fold(false);
+whenLost(() => open, () => refuse(shown, LOST));
 watch("value", changed);
 changed();

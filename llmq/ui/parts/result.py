@@ -54,5 +54,6 @@ TEMPLATE = """
 
 def result_view(example: dict) -> gr.HTML:
     """The component; `example`: the recording that plays until somebody generates, or `{}`."""
-    names = ("plotly.js", "nodes.js", "result_nodes.js", "result_table.js", "live_plot.js", "result_player.js")
-    return component(TEMPLATE, script(*names, "result.js"), elem_id="result", value=example, plotly_path=serve_plotly())
+    names = ("plotly.js", "nodes.js", "ended.js", "result_nodes.js", "result_table.js", "live_plot.js")
+    js = script(*names, "result_player.js", "result.js")
+    return component(TEMPLATE, js, elem_id="result", value=example, plotly_path=serve_plotly())

@@ -1,8 +1,10 @@
 // Draws what silencing one channel did; a click shows at once that it has begun.
 let shown = {};
+let asked = 0; // how often something was asked
+let open = 0; // which of them has no end yet
 
-const draw = () => {
-  shown = { ...shown, ...props.value };
+const draw = (value) => {
+  shown = { ...shown, ...value };
   const { lead, recorded, change, texts, said, running, doing, fraction } = shown;
   setText(part("lead"), lead || "");
   setText(part("doing"), doing || "");
@@ -21,7 +23,13 @@ const draw = () => {
   setText(part("said"), said || "");
 };
 
+const changed = () => {
+  if (props.value.running === false) open = 0;
+  draw(props.value);
+};
+
 part("silence").addEventListener("click", () => {
+  open = ++asked;
   part("silence").hidden = true;
   part("stop").hidden = part("bar").hidden = false;
   part("stop").focus();
@@ -29,5 +37,9 @@ part("silence").addEventListener("click", () => {
   trigger("submit");
 });
 part("stop").addEventListener("click", () => trigger("stop"));
-watch("value", draw);
-draw();
+whenLost(() => open, () => {
+  open = 0;
+  draw({ running: false, doing: LOST });
+});
+watch("value", changed);
+changed();

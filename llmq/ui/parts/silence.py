@@ -35,4 +35,4 @@ _TEMPLATE = f"""
 
 def silence_view(value: dict, *, elem_id: str) -> gr.HTML:
     """The component."""
-    return component(_TEMPLATE, script("nodes.js", "silence.js"), elem_id=elem_id, value=value)
+    return component(_TEMPLATE, script("nodes.js", "ended.js", "silence.js"), elem_id=elem_id, value=value)

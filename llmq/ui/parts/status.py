@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.shell.assets import component
+from llmq.ui.shell.assets import component, script
 
 _TEMPLATE = (
     '<div class="llmq-doing"><p class="llmq-status" role="status"></p>'
@@ -20,9 +20,10 @@ const line = element.querySelector(".llmq-status");
 const bar = element.querySelector(".llmq-progress");
 const stop = element.querySelector("button");
 const place = element.closest(".llmq-part");
-const show = () => {
-  const value = props.value || "";
+let running = 0; // changes of a line that has a bar
+const show = (value) => {
   const [text, fraction] = typeof value === "string" ? [value, undefined] : [value.text, value.fraction];
+  running = fraction === undefined ? 0 : running + 1;
   line.setAttribute("aria-live", fraction === undefined ? "polite" : "off"); // a count is seen, not heard
   line.textContent = text;
   bar.hidden = stop.hidden = fraction === undefined;
@@ -31,14 +32,16 @@ const show = () => {
   else if (fraction !== undefined) bar.value = fraction;
 };
 stop.addEventListener("click", () => trigger("stop"));
-watch("value", show);
-show();
+const changed = () => show(props.value || "");
+watch("value", changed);
+whenLost(() => running, () => show(LOST));
+changed();
 """
 
 
 def status_line(text: str, *, elem_id: str) -> gr.HTML:
     """The component; its value is the text, or `working(...)`."""
-    return component(_TEMPLATE, _SCRIPT, elem_id=elem_id, value=text)
+    return component(_TEMPLATE, script("ended.js") + _SCRIPT, elem_id=elem_id, value=text)
 
 
 def working(text: str, fraction: float | None = None) -> dict:

@@ -3,19 +3,22 @@ const tab = element.closest(".llmq-view") || element;
 const IDLE = { state: "idle", text: "", doing: "", note: "", banner: "" };
 let shown = IDLE;
 let settled = IDLE; // what stands again when a run is refused
+let asked = 0; // how often something was asked
+let open = 0; // which of them has no end yet
 
 const fold = (folded) => { tab.dataset.folded = folded; };
 
 const draw = () => {
-  const { state, asked, text, doing, fraction, note, banner } = shown;
+  const { state, text, doing, fraction, note, banner } = shown;
   tab.dataset.state = state;
-  if (state !== "idle") tab.dataset.shown = "true";
+  if (state === "idle") delete tab.dataset.shown;
+  else tab.dataset.shown = "true";
   part("banner").hidden = !banner;
   setText(part("banner"), banner || "");
-  if (asked) {
-    part("prompt").hidden = !asked.prompt;
-    setText(part("prompt"), asked.prompt);
-    setText(part("settings"), asked.settings);
+  if (shown.asked) {
+    part("prompt").hidden = !shown.asked.prompt;
+    setText(part("prompt"), shown.asked.prompt);
+    setText(part("settings"), shown.asked.settings);
   }
   const line = part("text");
   line.setAttribute("aria-live", state === "running" && fraction ? "off" : "polite"); // a count is seen, not heard
@@ -29,15 +32,22 @@ const draw = () => {
 
 const show = (value) => {
   shown = value;
-  if (value.state !== "running") settled = value;
+  if (value.state !== "running") [settled, open] = [value, 0];
+  else if (!open) open = ++asked;
   draw();
+};
+
+const refuse = (value, text) => {
+  show({ ...value, state: value.state === "running" ? "done" : value.state, doing: "", text });
+  fold(false);
 };
 
 const changed = () => {
   const value = props.value || IDLE;
-  if (typeof value === "string") {
-    show({ ...settled, text: value });
-    fold(false);
+  if (value.state === "refused") {
+    refuse(settled, value.text);
+  } else if (!value.state && shown.state === "running" && !shown.text) {
+    return; // the sentence of the run before this one, at another threshold
   } else {
     show({ ...shown, ...value });
     if (value.state && value.state !== "idle") fold(true);
@@ -47,6 +57,7 @@ const changed = () => {
 // A click folds the form at once: what the server says of it may take a while under load.
 const begin = () => {
   const prompt = document.querySelector("#outlier-prompt textarea")?.value ?? "";
+  open = ++asked;
   show({ ...IDLE, state: "running", asked: { prompt, settings: "" }, doing: "Starting" });
   fold(true);
 };
@@ -63,5 +74,6 @@ part("change").addEventListener("click", () => {
 part("again").addEventListener("click", () => document.querySelector("#watch")?.click());
 
 fold(false);
+whenLost(() => open, () => refuse(shown.text ? shown : settled, LOST));
 watch("value", changed);
 changed();

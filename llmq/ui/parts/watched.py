@@ -1,8 +1,8 @@
 """What was watched and what came out: the folded form's line, the sentence, and the state of the Outliers tab.
 
 A value says `state` ('running', 'done' or 'opened'), `asked` (`story.asked_of`), `text` (what came out), `doing` and
-`fraction` (while it runs), `note`, `banner`; one with `text` alone changes the sentence. A plain text is what was not
-done: the form opens again below it. Like the result of a comparison it writes the state into its tab's column, and
+`fraction` (while it runs), `note`, `banner`; one with `text` alone changes the sentence. `refused(...)` says what was
+not done: the form opens again below it. Like the result of a comparison it writes the state into its tab's column, and
 triggers `stop` when a run is to end.
 """
 
@@ -32,5 +32,10 @@ _TEMPLATE = """
 def watched_view(text: str, *, elem_id: str) -> gr.HTML:
     """The component; `text` until something was watched."""
     return component(
-        _TEMPLATE, script("nodes.js", "watched.js"), elem_id=elem_id, value={"state": "idle", "text": text}
+        _TEMPLATE, script("nodes.js", "ended.js", "watched.js"), elem_id=elem_id, value={"state": "idle", "text": text}
     )
+
+
+def refused(text: str, number: str) -> dict:
+    """Why nothing is shown; another `number` each time, since a browser is not told of a value that it has."""
+    return {"state": "refused", "text": text, "number": number}

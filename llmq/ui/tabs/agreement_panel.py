@@ -21,7 +21,7 @@ from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.reading_view import reading_view
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS
+from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 
 TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
 ASKED = QUIET | RUNS
@@ -78,19 +78,21 @@ class AgreementPanel:
             lambda kind: gr.Textbox(visible=kind == "text"), self.text, self.pasted, show_progress="hidden",
             api_visibility="private",
         )  # fmt: skip
-        self.read.click(
+        asked = self.read.click(
             self._read,
             [prompt, self.pasted, self.text, model, method, threshold, self.new_tokens],
             self.shown,
             **ASKED,
         )
-        self.reading.select(
+        tell_end(asked, self.status.elem_id)
+        asked = self.reading.select(
             self._explain,
             [self.key, self.patch],
             [self.cause_status, self.layers, self.patches, self.keeping.key],
             trigger_mode="always_last",
             **ASKED,
         )
+        tell_end(asked, self.cause_status.elem_id)
         for status in (self.status, self.cause_status):
             status.stop(stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
         self.keeping.wire(self._open, self.shown)
@@ -129,17 +131,17 @@ class AgreementPanel:
 
     def _read_frame(self, read: Read) -> dict:
         """A text that both have read."""
-        drift = drift_line(read)
+        drift, kept = drift_line(read), self.keeping.kept(read)
         said = f"{len(read.agreement.diverging)} of {len(read.agreement.tokens)} tokens have another first choice"
         return {
             self.status: f"{said}; they are underlined.",
             self.reading: read.value(),
             self.drift: gr.Textbox(drift, visible=bool(drift)),
-            self.key: self.state.keep(read),
+            self.key: kept[self.keeping.key],
             self.cause_status: "Click a token, best an underlined one.",
             self.layers: {},
             self.patches: gr.Dataframe(value=[], visible=False),
-            **self.keeping.kept(read),
+            **kept,
         }
 
     def _open(self, upload: str) -> dict:

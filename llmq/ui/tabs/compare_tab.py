@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -22,11 +23,14 @@ from llmq.ui.parts.result import result_view
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import query_of, wishes_of
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS
+from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 from llmq.ui.tabs.compare_form import NONE, comparison_of, labels_in
 from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of, recording_title
 
 LARGEST_RECORDING = 32_000_000  # bytes
+MOST_EVENTS = 30_000  # of a recording: three answers of 4,096 tokens, and what was measured meanwhile
+UNREADABLE = "it holds values that no run has"
+log = logging.getLogger(__name__)
 
 
 class CompareTab:
@@ -152,8 +156,9 @@ class CompareTab:
             [self.generate.click, self.prompt.submit], self._generate, form, self.result, **RUNS, **QUIET,
         )  # fmt: skip
         generated.then(self._keep, None, self.download, **QUIET)
+        tell_end(generated, self.result.elem_id)
         shown = [self.result, *form]
-        self.replay.click(self._replay, self.recording, shown, **QUIET)
+        tell_end(self.replay.click(self._replay, self.recording, shown, **QUIET), self.result.elem_id)
         self.upload.upload(self._replay_upload, self.upload, shown, **QUIET)
         self.result.stop(self._stop, None, None, queue=False, **QUIET)
         gr.on([part.change for part in form], None, form, self.link, js=script("link.js"), **QUIET)
@@ -175,7 +180,7 @@ class CompareTab:
             )  # fmt: skip
             source = open_model(comparison.model).source
         except UserError as error:
-            yield {"notice": f"Not started: {error}"}
+            yield self._notice(f"Not started: {error}")
             return
         run = Run(comparison.settings(), {})
         view = CompareView(
@@ -195,7 +200,7 @@ class CompareTab:
     def _replay(self, name: str | None) -> dict:
         """Show a recorded run at its own pace, and fill the form with what it answers."""
         if name not in self.state.recorded_runs:
-            return {self.result: {"notice": "Not replayed: choose a recorded run."}}
+            return {self.result: self._notice("Not replayed: choose a recorded run.")}
         return self._shown(lambda: Run.load(self.state.recorded_runs[name]))
 
     def _replay_upload(self, upload: str) -> dict:
@@ -205,9 +210,17 @@ class CompareTab:
         try:
             run = load()
             value = recording_of(run, self.state.next_run())
+            form = self._filled(wishes_of(query_of(run.settings)))
         except UserError as error:
-            return {self.result: {"notice": f"Not replayed: {error}"}}
-        return {self.result: value} | self._filled(wishes_of(query_of(run.settings)))
+            return {self.result: self._notice(f"Not replayed: {error}")}
+        except Exception:  # the boundary: the file may come from anybody
+            log.exception("a recording cannot be shown")
+            return {self.result: self._notice(f"Not replayed: {UNREADABLE}")}
+        return {self.result: value} | form
+
+    def _notice(self, text: str) -> dict:
+        """Another value each time: a browser is not told of one that it has."""
+        return {"notice": text, "run": self.state.next_run()}
 
     def _stop(self, request: gr.Request) -> None:
         self.state.stop(request.session_hash or "nobody")
@@ -234,4 +247,6 @@ def _uploaded(path: Path) -> Run:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name} is not a saved run: not text") from error
+    if len(lines) > MOST_EVENTS:
+        raise UserError(f"{path.name} has {len(lines):,} lines; up to {MOST_EVENTS:,} can be played")
     return Run.from_lines(lines, name=path.name)

@@ -68,7 +68,7 @@ class CompareView:
             self._status = self._closing()
         except UserError as error:
             if not any(self._texts):
-                yield {"notice": f"Not started: {error}"}
+                yield {"notice": f"Not started: {error}", "run": self.run}
                 return
             self._status = f"Ended early: {error}"
         yield self.value() | self._final()

@@ -22,7 +22,7 @@ from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS
+from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 
 
 @dataclass
@@ -85,10 +85,11 @@ class LabsPanel:
         for section in self.sections:
             inputs = [model, prompt, section.rows, *(component for _, component in section.controls)]
             moved = [component.release for field, component in section.controls if getattr(field.kind, "live", False)]
-            gr.on(
+            asked = gr.on(
                 [section.button.click, *moved], self.handler(section), inputs, section.outputs,
                 trigger_mode="always_last", **RUNS, **QUIET,
             )  # fmt: skip
+            tell_end(asked, section.status.elem_id)
             section.status.stop(stop, None, None, queue=False, **QUIET)
             section.keeping.wire(self.opener(section), section.outputs)
 

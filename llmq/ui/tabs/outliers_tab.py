@@ -19,11 +19,11 @@ from llmq.ui.parts.keeping import Keeping
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.story import asked_of, headline, watched_line
-from llmq.ui.parts.watched import watched_view
+from llmq.ui.parts.watched import refused, watched_view
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import outlier_wishes
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS
+from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 from llmq.ui.tabs.agreement_panel import AgreementPanel
 from llmq.ui.tabs.figures_panel import FiguresPanel
 from llmq.ui.tabs.labs_panel import LabsPanel
@@ -119,15 +119,17 @@ class OutliersTab:
             panel.prepare(self._report)
         shown = [self.status, self.keeping.key, *(part for panel in self.panels for part in panel.framed)]
         form = [self.prompt, self.model, self.method, self.threshold, self.new_tokens]
-        gr.on([self.watch.click, self.prompt.submit], self._watch, form, shown, **RUNS, **QUIET)
+        asked = gr.on([self.watch.click, self.prompt.submit], self._watch, form, shown, **RUNS, **QUIET)
+        tell_end(asked, self.status.elem_id)
         self.keeping.wire(self._open, [*shown, *form])
         for panel in self.panels:
             inputs = [self.keeping.key, self.threshold, *panel.inputs]
             changed = [self.keeping.key.change, self.threshold.input, *panel.changes]
             gr.on(changed, panel.draw, inputs, panel.outputs, trigger_mode="always_last", **QUIET)
-        self.threshold.input(
-            self._judge, [self.keeping.key, self.threshold], self.status, trigger_mode="always_last", **QUIET
-        )
+        gr.on(  # the key: the threshold may have moved while the run went on
+            [self.keeping.key.change, self.threshold.input], self._judge, [self.keeping.key, self.threshold],
+            self.status, trigger_mode="always_last", **QUIET,
+        )  # fmt: skip
         self.agreement.wire(self.prompt, self.model, self.method, self.threshold, self._stop)
         self.what_if.wire(self.prompt, self.model, self._stop)
         self.card.wire(self.map.card, self.prompt, self.model, self._stop)
@@ -177,9 +179,9 @@ class OutliersTab:
                     told = told | {"doing": line["text"], "fraction": line["fraction"]}
                     yield {self.status: told}
         except (UserError, ValueError, TypeError) as error:
-            yield {self.status: f"Not run: {error}"}
+            yield {self.status: self._refused(f"Not run: {error}")}
             raise notice(error) from error
-        yield self._shown(answer) if answer else {self.status: "Stopped before anything ran."}
+        yield self._shown(answer) if answer else {self.status: self._refused("Stopped before anything ran.")}
 
     def _shown(self, answer: ReportAnswer, banner: str = "") -> dict:
         """A watched run, `banner` above it; the panels draw it when they hear that there is another."""
@@ -203,13 +205,16 @@ class OutliersTab:
         try:
             answer = self.keeping.answer_in(upload)
         except UserError as error:
-            return {self.status: f"Not opened: {error}"}
+            return {self.status: self._refused(f"Not opened: {error}")}
         report = answer.report
         name, _, _ = report.method.partition("@")
         form = {self.model: report.model, self.method: name, self.threshold: answer.threshold}
         if answer.prompt:
             form |= {self.prompt: answer.prompt}
         return self._shown(answer, "A saved run") | form
+
+    def _refused(self, text: str) -> dict:
+        return refused(text, self.state.next_run())
 
     def _judge(self, key, threshold) -> dict:
         """The sentence at another threshold."""

@@ -11,7 +11,7 @@ from llmq.labs.silencing import Silencing
 from llmq.models.presets import model_title
 from llmq.ui.parts.story import silenced
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS
+from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 from llmq.ui.tabs.labs_panel import LabsPanel
 
 LEAD = "A few channels carry far more than the rest. Set the strongest to 0, and see what is left of the model."
@@ -37,7 +37,9 @@ class SilencingCard:
 
     def wire(self, card: gr.HTML, prompt, model, stop) -> None:
         self.card, self.section = card, self.labs.section(Silencing)
-        card.submit(self.silence, [model, prompt], [card, *self.section.outputs], **RUNS, **QUIET)
+        asked = card.submit(self.silence, [model, prompt], [card, *self.section.outputs], **RUNS, **QUIET)
+        for part in (card, self.section.status):
+            tell_end(asked, part.elem_id)
         card.stop(stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
 
     def silence(self, model, prompt, request: gr.Request) -> Iterator[dict]:
@@ -52,7 +54,7 @@ class SilencingCard:
         if isinstance(status, dict):
             told |= {"running": True, "doing": status["text"], "fraction": status["fraction"]}
         elif status is not None:
-            told |= {"running": False, "doing": status}
+            told |= {"running": False, "doing": status, "number": self.labs.state.next_run()}
         if rows := update.get(self.section.rows):
             told |= silenced(rows) | {"recorded": "", "said": Silencing.finding(rows)}
         return told
