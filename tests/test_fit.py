@@ -250,3 +250,16 @@ def test_bars_share_one_scale_on_which_the_card_ends():
     assert sum(int8["shares"]) == pytest.approx(result["results"][1]["total"] / result["results"][0]["total"], abs=1e-3)
     assert shown["usable"] == pytest.approx(0.95 * shown["end"], abs=1e-3)
     assert fp16["figures"]["left"].endswith(" short") and not int8["figures"]["left"].endswith(" short")
+
+
+@pytest.mark.parametrize("wrong", [{"max_position_embeddings": 10**30}])
+def test_a_configuration_that_no_model_has_is_refused_and_takes_the_answer_before_it_away(tmp_path, wrong):
+    config = tiny_config().to_dict() | wrong
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    told = answer(str(tmp_path), "rtx-4080", "", 64, 1)
+    assert told["headline"].startswith("Not counted: ") and not told["rows"]
+
+
+def test_a_card_typed_as_its_memory_is_the_card():
+    typed, chosen = answer("demo", OTHER, " RTX-4080", 64, 1), answer("demo", "rtx-4080", "", 64, 1)
+    assert typed == chosen and "an RTX 4080 (16 GB)" in typed["headline"]

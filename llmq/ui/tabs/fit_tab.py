@@ -5,13 +5,14 @@ Every change is answered at once, beside the queue and without the device.
 
 from __future__ import annotations
 
+import logging
 import re
 from functools import lru_cache
 from pathlib import Path
 
 import gradio as gr
 
-from llmq.cards import CARDS, device_bytes
+from llmq.cards import CARDS, Card, device_bytes
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice, UserError
 from llmq.memory import forecast
@@ -24,6 +25,7 @@ from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET
 from llmq.ui.tabs.fit_view import METHODS_SHOWN, failed, fit_view
 
+log = logging.getLogger(__name__)
 OTHER = "other"  # in the card field: an amount of memory, typed
 AT_ONCE = QUIET | {"queue": False}
 PLACE = re.compile(r"(?<![\w./:-])(?:/[\w.@+~-]+){2,}/?")  # a path from the root
@@ -100,11 +102,17 @@ def answer(model, card, memory, context, batch) -> dict:
         result = forecast(opened, contestants, tokens=min(asked, opened.context), batch=batch, device_bytes=device)
     except UserError as error:
         return failed(f"Not counted: {_without_places(str(error), name)}")
-    return fit_view(result, title=model_title(name), place=_place(card, memory), asked=asked, by_driver=card in CARDS)
+    except Exception:  # the boundary: a configuration may come from anybody
+        log.exception("%s cannot be counted", name)
+        return failed(f"Not counted: the configuration of {name} holds values that no model has")
+    known = CARDS.get(str(memory).strip().lower() if card == OTHER else card)
+    return fit_view(
+        result, title=model_title(name), place=_place(known, memory), asked=asked, by_driver=known is not None
+    )
 
 
-def _place(card, memory) -> str:
-    if known := CARDS.get(card):
+def _place(known: Card | None, memory) -> str:
+    if known:
         return f"{'an' if known.model[0] in 'AHLR' else 'a'} {known.title}"  # as the letters are said
     amount = str(memory).strip()
     return f"{amount}{'' if amount[-1].isalpha() else ' GB'} of memory"
