@@ -248,10 +248,20 @@ def test_a_long_prompt_is_seen_to_be_read(page, address):
 def test_bad_prompts_get_a_message_and_no_notice(page, address, prompt, expected):
     open_page(page, address)
     page.locator("#prompt textarea").fill(prompt)
+    for _ in range(2):  # a browser is not told of a value that it has
+        page.locator("#generate").click()
+        page.wait_for_function("words => document.querySelector('#status').textContent.startsWith(words)", arg=expected)
+        assert page.locator("[data-testid=toast-body]").count() == 0
+        page.locator("#generate").wait_for()
+
+
+def test_a_run_that_the_server_never_began_opens_the_form_again(page, address):
+    open_page(page, address)
+    page.route("**/queue/join*", lambda route: route.fulfill(status=503, json={"detail": "Queue is full."}))
     page.locator("#generate").click()
-    page.wait_for_function("words => document.querySelector('#status').textContent.startsWith(words)", arg=expected)
-    assert page.locator("[data-testid=toast-body]").count() == 0
-    assert page.locator("#generate").is_visible()
+    page.wait_for_function("/^Interrupted/.test(document.querySelector('#status').textContent)")
+    page.locator("#generate").wait_for()
+    page.unroute("**/queue/join*")
 
 
 def test_markup_is_text_everywhere(page, address):

@@ -154,9 +154,9 @@ def test_a_recording_with_values_that_no_run_has_is_refused(tmp_path, settings):
 
 def test_a_recording_that_would_take_minutes_to_prepare_is_refused(tmp_path):
     path = tmp_path / "run.jsonl"
-    path.write_text("{}\n" * 40_000)
+    path.write_text("{}\n" * 60_000)
     tab = Page().compare
-    assert "40,001 lines" in tab._replay_upload(str(path))[tab.result]["notice"]
+    assert "60,001 lines" in tab._replay_upload(str(path))[tab.result]["notice"]
 
 
 def test_a_comparison_that_is_stopped_keeps_its_text():

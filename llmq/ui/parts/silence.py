@@ -1,6 +1,6 @@
 """One channel silenced, beside the picture that shows it: a button, and what became of the model.
 
-A value says `lead` (which channel), `recorded` (of whom and when, for a recording), `change` (perplexity before and
+A value says `lead` (which channel), `recorded` (of what, and of a recording when), `change` (perplexity before and
 after), `texts` (name and text of each), `said` (the finding), `running`, `doing` and `fraction`; what it does not name
 stays. The component triggers `submit` when a channel is to be silenced, and `stop`.
 """

@@ -14,6 +14,6 @@ RUNS = {"concurrency_limit": 16, "concurrency_id": "runs"}  # of whatever asks t
 def tell_end(event: gr.events.Dependency, elem_id: str) -> None:
     """Tell the component in the browser when the server is done with `event`, however that ended: an error that nobody
     words, a full queue and a lost connection leave no value behind, and a value like the one before is not seen."""
-    event.then(
-        None, js=f"() => document.dispatchEvent(new CustomEvent('llmq-ended', {{ detail: '{elem_id}' }}))", **QUIET
-    )
+    js = f"() => document.dispatchEvent(new CustomEvent('llmq-ended', {{ detail: '{elem_id}' }}))"
+    for after in (event.then, event.failure):  # `then` alone is not called after an error
+        after(None, js=js, **QUIET)

@@ -28,7 +28,7 @@ from llmq.ui.tabs.compare_form import NONE, comparison_of, labels_in
 from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of, recording_title
 
 LARGEST_RECORDING = 32_000_000  # bytes
-MOST_EVENTS = 30_000  # of a recording: three answers of 4,096 tokens, and what was measured meanwhile
+MOST_EVENTS = 50_000  # of a recording: three answers of 4,096 tokens, and memory ten times a second meanwhile
 UNREADABLE = "it holds values that no run has"
 log = logging.getLogger(__name__)
 

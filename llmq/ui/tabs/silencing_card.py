@@ -14,6 +14,7 @@ from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 from llmq.ui.tabs.labs_panel import LabsPanel
 
+LONGEST = 60  # characters of a prompt that says what was measured
 LEAD = "A few channels carry far more than the rest. Set the strongest to 0, and see what is left of the model."
 
 
@@ -47,14 +48,20 @@ class SilencingCard:
         section = self.section
         wanted = [1 if field.name == "counts" else component.value for field, component in section.controls]
         for update in self.labs.handler(section)(model, prompt, [], request, *wanted):
-            yield update | {self.card: self._told(update)}
+            yield update | {self.card: self._told(update, f"Measured: {model_title(str(model))}, “{shorten(prompt)}”.")}
 
-    def _told(self, update: dict) -> dict:
+    def _told(self, update: dict, where: str) -> dict:
         told, status = {}, update.get(self.section.status)
         if isinstance(status, dict):
             told |= {"running": True, "doing": status["text"], "fraction": status["fraction"]}
         elif status is not None:
             told |= {"running": False, "doing": status, "number": self.labs.state.next_run()}
         if rows := update.get(self.section.rows):
-            told |= silenced(rows) | {"recorded": "", "said": Silencing.finding(rows)}
+            told |= silenced(rows) | {"recorded": where, "said": Silencing.finding(rows)}
         return told
+
+
+def shorten(prompt) -> str:
+    """A prompt in one line, as long as a line has room for."""
+    text = " ".join(str(prompt or "").split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
