@@ -18,7 +18,7 @@ from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
 from llmq.labs.outliers import ReportAnswer
 from llmq.labs.rows import RowAnswer
-from llmq.ui.shell.state import AppState
+from llmq.ui.shell.state import KEPT_FILES, AppState
 from llmq.ui.tabs.compare_tab import CompareTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
 from llmq.ui.tabs.silencing_card import recorded_value
@@ -373,6 +373,15 @@ def test_a_wrong_answer_is_refused_without_a_place_on_the_server(tmp_path, conte
     ):
         told = words(said[part])
         assert told.startswith("Not opened: ") and "junk.json" in told and str(tmp_path) not in told
+
+
+def test_files_for_download_do_not_pile_up():
+    state = Page().state
+    first = state.download_path("again.json")
+    first.write_text("{}")
+    for number in range(KEPT_FILES):
+        state.download_path(f"later-{number}.json")
+    assert not first.exists()
 
 
 def test_what_is_no_longer_kept_is_not_saved():

@@ -64,7 +64,7 @@ class Keeping:
         answer = self.state.kept(key)
         if answer is None:
             raise notice("This is no longer kept on the server; measure it again.")
-        path = self.state.download_path(f"llmq-{answer.kind}-{datetime.now():%Y%m%d-%H%M%S}.json")
+        path = self.state.download_path(f"llmq-{answer.kind}-{key}-{datetime.now():%Y%m%d-%H%M%S}.json")
         save_answer(answer, path)
         return gr.DownloadButton(value=str(path))
 

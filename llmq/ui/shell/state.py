@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from pathlib import Path
 from llmq.machine.door import Machine, Question
 
 KEPT_FINDINGS = 32  # outlier reports and readings stay on the server; the browser gets pictures of them
+KEPT_FILES = 256  # written for download; Gradio copies a file when it offers it
 KEPT_RECORDINGS = 64  # of runs whose page has yet to ask for them
 
 
@@ -73,6 +74,7 @@ class AppState:
     def __post_init__(self):
         self._numbers = itertools.count(1)
         self._downloads = tempfile.TemporaryDirectory(prefix="llmq-downloads-")
+        self._files: deque[Path] = deque()
         self._findings: OrderedDict[str, object] = OrderedDict()
         self._recordings: OrderedDict[str, Path] = OrderedDict()
 
@@ -81,7 +83,11 @@ class AppState:
         return f"run-{next(self._numbers)}"
 
     def download_path(self, name: str) -> Path:
-        return Path(self._downloads.name) / name
+        """Where a file for download is written; the oldest of many are deleted."""
+        self._files.append(Path(self._downloads.name) / name)
+        while len(self._files) > KEPT_FILES:
+            self._files.popleft().unlink(missing_ok=True)
+        return self._files[-1]
 
     def keep(self, finding: object) -> str:
         """Keep a report or a reading for later questions; the oldest of many are forgotten."""
