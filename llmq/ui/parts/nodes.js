@@ -11,3 +11,12 @@ const node = (tag, attributes = {}, ...children) => {
 const setText = (target, text) => {
   if (target.textContent !== text) target.textContent = text;
 };
+
+// The focus goes to the named part where the tab's form or row of buttons, hidden by now, held it; a moment later, so
+// that the key that did it does not press that part, too.
+const followFocus = (name) => {
+  const held = document.activeElement?.closest(".llmq-form, .llmq-asked");
+  if (held && held.closest(".llmq-view") === element.closest(".llmq-view")) {
+    setTimeout(() => part(name).focus({ preventScroll: true }));
+  }
+};

@@ -19,6 +19,7 @@ const fold = (folded) => { tab.dataset.folded = folded; };
 
 const enter = (state) => {
   if (tab.dataset.state === state) return;
+  if (document.activeElement === part("stop") && ["done", "replayed"].includes(state)) followFocus("change");
   tab.dataset.state = state;
   if (!["running", "replaying"].includes(state)) return;
   fold(true);
@@ -132,6 +133,7 @@ const halt = () => {
 const begin = () => {
   halt();
   open = ++asked;
+  followFocus("stop");
   enter("running");
   busy(true);
   setText(part("status"), "Starting");

@@ -10,6 +10,7 @@ const fold = (folded) => { tab.dataset.folded = folded; };
 
 const draw = () => {
   const { state, text, doing, fraction, note, banner } = shown;
+  if (document.activeElement === part("stop") && state !== "running") followFocus("change");
   tab.dataset.state = state;
   if (state === "idle") delete tab.dataset.shown;
   else tab.dataset.shown = "true";
@@ -58,6 +59,7 @@ const changed = () => {
 const begin = () => {
   const prompt = document.querySelector("#outlier-prompt textarea")?.value ?? "";
   open = ++asked;
+  followFocus("stop");
   show({ ...IDLE, state: "running", asked: { prompt, settings: "" }, doing: "Starting" });
   fold(true);
 };
