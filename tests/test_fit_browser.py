@@ -55,7 +55,7 @@ def test_a_link_opens_the_answer_and_the_answer_its_link(page, address, browser)
 
 def test_every_change_is_answered_at_once_and_beside_the_queue(page, address):
     """Also while a run has the device."""
-    open_page(page, address, "max_new_tokens=300&prompt=Tell+a+long+story.")
+    open_page(page, address, "max_new_tokens=1000&prompt=Tell+a+long+story.")
     page.locator("#generate").click()
     page.wait_for_function("document.querySelector('#compare-view').dataset.state === 'running'")
     queued = []

@@ -107,6 +107,7 @@ def test_a_recording_fills_the_form_with_what_it_answers(tmp_path):
         PROMPT, "demo", "fp16", "bnb-int8", "none", 3.0,
     ]  # fmt: skip
     assert shown[tab.max_new_tokens] == 8
+    assert tab._filled({"max_new_tokens": 4096}) == {tab.max_new_tokens: 1024}, "as much as the form can hold"
 
 
 def test_a_comparison_that_is_refused_or_fails_says_so():

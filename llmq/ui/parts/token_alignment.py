@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
+from llmq.scores import first_divergence
+
 ALIGN_AT_MOST = 2048  # tokens; repetitive texts of this length take 0.6 s to align, of 4096 tokens 4 s
 PREFIX, SAME, DIFFERENT = "prefix", "same", "diff"
 Token = tuple[int, str]
-
-
-def common_prefix(ids_a: Sequence[int], ids_b: Sequence[int]) -> int:
-    """How many leading token ids agree."""
-    for index, (a, b) in enumerate(zip(ids_a, ids_b, strict=False)):
-        if a != b:
-            return index
-    return min(len(ids_a), len(ids_b))
 
 
 def diff_tokens(tokens_a: Sequence[Token], tokens_b: Sequence[Token]) -> dict:
@@ -26,7 +20,8 @@ def diff_tokens(tokens_a: Sequence[Token], tokens_b: Sequence[Token]) -> dict:
     with kind 'prefix' (equal up to the first difference), 'same' (equal again later) or 'diff'.
     """
     ids_a, ids_b = [token[0] for token in tokens_a], [token[0] for token in tokens_b]
-    start = common_prefix(ids_a, ids_b)
+    parted = first_divergence(ids_a, ids_b)
+    start = min(len(ids_a), len(ids_b)) if parted is None else parted
     aligned = max(len(ids_a), len(ids_b)) <= ALIGN_AT_MOST
     kinds_a = [PREFIX] * start + [DIFFERENT] * (len(ids_a) - start)
     kinds_b = [PREFIX] * start + [DIFFERENT] * (len(ids_b) - start)

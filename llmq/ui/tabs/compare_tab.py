@@ -24,7 +24,7 @@ from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import query_of, wishes_of
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
-from llmq.ui.tabs.compare_form import NONE, comparison_of, labels_in
+from llmq.ui.tabs.compare_form import LONGEST_ANSWER, NONE, comparison_of, labels_in
 from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of, recording_title
 
 LARGEST_RECORDING = 32_000_000  # bytes
@@ -89,7 +89,14 @@ class CompareTab:
             )
             with gr.Row(equal_height=True):
                 self.max_new_tokens = gr.Slider(
-                    1, 512, 160, step=1, label="New tokens", info="At most.", elem_id="max-new-tokens", min_width=220
+                    1,
+                    LONGEST_ANSWER,
+                    512,
+                    step=1,
+                    label="New tokens",
+                    info="At most.",
+                    elem_id="max-new-tokens",
+                    min_width=220,
                 )
                 self.threshold = gr.Slider(
                     0, 20, 6.0, step=0.1, label="Threshold", info="Of outliers; 0 is off.", elem_id="threshold",
@@ -236,6 +243,8 @@ class CompareTab:
         if methods := wishes.pop("methods", None):
             names = [*methods, NONE, NONE][:PANES]
             wishes |= {f"method_{index}": name for index, name in enumerate(names)}
+        if "max_new_tokens" in wishes:
+            wishes["max_new_tokens"] = min(wishes["max_new_tokens"], LONGEST_ANSWER)
         return {self.settings[name]: value for name, value in wishes.items()}
 
 
