@@ -1,6 +1,6 @@
 () => {
-  // What an address asks of the page itself: autorun=1, view=outliers or fit, embed=1 or sidebar=hidden. Which part of
-  // the Outliers tab is open, `part`, the server says.
+  // What an address asks of the page itself: autorun=1, view=outliers or fit, embed=1. Which part of the Outliers tab is
+  // open, `part`, the server says.
   const asked = new URLSearchParams(window.location.search);
   const view = asked.get("view");
   const views = ["compare", "outliers", "fit"];

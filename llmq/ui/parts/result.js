@@ -21,6 +21,7 @@ const enter = (state) => {
   if (tab.dataset.state === state) return;
   if (document.activeElement === part("stop") && ["done", "replayed"].includes(state)) followFocus("change");
   tab.dataset.state = state;
+  for (const kept of tab.querySelectorAll(".llmq-keep")) kept.inert = state === "running"; // by keyboard too
   if (!["running", "replaying"].includes(state)) return;
   fold(true);
   if (tab.getBoundingClientRect().top < 0) tab.scrollIntoView({ block: "start" }); // whoever pressed Replay was below
@@ -119,7 +120,7 @@ const schedule = () => {
 
 const show = (value) => {
   shown = value;
-  if (value.state !== "running") [settled, open] = [value, 0];
+  if (value.state !== "running") [settled, open] = [value.notice ? settled : value, 0];
   else if (!open) open = ++asked;
   schedule();
 };

@@ -6,6 +6,7 @@ import gradio as gr
 
 from llmq.models.presets import model_title
 from llmq.ui.api import Api
+from llmq.ui.shell.assets import script
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET
 from llmq.ui.tabs.compare_tab import CompareTab
@@ -37,7 +38,7 @@ def build(state: AppState) -> gr.Blocks:
         page.load(outliers.from_link, None, outliers.linked, **QUIET)
         asked, watched = [compare.prompt, compare.model], [outliers.prompt, outliers.model]
         for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):
-            shown.select(None, there, here, js="(prompt, model) => [prompt, model]", **QUIET)
+            shown.select(None, there, here, js=script("follow.js"), **QUIET)
         gr.Markdown(_about(state), elem_id="about", elem_classes=["llmq-about"])
         Api(state).build(page)
     return page

@@ -223,7 +223,7 @@ class CompareTab:
         except Exception:  # the boundary: the file may come from anybody
             log.exception("a recording cannot be shown")
             return {self.result: self._notice(f"Not replayed: {UNREADABLE}")}
-        return {self.result: value} | form
+        return {self.result: value, self.download: gr.DownloadButton(interactive=False)} | form
 
     def _notice(self, text: str) -> dict:
         """Another value each time: a browser is not told of one that it has."""
