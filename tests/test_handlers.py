@@ -103,6 +103,7 @@ def test_a_recording_fills_the_form_with_what_it_answers(tmp_path):
             object.__setattr__(timed.event, "contestant", "bnb-int8@3")
     shown = tab._replay_upload(str(run.save(tmp_path / "run.jsonl")))
     assert shown[tab.result]["frames"] and "example" not in shown[tab.result]
+    assert not shown[tab.download].interactive, "what could be downloaded is not what is shown"
     assert [shown[part] for part in (tab.prompt, tab.model, *tab.methods, tab.threshold)] == [
         PROMPT, "demo", "fp16", "bnb-int8", "none", 3.0,
     ]  # fmt: skip

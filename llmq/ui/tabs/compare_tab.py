@@ -164,7 +164,7 @@ class CompareTab:
         )  # fmt: skip
         generated.then(self._keep, None, self.download, **QUIET)
         tell_end(generated, self.result.elem_id)
-        shown = [self.result, *form]
+        shown = [self.result, self.download, *form]
         tell_end(self.replay.click(self._replay, self.recording, shown, **QUIET), self.result.elem_id)
         self.upload.upload(self._replay_upload, self.upload, shown, **QUIET)
         self.result.stop(self._stop, None, None, queue=False, **QUIET)
