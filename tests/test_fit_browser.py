@@ -30,9 +30,9 @@ def link(page) -> str:
 
 
 def choose(page, elem_id: str, text: str) -> None:
-    """Type into a dropdown and leave it, by keyboard alone."""
-    page.locator(f"#{elem_id} input").fill(text)
-    page.keyboard.press("Enter")
+    """Open a dropdown, take one of its options and leave it."""
+    page.locator(f"#{elem_id} input").click()
+    page.get_by_role("option", name=text).first.click()
     page.keyboard.press("Tab")
 
 
