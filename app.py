@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -19,8 +20,10 @@ from llmq.ui.shell.address import DEFAULT_PORTS, free_address  # noqa: E402
 from llmq.ui.shell.state import AppState, Jobs  # noqa: E402
 
 RUNS = Path(__file__).parent / "assets" / "runs"
+ANSWERS = Path(__file__).parent / "assets" / "answers"
 JOBS = Jobs()
 AFTER_THE_PAGE = 5.0  # seconds left to the page and its first run before more is imported
+MCP_ADVICE = "install it with: pip install 'gradio[mcp]>=6.31,<7'"
 GPU_SECONDS = 120  # what one job may hold a shared GPU for, where the host asks
 
 
@@ -54,6 +57,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--share", action="store_true", help="also open a public link (Colab does so by itself)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for a name and a password")
+    parser.add_argument("--mcp", action="store_true", help="offer the questions as tools to MCP clients, too")
     parser.epilog = "Behind a proxy that serves the page below a path, GRADIO_ROOT_PATH names the path."
     return parser.parse_args(arguments)
 
@@ -80,6 +84,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
         model_reason=choice.reason,
         methods=tuple(Contestant.parse(name).label for name in methods.split(",")),
         recorded_runs={path.stem: path for path in sorted(RUNS.glob("*.jsonl"))},
+        recorded_answers={path.stem: path for path in sorted(ANSWERS.glob("*.json"))},
     )
 
 
@@ -103,9 +108,11 @@ def run(arguments: list[str] | None) -> int:
         os.environ.pop(name, None)  # they are read; Gradio would try them as well where a flag says otherwise
     host, port = free_address(options.host, options.port)
     auth = parse_auth(options.auth)
+    if options.mcp:
+        require_mcp(auth)
     state = make_state(options, on_shared_gpu(run_job))
     fetch(state.model, state.methods)
-    serve(state, host=host, port=port, share=options.share, auth=auth)
+    serve(state, host=host, port=port, share=options.share, auth=auth, mcp=options.mcp)
     return 0
 
 
@@ -143,6 +150,15 @@ def warm_up(model: str, methods: tuple[str, ...]) -> None:
     # Whatever looks into a model, and bitsandbytes, goes through transformers.
     import bitsandbytes  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+
+def require_mcp(auth: tuple[str, str] | None) -> None:
+    """Raise UserError where there can be no MCP server: Gradio's asks nobody for a password, and can then ask itself
+    nothing either."""
+    if not find_spec("mcp"):
+        raise UserError(f"--mcp needs the package mcp; {MCP_ADVICE}")
+    if auth:
+        raise UserError("--mcp cannot be had with --auth: MCP clients have no way to give the password")
 
 
 def parse_auth(text: str | None) -> tuple[str, str] | None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
-from llmq.face import Finding, answer_to, compare, device_for, load, open_model
-from llmq.fields import Field, Switch, Text, fields_of
+from llmq.face import Finding, answer_to, compare, device_for, load, names, open_model, options_of, question
+from llmq.fields import Field, Text
 from llmq.files import read_text, write_text
 from llmq.labs.base import Lab
 from llmq.reporting import memory_lines, shown_block
@@ -21,10 +21,10 @@ EXIT_FAILED = 1
 
 
 def run_compare(options) -> int:
-    names = ("prompt", "model", "device", "schedule", "engine", "random_weights")
-    names += ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    given = ("prompt", "model", "device", "schedule", "engine", "random_weights")
+    given += ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     methods = [contestant.method for contestant in _contestants(options)]
-    return show(compare(methods=methods, verbose=True, **{name: getattr(options, name) for name in names}), options)
+    return show(compare(methods=methods, verbose=True, **{name: getattr(options, name) for name in given}), options)
 
 
 def run_replay(options) -> int:
@@ -34,22 +34,17 @@ def run_replay(options) -> int:
 
 def run_lab(cls: type[Lab], options) -> int:
     """Ask the question of a lab as the options say, and show what it comes to."""
-    question = {field.name: _value(field, options) for field in fields_of(cls)}
-    answer = answer_to(cls(model=options.model, device=device_for(options.device), **question), verbose=True)
-    return show(Finding(answer), options)
+    given = {name: _given(field, options) for name, field in options_of(cls).items()}
+    settings = {name: value for name, value in given.items() if value is not None}
+    device = device_for(options.device)
+    asked = question(cls, settings, model=options.model, device=device, threshold=options.threshold)
+    return show(Finding(answer_to(asked, verbose=True)), options)
 
 
-def _value(field: Field, options):
-    """What the options hold for a field; its default where they say nothing."""
+def _given(field: Field, options) -> str | bool | None:
+    """What the options hold for a field; None where they say nothing."""
     given = getattr(options, field.name, None)
-    if isinstance(field.kind, Text):
-        return _text(field, given, options)
-    if isinstance(field.kind, Switch):
-        return given
-    if given is None and field.default is None:
-        return None
-    text = field.kind.spell(field.default) if given is None else given
-    return field.kind.read(field.named, text, {"threshold": options.threshold})
+    return _text(field, given, options) if isinstance(field.kind, Text) else given
 
 
 def _text(field: Field, given: str | None, options) -> str:
@@ -83,8 +78,8 @@ def run_bench(options) -> int:
     from llmq.bench import bench_named
 
     cls = bench_named(options.what)
-    names = {field.name for field in fields(cls)} & vars(options).keys()
-    given = {name: getattr(options, name) for name in names}
+    known = {field.name for field in fields(cls)} & vars(options).keys()
+    given = {name: getattr(options, name) for name in known}
     bench = cls(**given | {"contestants": _contestants(options), "device": device_for(options.device)})
     result = answer_to(bench, verbose=True)
     if options.save:
@@ -110,9 +105,10 @@ def _print(options, result: dict, lines: Iterable[str]) -> int:
 
 
 def run_memory(options) -> int:
+    from llmq.cards import device_bytes
     from llmq.memory import forecast
 
-    room = None if options.device_memory is None else options.device_memory * 1e9
+    room = None if options.device_memory is None else device_bytes(options.device_memory)
     asked = {"tokens": options.context, "batch": options.batch, "device_bytes": room}
     result = forecast(options.model, _contestants(options), **asked)
     return _print(options, result, memory_lines(result))
@@ -120,8 +116,6 @@ def run_memory(options) -> int:
 
 def run_models(options) -> int:
     """List what has a name; fetch or write a model where that is asked for."""
-    from llmq.methods import METHODS
-    from llmq.models.presets import PRESETS
 
     if options.fetch:
         open_model(options.fetch, verbose=True)
@@ -131,11 +125,7 @@ def run_models(options) -> int:
         name, folder = options.save_int8
         show_progress(save_int8(open_model(name, verbose=True).source, Path(folder)))
         return 0
-    presets = ("name", "hub_id", "about", "licence", "gated")
-    result = {
-        "models": [{name: getattr(preset, name) for name in presets} for preset in PRESETS.values()],
-        "methods": [{"name": m.name, "label": m.label, "about": m.about} for m in METHODS.values()],
-    }
+    result = names()
     return _print(options, result, _listed(result))
 
 

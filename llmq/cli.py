@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from llmq import actions
+from llmq.cards import CARDS
 from llmq.errors import UserError
 from llmq.fields import Field, Switch, Text, fields_of
 from llmq.labs import lab_classes
@@ -162,7 +163,11 @@ def _add_memory(commands) -> None:
     parser.add_argument("--threshold", type=float, default=6.0, help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, default=2048, help="tokens, prompt and answer (default: 2048)")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--device-memory", type=float, metavar="GB", help="bytes to fit into, in GB (1e9)")
+    parser.add_argument(
+        "--device-memory",
+        metavar="AMOUNT",
+        help=f"memory to fit into: a number of GB (1e9), 16GiB with its unit, or a card: {', '.join(CARDS)}",
+    )
 
 
 def _add_models(commands) -> None:

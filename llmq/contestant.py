@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from llmq.fields import Kind
+from llmq.errors import UserError
+from llmq.fields import Kind, fields_of
 from llmq.methods import DEFAULT_THRESHOLD, Method, parse_method
 
 
@@ -32,9 +33,26 @@ class Contestant:
         return self.method.spelled
 
     @property
+    def title(self) -> str:
+        """The method as people read it, with the settings that are not the usual ones."""
+        _, _, settings = self.label.partition("@")
+        if not settings:
+            return self.method.label
+        first = fields_of(type(self.method))[0].named
+        return f"{self.method.label}, {settings if '=' in settings.split(':')[0] else f'{first} {settings}'}"
+
+    @property
     def threshold(self) -> float | None:
         """Of its outlier columns; None for a method that has none."""
         return self.method.threshold
+
+
+def shown_name(label: str) -> str:
+    """The title of the contestant of a label; the label itself where no method here has it, as in an old recording."""
+    try:
+        return Contestant.parse(label).title
+    except UserError:
+        return label
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,19 @@ from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe, device_named
 from llmq.errors import unknown
-from llmq.events import Run, is_run
+from llmq.events import Event, Run, is_run
 from llmq.fields import Field, Switch, Text, fields_of
 from llmq.figures.blocks import Block, Drawing, Table
 from llmq.files import write_text
 from llmq.formatting import plain_json
-from llmq.labs import Answer, lab_classes, load_answer, save_answer
+from llmq.labs import Answer, Lab, lab_classes, load_answer, save_answer
 from llmq.labs.compare import Comparison
 from llmq.machine.door import Machine, Question
-from llmq.methods import Method
+from llmq.methods import DEFAULT_THRESHOLD, METHODS, Method
+from llmq.methods.base import THRESHOLD
 from llmq.models import opening
 from llmq.models.loading import quiet_libraries
+from llmq.models.presets import PRESETS
 from llmq.reporting import reported, shown_block
 from llmq.summary import RunAnswer, Summary
 from llmq.terminal import show_progress
@@ -101,10 +103,19 @@ def compare(
                                   seed=seed),
         schedule=schedule, engine=engine, random_weights=random_weights,
     )  # fmt: skip
-    run = Run(comparison.settings(), {})
-    summary = Summary(_telling(verbose)(run.record(machine().run(comparison), time.monotonic)))
-    run.environment = describe(comparison.device, opening.open_model(model, random_weights=random_weights).source)
-    return Finding(RunAnswer(run, summary))
+    answer = RunAnswer(Run(comparison.settings(), {}), Summary())
+    for _ in _telling(verbose)(followed(comparison, machine().run(comparison), answer)):
+        pass
+    return Finding(answer)
+
+
+def followed(comparison: Comparison, events: Iterable[Event], answer: RunAnswer) -> Iterator[Event]:
+    """Pass the events of a comparison through while `answer` grows by each; it is whole when they have ended."""
+    for event in answer.run.record(events, time.monotonic):
+        answer.summary.add(event)
+        yield event
+    source = opening.open_model(comparison.model, random_weights=comparison.random_weights).source
+    answer.run.environment = describe(comparison.device, source)
 
 
 def outliers(prompt: str = "", **settings: Any) -> Finding:
@@ -152,11 +163,36 @@ def ask(
     labs = {cls.command[-1]: cls for cls in lab_classes().values() if cls.command}
     if lab not in labs:
         raise unknown("lab", lab, labs)
-    options = {field.flag.lstrip("-").replace("-", "_"): field for field in fields_of(labs[lab])}
+    return Finding(answer_to(question(labs[lab], settings, model=model, device=device_for(device)), verbose))
+
+
+def question(
+    lab: type[Lab], settings: Mapping[str, Any], *, model: str, device: str, threshold: float = DEFAULT_THRESHOLD
+) -> Lab:
+    """The question of a lab, its `settings` named and spelled as its options at the command line. `threshold`: of a
+    method whose name says none. Raises BadChoice for a setting that is none, or cannot be used."""
+    options = options_of(lab)
     for name in settings.keys() - options.keys():
-        raise unknown(f"setting of {lab}", name, options)
-    given = {options[name].name: _read(options[name], value) for name, value in settings.items()}
-    return Finding(answer_to(labs[lab](model=model, device=device_for(device), **given), verbose))
+        raise unknown(f"setting of {lab.command[-1]}", name, options)
+    defaults = {"threshold": THRESHOLD.check("threshold", threshold)}
+    given = {field.name: _read(field, settings.get(name, MISSING), defaults) for name, field in options.items()}
+    return lab(model=model, device=device, **given)
+
+
+def options_of(lab: type[Lab]) -> dict[str, Field]:
+    """The annotated fields of a lab by the names that their options have in Python."""
+    return {field.flag.lstrip("-").replace("-", "_"): field for field in fields_of(lab)}
+
+
+def names() -> dict:
+    """The models that have names, and the methods: what `models --json` prints."""
+    return {
+        "models": [
+            {"name": p.name, "hub_id": p.hub_id, "about": p.about, "licence": p.licence, "gated": p.gated}
+            for p in PRESETS.values()
+        ],
+        "methods": [{"name": m.name, "label": m.label, "about": m.about} for m in METHODS.values()],
+    }
 
 
 def open_model(name: str = "demo", *, random_weights: bool = False, verbose: bool | None = None) -> opening.Model:
@@ -211,10 +247,14 @@ def _telling(verbose: bool | None, tell: Callable[[Iterable], Any] = reported) -
     return tell if (sys.stderr.isatty() if verbose is None else verbose) else list
 
 
-def _read(field: Field, value: Any) -> Any:
+def _read(field: Field, value: Any, defaults: Mapping[str, Any]) -> Any:
+    """A value for a field as it is spelled at the command line; MISSING: the field's default, as if it were typed."""
+    value = field.default if value is MISSING else value
     if value is None and field.default is None:
         return None
-    return field.kind.read(field.named, value if isinstance(field.kind, Text | Switch) else _typed(value), {})
+    if isinstance(field.kind, Text | Switch):
+        return field.kind.check(field.named, value)
+    return field.kind.read(field.named, field.kind.spell(value) if value is field.default else _typed(value), defaults)
 
 
 def _typed(value: Any) -> str:

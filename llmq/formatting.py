@@ -44,6 +44,14 @@ def format_seconds(seconds: float | None) -> str:
     return f"{minutes} min {rest} s"
 
 
+def format_number(value: float) -> str:
+    """A figure of any size as people read it, in four digits or up to the point: 0.01234, 17.53, 12,594, 20,220,000."""
+    size = abs(value)
+    if not 1000 <= size < 1e12:
+        return f"{value:.4g}"
+    return f"{round(value, min(0, 3 - int(math.log10(size))) if size >= 1e5 else 0):,.0f}"
+
+
 def format_speed(tokens_per_second: float | None) -> str:
     """Decode speed in tokens per second."""
     return f"{_three_digits(tokens_per_second)} tok/s" if _known(tokens_per_second) else MISSING

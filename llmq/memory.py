@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
-from llmq.methods import Method
+from llmq.methods import Method, WeightBytes
 from llmq.methods.coverage import predicted_coverage
-from llmq.models.config import PlainConfig
-from llmq.models.opening import Model, open_model
-from llmq.models.presets import PRESETS
+from llmq.models.config import ENDLESS, PlainConfig
+from llmq.models.opening import Model, describe_model
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
 
+MOST_TOKENS = 10**12  # of a forecast: whatever the model, the bytes stay a whole number of 64 bit
 HEADROOM = 0.95  # share of the free bytes a plan may use; the rest is the allocator's rounding and fragmentation
 
 
@@ -53,27 +53,35 @@ class Plan:
 
 def predict(shape: nn.Module, method: Method, *, tokens: int, batch: int = 1) -> Prediction:
     """Bytes for one contestant; `shape` is the model's (`Model.shape`), `tokens` counts prompt and answer."""
+    return _predict(shape.config.get_text_config(), method, method.predict(shape), tokens=tokens, batch=batch)
+
+
+def _predict(config, method: Method, weights: WeightBytes, *, tokens: int, batch: int) -> Prediction:
     import torch
 
-    weights = method.predict(shape)
-    config = shape.config.get_text_config()
     sizes = {"tokens": tokens, "batch": batch, "itemsize": getattr(torch, method.dtype).itemsize}
     return Prediction(weights.weights, weights.scales, kv_bytes(config, **sizes), _workspace(config, **sizes))
 
 
 def forecast(
-    model: str, contestants: Sequence[Contestant], *, tokens: int, batch: int = 1, device_bytes: float | None = None
+    model: str | Model,
+    contestants: Sequence[Contestant],
+    *,
+    tokens: int,
+    batch: int = 1,
+    device_bytes: float | None = None,
 ) -> dict:
-    """Predicted bytes of every method for a model that need not be here: a preset's shape is enough.
+    """Predicted bytes of every method for a model that need not be here: a preset's shape or a configuration is enough.
 
     With `device_bytes`, each row says whether the method alone fits into HEADROOM of them, and the largest context
-    that does, 0 for none. Raises BadChoice for tokens or batch under 1.
+    that does, 0 for none. Raises BadChoice for tokens or batch out of range.
     """
-    if tokens < 1 or batch < 1:
-        raise BadChoice(f"context is {tokens} and batch is {batch}; both must be at least 1")
+    if tokens < 1 or batch < 1 or tokens * batch > MOST_TOKENS:
+        most = f"both must be at least 1, and their product {MOST_TOKENS:.0e} at most"
+        raise BadChoice(f"context is {tokens:.12g} and batch is {batch:.12g}; {most}")
     if device_bytes is not None and not 0 < device_bytes <= 1e18:
         raise BadChoice(f"device memory is {device_bytes / 1e9!r} GB; choose a number over 0")
-    opened = open_model(model, random_weights=model in PRESETS)
+    opened = model if isinstance(model, Model) else describe_model(model)
     room, rows = None if device_bytes is None else HEADROOM * device_bytes, []
     for contestant in contestants:
         found = predict(opened.shape, contestant.method, tokens=tokens, batch=batch)
@@ -85,15 +93,18 @@ def forecast(
             row["fits"] = found.total <= room
             row["largest_context"] = _largest_context(opened, contestant.method, room, batch)
         rows.append(row)
-    asked = {"model": model, "context": tokens, "batch": batch, "device_memory": device_bytes}
-    return asked | {"usable_memory": room, "results": rows}
+    asked = {"model": model if isinstance(model, str) else model.name, "context": tokens, "batch": batch}
+    limit = None if opened.context == ENDLESS else opened.context
+    asked |= {"device_memory": device_bytes, "usable_memory": room, "model_context": limit}
+    return asked | {"results": rows}
 
 
 def _largest_context(model: Model, method: Method, room: float, batch: int) -> int:
     """The most tokens, prompt and answer, that the model reads and with which a method needs at most `room` bytes."""
+    config, weights = model.shape.config.get_text_config(), method.predict(model.shape)
 
     def needed(tokens: int) -> int:
-        return predict(model.shape, method, tokens=tokens, batch=batch).total
+        return _predict(config, method, weights, tokens=tokens, batch=batch).total
 
     return bisect_right(range(1, model.context + 1), room, key=needed)
 

@@ -75,4 +75,5 @@ def memory_lines(result: dict) -> Iterator[str]:
         yield f"  {row['method']:<14}" + "".join(f"{cell:>11}" for cell in cells) + fits
     if device := result["device_memory"]:
         usable = result["usable_memory"]
-        yield f"To fit is to need at most {usable / device:.0%} of {device / 1e9:g} GB, {usable / 1e9:.3f} GB."
+        size = f"{device / 1e9:.4g} GB ({device / 2**30:.4g} GiB)"
+        yield f"To fit is to need at most {usable / device:.0%} of {size}, {usable / 1e9:.3f} GB."

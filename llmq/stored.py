@@ -48,7 +48,10 @@ def _plain(value: Any, arrays: dict[int, dict]) -> Any:
 
 
 def _array(entry: Mapping) -> np.ndarray:
-    data = zlib.decompress(base64.b64decode(entry["data"]))
+    try:
+        data = zlib.decompress(base64.b64decode(entry["data"]))
+    except zlib.error as error:
+        raise ValueError(f"an array is damaged: {error}") from error
     return np.frombuffer(data, np.dtype(entry["dtype"])).reshape(entry["shape"])
 
 

@@ -73,11 +73,12 @@ def wait_for(address: str, app: subprocess.Popen, log: IO[str]) -> None:
     raise AssertionError(f"app.py did not answer within {START_SECONDS} s")
 
 
-def raw_messages(address: str, api_name: str, data: list) -> Iterator[tuple[int, dict]]:
-    """Call an endpoint as the page does and yield (bytes, message) of every server-sent event."""
+def raw_messages(address: str, button: str, data: list) -> Iterator[tuple[int, dict]]:
+    """Do what a click on a button of the page does, and yield (bytes, message) of every server-sent event."""
     with httpx.Client(base_url=address, timeout=None) as client:
         config = client.get("/config").json()
-        endpoint = next(d for d in config["dependencies"] if d["api_name"] == api_name)
+        (pressed,) = (c["id"] for c in config["components"] if c["props"].get("elem_id") == button)
+        endpoint = next(d for d in config["dependencies"] if [pressed, "click"] in d["targets"])
         session = uuid.uuid4().hex[:11]
         client.post(
             "/gradio_api/queue/join",
@@ -95,7 +96,7 @@ def raw_messages(address: str, api_name: str, data: list) -> Iterator[tuple[int,
 def compare_inputs(
     prompt: str, *, methods=("fp16", "bnb-int8", "none"), tokens: int = 8, temperature: float = 0
 ) -> list:
-    """The inputs of the `compare` endpoint in the page's order."""
+    """The inputs of a click on Generate, in the form's order."""
     return [prompt, "demo", *methods, 6.0, tokens, "interleave", temperature, 0, 1, 0]
 
 
@@ -109,8 +110,8 @@ def new_tab(browser, **options):
 def open_page(page, address: str, query: str = "", ready: str = "#generate") -> None:
     page.goto(f"{address}/?{query}&{LOADED}")
     page.wait_for_selector(ready)
-    page.wait_for_selector("#live-panel [data-part=plot]", state="attached")
-    page.wait_for_function("document.querySelector('#seed input').value === '1'")
+    page.wait_for_function("/seed=1/.test(document.querySelector('#link textarea, #link input')?.value)")
+    page.wait_for_function("document.querySelector('#compare-view')?.dataset.state")
 
 
 def wait_until_still(page) -> None:
@@ -122,5 +123,5 @@ def wait_until_still(page) -> None:
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
-def status(page, elem: str = "status") -> str:
-    return page.locator(f"#{elem} .llmq-status").inner_text()
+def status(page, elem: str = "result") -> str:
+    return page.locator(f"#{elem} .llmq-status").text_content()

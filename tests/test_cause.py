@@ -153,7 +153,7 @@ def first_order(baseline: nn.Module, model: nn.Module, ids: list[int], pair: tup
 
 def tried(found) -> list[str]:
     """The modules in the order in which they were put back."""
-    return [entry.message.split()[0] for entry in found if isinstance(entry, Progress) and "in 16 bit" in entry.message]
+    return [entry.message.split()[1] for entry in found if isinstance(entry, Progress) and "in 16 bit" in entry.message]
 
 
 @pytest.mark.parametrize("method", ["vectorwise", "absmax"])

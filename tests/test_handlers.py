@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from browser_support import ROOT
 from test_compare_view import NAMES, script
 from test_observatory_views import SILENCED, cause, read, report
 
@@ -17,9 +18,10 @@ from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
 from llmq.labs.outliers import ReportAnswer
 from llmq.labs.rows import RowAnswer
-from llmq.ui.shell.state import AppState
+from llmq.ui.shell.state import KEPT_FILES, AppState
 from llmq.ui.tabs.compare_tab import CompareTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
+from llmq.ui.tabs.silencing_card import recorded_value
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # Gradio's, where a handler gets too few or many inputs
 ANN = SimpleNamespace(session_hash="ann")
@@ -35,7 +37,6 @@ class Page:
         self.state = AppState(run=self._run, stop=self._stop, device="cpu", device_label="a CPU")
         self.compare, self.outliers = CompareTab(self.state), OutliersTab(self.state)
         with gr.Blocks() as blocks:
-            self.compare.sidebar()
             self.compare.build()
             with gr.Tab("Outliers") as tab:
                 self.outliers.build()
@@ -81,40 +82,89 @@ def said(updates) -> tuple[dict, str]:
 def test_a_comparison_from_the_click_to_the_recording():
     page = Page(*script())
     tab = page.compare
-    opened = shown(tab._open(*page.form()))
-    assert [opened[pane] for pane in tab.panes] == ["", "", ""]
-    streamed = shown(tab._generate(*page.form(), ANN))
-    assert [streamed[pane] for pane in tab.panes[:2]] == ["a" * 20 + "!"] * 2
-    closed = shown([tab._close(ANN)])
-    assert closed[tab.status] == "Finished." and "agree on all 20 tokens" in closed[tab.verdict]
-    assert closed[tab.diff]["first_divergence"] is None and "methods=fp16%2Cbnb-int8" in closed[tab.query]
+    *_, last = tab._generate(*page.form(), ANN)
+    assert last["texts"] == ["a" * 20 + "!"] * 2 and (last["status"], last["state"]) == ("Finished.", "done")
+    assert last["asked"]["prompt"] == PROMPT and last["pieces"]
     (job, owner) = page.jobs[0]
     assert isinstance(job, Comparison) and (job.prompt, owner) == (PROMPT, "ann")
-    recording = closed[tab.download]["path"]
+    recording = tab._keep(ANN).value["path"]
     assert Run.load(recording).settings["prompt"] == PROMPT
-    assert tab._close(ANN).keys() == {tab.query}, "taken once"
-    replayed = shown(tab._replay(None, recording))
-    assert replayed[tab.status].startswith("Recording: ") and replayed[tab.panes[1]] == "a" * 20 + "!"
+    assert tab._keep(ANN) == gr.skip(), "taken once"
+
+
+def test_a_recording_fills_the_form_with_what_it_answers(tmp_path):
+    page = Page(*script())
+    tab = page.compare
+    list(tab._generate(*page.form(), ANN))
+    run = Run.load(tab._keep(ANN).value["path"])
+    run.settings["contestants"] = ["fp16", "bnb-int8@3"]
+    for timed in run.events:
+        if getattr(timed.event, "contestant", "") == "bnb-int8":
+            object.__setattr__(timed.event, "contestant", "bnb-int8@3")
+    shown = tab._replay_upload(str(run.save(tmp_path / "run.jsonl")))
+    assert shown[tab.result]["frames"] and "example" not in shown[tab.result]
+    assert not shown[tab.download].interactive, "what could be downloaded is not what is shown"
+    assert [shown[part] for part in (tab.prompt, tab.model, *tab.methods, tab.threshold)] == [
+        PROMPT, "demo", "fp16", "bnb-int8", "none", 3.0,
+    ]  # fmt: skip
+    assert shown[tab.max_new_tokens] == 8
+    assert tab._filled({"max_new_tokens": 4096}) == {tab.max_new_tokens: 1024}, "as much as the form can hold"
 
 
 def test_a_comparison_that_is_refused_or_fails_says_so():
     page = Page(*script()[:12], UserError("no <b>room</b>"))
     tab = page.compare
-    for handler in (tab._open(*page.form(temperature=99)), tab._generate(*page.form(temperature=99), ANN)):
-        seen, notice = said(handler)
-        assert seen[tab.status].startswith("Not started: ") and "99" in notice
-    assert page.jobs == []
-    seen, notice = said(tab._generate(*page.form(), ANN))
-    assert seen[tab.status] == "Ended early: no <b>room</b>" and notice == "no &lt;b&gt;room&lt;/b&gt;"
-    seen, notice = said(tab._replay("../etc/passwd", None))
-    assert seen[tab.status].startswith("Not replayed: ") and "choose a recorded run" in notice
+    (refused,) = tab._generate(*page.form(temperature=99), ANN)
+    assert refused["notice"].startswith("Not started: ") and "99" in refused["notice"]
+    assert page.jobs == [] and tab._keep(ANN) == gr.skip()
+    *_, last = tab._generate(*page.form(), ANN)
+    assert last["status"] == "Ended early: no <b>room</b>"
+
+
+@pytest.mark.parametrize("content", [b"no json", b"\xff\xfe", b"{}"])
+def test_a_wrong_upload_is_refused_without_a_place_on_the_server(tmp_path, content):
+    path = tmp_path / "gradio" / "junk.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    tab = Page().compare
+    notice = tab._replay_upload(str(path))[tab.result]["notice"]
+    assert notice.startswith("Not replayed: junk.jsonl") and str(tmp_path) not in notice
+    assert "choose a recorded run" in tab._replay("../etc/passwd")[tab.result]["notice"]
+
+
+def test_no_refusal_is_the_value_before_it():
+    """A browser is told of a value that differs: the same words twice would leave its form folded."""
+    page = Page()
+    for part, refused in (
+        (page.compare.result, lambda: {page.compare.result: next(page.compare._generate(*page.form("none"), ANN))}),
+        (page.compare.result, lambda: page.compare._replay("none")),
+        (page.outliers.status, lambda: next(page.outliers._watch("p", "demo", "mystery", 6.0, 2, ANN))),
+        (page.outliers.status, lambda: page.outliers._open(__file__)),
+    ):
+        first, second = refused()[part], refused()[part]
+        assert first != second and {name for name in first if first[name] != second[name]} <= {"run", "number"}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sampling": [1]}, {"sampling": {"temperature": "hot"}}, {"sampling": {"temperature": [1]}}]
+)
+def test_a_recording_with_values_that_no_run_has_is_refused(tmp_path, settings):
+    run = Run({"contestants": ["fp16"], "prompt": "p", "model": "demo"} | settings, {})
+    tab = Page().compare
+    assert tab._replay_upload(str(run.save(tmp_path / "run.jsonl")))[tab.result]["notice"].startswith("Not replayed: ")
+
+
+def test_a_recording_that_would_take_minutes_to_prepare_is_refused(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text("{}\n" * 60_000)
+    tab = Page().compare
+    assert "60,001 lines" in tab._replay_upload(str(path))[tab.result]["notice"]
 
 
 def test_a_comparison_that_is_stopped_keeps_its_text():
     page = Page(*script()[:30], *(Finished(contestant=name, reason="stopped") for name in NAMES))
-    streamed = shown(page.compare._generate(*page.form(), ANN))
-    assert streamed[page.compare.panes[0]].startswith("aaa")
-    assert shown([page.compare._close(ANN)])[page.compare.status] == "Stopped."
+    *_, last = page.compare._generate(*page.form(), ANN)
+    assert last["texts"][0].startswith("aaa") and last["status"] == "Stopped."
     page.compare._stop(ANN)
     page.outliers._stop(ANN)
     assert page.stopped == ["ann", "ann"]
@@ -151,6 +201,16 @@ class Case:
     shows: Callable[[Page, dict], bool]
 
 
+def words(value) -> str:
+    """Everything that a line says."""
+    return value if isinstance(value, str) else " ".join(str(value.get(name, "")) for name in ("text", "note"))
+
+
+def progress(value) -> tuple | None:
+    """What a line says is going on, and how far it is."""
+    return None if isinstance(value, str) else (value.get("doing", value["text"]), value.get("fraction"))
+
+
 def experiment(kind: str, *inputs) -> Case:
     def section(page: Page):
         return next(part for part in page.outliers.what_if.sections if part.lab.kind == kind)
@@ -173,7 +233,7 @@ CASES = {
         lambda page: page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN), ReportAnswer(report(), 6.0),
         lambda page: page.outliers.status, "2 generated tokens watched in 3 linear layers",
         "Stopped before anything ran.", "Not run",
-        lambda page, seen: page.state.kept(seen[page.outliers.report_key]).generated_tokens == 2,
+        lambda page, seen: page.state.kept(seen[page.outliers.keeping.key]).report.generated_tokens == 2,
     ),
     "read": Case(
         lambda page: page.outliers.agreement._read(PROMPT, "", "prompt", "demo", "bnb-int8", 6.0, 8, ANN), read(),
@@ -199,9 +259,9 @@ def test_a_job_that_ends_well_is_shown(name):
     case, page = CASES[name], Page(*WORKING, CASES[name].found)
     updates = list(case.call(page))
     lines = [update[case.status(page)] for update in updates if case.status(page) in update]
-    assert {"text": "Reading the text", "fraction": 0.5} in lines
+    assert ("Reading the text", 0.5) in [progress(line) for line in lines]
     seen = shown(updates)
-    assert case.good in seen[case.status(page)] and case.shows(page, seen)
+    assert case.good in words(seen[case.status(page)]) and case.shows(page, seen)
     assert [owner for _, owner in page.jobs] == ["ann"]
 
 
@@ -209,22 +269,172 @@ def test_a_job_that_ends_well_is_shown(name):
 def test_a_job_that_fails_says_why_where_it_speaks_and_in_a_notice(name):
     case, page = CASES[name], Page(*WORKING, UserError("no <b>room</b>"))
     seen, notice = said(case.call(page))
-    assert seen[case.status(page)] == f"{case.failed}: no <b>room</b>" and notice == "no &lt;b&gt;room&lt;/b&gt;"
+    assert (
+        words(seen[case.status(page)]).strip() == f"{case.failed}: no <b>room</b>"
+        and notice == "no &lt;b&gt;room&lt;/b&gt;"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_job_stopped_before_it_found_anything_says_so(name):
     case, page = CASES[name], Page(*WORKING)
-    assert shown(case.call(page))[case.status(page)] == case.stopped
+    assert words(shown(case.call(page))[case.status(page)]).strip() == case.stopped
 
 
 @pytest.mark.parametrize("panel", ["map", "moments", "figures"])
 def test_a_panel_draws_the_kept_report_and_nothing_for_a_forgotten_one(panel):
     page = Page(ReportAnswer(report(), 6.0))
-    key = shown(page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))[page.outliers.report_key]
+    key = shown(page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))[page.outliers.keeping.key]
     part = getattr(page.outliers, panel)
     inputs = {"map": ("down", "prefill", 1), "moments": ("down", 1), "figures": ()}[panel]
     drawn = shown([part.draw(key, 6.0, *inputs)])
     figures = [value for value in drawn.values() if isinstance(value, dict) and "layout" in value]
     assert drawn.keys() == set(part.outputs) and len(figures) == {"map": 2, "moments": 1, "figures": 2}[panel]
     assert all(value == gr.skip() for value in part.draw("run-99", 6.0, *inputs).values())
+
+
+def section_of(page: Page, kind: str):
+    return page.outliers.what_if.section(lab_classes()[kind])
+
+
+def saved(page: Page, keeping, seen: dict) -> str:
+    """The file of the answer that a part shows."""
+    return keeping._write(seen[keeping.key]).value["path"]
+
+
+def test_a_watched_run_says_what_came_out_and_opens_again_without_a_model(tmp_path):
+    page = Page(ReportAnswer(report(), 6.0, PROMPT))
+    tab = page.outliers
+    first = next(tab._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))[tab.status]
+    assert (first["state"], first["asked"]["prompt"]) == ("running", PROMPT)
+    seen = shown(tab._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))
+    told = seen[tab.status]
+    assert told["state"] == "done" and told["text"].endswith(
+        "int8 · bitsandbytes keeps 6 of 48 columns (12%) in 16 bit, the orange ones."
+    )
+    assert told["asked"] == {
+        "prompt": PROMPT,
+        "settings": "SmolLM2-135M (demo) · int8 · bitsandbytes · threshold 6",
+    }
+    page.items = ()
+    opened = shown([tab._open(saved(page, tab.keeping, seen))])
+    assert opened[tab.status] == told | {"state": "opened", "banner": "A saved run"}
+    assert [opened[part] for part in (tab.prompt, tab.model, tab.method, tab.threshold)] == [
+        PROMPT, "demo", "bnb-int8", 6.0,
+    ]  # fmt: skip
+    assert tab.map.draw(opened[tab.keeping.key], 6.0, "down", "prefill", 1)[tab.map.map]["data"]
+
+
+def test_another_threshold_says_something_else_and_runs_nothing():
+    page = Page(ReportAnswer(report(), 6.0))
+    key = shown(page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN))[page.outliers.keeping.key]
+    page.jobs.clear()
+    assert "keeps 0 of 48 columns" in page.outliers._judge(key, 11.0)[page.outliers.status]["text"]
+    assert page.outliers._judge("run-99", 11.0)[page.outliers.status] == gr.skip() and page.jobs == []
+
+
+def test_what_both_read_opens_again_with_the_cause_of_a_token():
+    page = Page(*WORKING, read())
+    part = page.outliers.agreement
+    seen = shown(part._read(PROMPT, "", "prompt", "demo", "bnb-int8", 6.0, 8, ANN))
+    again = shown([part._open(saved(page, part.keeping, seen))])
+    assert again[part.reading] == seen[part.reading] and again[part.status] == seen[part.status]
+    page.items = (cause(),)
+    explained = shown(part._explain(seen[part.key], True, SimpleNamespace(position=2), ANN))
+    again = shown([part._open(saved(page, part.keeping, explained))])
+    assert again[part.cause_status] == explained[part.cause_status] and again[part.layers]["data"]
+    assert again[part.reading] == seen[part.reading]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_labs_answer_opens_again_and_other_files_are_refused_by_name(kind, tmp_path):
+    page = Page(*WORKING, outcome(kind))
+    section = section_of(page, kind)
+    inputs = {"ablation": (), "silencing": (1,), "amplifying": (4, "3"), "thresholds": ("llm-int8",)}[kind]
+    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN, *inputs))
+    path = saved(page, section.keeping, seen)
+    again = shown([page.outliers.what_if.opener(section)(path)])
+    for part in (section.finding, section.table, section.rows, section.figure):
+        assert again[part] == seen[part]
+    assert again[section.status].startswith("A saved answer, SmolLM2-135M (demo). Measured on 3 tokens")
+    refused = page.outliers.agreement._open(path)[page.outliers.agreement.status]
+    name = path.rsplit("/", 1)[1]
+    assert refused.startswith(f"Not opened: {name} holds an answer of the kind '{kind}'")
+
+
+@pytest.mark.parametrize("content", [b"no json", b"\xff\xfe", b"{}", b'{"kind": "silencing"}', b'{"kind": "outliers"}'])
+def test_a_wrong_answer_is_refused_without_a_place_on_the_server(tmp_path, content):
+    path = tmp_path / "gradio" / "junk.json"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    page = Page()
+    for part, said in (
+        (page.outliers.status, page.outliers._open(str(path))),
+        (page.outliers.agreement.status, page.outliers.agreement._open(str(path))),
+        (section_of(page, "silencing").status, page.outliers.what_if.opener(section_of(page, "silencing"))(str(path))),
+    ):
+        told = words(said[part])
+        assert told.startswith("Not opened: ") and "junk.json" in told and str(tmp_path) not in told
+
+
+def test_files_for_download_do_not_pile_up():
+    state = Page().state
+    first = state.download_path("again.json")
+    first.write_text("{}")
+    for number in range(KEPT_FILES):
+        state.download_path(f"later-{number}.json")
+    assert not first.exists()
+
+
+def test_what_is_no_longer_kept_is_not_saved():
+    page = Page()
+    with pytest.raises(gr.Error, match="no longer kept"):
+        page.outliers.keeping._write("run-99")
+
+
+def test_the_card_silences_one_channel_through_the_labs_own_section():
+    page = Page(*WORKING, outcome("silencing"))
+    section, card = section_of(page, "silencing"), page.outliers.map.card
+    seen = shown(page.outliers.card.silence("demo", PROMPT, ANN))
+    assert page.jobs[0][0].counts == (1,) and page.jobs[0][0].prompt == PROMPT
+    told = seen[card]
+    assert not told["running"] and told["doing"].startswith("Measured on 3 tokens")
+    assert len(seen[section.rows]) == len(SILENCED) and seen[section.finding]
+    updates = list(page.outliers.card.silence("demo", PROMPT, ANN))
+    answers = [update[card] for update in updates if "change" in update[card]]
+    assert answers[-1]["change"] == ["10", "beyond measure"] and answers[-1]["texts"][1][0] == "Without channel 5"
+    assert {"running": True, "doing": "Reading the text", "fraction": 0.5} in [update[card] for update in updates]
+
+
+@pytest.mark.parametrize(("event", "layer"), [
+    ({"type": "heatmap", "x": 3, "y": "12"}, 12), ({"type": "heatmap", "x": 3, "y": "head"}, gr.skip()),
+    ({"type": "scatter", "x": 3, "y": 4}, gr.skip()),
+])  # fmt: skip
+def test_a_click_on_the_map_names_a_layer(event, layer):
+    assert Page().outliers.map.layer_of(SimpleNamespace(**event)) == layer
+
+
+@pytest.mark.parametrize(("event", "moment"), [
+    ({"type": "bar", "x": 3, "y": 9}, 3), ({"type": "bar", "x": "a", "y": 9}, gr.skip()),
+    ({"type": "scatter", "x": 3, "y": "4"}, gr.skip()),
+])  # fmt: skip
+def test_a_click_on_a_bar_names_a_moment(event, moment):
+    assert Page().outliers.moments.moment_of(SimpleNamespace(**event)) == moment
+
+
+def test_a_link_opens_the_outliers_as_they_were():
+    tab = Page().outliers
+    request = SimpleNamespace(query_params={"method": "llm-int8@3", "threshold": "4.5"})
+    assert tab.from_link(request) == {tab.method: "llm-int8@3", tab.threshold: 4.5, tab.parts: gr.skip()}
+    assert tab.from_link(SimpleNamespace(query_params={"part": "what-if"}))[tab.parts].selected == "what-if"
+    wrong = SimpleNamespace(query_params={"method": "int9", "threshold": "99", "part": "nowhere"})
+    assert all(value == gr.skip() for value in tab.from_link(wrong).values())
+
+
+def test_until_somebody_measures_the_card_shows_a_recording_where_there_is_one():
+    page = Page()
+    assert "change" not in recorded_value(page.state)
+    page.state.recorded_answers = {"silencing": ROOT / "assets" / "answers" / "silencing.json"}
+    value = recorded_value(page.state)
+    assert value["change"] == ["17.47", "12,619"] and value["recorded"].startswith("Recording: SmolLM2-135M (demo), ")
+    assert value["texts"][0][1].startswith("Planning a 3-day itinerary") and not value["running"]

@@ -21,10 +21,12 @@ from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.events import Loading
 from llmq.labs.compare import Comparison
 from llmq.machine.door import Machine
+from llmq.memory import forecast
 from llmq.models import choice
 from llmq.models import hub as hub_module
 from llmq.models.hub import Download, plan
 from llmq.models.loading import folder_of, load_config, load_tokenizer, prepare, resolve, revision_of
+from llmq.models.opening import describe_model
 from llmq.models.presets import PRESETS
 from llmq.summary import Summary
 
@@ -143,6 +145,38 @@ def test_a_revision_is_that_revision(name, hub, tiny_folder, tmp_path, monkeypat
 def test_a_revision_that_does_not_exist_is_named(hub):
     with pytest.raises(ModelUnavailable, match="owner/tiny has no revision 'v9' on the hub"):
         fetched("owner/tiny@v9")
+
+
+def test_bytes_are_counted_from_the_configuration_alone(hub, monkeypatch):
+    model, contestants = describe_model("owner/tiny"), [Contestant.parse("fp16")]
+    asked = {"tokens": 10, "device_bytes": 1e9}
+    result = forecast(model, contestants, **asked)
+    assert result["results"][0]["fits"] and result["model_context"] == 128
+    files = {path.rpartition("/")[2] for _, path in hub.requests if not path.startswith("/api/")}
+    assert files == {"config.json"}
+    use("http://127.0.0.1:9", monkeypatch)
+    assert forecast(describe_model("owner/tiny"), contestants, **asked) == result
+    with pytest.raises(ModelUnavailable, match="no safetensors weights"):
+        folder_of(resolve("owner/tiny"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("owner/gated", "is gated"),
+        ("owner/gated-files", "is gated"),
+        ("owner/nobody", "no repository 'owner/nobody'"),
+        ("owner/tiny@nowhere", "no revision 'nowhere'"),
+        ("owner/hangs-up", "cannot be reached"),
+        ("owner/empty", "has no config.json"),
+    ],
+)
+def test_a_configuration_that_cannot_be_had_says_why_in_one_line(name, words, hub, tmp_path):
+    (tmp_path / "empty").mkdir()
+    hub.repositories["owner/empty"] = tmp_path / "empty"
+    with pytest.raises(ModelUnavailable, match=words) as caught:
+        describe_model(name).config  # noqa: B018
+    assert "\n" not in str(caught.value)
 
 
 def test_a_plan_counts_what_is_missing_and_fetches_nothing(hub, tiny_folder, monkeypatch):

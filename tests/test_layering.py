@@ -17,7 +17,7 @@ SOURCES = {
 # From the ground up: a package, or a module beside them, imports only from floors below its own.
 FLOORS = [
     "llmq llmq.cgroup llmq.errors llmq.formatting llmq.hooks llmq.stored",
-    "llmq.cache llmq.fields llmq.files llmq.scores llmq.terminal",
+    "llmq.cache llmq.cards llmq.fields llmq.files llmq.scores llmq.terminal",
     "llmq.events llmq.kernels",
     "llmq.methods llmq.telemetry",
     "llmq.contestant llmq.models",
@@ -25,17 +25,21 @@ FLOORS = [
     "llmq.inspect llmq.machine",
     "llmq.figures",
     "llmq.labs llmq.reporting llmq.summary",
-    "llmq.bench llmq.face llmq.ui",
-    "llmq.actions",
+    "llmq.bench llmq.face",
+    "llmq.actions llmq.ui",
     "llmq.cli",
     "app llmq.__main__",
 ]
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages.split()}
 # Modules of the page that are plain Python, among them whatever turns events into updates: tests of it need no server.
 PLAIN = {"llmq.ui", "llmq.ui.parts", "llmq.ui.shell", "llmq.ui.tabs"}
-PLAIN |= {f"llmq.ui.parts.{name}" for name in ("examples", "live_state", "progress", "token_alignment", "verdict")}
-PLAIN |= {f"llmq.ui.shell.{name}" for name in ("address", "link", "quick_import", "state")}
-PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view")}
+PLAIN |= {
+    f"llmq.ui.parts.{name}"
+    for name in ("difference", "examples", "glossary", "live_state", "progress", "recording", "story")
+}
+PLAIN |= {"llmq.ui.parts.token_alignment", "llmq.ui.parts.verdict"}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("address", "link", "quick_import", "state", "wiring")}
+PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view", "fit_view")}
 
 
 def imports_of(tree: ast.AST, module: str, *, is_package: bool) -> set[str]:

@@ -10,7 +10,7 @@ from gradio.utils import diff as gradio_diff
 
 from llmq.errors import BadChoice
 from llmq.events import Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Step, Waiting
-from llmq.formatting import MISSING, format_bytes, format_count, format_seconds, format_speed
+from llmq.formatting import MISSING, format_bytes, format_count, format_number, format_seconds, format_speed
 from llmq.ui.parts.live_state import FULL_RATE, SPACING_SECONDS, SPEED_WINDOW, LiveState
 
 THREE = {"fp16": "fp16 × fp16", "bnb-int8": "int8 × int8 + fp16 outliers", "llm-int8@3.5": "int8 × int8"}
@@ -177,7 +177,7 @@ def test_states_and_notes_of_a_card():
     assert cards(Waiting(seconds=1.0))[0] == ("waiting", "Waiting", "another run holds the device")
     assert cards(Waiting(seconds=2.0, position=2))[1][2] == "runs in front of this one: 2"
     assert cards(Loading(contestant="nf4", message="shard 1 of 2"))[1] == ("loading", "Loading", "shard 1 of 2")
-    assert cards(Loaded(contestant="nf4", weight_bytes=1, seconds=0.0))[1] == ("prefill", "Prefill", "")
+    assert cards(Loaded(contestant="nf4", weight_bytes=1, seconds=0.0))[1] == ("prefill", "Reading", "")
     assert cards(Finished(contestant="nf4", reason="length"))[1] == ("finished", "Finished: token limit", "")
     assert cards(Freed(contestant="nf4", expected_bytes=10**9, freed_bytes=10**8, verified=False))[1][2] == (
         "only 100 MB of 1.00 GB came back"
@@ -214,6 +214,14 @@ def test_bytes_are_decimal(count, text):
 ])  # fmt: skip
 def test_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(12594.4, "12,594"), (17.53, "17.53"), (0.01234, "0.01234"), (-2000, "-2,000"), (20221021.0, "20,220,000")],
+)
+def test_figures_are_written_as_people_read_them(value, text):
+    assert format_number(value) == text
 
 
 def test_speed_and_counts():

@@ -90,7 +90,7 @@ def test_predicted_weights_are_those_of_the_loaded_model(shape, method, folders,
 def test_predicted_weights_are_those_of_a_model_with_random_weights(method, monkeypatch):
     """Without a checkpoint the model is converted in place: the same bytes, and the same types, as a loaded one."""
     shape = Shape(32, 64, 2, 4, 2, 259, 128)
-    monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", "nobody/tiny", "", "", shape))
+    monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", "Tiny", "nobody/tiny", "", "", shape))
     source, method = resolve("tiny", random_weights=True), METHODS[method]
     predicted = memory.predict(meta_model(load_config(source)), method, tokens=10)
     dense = load_model(source, METHODS["fp16"], "cpu")

@@ -9,6 +9,7 @@ from browser_support import new_tab, open_page, raw_messages, status, wait_until
 from colours import rgb
 
 from llmq.figures.palette import DARK, LIGHT
+from llmq.methods import METHODS
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 LARGEST_VIEW = 300_000  # bytes of one view on its way to the browser
@@ -49,10 +50,16 @@ def wait_for_status(page, elem_id: str, words: str) -> None:
     )
 
 
+def wait_for_watched(page, words: str) -> None:
+    page.wait_for_function(
+        "words => document.querySelector('#outlier-status [data-part=note]').textContent.includes(words)", arg=words
+    )
+
+
 def test_scrubber_shows_each_token_and_layers_agree_with_hooks(observatory, screenshots):
     page = observatory
     page.locator("#watch").click()
-    wait_for_status(page, "outlier-status", "4 generated tokens watched")
+    wait_for_watched(page, "4 generated tokens watched")
     part(page, "Sent to 16 bit")
     prompt = drawn(page, "moment-figure")
     assert "the prompt" in prompt["title"]
@@ -101,7 +108,7 @@ def test_a_click_on_a_token_finds_its_cause_and_stop_keeps_it(observatory, scree
     assert diverging.count() >= 1, "bnb-int8 has another first choice somewhere in the chat template's tokens"
     diverging.first.click()
     page.wait_for_function("/in 16 bit it is/.test(document.querySelector('#cause-status .llmq-status').textContent)")
-    page.locator("#outlier-stop").click()
+    page.locator("#cause-status [data-part=stop]").click()
     wait_for_status(page, "cause-status", "Stopped early")
     assert "yes" in page.locator("#patches").inner_text()
     layers = drawn(page, "layer-errors")["series"]["SQNR of the output"]
@@ -124,28 +131,28 @@ def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, scre
         wait_for_status(page, "amplifying-status", "Measured on")
     series = drawn(page, "amplifying-figure")["series"]
     change = {name: points[-1][1] / points[0][1] for name, points in series.items()}
-    assert change["fp16"] == pytest.approx(1, abs=1e-3)
-    assert change["llm-int8"] < 1.05 and change["absmax"] > 5
+    assert change["FP16"] == pytest.approx(1, abs=1e-3)
+    assert change["int8 · ours"] < 1.05 and change[METHODS["absmax"].label] > 5
     page.screenshot(path=screenshots / "observatory-amplified.png", full_page=True)
 
 
-@pytest.mark.parametrize(("name", "inputs"), [
-    ("agreement", [PROMPT, "", "continuation", "demo", "bnb-int8", 6.0, 8]),
-    ("ablation", ["demo", "", []]),
+@pytest.mark.parametrize(("button", "inputs"), [
+    ("read", [PROMPT, "", "continuation", "demo", "bnb-int8", 6.0, 8]),
+    ("ablation-run", ["demo", "", []]),
 ])  # fmt: skip
-def test_what_travels_for_a_view_is_small(address, name, inputs):
-    sizes = [size for size, _ in raw_messages(address, name, inputs)]
+def test_what_travels_for_a_view_is_small(address, button, inputs):
+    sizes = [size for size, _ in raw_messages(address, button, inputs)]
     assert max(sizes) < LARGEST_VIEW and len(sizes) > 3
 
 
 @pytest.mark.parametrize("bad", [-1, 21])
 def test_a_threshold_off_the_slider_is_refused_by_its_value(address, bad):
-    *_, (_, last) = raw_messages(address, "outliers", [PROMPT, "demo", "bnb-int8", bad, 2])
+    *_, (_, last) = raw_messages(address, "watch", [PROMPT, "demo", "bnb-int8", bad, 2])
     assert not last["success"] and f"Value {bad}" in json.dumps(last)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1400, 400])
+@pytest.mark.parametrize("width", [1400, 400, 320])
 def test_every_part_is_accessible_and_fits(browser, address, theme, width, screenshots):
     from axe_playwright_python.sync_playwright import Axe
 
@@ -153,7 +160,7 @@ def test_every_part_is_accessible_and_fits(browser, address, theme, width, scree
     open_page(page, address, f"__theme={theme}")
     page.get_by_role("tab", name="Outliers").click()
     page.locator("#watch").click()
-    wait_for_status(page, "outlier-status", "watched in")
+    wait_for_watched(page, "watched in")
     page.wait_for_selector("#token-map .js-plotly-plot .hm")
     found = []
     for name in ("Activations", "Sent to 16 bit", "The paper's figures", "Agreement and cause", "What if"):
@@ -165,11 +172,17 @@ def test_every_part_is_accessible_and_fits(browser, address, theme, width, scree
         page.wait_for_function(SHOWN, arg=name)
         wait_until_still(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        levels = page.evaluate(
+            "[...document.querySelectorAll('h1,h2,h3,h4')].filter(h => h.offsetWidth).map(h => Number(h.tagName[1]))"
+        )
+        assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)), (name, levels)
+        primary = [button for button in page.locator("button.primary, .llmq-primary").all() if button.is_visible()]
+        assert len(primary) <= 1, (name, [button.inner_text() for button in primary])
         found += Axe().run(page).response["violations"]
         page.screenshot(path=screenshots / f"part-{name.split()[0].lower()}-{theme}-{width}.png", full_page=True)
     serious = [
         (v["id"], [n["html"][:160] for n in v["nodes"]]) for v in found if v["impact"] in ("critical", "serious")
     ]
     assert not serious
-    assert "Ready" not in status(page, "outlier-status")
+    assert "channels that run through the model reach" in status(page, "outlier-status")
     page.close()

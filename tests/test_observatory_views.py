@@ -319,6 +319,7 @@ def test_every_number_of_a_saved_report_comes_back():
 @pytest.mark.parametrize("content", [
     "", "{", "[]", '{"kind": "nothing"}', '{"kind": "silencing"}', '{"kind": "outliers", "threshold": 6, "report": 5}',
     '{"kind": "outliers", "threshold": 6, "report": {"arrays": [], "value": {"model": 5}}}',
+    '{"kind": "outliers", "report": {"arrays": [{"dtype": "<f4", "shape": [1], "data": "AAAA"}], "value": {}}}',
     '{"kind": "agreement", "stored": {"question": {}}}', '{"kind": "cause", "cause": {"arrays": [], "value": []}}',
 ])  # fmt: skip
 def test_a_file_that_is_no_answer_is_refused_in_one_line(content, tmp_path):

@@ -84,9 +84,12 @@ import json, sys
 import app
 from llmq.ui.shell.layout import build
 state = app.make_state(app.parse(["--model", sys.argv[1], "--methods", "fp16,coarse@5", "--device", "cpu"]))
-parts = {part.elem_id: part for part in build(state).blocks.values() if getattr(part, "elem_id", None)}
+page = build(state)
+parts = {part.elem_id: part for part in page.blocks.values() if getattr(part, "elem_id", None)}
 choices = [name for part in parts.values() for _, name in getattr(part, "choices", None) or ()]
-print(json.dumps({"parts": list(parts), "coarse": choices.count("coarse"), "fp16": choices.count("fp16")}))
+print(json.dumps({"parts": list(parts), "coarse": choices.count("coarse"), "fp16": choices.count("fp16"),
+                  "asked": {p["parameter_name"]: p["parameter_default"] for p in
+                            page.get_api_info()["named_endpoints"]["/coarser"]["parameters"]}}))
 """
 
 
@@ -152,6 +155,7 @@ def test_both_are_on_the_page(started, tiny_folder):
     found = json.loads(out[-1])
     assert {"coarser-run", "coarser-most", "coarser-table"} <= set(found["parts"])
     assert found["coarse"] == found["fp16"] > 0
+    assert found["asked"] == {"windows": 1, "most": 8, "model": "demo", "device": None, "threshold": 6.0}
 
 
 def test_both_are_there_for_python(started, tiny_folder):

@@ -144,7 +144,7 @@ def test_an_end_of_text_ends_a_continuation_and_is_no_part_of_it(folder, machine
     assert agreement.drift.baseline_ids == agreement.token_ids[agreement.continuation :] == tuple(written[:3])
     asked = reading(folder, "fp16", "fp32")
     monkeypatch.setattr(settings[1], "eos_token_id", written[0])
-    with pytest.raises(BadChoice, match="fp32 ends the text at once"):
+    with pytest.raises(BadChoice, match="FP32 ends the text at once"):
         list(machine.run(asked))
 
 

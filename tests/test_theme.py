@@ -22,8 +22,19 @@ AS_MARKUP = re.compile(
 
 
 def test_every_script_and_style_is_looked_at():
-    assert {"live_cards.js", "live_plot.js", "live.js", "token_diff.js", "reading.js", "figure.js"} <= SCRIPTS.keys()
-    assert {"page.css", "theme.css"} <= STYLES.keys()
+    assert {
+        "fit.js",
+        "nodes.js",
+        "result.js",
+        "result_nodes.js",
+        "result_player.js",
+        "live_plot.js",
+        "watched.js",
+        "silence.js",
+        "reading.js",
+        "figure.js",
+    } <= SCRIPTS.keys()
+    assert {"page.css", "theme.css", "fit.css", "outliers.css"} <= STYLES.keys()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

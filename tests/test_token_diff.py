@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from llmq.ui.parts.token_alignment import ALIGN_AT_MOST, diff_tokens, diff_value
+from llmq.ui.parts.token_alignment import ALIGN_AT_MOST, diff_tokens
 
 
 def tokens(ids) -> list[tuple[int, str]]:
@@ -16,8 +16,8 @@ def tokens(ids) -> list[tuple[int, str]]:
 def kinds(ids_a, ids_b) -> tuple[int | None, str, str]:
     """The comparison with one letter a token: p(refix), s(ame), d(iff)."""
     found = diff_tokens(tokens(ids_a), tokens(ids_b))
-    letters = ["".join(kind[0] for _, kind in found[key]) for key in ("tokens_a", "tokens_b")]
-    return found["first_divergence"], *letters
+    letters = ["".join(kind[0] * text.count(" ") for text, kind in pieces) for pieces in found["pieces"]]
+    return found["first"], *letters
 
 
 @pytest.mark.parametrize("ids_a, ids_b, expected", [
@@ -33,18 +33,24 @@ def test_tokens_are_aligned_by_id(ids_a, ids_b, expected):
 
 
 def test_equal_text_from_different_tokens_differs():
-    found = diff_tokens([(1, "ab")], [(2, "ab")])
-    assert found["first_divergence"] == 0
+    assert diff_tokens([(1, "ab")], [(2, "ab")])["first"] == 0
 
 
 def test_long_texts_are_compared_up_to_the_first_difference_only():
     ids = list(range(ALIGN_AT_MOST + 1))
     found = diff_tokens(tokens(ids), tokens([*ids[:100], -1, *ids[100:]]))
-    assert (found["first_divergence"], found["aligned"]) == (100, False)
-    assert {kind for _, kind in found["tokens_a"][100:]} == {"diff"}
+    assert (found["first"], found["aligned"]) == (100, False)
+    assert [kind for _, kind in found["pieces"][0]] == ["prefix", "diff"]
 
 
 def test_the_comparison_travels_as_json_with_its_text_untouched():
-    value = diff_value(("fp16", "nf4"), [(1, "<b>\n")], [(2, "</script>")], panes=(0, 2))
+    value = diff_tokens([(1, "<b>\n")], [(2, "</script>")])
     assert json.loads(json.dumps(value)) == value
-    assert (value["tokens_a"], value["panes"]) == ([["<b>\n", "diff"]], [0, 2])
+    assert value["pieces"] == [[["<b>\n", "diff"]], [["</script>", "diff"]]]
+
+
+def test_a_character_of_several_tokens_is_whole_and_differs_with_any_of_them():
+    """Arabic is two tokens a letter here: the first has no text of its own, and no sign stands for it."""
+    found = diff_tokens([(1, ""), (2, "ا"), (3, ""), (4, "ك")], [(1, ""), (2, "ا"), (9, ""), (4, "ت")])
+    assert found["pieces"] == [[["ا", "prefix"], ["ك", "diff"]], [["ا", "prefix"], ["ت", "diff"]]]
+    assert "".join(text for text, _ in found["pieces"][0]) == "اك"

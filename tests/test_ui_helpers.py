@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from urllib.parse import parse_qsl
 
 import pytest
 
@@ -12,7 +11,7 @@ from llmq.engine.sampling import MAX_TEMPERATURE, SamplingSettings
 from llmq.labs.compare import Comparison
 from llmq.labs.outliers import Inspection
 from llmq.machine.door import Machine
-from llmq.ui.shell.link import LONGEST_PROMPT, query_of, wishes_of
+from llmq.ui.shell.link import query_of, wishes_of
 from llmq.ui.shell.state import KEPT_FINDINGS, AppState, Jobs
 
 PROMPT = "Où est l'été ? <b>&amp;</b> 日本 👩‍👧 a=b&c+d%20\n\tend"
@@ -29,12 +28,8 @@ def comparison(**changes) -> Comparison:
     return Comparison(**(settings | changes))
 
 
-def wishes(query: str) -> dict:
-    return wishes_of(dict(parse_qsl(query, keep_blank_values=True)))
-
-
-def test_a_link_carries_every_setting():
-    assert wishes(query_of(comparison().settings())) == {
+def test_a_recorded_run_fills_the_form_with_every_setting():
+    assert wishes_of(query_of(comparison().settings())) == {
         "prompt": PROMPT,
         "model": "tinyllama-1.1b-chat",
         "methods": ["bf16", "bnb-int8@3.5", "bnb-int8@0"],
@@ -47,19 +42,6 @@ def test_a_link_carries_every_setting():
     }
 
 
-@pytest.mark.parametrize(("length", "carried"), [(LONGEST_PROMPT, True), (LONGEST_PROMPT + 1, False)])
-def test_a_prompt_too_long_for_a_link_is_left_out_whole(length, carried):
-    found = wishes(query_of(comparison(prompt="x" * length).settings()))
-    assert ("prompt" in found) == carried
-    assert found["methods"] == ["bf16", "bnb-int8@3.5", "bnb-int8@0"]
-
-
-@pytest.mark.parametrize("prompt", ["", PROMPT, "?&=#%", "</script>"])
-def test_a_query_is_plain_ascii(prompt):
-    query = query_of(comparison(prompt=prompt).settings())
-    assert query.isascii() and not set(query) & set("<>\"' \n#?")
-
-
 @pytest.mark.parametrize(
     ("query", "expected"),
     [
@@ -69,7 +51,7 @@ def test_a_query_is_plain_ascii(prompt):
         ({"schedule": "sideways"}, {}),
         ({"methods": "int3,fp16"}, {"methods": ["fp16"]}),
         ({"methods": "fp16,bf16,fp32,bnb-int8"}, {"methods": ["fp16", "bf16", "fp32"]}),
-        ({"methods": "bnb-int8@nan,bnb-int8@6,bnb-int8@1e9"}, {"methods": ["bnb-int8"]}),
+        ({"methods": "bnb-int8@nan,bnb-int8@6,bnb-int8@1e9"}, {"methods": ["bnb-int8"], "threshold": 6.0}),
         ({"methods": "<script>,../../etc,@"}, {"methods": []}),
         ({"methods": "fp16,fp16"}, {"methods": ["fp16"]}),
         ({"temperature": "nan", "top_p": "inf", "top_k": "-1"}, {}),
@@ -78,6 +60,14 @@ def test_a_query_is_plain_ascii(prompt):
         ({"max_new_tokens": "99999", "seed": "9" * 400, "top_k": "9" * 5000}, {}),
         ({"max_new_tokens": "12; drop", "temperature": "", "seed": " 7 "}, {"seed": 7}),
         ({"top_p": "0", "temperature": "-0.0"}, {"temperature": 0.0}),
+        ({"threshold": "3"}, {"threshold": 3.0}),
+        ({"threshold": "hot"}, {}),
+        ({"threshold": "-1"}, {}),
+        # One threshold in a link is the form's; two, or one beside the form's, belong to their methods.
+        ({"methods": "fp16,llm-int8@3"}, {"methods": ["fp16", "llm-int8"], "threshold": 3.0}),
+        ({"methods": "llm-int8@3,bnb-int8@3"}, {"methods": ["llm-int8", "bnb-int8"], "threshold": 3.0}),
+        ({"methods": "llm-int8@3,llm-int8"}, {"methods": ["llm-int8@3", "llm-int8"]}),
+        ({"methods": "fp16,llm-int8@3", "threshold": "5"}, {"methods": ["fp16", "llm-int8@3"], "threshold": 5.0}),
         ({"prompt": "<img src=x onerror=alert(1)>"}, {"prompt": "<img src=x onerror=alert(1)>"}),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Step
 from llmq.methods import METHODS
 from llmq.summary import Summary
-from llmq.ui.parts.verdict import USUAL, WHY_OURS_CPU, WHY_SLOWER_CPU, WHY_SLOWER_GPU, verdict
+from llmq.ui.parts.verdict import USUAL, WHY_OURS_CPU, WHY_SLOWER_CPU, WHY_SLOWER_GPU, Verdict, verdict
 
 MB = 10**6
 SAME = [5, 6, 7, 8]
@@ -32,9 +32,14 @@ def lane(
     return [*events, end]
 
 
-def said(*lanes: list[Event], device: str = "cpu") -> str:
+def judged(*lanes: list[Event], device: str = "cpu") -> Verdict:
     names = [events[0].contestant for events in lanes]
     return verdict(Summary([planned(*names, device=device), *sum(lanes, [])]))
+
+
+def said(*lanes: list[Event], device: str = "cpu") -> str:
+    """Everything that is told below the headline."""
+    return "\n\n".join(judged(*lanes, device=device).details)
 
 
 AGREED = "The two texts agree on all 4 tokens that both produced."
@@ -42,16 +47,16 @@ AGREED = "The two texts agree on all 4 tokens that both produced."
 
 def test_a_slower_method_says_by_how_much_and_why():
     assert said(lane("fp16"), lane("bnb-int8", speed=4.0, megabytes=100)) == (
-        "**LLM.int8() · bitsandbytes** holds 100 MB of weights where FP16 holds 200 MB: 50% less memory. "
-        f"It decoded at 4.00 tok/s against 10.0 tok/s: **2.5 times slower** in this run. {USUAL} {WHY_SLOWER_CPU}"
+        "int8 · bitsandbytes holds 100 MB of weights where FP16 holds 200 MB: 50% less memory. "
+        f"It decoded at 4.00 tok/s against 10.0 tok/s: 2.5 times slower in this run. {USUAL} {WHY_SLOWER_CPU}"
         f"\n\n{AGREED}"
     )
 
 
 def test_a_faster_method_says_by_how_much():
     assert said(lane("fp32", megabytes=400), lane("fp16", speed=15.0)) == (
-        "**FP16** holds 200 MB of weights where FP32 holds 400 MB: 50% less memory. "
-        f"It decoded at 15.0 tok/s against 10.0 tok/s: **1.5 times faster** in this run.\n\n{AGREED}"
+        "FP16 holds 200 MB of weights where FP32 holds 400 MB: 50% less memory. "
+        f"It decoded at 15.0 tok/s against 10.0 tok/s: 1.5 times faster in this run.\n\n{AGREED}"
     )
 
 
@@ -63,17 +68,17 @@ def test_ours_says_why_it_is_slower_where_its_kernels_do_not_run():
 
 def test_a_ratio_across_loops_says_so():
     text = said(lane("fp16", engine="lean"), lane("bnb-int8", speed=4.0), lane("llm-int8", speed=16.0, engine="lean"))
-    assert "4.00 tok/s against 10.0 tok/s (in different loops: transformers and the lean loop): **2.5 times" in text
-    assert "16.0 tok/s against 10.0 tok/s: **1.6 times faster** in this run." in text
+    assert "4.00 tok/s against 10.0 tok/s (in different loops: transformers and the lean loop): 2.5 times" in text
+    assert "16.0 tok/s against 10.0 tok/s: 1.6 times faster in this run." in text
 
 
 @pytest.mark.parametrize(
     ("speed", "words"),
     [
         (9.53, "about the same speed"),
-        (9.51, "**1.1 times slower**"),
+        (9.51, "1.1 times slower"),
         (10.5, "about the same speed"),
-        (10.6, "**1.1 times faster**"),
+        (10.6, "1.1 times faster"),
         (10.0, "about the same speed"),
     ],
 )
@@ -103,7 +108,7 @@ def test_equal_memory_is_not_called_more():
 
 
 def test_a_threshold_is_part_of_the_name():
-    assert "**LLM.int8() · bitsandbytes, threshold 3.5** holds" in said(lane("fp16"), lane("bnb-int8@3.5"))
+    assert "int8 · bitsandbytes, threshold 3.5 holds" in said(lane("fp16"), lane("bnb-int8@3.5"))
 
 
 @pytest.mark.parametrize(
@@ -111,9 +116,12 @@ def test_a_threshold_is_part_of_the_name():
     [
         (SAME, "The two texts agree on all 4 tokens that both produced."),
         (SAME[:2], "The two texts agree on all 2 tokens that both produced."),
-        ([9, 6, 7, 8], "The two texts differ from the first token on; after that each continues its own text."),
-        ([5, 9, 7, 8], "The two texts agree for 1 token and part at token 2;"),
-        ([5, 6, 7, 9], "The two texts agree for 3 tokens and part at token 4;"),
+        (
+            [9, 6, 7, 8],
+            "The two texts differ from the first token on, where FP16 gave its own choice 37% and BF16 gave",
+        ),
+        ([5, 9, 7, 8], "The two texts agree for 1 token and part at token 2, where"),
+        ([5, 6, 7, 9], "The two texts agree for 3 tokens and part at token 4, where"),
     ],
 )
 def test_agreement_is_counted_from_the_first_token(ids, sentence):
@@ -130,20 +138,54 @@ def test_one_token_is_no_speed():
 
 
 def test_a_method_that_fails_is_not_compared():
-    text = said(lane("fp16"), lane("bnb-int8", failed="out of memory"))
-    first, agreement = text.split("\n\n")
-    assert first == "**LLM.int8() · bitsandbytes did not finish**, so there is nothing to compare."
-    assert agreement == AGREED
+    found = judged(lane("fp16"), lane("bnb-int8", failed="out of memory"))
+    assert found == Verdict("int8 · bitsandbytes did not finish, so there is nothing to compare.")
+
+
+def test_what_the_others_did_is_compared_all_the_same():
+    found = judged(lane("fp16"), lane("bnb-int8", failed="out of memory"), lane("bf16"))
+    assert found.headline == (
+        "int8 · bitsandbytes did not finish, so there is nothing to compare. "
+        "BF16 needs as much memory and writes at about the same speed."
+    )
+    assert len(found.details) == 1, "the two texts are those of the first two"
 
 
 def test_a_failed_baseline_is_said_once():
-    text = said(lane("fp32", failed="boom"), lane("fp16"), lane("bf16"))
-    assert text.count("**FP32 did not finish**") == 1
+    found = judged(lane("fp32", failed="boom"), lane("fp16"), lane("bf16"))
+    assert found == Verdict("FP32 did not finish, so there is nothing to compare.")
+
+
+@pytest.mark.parametrize(
+    ("lanes", "headline"),
+    [
+        ([lane("fp16"), lane("llm-int8", megabytes=122, speed=18.0, ids=[5, 6, 9, 9])],
+         "int8 · ours needs 39% less memory and writes 1.8 times faster than FP16; the texts are the same for 2 "
+         "tokens."),
+        ([lane("fp16"), lane("bnb-int8", megabytes=122, speed=4.0, ids=[9])],
+         "int8 · bitsandbytes needs 39% less memory; the texts differ from the first token on."),
+        ([lane("fp32", megabytes=400), lane("fp16"), lane("bf16", speed=5.0)],
+         "FP16 needs 50% less memory and writes at about the same speed; the texts are the same. "
+         "BF16 needs 50% less memory and writes 2.0 times slower than FP32."),
+    ],
+)  # fmt: skip
+def test_the_headline_is_what_a_reader_takes_home(lanes, headline):
+    assert judged(*lanes).headline == headline
+
+
+def test_a_text_that_ended_is_the_same_as_far_as_it_goes():
+    assert "the texts are the same for 2 tokens." in judged(lane("fp16"), lane("bf16", ids=SAME[:2])).headline
+
+
+def test_where_texts_part_it_is_said_how_sure_each_model_was():
+    sure = [Step(**(vars(e) | {"logprob": -0.1})) if isinstance(e, Step) else e for e in lane("fp16")]
+    assert "FP16 gave its own choice 90% and BF16 gave its own choice 37%. After" in said(sure, lane("bf16", ids=[9]))
+    assert "37%, so little decided it. After" in said(lane("fp16"), lane("bf16", ids=[9]))
 
 
 def test_three_methods_are_each_held_against_the_first():
     text = said(lane("fp32", megabytes=400), lane("fp16"), lane("bf16", ids=[9]))
-    assert [line.split(" holds")[0] for line in text.split("\n\n")] == ["**FP16**", "**BF16**", AGREED]
+    assert [line.split(" holds")[0] for line in text.split("\n\n")] == ["FP16", "BF16", AGREED]
     assert text.count("where FP32 holds 400 MB") == 2
 
 
@@ -151,13 +193,13 @@ def test_three_methods_are_each_held_against_the_first():
     "events", [[], [planned("fp16", "bf16")], [planned("fp16"), *lane("fp16")], lane("fp16")[:1]], ids=range(4)
 )
 def test_nothing_to_compare_is_nothing_said(events):
-    assert verdict(Summary(events)) == ""
+    assert verdict(Summary(events)) == Verdict()
 
 
 def test_no_word_of_the_models_text_is_repeated():
     events = lane("fp16") + lane("bf16")
     marked = [Step(**(vars(e) | {"text": "<img src=x>"})) if isinstance(e, Step) else e for e in events]
-    assert "<img" not in verdict(Summary([planned("fp16", "bf16"), *marked]))
+    assert "<img" not in str(verdict(Summary([planned("fp16", "bf16"), *marked])))
 
 
 def test_a_method_of_another_version_is_called_by_its_own_name():
@@ -169,7 +211,7 @@ def test_the_reason_on_a_cpu_is_one_that_this_processor_has():
     """With AVX-512 bitsandbytes multiplies in int8: the reason for slowness elsewhere is none there."""
     lanes = [lane("fp16"), lane("bnb-int8", speed=4.0)]
     events = [planned("fp16", "bnb-int8", device="cpu"), *sum(lanes, [])]
-    said = {cpu: verdict(Summary(events), cpu) for cpu in ("", "AVX2", "AVX512")}
+    said = {cpu: "\n".join(verdict(Summary(events), cpu).details) for cpu in ("", "AVX2", "AVX512")}
     assert WHY_SLOWER_CPU in said["AVX2"] and said["AVX2"] == said[""]
     assert "times slower" in said["AVX512"] and "FP32" not in said["AVX512"] and USUAL not in said["AVX512"]
     told = {cpu: METHODS["bnb-int8"].arithmetic("cpu", "hf", cpu) for cpu in ("", "AVX2", "AVX512")}

@@ -66,7 +66,7 @@ def explain_token(
     for number, name in enumerate(names):
         if stop.is_set():
             break
-        yield Progress(f"{name} in 16 bit ({number + 1} of {len(names)})", 0.1 + 0.9 * number / len(names))
+        yield Progress(f"put {name} back in 16 bit ({number + 1} of {len(names)})", 0.1 + 0.9 * number / len(names))
         with patched(model, name, baseline.get_submodule(name)):
             logits = forecast(kind_and_layer(name)[1])
         token, margin = int(logits.argmax()), float(logits[wanted] - logits[got])

@@ -70,7 +70,7 @@ class Reading(Lab):
             continuation = len(ids)
             drift = yield from _drift(pair, ids, self, lease)
             ids = ids + list(drift.baseline_ids)
-        yield lease.progress(f"{self.baseline.label} and {self.contestant.label} read {len(ids)} tokens", 0.8)
+        yield lease.progress(f"{self.baseline.title} and {self.contestant.title} read {len(ids)} tokens", 0.8)
         logits = [engine.logits(ids, lease.stop.is_set).float() for engine in pair]
         agreement = Agreement(tuple(ids), tuple(compare_logits(*logits, ids)), continuation, drift)
         shown = {guess.token_id for token in agreement.tokens for guess in (*token.baseline, *token.other)}
@@ -102,6 +102,11 @@ class Read:
         return f"Agreement: {self.reading.model}, {' and '.join(self.labels)}"
 
     @property
+    def titles(self) -> tuple[str, str]:
+        """Both methods as people read them."""
+        return self.reading.baseline.title, self.reading.contestant.title
+
+    @property
     def texts(self) -> tuple[str, ...]:
         """One for each token of the text."""
         return tuple(self.names[token_id] for token_id in self.agreement.token_ids)
@@ -126,7 +131,7 @@ class Read:
         """What a page shows of it: labels, one row a token, and a summary. A KL that is infinite is None."""
         agreement = self.agreement
         return {
-            "labels": list(self.labels),
+            "labels": list(self.titles),
             "first": agreement.tokens[0].position,
             "opening": self.texts[0],
             "continuation": agreement.continuation,
@@ -201,13 +206,13 @@ def _drift(
                     break
                 written.append(token.token_id)
                 share = (side + len(written) / reading.new_tokens) * 0.4
-                yield lease.progress(f"{contestant.label} writes token {len(written)} of {reading.new_tokens}", share)
+                yield lease.progress(f"{contestant.title} writes token {len(written)} of {reading.new_tokens}", share)
         finally:
             generation.close()
         texts.append(written)
         tables.append(logits)
     if not texts[0]:
-        ends = f"{reading.baseline.label} ends the text at once"
+        ends = f"{reading.baseline.title} ends the text at once"
         raise BadChoice(f"{ends}, so there is no continuation to read; try another prompt")
     at = first_divergence(*texts)
     margins = None if at is None else margins_at(*(table[at] for table in tables), (texts[0][at], texts[1][at]))
@@ -224,18 +229,18 @@ def load_pair(question, model: Model, lease: Lease) -> Generator[Event, None, tu
 
 def summary_of(read: Read) -> str:
     """Agreement in one line."""
-    found, labels = read.agreement, read.labels
+    found, titles = read.agreement, read.titles
     same = sum(token.agrees for token in found.tokens)
     return (
         f"Both read the same {len(found.tokens)} tokens: {same} times ({format_share(found.top1_agreement)}) the same "
-        f"first choice, mean KL {found.mean_kl:.3g} nats, perplexity {found.perplexities[0]:.4g} ({labels[0]}) and "
-        f"{found.perplexities[1]:.4g} ({labels[1]})."
+        f"first choice, mean KL {found.mean_kl:.3g} nats, perplexity {found.perplexities[0]:.4g} ({titles[0]}) and "
+        f"{found.perplexities[1]:.4g} ({titles[1]})."
     )
 
 
 def drift_line(read: Read) -> str:
     """Where the two free texts part; '' where none was written."""
-    drift, labels = read.agreement.drift, read.labels
+    drift, titles = read.agreement.drift, read.titles
     if drift is None:
         return ""
     if drift.position is None:
@@ -244,7 +249,7 @@ def drift_line(read: Read) -> str:
     own, other = (read.names[ids[drift.position]] for ids in (drift.baseline_ids, drift.other_ids))
     margins = f"{drift.margins[0]:.3g} and {drift.margins[1]:.3g} nats" if drift.margins else "unknown margins"
     return (
-        f"Writing freely, the texts part at token {drift.position + 1}: {labels[0]} writes {own!r}, {labels[1]} "
+        f"Writing freely, the texts part at token {drift.position + 1}: {titles[0]} writes {own!r}, {titles[1]} "
         f"{other!r}, each preferring its own by {margins}. From there on they read different texts, so a large "
         "difference of texts can come from a small one of numbers."
     )

@@ -14,6 +14,7 @@ from llmq.contestant import Contestant
 from llmq.fields import Number, Numbers
 from llmq.figures.blocks import Drawing
 from llmq.figures.lines import Line, line_figure
+from llmq.formatting import format_number
 from llmq.labs.rows import BASELINE, SCORES, RowLab, Rows, Workbench
 from llmq.models.edits import LARGEST_FACTOR, Amplify, require_channels
 
@@ -28,14 +29,15 @@ class Amplifying(RowLab):
     evenly, `spread` of them."""
 
     kind, command, panel = "amplifying", ("experiment", "amplifying"), True
-    title, button = "Make channels louder without changing the function", "Measure at this s"
+    title, button = "Make channels louder without changing the function", "Measure"
     about = (
         "Each norm's weight times s, the columns that read it divided by s: in 16 bit the same model, with activations "
         "s times as large, as outliers are. It is SmoothQuant run backwards: SmoothQuant divides activations to make "
         "them easy to round, this multiplies them to make them hard."
     )
     factors: Annotated[
-        tuple[float, ...], Numbers(FACTOR, help="s, from 1 to 64", label="s", named="factor", start=16, live=True)
+        tuple[float, ...],
+        Numbers(FACTOR, help="s, from 1 to 64", label="How many times louder (s)", named="factor", start=16, live=True),
     ] = (1, 4, 16, 64)
     channels: Annotated[
         tuple[int, ...] | None,
@@ -61,7 +63,7 @@ class Amplifying(RowLab):
             truth = bench.read(engine)
         pairs = list(product(self.factors, self.contestants))
         for number, (factor, contestant) in enumerate(pairs):
-            yield bench.progress(f"{contestant.label} at s = {factor:g}", 0.05 + 0.95 * number / len(pairs))
+            yield bench.progress(f"{contestant.title} at s = {factor:g}", 0.05 + 0.95 * number / len(pairs))
             edit = Amplify(channels, factor) if factor != 1 else None
             with bench.engine(contestant, edit) as engine:
                 found = bench.read(engine)
@@ -83,7 +85,7 @@ class Amplifying(RowLab):
             return ""
         low, high = ({r["method"]: r for r in rows if r["factor"] == f} for f in (factors[0], factors[-1]))
         changes = [
-            f"{method} {high[method]['perplexity'] / low[method]['perplexity']:,.4g} times"
+            f"{method} {format_number(high[method]['perplexity'] / low[method]['perplexity'])} times"
             for method in high
             if method in low and high[method]["perplexity"] < math.inf
         ]

@@ -161,17 +161,18 @@ class CauseAnswer:
 
 def cause_line(cause: Cause, read: Read) -> str:
     """The finding in one or two sentences."""
-    token, labels = read.texts[cause.position], read.labels
+    token, titles = read.texts[cause.position], read.titles
     wanted, got = read.names[cause.baseline_token], read.names[cause.other_token]
     if not cause.diverges:
         return f"Token {cause.position} ({token!r}): both hold {wanted!r} likeliest, so there is nothing to repair."
     start = (
-        f"Token {cause.position} ({token!r}): {labels[0]} forecasts {wanted!r}, {labels[1]} {got!r}, "
+        f"Token {cause.position} ({token!r}): {titles[0]} forecasts {wanted!r}, {titles[1]} {got!r}, "
         f"{-cause.margin:.3g} logits ahead."
     )
     if not cause.patches:
         return start
-    tried = f"{len(cause.patches)} modules tried" + (" so far" if cause.stopped else "")
+    count = len(cause.patches)
+    tried = f"{count} module{'' if count == 1 else 's'} tried{' so far' if cause.stopped else ''}"
     if not cause.repairs:
         return f"{start} No single module repairs it ({tried}): the error is spread over many."
     best = cause.repairs[0]

@@ -82,19 +82,21 @@ class Inspection(Lab):
             method=self.contestant.label,
             outlier_columns=engine.method.outlier_columns,
         ):
-            yield ReportAnswer(report, self.threshold)
+            yield ReportAnswer(report, self.threshold, self.prompt)
 
     @classmethod
     def restore(cls, stored: dict[str, Any]) -> ReportAnswer:
-        return ReportAnswer(from_stored(OutlierReport, stored["report"]), float(stored["threshold"]))
+        report = from_stored(OutlierReport, stored["report"])
+        return ReportAnswer(report, float(stored["threshold"]), str(stored.get("prompt", "")))
 
 
 @dataclass(frozen=True)
 class ReportAnswer:
-    """A watched run, judged at `threshold`."""
+    """A watched run, judged at `threshold`; `prompt` as it was typed, '' where that is not known."""
 
     report: OutlierReport
     threshold: float
+    prompt: str = ""
     kind = "outliers"
 
     @property
@@ -130,7 +132,7 @@ class ReportAnswer:
         return self.report.to_json(self.threshold)
 
     def stored(self) -> dict:
-        return self.to_json() | {"report": to_stored(self.report)}
+        return self.to_json() | {"prompt": self.prompt, "report": to_stored(self.report)}
 
 
 @dataclass(frozen=True, kw_only=True)

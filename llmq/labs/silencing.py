@@ -14,6 +14,7 @@ from llmq.errors import BadChoice
 from llmq.fields import Number, Numbers, Text
 from llmq.figures.blocks import Drawing
 from llmq.figures.lines import Line, line_figure
+from llmq.formatting import format_number
 from llmq.labs.rows import BASELINE, SCORES, RowLab, Rows, Workbench
 from llmq.models.edits import Silence
 
@@ -32,7 +33,8 @@ class Silencing(RowLab):
         "Perplexity, and how the prompt goes on."
     )
     counts: Annotated[
-        tuple[int, ...], Numbers(COUNT, help="how many channels", label="k", named="channels to silence", start=1)
+        tuple[int, ...],
+        Numbers(COUNT, help="how many channels", label="How many channels (k)", named="channels to silence", start=1),
     ] = (1, 2, 4, 8)
     draws: Annotated[int, Number(1, 1000, whole=True, help="random sets of each size")] = 3
     seed: int = 0
@@ -73,11 +75,12 @@ class Silencing(RowLab):
         if not found:
             return ""
         entry = found[0]
-        times = f", {entry['ratio']:,.3g} times as much" if math.isfinite(entry["ratio"]) else ""
+        times = f", {format_number(entry['ratio'])} times as much" if math.isfinite(entry["ratio"]) else ""
         which = "channel" if entry["count"] == 1 else f"{entry['count']} channels"
         other = "a random one changes" if entry["count"] == 1 else "as many random ones change"
+        raised = format_number(entry["strongest"])
         return (
-            f"Silencing the strongest {which} raises perplexity by {entry['strongest']:,.4g}{times}; {other} it by "
+            f"Silencing the strongest {which} raises perplexity by {raised}{times}; {other} it by "
             f"{entry['random']:+.3g} (median of the draws)."
         )
 

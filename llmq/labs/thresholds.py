@@ -27,6 +27,7 @@ ROUNDS = 3  # every threshold once in each, so that a change of the machine's pa
 SPEED_TOKENS = 16
 SPEED_PROMPT = 64
 ABLE = tuple(name for name, method in METHODS.items() if "threshold" in method.live)
+ABLE_LABELS = tuple(METHODS[name].label for name in ABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Thresholds(RowLab):
         "threshold but none at all."
     )
     method: Annotated[
-        str, Choice(ABLE, help="which method", label="Method", named="method with an outlier threshold")
+        str, Choice(ABLE, ABLE_LABELS, help="which method", label="Method", named="method with an outlier threshold")
     ] = "llm-int8"
     thresholds: Annotated[
         tuple[float, ...], Numbers(THRESHOLD, help="0 is off", named="threshold", flag="--thresholds")

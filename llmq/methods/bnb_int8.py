@@ -23,7 +23,7 @@ class BnbInt8(Method):
     """LLM.int8() by bitsandbytes; a `threshold` of 0 turns the decomposition off."""
 
     threshold: Annotated[float, THRESHOLD] = DEFAULT_THRESHOLD
-    name, label = "bnb-int8", "LLM.int8() · bitsandbytes"
+    name, label = "bnb-int8", "int8 · bitsandbytes"
     about = (
         "Int8 weights with one scale per row, int8 activations with one scale per token; activation columns that "
         "reach the threshold are multiplied in FP16."

@@ -40,7 +40,7 @@ class LlmInt8(Int8Weights):
     """LLM.int8(): int8 activations too, with outlier columns apart; a `threshold` of 0 turns the decomposition off."""
 
     threshold: Annotated[float, THRESHOLD] = DEFAULT_THRESHOLD
-    name, label = "llm-int8", "LLM.int8() · ours"
+    name, label = "llm-int8", "int8 · ours"
     about = (
         "The same codes, scales and outliers as bitsandbytes, in kernels that never wait for the host: an outlier "
         "keeps its 16 bits and meets the same int8 weight."
@@ -70,7 +70,7 @@ class LlmInt8(Int8Weights):
 class Int8WeightOnly(Int8Weights):
     """Int8 weights; activations keep their 16 bits."""
 
-    name, label = "int8-weight-only", "Int8 weights only"
+    name, label = "int8-weight-only", "int8 weights only"
     about = "Int8 weights with one scale per row; activations stay in FP16, so there is nothing to decompose."
     source = "the weights of Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 3.1"
 
@@ -83,7 +83,7 @@ class Int8WeightOnly(Int8Weights):
 class LlmInt8Head(LlmInt8):
     """LLM.int8() whose embedding and head are int8 as well."""
 
-    name, label = "llm-int8-head", "LLM.int8() · ours, head too"
+    name, label = "llm-int8-head", "int8 · ours, head too"
     about = (
         "LLM.int8() with embedding and head in int8 as well, so that the weights are really half of FP16's; they "
         "usually stay in FP16."

@@ -44,7 +44,7 @@ class Naive(Method):
 
 @dataclass(frozen=True)
 class Vectorwise(Naive):
-    name, label = "vectorwise", "Naive W8A8, a scale a row"
+    name, label = "vectorwise", "int8, a scale a row"
     about = (
         "Int8 weights and activations, one scale a row of each, outliers and all: LLM.int8() without its "
         "decomposition. Emulated."
@@ -55,20 +55,20 @@ class Vectorwise(Naive):
 
 @dataclass(frozen=True)
 class Absmax(Naive):
-    name, label = "absmax", "Naive W8A8, a scale a tensor"
+    name, label = "absmax", "int8, a scale a tensor"
     about = "Int8 weights and activations with one scale for a whole tensor, which its largest number sets. Emulated."
     source = "Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 2.1"
 
 
 @dataclass(frozen=True)
 class AbsmaxW8A32(Absmax):
-    name, label = "absmax-w8a32", "Naive W8A32"
+    name, label = "absmax-w8a32", "int8 weights, a scale a tensor"
     about = "Only the weights in int8, one scale a tensor; activations in FP32. Emulated."
     activations = False
 
 
 @dataclass(frozen=True)
 class AbsmaxW32A8(Absmax):
-    name, label = "absmax-w32a8", "Naive W32A8"
+    name, label = "absmax-w32a8", "int8 activations, a scale a tensor"
     about = "Only the activations in int8, one scale a tensor; weights in FP32. Emulated."
     weights, bits = False, 32

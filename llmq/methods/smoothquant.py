@@ -32,7 +32,7 @@ class SmoothQuant(Vectorwise):
     alpha: Annotated[
         float, Number(0, 1, help="How much range moves from activations to weights.", label="α (smoothing)", step=0.05)
     ] = 0.5
-    name, label = "smoothquant", "SmoothQuant · W8A8"
+    name, label = "smoothquant", "int8 · SmoothQuant"
     about = (
         "Activation channels are divided, and weight columns multiplied, by factors found on a calibration text; then "
         "int8 weights and activations with a scale a row. Emulated."

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 from llmq.models.architecture import Unsupported, architecture_of
 
+ENDLESS = 2**31  # positions of a model whose configuration states no limit
+
 # Without one of these transformers would fill in its own, which differ between models and versions.
 STATED = {"eos_token_id", "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads"}
 STATED |= {"num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "vocab_size"}
@@ -46,7 +48,7 @@ def plain_config(folder: Path) -> PlainConfig | None:
 
 def context_of(config) -> int:
     """Return the most tokens that a model's positions allow; without end where its configuration states no limit."""
-    return int(getattr(config, "max_position_embeddings", 2**31))
+    return int(getattr(config, "max_position_embeddings", ENDLESS))
 
 
 def generation_settings(folder: Path) -> dict:

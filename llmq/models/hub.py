@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -91,6 +91,17 @@ def snapshot(repo: str, revision: str | None = None) -> Path:
     raise ModelUnavailable(_UNREACHABLE % repo)
 
 
+def settings(repo: str, revision: str | None = None) -> Path:
+    """Return a folder with a repository's config.json, which is all that is fetched. Raises ModelUnavailable."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    with suppress(ModelUnavailable):
+        return snapshot(repo, revision)
+    with _explained(repo, revision):
+        HfApi().model_info(repo, revision=revision, timeout=5)  # fails at once where a download tries for long
+        return Path(hf_hub_download(repo, "config.json", revision=revision, etag_timeout=5)).parent
+
+
 def _missing(repo: str, revision: str | None) -> dict[str, int]:
     """The files a model needs, and of each the bytes that are still to fetch."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -161,6 +172,8 @@ def _explanation(error: Exception, repo: str, revision: str | None) -> str:
     }
     if explanation := next((text for kind, text in explanations.items() if isinstance(error, kind)), ""):
         return explanation
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"{repo} holds no model: it has no config.json"
     if getattr(getattr(error, "response", None), "status_code", None) == 401:
         return f"the hub refused {repo}: the token in HF_TOKEN is wrong or has expired"
     if isinstance(error, OSError) and (error.errno or 0) > 0 and not isinstance(error, ConnectionError | TimeoutError):

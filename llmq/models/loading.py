@@ -112,14 +112,20 @@ def load_config(source: Source) -> PretrainedConfig | PlainConfig:
 
 def transformers_config(source: Source) -> PretrainedConfig:
     """Return the configuration that transformers makes models from. Raises ModelUnavailable as `load_config`."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, LlamaConfig
+    from transformers import LlamaConfig
 
     if source.kind == "random":
         shape = asdict(PRESETS[source.location].shape)
         rope = {"rope_theta": shape.pop("rope_theta"), **(shape.pop("rope_scaling") or {"rope_type": "default"})}
         return LlamaConfig(**shape, rope_parameters=rope, dtype="float16", borrowed_tokenizer=True)
-    folder = folder_of(source)
-    with _blamed_on(source, "read the configuration"):
+    return config_in(folder_of(source), source)
+
+
+def config_in(folder: Path, source: Source) -> PretrainedConfig:
+    """Return transformers' configuration of a folder. Raises ModelUnavailable for what writes no text."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    with blamed_on(source, "read the configuration"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelUnavailable(f"{source.name} is a {config.model_type!r} model, which does not write text by itself")
@@ -157,7 +163,7 @@ def _tokenizer_stamps(folder: Path) -> tuple:
 
 @lru_cache(maxsize=4)
 def _open_tokenizer(source: Source, folder: Path, stamped: tuple) -> PreTrainedTokenizerBase:
-    with _blamed_on(source, "open the tokenizer"):
+    with blamed_on(source, "open the tokenizer"):
         import transformers
 
         kind = transformers.PreTrainedTokenizerFast if _names_no_family(folder) else transformers.AutoTokenizer
@@ -214,7 +220,7 @@ def _opened(source: Source, arguments: dict) -> PreTrainedModel:
     """The checkpoint as transformers opens it. Raises ModelUnavailable where weights are missing or of another size."""
     from transformers import AutoModelForCausalLM
 
-    with _blamed_on(source, "open the weights"):
+    with blamed_on(source, "open the weights"):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder_of(source),
             use_safetensors=True,
@@ -237,7 +243,7 @@ def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTe
         from llmq.models.random_weights import RandomTensors
 
         return RandomTensors(load_config(source))
-    with _blamed_on(source, "open the weights"):
+    with blamed_on(source, "open the weights"):
         tensors = CheckpointTensors(folder_of(source), source.name)
     stated = getattr(load_config(source), "quantization_config", None)  # then all of a LLaMA's layers but the head
     layers = {name.removesuffix(".weight") for name in tensors.names() if stated and name.endswith("_proj.weight")}
@@ -250,7 +256,7 @@ def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozen
     because each of the three is wrong somewhere."""
     ends = [getattr(config.get_text_config(), "eos_token_id", None)]
     if source.kind != "random":
-        with _blamed_on(source, "read the generation settings"):
+        with blamed_on(source, "read the generation settings"):
             ends.append(generation_settings(folder_of(source)).get("eos_token_id"))
         ends.append(load_tokenizer(source).eos_token_id)
     lists = (end if isinstance(end, list | tuple) else [end] for end in ends)
@@ -271,7 +277,7 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def _blamed_on(source: Source, attempt: str) -> Iterator[None]:
+def blamed_on(source: Source, attempt: str) -> Iterator[None]:
     """Turn what a library raises while it reads a model's files into one line that names those files."""
     import torch
 

@@ -9,11 +9,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llmq.events import Progress
-from llmq.models import loading
+from llmq.models import described, loading
 from llmq.models.checkpoint import stamps
 from llmq.models.config import context_of, ignored_settings
 from llmq.models.edits import Edit
 from llmq.models.loading import Source
+from llmq.models.presets import PRESETS
 from llmq.models.text import encode_prompt
 
 if TYPE_CHECKING:
@@ -32,11 +33,20 @@ def open_model(name: str, *, random_weights: bool = False) -> Model:
     return Model(loading.resolve(name, random_weights=random_weights))
 
 
+def describe_model(name: str) -> Model:
+    """Find a model to count its bytes, weights or no weights: a preset's shape, or the configuration of a hub id or a
+    local folder. Raises BadChoice as `open_model`."""
+    name = (name or "").strip()
+    return Model(loading.resolve(name, random_weights=name in PRESETS), described=True)
+
+
 @dataclass(frozen=True)
 class Model:
-    """One model. Equal where source and edit are; everything else is read once."""
+    """One model. Equal where source and edit are; everything else is read once. `described`: by its configuration
+    alone, to count and not to run."""
 
     source: Source
+    described: bool = False
 
     @property
     def name(self) -> str:
@@ -53,7 +63,7 @@ class Model:
     @cached_property
     def config(self) -> PretrainedConfig | PlainConfig:
         """The configuration. Raises ModelUnavailable where the files are missing or make no model."""
-        return loading.load_config(self.source)
+        return (described.described_config if self.described else loading.load_config)(self.source)
 
     @property
     def fingerprint(self) -> str:
@@ -99,6 +109,4 @@ class Model:
     @cached_property
     def shape(self) -> nn.Module:
         """The model on the meta device: shapes and no storage."""
-        from llmq.models.skeleton import meta_model
-
-        return meta_model(self.config)
+        return described.shape_of(self.source, self.config)

@@ -36,9 +36,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Preset:
-    """`hub_id` is None for the demo model, which comes from a package instead of a hub."""
+    """`name` is what people type, `title` what they read. `hub_id` is None for the demo model, which comes from a
+    package instead of a hub."""
 
     name: str
+    title: str
     hub_id: str | None
     about: str
     licence: str
@@ -51,6 +53,7 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset(
             "demo",
+            "SmolLM2-135M (demo)",
             None,
             "SmolLM2-135M-Instruct: small, trained, LLaMA architecture; needs no hub. Its weights come from a Q4_1 "
             "file, so they lie on a 4-bit grid; dequantised to FP16 they are the baseline here.",
@@ -59,6 +62,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "tinyllama-1.1b-chat",
+            "TinyLlama-1.1B-Chat",
             "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
             "1.1 B parameters, LLaMA-2 architecture with grouped-query attention.",
             "Apache-2.0",
@@ -66,6 +70,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "smollm2-1.7b-instruct",
+            "SmolLM2-1.7B-Instruct",
             "HuggingFaceTB/SmolLM2-1.7B-Instruct",
             "1.7 B parameters, LLaMA architecture; fits a small GPU twice.",
             "Apache-2.0",
@@ -73,6 +78,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "llama-3.2-1b-instruct",
+            "Llama-3.2-1B-Instruct",
             "meta-llama/Llama-3.2-1B-Instruct",
             "1.2 B parameters; gated: accept the licence on the hub and set HF_TOKEN.",
             "Llama 3.2 Community",
@@ -81,6 +87,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "llama-2-7b-chat",
+            "Llama-2-7B-Chat",
             "NousResearch/Llama-2-7b-chat-hf",
             "The 7 B chat model most int8 comparisons use; 13.5 GB in FP16.",
             "Llama 2 Community",
@@ -88,6 +95,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "llama-3.1-8b-instruct",
+            "Llama-3.1-8B-Instruct",
             "meta-llama/Llama-3.1-8B-Instruct",
             "8 B parameters, grouped-query attention; gated: accept the licence on the hub and set HF_TOKEN.",
             "Llama 3.1 Community",
@@ -96,3 +104,8 @@ PRESETS: dict[str, Preset] = {
         ),
     )
 }
+
+
+def model_title(name: str) -> str:
+    """A model's name as people read it; that of a hub id or a folder is its own."""
+    return PRESETS[name].title if name in PRESETS else name

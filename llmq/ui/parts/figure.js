@@ -6,6 +6,11 @@ const failed = element.querySelector('[data-part="failed"]');
 const config = { displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "",
   modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
+// A snug figure is as high as two fifths of the window.
+const heightOf = ({ height }) => (props.snug ? Math.min(height, Math.max(280, Math.round(innerHeight * 0.42))) : height);
+
+const clicked = ({ points: [{ x, y, data }] }) => trigger("select", { x, y, type: data.type });
+
 const draw = async () => {
   const figure = props.value;
   const empty = !figure || !figure.data;
@@ -15,8 +20,13 @@ const draw = async () => {
   try {
     const library = await loadPlotly();
     const { data, layout } = painted(figure, element);
+    layout.height = heightOf(layout);
+    layout.modebar = { bgcolor: "rgba(0, 0, 0, 0)", color: layout.font.color };
+    if (props.snug) layout.margin = { ...layout.margin, t: 8 };
     place.style.height = `${layout.height}px`;
     await library.react(place, data, layout, config);
+    place.removeAllListeners("plotly_click");
+    place.on("plotly_click", clicked);
   } catch (error) {
     failed.hidden = false;
   }

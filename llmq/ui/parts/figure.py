@@ -1,4 +1,7 @@
-"""A plotly figure that changes in place: a slider that moves it makes nothing flicker. Its value is `sent(figure)`."""
+"""A plotly figure that changes in place: a slider that moves it makes nothing flicker. Its value is `sent(figure)`.
+
+A click on a mark triggers `select` with its `x`, `y` and the `type` of its trace: 'bar', 'heatmap', 'scatter'.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,13 @@ _TEMPLATE = """
 """
 
 
-def figure_view(*, elem_id: str) -> gr.HTML:
-    """The component, empty and without height until it has a figure."""
+def figure_view(*, elem_id: str, snug: bool = False) -> gr.HTML:
+    """The component, empty and without height until it has a figure; a `snug` one leaves room on the first screen for
+    what is around it, and keeps its place free."""
     js = script("plotly.js") + PAINT + script("figure.js")
-    return component(_TEMPLATE, js, elem_id=elem_id, value={}, plotly_path=serve_plotly())
+    view = component(_TEMPLATE, js, elem_id=elem_id, value={}, plotly_path=serve_plotly(), snug=snug)
+    view.elem_classes = [*view.elem_classes, *(["llmq-snug"] if snug else [])]
+    return view
 
 
 def sent(figure: go.Figure | None) -> dict:

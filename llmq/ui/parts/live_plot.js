@@ -28,6 +28,7 @@ const makeTrace = (value, decodeStart) => (column, position) => {
     x: times(value, start), y: heights(value, position, start),
     name: column.name, legendgroup: column.name, showlegend: named,
     mode: "lines", line: line(column), connectgaps: false,
+    visible: column.key === "process" ? "legendonly" : true, // it would flatten the curves of the methods
     xaxis: speed ? "x2" : "x", yaxis: speed ? "y2" : "y",
     hovertemplate: speed ? "%{y:.1f} tok/s" : "%{y:.4s}B",
   };
@@ -45,7 +46,7 @@ const heading = (text, x, y) => ({
 });
 
 const speedTitle = (value) => firstDecode(value) >= 0
-  ? "Decode speed, tokens per second" : "Decode speed: begins with the second token";
+  ? "Writing speed, tokens per second" : "Writing speed: begins with the second token";
 
 const makeLayout = (value) => {
   const stacked = host.clientWidth < STACK_BELOW;
@@ -65,7 +66,7 @@ const makeLayout = (value) => {
     yaxis: axis({ domain: stacked ? [0.6, 1] : [0, 1], tickformat: "~s", ticksuffix: "B" }),
     xaxis2: axis({ ...seconds, domain: stacked ? [0, 1] : [0.55, 1], anchor: "y2", rangemode: "normal" }),
     yaxis2: axis({ domain: stacked ? [0, 0.4] : [0, 1], anchor: "x2" }),
-    annotations: [heading(`${value.memory} over time`, 0, 1),
+    annotations: [heading(value.memory === "VRAM" ? "VRAM over time" : "Memory of each method over time", 0, 1),
       heading(speedTitle(value), stacked ? 0 : 0.55, stacked ? 0.4 : 1)],
   };
 };

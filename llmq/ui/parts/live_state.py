@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llmq.contestant import shown_name
 from llmq.errors import unknown
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Waiting
 from llmq.formatting import MISSING, format_bytes, format_count, format_seconds, format_speed
@@ -19,7 +20,7 @@ SPEED_WINDOW = 16  # decode steps behind one point of the speed curve
 SPACING_SECONDS = 0.15  # of kept samples; the browser draws four times a second, the machine is sampled ten times
 FULL_RATE = 600  # samples kept at that spacing: the first two minutes
 THEN_EVERY = 300  # after that the spacing doubles every so many kept samples
-STATE_TEXT = {"waiting": "Waiting", "loading": "Loading", "prefill": "Prefill", "decoding": "Decoding"}
+STATE_TEXT = {"waiting": "Waiting", "loading": "Loading", "prefill": "Reading", "decoding": "Writing"}
 REASON_TEXT = {
     "eos": "Finished: end of text",
     "length": "Finished: token limit",
@@ -86,7 +87,7 @@ class LiveState:
 
     def __init__(self, contestants: Mapping[str, str], *, run: str):
         self._run = run
-        self._contestants = [{"label": label} for label in contestants]
+        self._contestants = [{"title": shown_name(label)} for label in contestants]
         self._progress = {label: _Progress(Outcome(label), text) for label, text in contestants.items()}
         self._columns: dict[str, dict] = {}
         self._samples: list[list[float | None]] = []
@@ -94,7 +95,7 @@ class LiveState:
         self._held_at: float | None = None
         for key, axis in (("ledger", "memory"), ("speed", "speed")):
             for index, label in enumerate(contestants):
-                self._column(f"{key}{index}", label, axis, index)
+                self._column(f"{key}{index}", shown_name(label), axis, index)
 
     def add(self, event: Event) -> None:
         """Take one event in. Raises BadChoice for a contestant that this run does not have."""

@@ -8,5 +8,5 @@ import gradio as gr
 
 
 def notice(error: Exception | str) -> gr.Error:
-    """An error notice that stays until closed; a prompt's or a model's markup in it is shown as text."""
-    return gr.Error(html.escape(str(error)), duration=None, print_exception=False)
+    """An error notice that leaves by itself, since a status line says the same; markup in it is shown as text."""
+    return gr.Error(html.escape(str(error)), duration=8, print_exception=False)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from llmq.contestant import shown_name
 from llmq.events import Event, Failed, Freed, Loading, Planned, Progress, Step, Waiting
 
 
 def progress_of(item: object) -> dict | str:
     """The line with its bar; '' for what is not worth a line."""
     if isinstance(item, Progress):
-        message = item.message[:1].upper() + item.message[1:]
-        return {"text": message, "fraction": item.fraction} if message else ""
+        return {"text": _sentence(item.message), "fraction": item.fraction} if item.message else ""
     line = event_line(item)
-    return {"text": line, "fraction": None} if isinstance(item, Loading) and line else line
+    return {"text": line, "fraction": None} if line else ""
+
+
+def _sentence(message: str) -> str:
+    """With a capital, unless it begins with a name: 'int8 · ours', 'model.layers.6'."""
+    first = message.split(" ")[0]
+    return message[:1].upper() + message[1:] if first.isalpha() else message
 
 
 def event_line(event: Event) -> str:
@@ -25,11 +31,13 @@ def event_line(event: Event) -> str:
         case Loading(contestant="", message=message):
             return message[:1].upper() + message[1:]
         case Loading(contestant=contestant):
-            return f"Loading {contestant}"
+            return f"Loading {shown_name(contestant)}"
         case Step(contestant=contestant, index=0):
             return "Generating"
         case Failed(contestant=contestant):
-            return f"{contestant} failed; the others go on"
+            return f"{shown_name(contestant)} failed; the others go on"
         case Freed(contestant=contestant, verified=verified):
-            return f"{contestant} freed" + ("" if verified else ", but its memory was not seen to come back")
+            return f"{shown_name(contestant)} freed" + (
+                "" if verified else ", but its memory was not seen to come back"
+            )
     return ""

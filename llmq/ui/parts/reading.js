@@ -25,7 +25,7 @@ const guesses = (label, list, number) => {
     row.style.setProperty("--llmq-share", `${100 * p}%`);
     rows.append(row);
   }
-  box.append(node("h4", "", label), rows);
+  box.append(node("h3", "", label), rows);
   return box;
 };
 
@@ -75,7 +75,7 @@ const draw = () => {
   text.append(node("span", "llmq-unread", visible(value.opening)));
   value.tokens.forEach((token, index) => {
     const position = value.first + index;
-    if (position === value.continuation) text.append(node("span", "llmq-diff-flag", "answer"));
+    if (position === value.continuation) text.append(node("span", "llmq-first", "answer"));
     text.append(tokenButton(token, position));
     if (token[0].includes("\n")) text.append(node("br"));
   });

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+from llmq.contestant import shown_name
 from llmq.formatting import format_bytes, format_speed
-from llmq.methods import METHODS
 from llmq.summary import Outcome, Summary
 
 USUAL = "That is usual for LLM.int8() through bitsandbytes at batch size 1:"
@@ -19,28 +22,58 @@ WHY_OURS_CPU = (
 LOOPS = {"hf": "transformers", "lean": "the lean loop"}
 
 
-def verdict(summary: Summary, cpu: str = "") -> str:
-    """Cost and saving of each later contestant against the first, and how far the texts agree. Markdown. `cpu`: the
-    processor's capability as torch names it."""
+@dataclass(frozen=True)
+class Verdict:
+    """`headline`: one sentence, what a reader takes home; `details`: the sentences with every figure, and why."""
+
+    headline: str = ""
+    details: tuple[str, ...] = ()
+
+
+def verdict(summary: Summary, cpu: str = "") -> Verdict:
+    """Cost and saving of each later contestant against the first, and how far the texts agree. `cpu`: the processor's
+    capability as torch names it."""
     if not summary.outcomes:
-        return ""
+        return Verdict()
     baseline, *others = summary.outcomes.values()
     place = "gpu" if summary.plan and summary.plan.device.startswith("cuda") else cpu
-    lines = dict.fromkeys(line for other in others for line in _against(baseline, other, place))
-    agreement = _agreement(summary, baseline, others[0]) if others else ""
-    return "\n\n".join(line for line in (*lines, agreement) if line)
+    whole = [] if baseline.error else [other for other in others if not other.error]
+    short = [line for other in whole if (line := _headline(baseline, other))]
+    told = [line for other in whole if (line := _against(baseline, other, place))]
+    if others and others[0] in whole and (agreement := _agreement(summary, baseline, others[0])):
+        told.append(agreement)
+        short = [f"{short[0]}; {_same(summary)}", *short[1:]] if short else short
+    failed = [f"{_name(o)} did not finish, so there is nothing to compare" for o in (baseline, *others) if o.error]
+    return Verdict(" ".join(f"{line}." for line in failed + short), tuple(dict.fromkeys(told)))
 
 
-def _against(baseline: Outcome, other: Outcome, place: str) -> list[str]:
-    if failed := [o for o in (baseline, other) if o.error]:
-        return [f"**{_name(o)} did not finish**, so there is nothing to compare." for o in failed]
+def _headline(baseline: Outcome, other: Outcome) -> str:
+    """'int8 · ours needs 39 % less memory and writes 1.8 times faster than FP16'; '' where too little is known."""
     if not (baseline.weight_bytes and other.weight_bytes):
-        return []
+        return ""
+    memory = f"needs {_change(other.weight_bytes / baseline.weight_bytes)}"
+    ratio = _ratio(baseline, other)
+    speed = "" if ratio is None else f" and writes {_times(ratio)}"
+    return f"{_name(other)} {memory}{speed}{'' if ratio is None or _even(ratio) else f' than {_name(baseline)}'}"
+
+
+def _same(summary: Summary) -> str:
+    found = summary.agreement()
+    lengths = {len(outcome.token_ids) for outcome in list(summary.outcomes.values())[:2]}
+    if found["first_divergence"] is None and len(lengths) == 1:
+        return "the texts are the same"
+    same = found["matching_prefix_tokens"]
+    return f"the texts are the same for {_tokens(same)}" if same else "the texts differ from the first token on"
+
+
+def _against(baseline: Outcome, other: Outcome, place: str) -> str:
+    if not (baseline.weight_bytes and other.weight_bytes):
+        return ""
     memory = (
-        f"**{_name(other)}** holds {format_bytes(other.weight_bytes)} of weights where {_name(baseline)} holds "
+        f"{_name(other)} holds {format_bytes(other.weight_bytes)} of weights where {_name(baseline)} holds "
         f"{format_bytes(baseline.weight_bytes)}: {_change(other.weight_bytes / baseline.weight_bytes)}."
     )
-    return [f"{memory} {_speed(baseline, other, place)}".strip()]
+    return f"{memory} {_speed(baseline, other, place)}"
 
 
 def _change(share: float) -> str:
@@ -48,18 +81,29 @@ def _change(share: float) -> str:
     return "as much memory" if percent == "0%" else f"{percent} {'less' if share < 1 else 'more'} memory"
 
 
-def _speed(baseline: Outcome, other: Outcome, place: str) -> str:
+def _ratio(baseline: Outcome, other: Outcome) -> float | None:
+    """How many times faster than the baseline; None where there were too few tokens."""
     ours, theirs = other.decode_tokens_per_second, baseline.decode_tokens_per_second
-    if not (ours and theirs):
+    return ours / theirs if ours and theirs else None
+
+
+def _even(ratio: float) -> bool:
+    return 0.95 <= 1 / ratio <= 1.05
+
+
+def _times(ratio: float) -> str:
+    if _even(ratio):
+        return "at about the same speed"
+    return f"{ratio:.1f} times faster" if ratio > 1 else f"{1 / ratio:.1f} times slower"
+
+
+def _speed(baseline: Outcome, other: Outcome, place: str) -> str:
+    ratio = _ratio(baseline, other)
+    if ratio is None:
         return "There were too few tokens to state a speed."
-    ratio = theirs / ours
-    pair = f"{format_speed(ours)} against {format_speed(theirs)}{_crossing(baseline, other)}"
-    if ratio > 1.05:
-        reason = _reason(other, place)
-        return f"It decoded at {pair}: **{ratio:.1f} times slower** in this run.{reason}"
-    if ratio < 0.95:
-        return f"It decoded at {pair}: **{1 / ratio:.1f} times faster** in this run."
-    return f"It decoded at {pair}: about the same speed in this run."
+    pair = " against ".join(format_speed(outcome.decode_tokens_per_second) for outcome in (other, baseline))
+    reason = _reason(other, place) if ratio < 1 and not _even(ratio) else ""
+    return f"It decoded at {pair}{_crossing(baseline, other)}: {_times(ratio).removeprefix('at ')} in this run.{reason}"
 
 
 def _reason(slower: Outcome, place: str) -> str:
@@ -84,18 +128,23 @@ def _agreement(summary: Summary, baseline: Outcome, other: Outcome) -> str:
         return ""
     if first is None:
         return f"The two texts agree on all {_tokens(same)} that both produced."
-    if first == 0:
-        return "The two texts differ from the first token on; after that each continues its own text."
+    where = f"agree for {_tokens(same)} and part at token {first + 1}" if first else "differ from the first token on"
     return (
-        f"The two texts agree for {_tokens(same)} and part at token {first + 1}; from there on each continues its own "
-        "text, so later differences follow from this one."
+        f"The two texts {where}{_how_sure(baseline, other, first)}. After that each continues its own text, so later "
+        "differences follow from this one."
     )
 
 
+def _how_sure(baseline: Outcome, other: Outcome, place: int) -> str:
+    """How likely each model held the token that it wrote where they part."""
+    chances = [math.exp(outcome.logprobs[place]) for outcome in (baseline, other)]
+    pairs = zip((baseline, other), chances, strict=True)
+    told = " and ".join(f"{_name(outcome)} gave its own choice {chance:.0%}" for outcome, chance in pairs)
+    return f", where {told}{', so little decided it' if max(chances) < 0.5 else ''}"
+
+
 def _name(outcome: Outcome) -> str:
-    method, at, threshold = outcome.contestant.partition("@")
-    label = METHODS[method].label if method in METHODS else method  # a recording may name methods unknown here
-    return f"{label}, threshold {threshold}" if at else label
+    return shown_name(outcome.contestant)
 
 
 def _tokens(count: int) -> str:

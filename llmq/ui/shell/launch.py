@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import gradio as gr
 
+from llmq.ui.shell.endpoints import server_options
 from llmq.ui.shell.layout import build
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
@@ -21,9 +20,11 @@ def launch(
     port: int | None = 7860,
     share: bool = False,
     auth: tuple[str, str] | None = None,
+    mcp: bool = False,
     block: bool = True,
 ) -> gr.Blocks:
-    """Build and serve the page; with `block=False` return at once (tests, notebooks)."""
+    """Build and serve the page; with `block=False` return at once (tests, notebooks). `mcp`: its endpoints are also
+    tools of an MCP server."""
     page = build(state)
     page.queue(max_size=WAITING_RUNS, default_concurrency_limit=16)
     page._queue.sleep_when_free = QUEUE_POLL_SECONDS  # no public setting
@@ -33,7 +34,7 @@ def launch(
         share=share or None,
         auth=auth,
         theme=build_theme(),
-        css=build_css() + Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
+        css=build_css(),
         footer_links=["api"],
         show_error=True,
         max_file_size="32mb",
@@ -42,5 +43,7 @@ def launch(
         quiet=not block,
         run_history=False,
         inbrowser=False,
+        app_kwargs=server_options(page),
+        mcp_server=mcp or None,
     )
     return page

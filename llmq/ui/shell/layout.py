@@ -1,38 +1,52 @@
-"""The page: a header, the settings in a sidebar, one tab a module. Layout and wiring only."""
+"""The page: a header and one tab a module. Layout and wiring only."""
 
 from __future__ import annotations
 
 import gradio as gr
 
+from llmq.models.presets import model_title
+from llmq.ui.api import Api
+from llmq.ui.shell.assets import script
 from llmq.ui.shell.state import AppState
+from llmq.ui.shell.wiring import QUIET
 from llmq.ui.tabs.compare_tab import CompareTab
+from llmq.ui.tabs.fit_tab import FitTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
 
 TITLE = "llmq: what 8-bit quantization does to a LLaMA"
 INTRO = (
-    "The same prompt through the same model in 16 bit and in 8 bit, side by side. Every step is timed inside the "
-    "engine, one method at a time; memory is counted tensor by tensor."
+    "One language model twice: with its weights in 16 bit, and rounded to 8 bit. Ask both the same thing, and see what "
+    "rounding saves, what it costs, and where the words part."
 )
 
 
 def build(state: AppState) -> gr.Blocks:
     """The page over the state that all visitors share; `launch.launch` serves it."""
-    compare, outliers = CompareTab(state), OutliersTab(state)
+    compare, outliers, fit = CompareTab(state), OutliersTab(state), FitTab(state)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        with gr.Sidebar(open=False, elem_id="settings", position="left"):
-            compare.sidebar()
-        gr.Markdown(f"# llmq\n{INTRO}", elem_id="header")
-        gr.Markdown(_about(state), elem_id="about", elem_classes=["llmq-about"])
+        gr.Markdown(f"# What 8 bits do to a language model\n{INTRO}", elem_id="header")
         with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
+            with gr.Tab("Compare", id="compare", elem_id="tab-compare") as compare_tab:
                 compare.build()
             with gr.Tab("Outliers", id="outliers", elem_id="tab-outliers", render_children=False) as tab:
                 outliers.build()
+            with gr.Tab("Does it fit?", id="fit", elem_id="tab-fit") as fit_tab:
+                fit.build()
         compare.wire(page)
         outliers.wire(tab)
+        fit.wire(page, fit_tab)
+        page.load(outliers.from_link, None, outliers.linked, **QUIET)
+        asked, watched = [compare.prompt, compare.model], [outliers.prompt, outliers.model]
+        for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):
+            shown.select(None, there, here, js=script("follow.js"), **QUIET)
+        gr.Markdown(_about(state), elem_id="about", elem_classes=["llmq-about"])
+        Api(state).build(page)
     return page
 
 
 def _about(state: AppState) -> str:
     reason = f" {state.model_reason}" if state.model_reason else ""
-    return f"**Device:** {state.device_label}. **Model:** {state.model}.{reason}"
+    return (
+        f"Runs on {state.device_label} with {model_title(state.model)}.{reason} Every step is timed inside the engine, "
+        "one method at a time; memory is counted tensor by tensor."
+    )

@@ -1,4 +1,4 @@
-"""Settings of a run as a query string and back, so that a link carries them. No gradio.
+"""Settings of a run as a link says them. No gradio; the page writes its links itself (`link.js`).
 
 Whatever comes in a link is a wish: an unknown name or an impossible number is left out, never an error.
 """
@@ -6,32 +6,38 @@ Whatever comes in a link is a wish: an unknown name or an impossible number is l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from urllib.parse import urlencode
+from contextlib import suppress
+from dataclasses import replace
 
-from llmq.contestant import Contestant
+from llmq.cards import CARDS, device_bytes
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
 from llmq.labs.compare import SCHEDULES
+from llmq.labs.outliers import LOWEST_THRESHOLD
+from llmq.methods import DEFAULT_THRESHOLD, Method, parse_method
+from llmq.methods.base import THRESHOLD
 
-LONGEST_PROMPT = 4000  # characters of a prompt a link can carry; some servers cut longer ones
 NUMBERS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
 
 
-def query_of(settings: Mapping) -> str:
-    """The query string of `Comparison.settings()`; a prompt too long for a link is left out."""
-    query = {"model": settings["model"], "methods": ",".join(settings["contestants"]), "schedule": settings["schedule"]}
-    if len(settings["prompt"]) <= LONGEST_PROMPT:
-        query["prompt"] = settings["prompt"]
-    return urlencode(query | {name: settings["sampling"][name] for name in NUMBERS})
+def query_of(settings: Mapping) -> dict[str, str]:
+    """What a link to the settings of a run says."""
+    named = {"prompt": settings.get("prompt", ""), "model": settings.get("model", "")}
+    named |= {"methods": ",".join(settings["contestants"]), "schedule": settings.get("schedule", "")}
+    sampling = settings.get("sampling") or {}
+    return {name: str(value) for name, value in {**named, **sampling}.items()}
 
 
 def wishes_of(query: Mapping[str, str]) -> dict:
-    """What a link asks for, as far as it is possible: prompt, model, methods (list of labels), schedule, numbers."""
-    wishes = {name: query[name] for name in ("prompt", "model") if query.get(name)}
+    """What a link asks for, as far as it is possible: prompt, model, methods (list of labels), threshold, schedule,
+    numbers. A threshold that all methods with one share is the form's."""
+    wishes: dict = {name: query[name] for name in ("prompt", "model") if query.get(name)}
     if query.get("schedule") in SCHEDULES:
         wishes["schedule"] = query["schedule"]
     if methods := query.get("methods"):
-        wishes["methods"] = list(dict.fromkeys(label for label in map(_label, methods.split(",")[:3]) if label))
+        wishes |= _methods(methods.split(",")[:3], own="threshold" in query)
+    with suppress(KeyError, UserError):
+        wishes["threshold"] = THRESHOLD.parse("threshold", query["threshold"])
     for name, kind in NUMBERS.items():
         try:
             wishes[name] = getattr(SamplingSettings(**{name: kind(query[name])}), name)
@@ -40,8 +46,51 @@ def wishes_of(query: Mapping[str, str]) -> dict:
     return wishes
 
 
-def _label(text: str) -> str | None:
+def fit_wishes_of(query: Mapping[str, str]) -> dict:
+    """What a link asks of 'Does it fit?': model, card ('other' with memory, where it is an amount), context, batch."""
+    if query.get("view") != "fit":
+        return {}
+    wishes: dict = {"model": query["model"]} if query.get("model") else {}
+    card = query.get("card", "").strip()
+    with suppress(UserError):
+        wishes |= {"card": card.lower()} if card.lower() in CARDS else _amount(card)
+    for name in ("context", "batch"):
+        with suppress(KeyError, ValueError):
+            if 1 <= (number := int(query[name])) <= 10**9:
+                wishes[name] = number
+    return wishes
+
+
+def _amount(text: str) -> dict:
+    device_bytes(text)
+    return {"card": "other", "memory": text}
+
+
+def outlier_wishes(query: Mapping[str, str]) -> dict:
+    """What a link asks of the Outliers tab, as far as it is possible: method, threshold."""
+    wishes: dict = {}
+    method = _method(query.get("method", ""))
+    if method:
+        wishes["method"] = method.spelled
+    with suppress(KeyError, UserError):
+        threshold = THRESHOLD.parse("threshold", query["threshold"])
+        if LOWEST_THRESHOLD <= threshold <= 20:
+            wishes["threshold"] = threshold
+    return wishes
+
+
+def _methods(names: list[str], *, own: bool) -> dict:
+    """The labels of methods; with the threshold that they share, unless each has its `own`."""
+    methods = [method for method in map(_method, names) if method]
+    shared = {method.threshold for method in methods} - {None}
+    if own or len(shared) != 1:
+        return {"methods": list(dict.fromkeys(method.spelled for method in methods))}
+    usual = [m if m.threshold is None else replace(m, threshold=DEFAULT_THRESHOLD) for m in methods]
+    return {"methods": list(dict.fromkeys(method.spelled for method in usual)), "threshold": shared.pop()}
+
+
+def _method(text: str) -> Method | None:
     try:
-        return Contestant.parse(text).label
+        return parse_method(text)
     except UserError:
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +18,8 @@ from pathlib import Path
 from llmq.machine.door import Machine, Question
 
 KEPT_FINDINGS = 32  # outlier reports and readings stay on the server; the browser gets pictures of them
-KEPT_OUTCOMES = 64  # of runs whose page has yet to ask for them
+KEPT_FILES = 256  # written for download; Gradio copies a file when it offers it
+KEPT_RECORDINGS = 64  # of runs whose page has yet to ask for them
 
 
 class Jobs:
@@ -68,19 +69,25 @@ class AppState:
     model_reason: str = ""
     methods: tuple[str, ...] = ("fp16", "bnb-int8")
     recorded_runs: dict[str, Path] = field(default_factory=dict)
+    recorded_answers: dict[str, Path] = field(default_factory=dict)  # of labs, by kind
 
     def __post_init__(self):
         self._numbers = itertools.count(1)
         self._downloads = tempfile.TemporaryDirectory(prefix="llmq-downloads-")
+        self._files: deque[Path] = deque()
         self._findings: OrderedDict[str, object] = OrderedDict()
-        self._outcomes: OrderedDict[str, dict] = OrderedDict()
+        self._recordings: OrderedDict[str, Path] = OrderedDict()
 
     def next_run(self) -> str:
         """A name no other run of this server has."""
         return f"run-{next(self._numbers)}"
 
     def download_path(self, name: str) -> Path:
-        return Path(self._downloads.name) / name
+        """Where a file for download is written; the oldest of many are deleted."""
+        self._files.append(Path(self._downloads.name) / name)
+        while len(self._files) > KEPT_FILES:
+            self._files.popleft().unlink(missing_ok=True)
+        return self._files[-1]
 
     def keep(self, finding: object) -> str:
         """Keep a report or a reading for later questions; the oldest of many are forgotten."""
@@ -94,11 +101,11 @@ class AppState:
         """What was kept under `key`; None when it is forgotten."""
         return self._findings.get(key or "")
 
-    def keep_outcome(self, owner: str, outcome: dict) -> None:
-        """Keep what `owner`'s last run came to, until the page takes it."""
-        self._outcomes[owner] = outcome
-        while len(self._outcomes) > KEPT_OUTCOMES:
-            self._outcomes.popitem(last=False)
+    def keep_recording(self, owner: str, path: Path) -> None:
+        """Keep where `owner`'s last run is saved, until the page takes it."""
+        self._recordings[owner] = path
+        while len(self._recordings) > KEPT_RECORDINGS:
+            self._recordings.popitem(last=False)
 
-    def take_outcome(self, owner: str) -> dict | None:
-        return self._outcomes.pop(owner, None)
+    def take_recording(self, owner: str) -> Path | None:
+        return self._recordings.pop(owner, None)

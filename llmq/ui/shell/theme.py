@@ -20,9 +20,10 @@ CONTESTANT_CLASSES = ("llmq-c0", "llmq-c1", "llmq-c2")  # on a pane or a card: i
 
 
 def build_css() -> str:
-    """The page's style sheet: the palettes as custom properties, then theme.css."""
-    rules = Path(__file__).with_name("theme.css").read_text(encoding="utf-8")
-    return "\n".join((f":root {{ {properties(LIGHT)} }}", f".dark {{ {properties(DARK)} }}", rules))
+    """The page's style sheet: the palettes as custom properties, then its files in order."""
+    sheets = (Path(__file__).with_name(f"{name}.css") for name in ("theme", "page", "outliers", "fit"))
+    rules = [sheet.read_text(encoding="utf-8") for sheet in sheets]
+    return "\n".join((f":root {{ {properties(LIGHT)} }}", f".dark {{ {properties(DARK)} }}", *rules))
 
 
 # Gradio's theme variable -> name in the palettes: surfaces, texts, accents.

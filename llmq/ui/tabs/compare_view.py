@@ -1,7 +1,8 @@
-"""The Compare tab's stream of updates: events in, {component name: value} out. No gradio, so tests need no server.
+"""What the result of a comparison shows, from its events: one value a few times a second. No gradio, so tests need no
+server.
 
-A browser is updated a few times a second, not once a token: values are collected and given out when the last update is
-old enough, and always at the end.
+A browser is updated a few times a second, not once a token: values are collected and given out when the last one is old
+enough, and always at the end.
 """
 
 from __future__ import annotations
@@ -9,32 +10,37 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from llmq.contestant import Contestant
+from llmq.contestant import Contestant, shown_name
 from llmq.errors import UserError
-from llmq.events import Event, Finished, Loaded, Loading, Step
+from llmq.events import Event, Finished, Loaded, Loading, Planned, Prefilled, Run, Step
 from llmq.formatting import shown_coverage
+from llmq.models.presets import model_title
 from llmq.summary import Summary
+from llmq.ui.parts.difference import difference
 from llmq.ui.parts.live_state import LiveState
 from llmq.ui.parts.progress import event_line
-from llmq.ui.parts.token_alignment import diff_value
+from llmq.ui.parts.recording import Pace, recorded
+from llmq.ui.parts.token_alignment import SAME, diff_tokens
 from llmq.ui.parts.verdict import verdict
 
-UPDATE_SECONDS = 0.25  # the live panel draws four times a second; every update costs the engine a slice of the GIL
+UPDATE_SECONDS = 0.25  # the panel draws four times a second; every update costs the engine a slice of the GIL
 PANES = 3
 
 
 @dataclass
 class CompareView:
-    """Accumulates one run. `updates(events)` yields dicts of what changed.
+    """Accumulates one run. `updates(events)` yields what `parts.result` draws: a whole value each time.
 
-    Names: 'status', 'text_0'…'text_2', 'live', and at the end 'verdict' and 'diff'.
+    `asked`: what the run answers (`asked_of`); `recording`: the banner of a recorded one, '' for a live one.
     """
 
     labels: list[str]
     run: str
     device: str
-    opening: str = ""
+    asked: Mapping = field(default_factory=dict)
+    recording: str = ""
     cpu: str = ""
     clock: Callable[[], float] = time.monotonic
     summary: Summary = field(default_factory=Summary)
@@ -45,25 +51,43 @@ class CompareView:
         )
         self._texts = [""] * len(self.labels)
         self._tokens: list[list[tuple[int, str]]] = [[] for _ in self.labels]
+        self._reading: list[str] = []  # contestants that are loaded and have not read the prompt
         self._status = "Starting"
-        self._shown: dict = {}
 
     def updates(self, events: Iterable[Event]) -> Iterator[dict]:
-        """What the page should show, at most every UPDATE_SECONDS and never empty; the last one is complete."""
-        yield self._changes(first=True)
+        """What the page should show, at most every UPDATE_SECONDS; the last value is complete. A run that cannot go on
+        ends in a value that says why; one that never began, in a notice."""
+        yield self.value()
         last = self.clock()
         try:
             for event in events:
                 self._take(event)
-                if self.clock() - last >= UPDATE_SECONDS and (changes := self._changes()):
-                    yield changes
+                if self.clock() - last >= UPDATE_SECONDS:
+                    yield self.value()
                     last = self.clock()
+            self._status = self._closing()
         except UserError as error:
-            self._status = f"Not started: {error}" if not any(self._texts) else f"Ended early: {error}"
-            yield self._changes() | {"error": str(error)}
-            return
-        self._status = self._closing()
-        yield self._changes() | self._final()
+            if not any(self._texts):
+                yield {"notice": f"Not started: {error}", "run": self.run}
+                return
+            self._status = f"Ended early: {error}"
+        yield self.value() | self._final()
+
+    def value(self) -> dict:
+        """A JSON-able snapshot of the run so far."""
+        return {
+            **self.live.value(),
+            "state": "running",
+            "recording": self.recording,
+            "asked": self.asked,
+            "status": self._status,
+            "texts": list(self._texts),
+            "strip": difference(self.summary, len(self.labels)),
+            "headline": "",
+            "details": [],
+            "pieces": None,
+            "first": None,
+        }
 
     def _take(self, event: Event) -> None:
         self.summary.add(event)
@@ -77,34 +101,71 @@ class CompareView:
             self._texts[self.labels.index(event.contestant)] += event.text
         if isinstance(event, Step):
             self._tokens[self.labels.index(event.contestant)].append((event.token_id, event.text))
-        self._status = event_line(event) or self._status
+        self._status = self._prefill_line(event) or event_line(event) or self._status
 
-    def _changes(self, *, first: bool = False) -> dict:
-        now = {"status": self._prefix(self._status), "live": self.live.value()}
-        now |= {f"text_{i}": text for i, text in enumerate(self._texts)}
-        changed = now if first else {name: value for name, value in now.items() if self._shown.get(name) != value}
-        self._shown |= now
-        return changed
+    def _prefill_line(self, event: Event) -> str:
+        """Who reads the prompt now: nothing else is heard of a prefill until it is over."""
+        if isinstance(event, Loaded):
+            self._reading.append(event.contestant)
+        elif isinstance(event, Prefilled) and event.contestant in self._reading:
+            self._reading.remove(event.contestant)
+        else:
+            return ""
+        plan: Planned | None = self.summary.plan
+        tokens = f", {plan.prompt_tokens:,} tokens" if plan else ""
+        return f"{shown_name(self._reading[0])} reads the prompt{tokens}" if self._reading else ""
 
     def _closing(self) -> str:
         outcomes = self.summary.outcomes.values()
         if not outcomes:
             return "Stopped before anything ran."
         if any(outcome.error for outcome in outcomes):
-            return "Finished, with a failure: see the card."
+            return "Finished, with a failure: see its text."
         stopped = any(outcome.reason == "stopped" for outcome in outcomes)
         return "Stopped." if stopped else "Finished."
 
-    def _prefix(self, text: str) -> str:
-        return f"{self.opening} · {text}" if self.opening else text
-
     def _final(self) -> dict:
-        if len(self.labels) < 2 or not all(self._tokens[:2]):
-            return {"verdict": verdict(self.summary, self.cpu), "diff": {}}
-        return {
-            "verdict": verdict(self.summary, self.cpu),
-            "diff": diff_value((self.labels[0], self.labels[1]), self._tokens[0], self._tokens[1]),
-        }
+        said = verdict(self.summary, self.cpu)
+        found = {"state": "done", "headline": said.headline, "details": list(said.details)}
+        if len(self.labels) > 1 and all(self._tokens[:2]):
+            compared = diff_tokens(*self._tokens[:2])
+            pieces = [self._ended(index, pieces) for index, pieces in enumerate(compared["pieces"])]
+            found |= {"pieces": pieces + [None] * (len(self.labels) - 2), "first": compared["first"]}
+        return found
+
+    def _ended(self, index: int, pieces: list[list[str]]) -> list[list[str]]:
+        """The pieces of a text with what came after its last token: the rest of an incomplete character."""
+        ending = self._texts[index][sum(len(text) for text, _ in pieces) :]
+        return [*pieces, [ending, SAME]] if ending else pieces
+
+
+def recording_of(run: Run, number: str, *, example: bool = False) -> dict:
+    """A saved run as a value that the browser plays. Raises UserError for one whose contestants cannot be shown."""
+    settings, environment, pace = run.settings, run.environment, Pace()
+    machine, day = environment.get("device_name", "an unknown device"), environment.get("date", "an unknown day")
+    view = CompareView(
+        labels_of(settings), number, str(settings.get("device", "cpu")), asked_of(settings),
+        f"Recording, made on {machine} on {str(day)[:10]}", str(environment.get("cpu_capability", "")), pace,
+    )  # fmt: skip
+    return recorded(view.updates(pace.events(run)), pace) | ({"example": True} if example else {})
+
+
+def recording_title(path: Path) -> str:
+    """A saved run in a list: its methods and its machine, from the first line of its file."""
+    with path.open(encoding="utf-8") as lines:
+        run = Run.from_lines([next(lines, "")], name=path.name)
+    methods = " and ".join(map(shown_name, labels_of(run.settings)))
+    return f"{methods}, on {run.environment.get('device_name', 'an unknown device')}"
+
+
+def asked_of(settings: Mapping) -> dict:
+    """What a run answers, from its settings: `prompt`, and `settings` in one line."""
+    sampling = settings.get("sampling") or {}
+    methods = " and ".join(map(shown_name, settings["contestants"]))
+    length = f" · up to {sampling['max_new_tokens']} tokens" if "max_new_tokens" in sampling else ""
+    drawn = f" · temperature {sampling['temperature']:g}" if sampling.get("temperature") else ""
+    title = model_title(str(settings.get("model", "an unknown model")))
+    return {"prompt": str(settings.get("prompt", "")), "settings": f"{title} · {methods}{length}{drawn}"}
 
 
 def arithmetic(label: str, device: str, loop: str = "hf", cpu: str = "") -> str:

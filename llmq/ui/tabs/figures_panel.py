@@ -8,24 +8,26 @@ from llmq.figures.lines import features_figure, peaks_figure
 from llmq.inspect.emergence import emergence
 from llmq.inspect.report import OutlierReport
 from llmq.labs.outliers import MASSIVE_HEADERS, emergence_line, massive_rows
+from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.tabs.map_panel import Find, filled, table
 
 
 class FiguresPanel:
     def build(self) -> None:
-        gr.Markdown(
-            "The paper calls a dimension of the hidden state an *outlier feature* when its magnitude is at least 6 in "
-            "at least 25 % of the layers and at 6 % of the positions; counted here over the watched prompt."
+        explanation(
+            "The paper calls a dimension of the residual stream an outlier feature when it reaches 6 in at least "
+            "25% of the layers and at 6% of the tokens; counted here over the watched prompt."
         )
-        self.said = gr.Markdown("", elem_id="emergence")
-        self.features = figure_view(elem_id="features-figure")
-        self.peaks = figure_view(elem_id="peaks-figure")
-        gr.Markdown(
-            "**Massive activations** are something else: a few numbers many times larger than the rest, in the "
-            "residual stream and in what `down_proj` reads. The table says at which token; it is often the first."
-        )
-        self.massive = table("Massive activations", MASSIVE_HEADERS, "massive")
+        with gr.Column(elem_classes=["llmq-needs"]):
+            self.said = gr.Markdown("", elem_id="emergence")
+            self.features = figure_view(elem_id="features-figure")
+            self.peaks = figure_view(elem_id="peaks-figure")
+            explanation(
+                "**Massive activations** are something else: a few numbers many times larger than the rest, in "
+                "the residual stream and in what down reads. The table says at which token; it is often the first."
+            )
+            self.massive = table("Massive activations", MASSIVE_HEADERS, "massive")
 
     def prepare(self, find: Find) -> None:
         self.find, self.inputs, self.changes, self.framed = find, [], [], []

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import gradio as gr
 
+from llmq.contestant import shown_name
 from llmq.errors import UserError
 from llmq.fields import Field, fields_of
 from llmq.labs import lab_classes
 from llmq.labs.rows import RowAnswer, RowLab
+from llmq.models.presets import model_title
 from llmq.ui.parts.controls import control, value_of
+from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.parts.keeping import Keeping
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
-from llmq.ui.parts.status import status_line
+from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
-
-QUIET = {"show_progress": "hidden"}
+from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 
 
 @dataclass
@@ -34,6 +37,12 @@ class Section:
     figure: gr.HTML
     table: gr.Dataframe
     rows: gr.State
+    keeping: Keeping
+
+    @property
+    def outputs(self) -> list:
+        """What a question of this section may change."""
+        return [self.status, self.finding, self.table, self.rows, self.figure, self.keeping.key]
 
 
 class LabsPanel:
@@ -43,15 +52,24 @@ class LabsPanel:
         self.state = state
 
     def build(self) -> None:
+        explanation(
+            "Each lab asks the model above, and writes on from the prompt above. The method and the threshold "
+            "above play no part here: every lab names its own."
+        )
         self.sections = [self._section(lab) for lab in lab_classes().values() if lab.panel]
+
+    def section(self, lab: type[RowLab]) -> Section:
+        """The section of a lab."""
+        return next(section for section in self.sections if section.lab is lab)
 
     def _section(self, lab: type[RowLab]) -> Section:
         kind = lab.kind
-        with gr.Accordion(lab.title, open=True, elem_id=kind):
-            gr.Markdown(lab.about)
+        keeping = Keeping(self.state, kind)
+        with gr.Accordion(lab.title, open=True, elem_id=kind, elem_classes=["llmq-part"]):
+            explanation(lab.about)
             with gr.Row(equal_height=True):
                 made = [(field, control(field, f"{kind}-{field.name}")) for field in fields_of(lab)]
-            button = gr.Button(lab.button, variant="primary", elem_id=f"{kind}-run", size="md")
+            button = gr.Button(lab.button, elem_id=f"{kind}-run", size="md", elem_classes=["llmq-run"])
             status = status_line("", elem_id=f"{kind}-status")
             said = gr.Markdown("", elem_id=f"{kind}-finding", visible=False)
             figure = figure_view(elem_id=f"{kind}-figure")
@@ -59,18 +77,21 @@ class LabsPanel:
                 headers=lab.headers(), value=[], label="Measured", interactive=False, wrap=True, type="array",
                 elem_id=f"{kind}-table", elem_classes=["llmq-table"], visible=False,
             )  # fmt: skip
+            keeping.build(kind, "this answer")
         controls = [(field, component) for field, component in made if component is not None]
-        return Section(lab, controls, button, status, said, figure, table, gr.State([]))
+        return Section(lab, controls, button, status, said, figure, table, gr.State([]), keeping)
 
-    def wire(self, prompt, model) -> None:
+    def wire(self, prompt, model, stop) -> None:
         for section in self.sections:
             inputs = [model, prompt, section.rows, *(component for _, component in section.controls)]
             moved = [component.release for field, component in section.controls if getattr(field.kind, "live", False)]
-            gr.on(
-                [section.button.click, *moved], self.handler(section), inputs,
-                [section.status, section.finding, section.table, section.rows, section.figure], concurrency_limit=16,
-                concurrency_id="runs", api_name=section.lab.kind, trigger_mode="always_last", **QUIET,
+            asked = gr.on(
+                [section.button.click, *moved], self.handler(section), inputs, section.outputs,
+                trigger_mode="always_last", **RUNS, **QUIET,
             )  # fmt: skip
+            tell_end(asked, section.status.elem_id)
+            section.status.stop(stop, None, None, queue=False, **QUIET)
+            section.keeping.wire(self.opener(section), section.outputs)
 
     def handler(self, section: Section):
         """What the section's button calls; Gradio puts the request where the parameter of that type stands."""
@@ -91,28 +112,54 @@ class LabsPanel:
         answer = None
         try:
             question = make()
-            yield {section.status: "Starting"}
+            yield {section.status: working("Starting")}
             for item in self.state.run(question, request.session_hash or "nobody"):
                 if isinstance(item, RowAnswer):
                     answer = item
-                    yield self._shown(section, answer.result, kept)
+                    rows = self._rows(section, answer, kept)
+                    yield self._shown(section, rows)
                 elif line := progress_of(item):
                     yield {section.status: line}
         except (UserError, ValueError, TypeError) as error:
             yield {section.status: f"Not run: {error}"}
             raise notice(error) from error
-        yield {section.status: _ended(answer)}
+        yield {section.status: _ended(answer)} | (self._kept(section, answer, rows) if answer else {})
 
-    def _shown(self, section: Section, result: dict, kept: list[dict]) -> dict:
-        lab = section.lab
-        rows = lab.beside(kept, [row | {"model": result["model"]} for row in result["results"]])
-        said, figures = lab.finding(rows), lab.figures(rows)
+    def opener(self, section: Section):
+        """What shows a saved answer of the section."""
+
+        def show(upload: str) -> dict:
+            try:
+                answer = section.keeping.answer_in(upload)
+            except UserError as error:
+                return {section.status: f"Not opened: {error}"}
+            rows = self._rows(section, answer, [])
+            said = f"A saved answer, {model_title(str(answer.result['model']))}. {_ended(answer)}"
+            return self._shown(section, rows) | self._kept(section, answer, rows) | {section.status: said}
+
+        return show
+
+    def _rows(self, section: Section, answer: RowAnswer, kept: list[dict]) -> list[dict]:
+        """The rows of an answer, beside those that stay."""
+        return section.lab.beside(kept, [row | {"model": answer.result["model"]} for row in answer.rows])
+
+    def _kept(self, section: Section, answer: RowAnswer, rows: list[dict]) -> dict:
+        return section.keeping.kept(replace(answer, result=answer.result | {"results": rows}))
+
+    def _shown(self, section: Section, rows: list[dict]) -> dict:
+        lab, named = section.lab, [_named(row) for row in rows]
+        said, figures = lab.finding(named), lab.figures(named)
         return {
             section.finding: gr.Markdown(said, visible=bool(said)),
-            section.table: gr.Dataframe(value=[lab.row(row) for row in rows], visible=True),
+            section.table: gr.Dataframe(value=[lab.row(row) for row in named], visible=True),
             section.rows: rows,
             section.figure: sent(figures[0].make() if figures else None),
         }
+
+
+def _named(row: dict) -> dict:
+    """A row with its method's name as people read it."""
+    return row | {"method": shown_name(row["method"])} if "method" in row else row
 
 
 def _ended(answer: RowAnswer | None) -> str:

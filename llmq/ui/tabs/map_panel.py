@@ -1,4 +1,5 @@
-"""The Activations part of the Outliers tab: heatmaps by layer and channel and by token and channel, and their tables.
+"""The Activations part of the Outliers tab: the heatmap by layer and channel with what changes it beside it, one
+channel silenced, and below them a layer's tokens and the tables.
 
 Every part that shows a watched run has the same face: `build`, `prepare` with the way to a kept report, `framed` and
 `frame` for what a new report sets up, `inputs`, `changes`, `outputs` and `draw` for what is drawn of it.
@@ -14,29 +15,54 @@ from llmq.figures.heatmaps import map_figure, token_figure
 from llmq.inspect.report import OutlierReport
 from llmq.inspect.views import shares_table, strongest_table
 from llmq.labs.outliers import CHANNEL_HEADERS, SHARE_HEADERS
+from llmq.ui.parts.explanation import explanation, shown
 from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.parts.glossary import KINDS, kinds_explained
+from llmq.ui.parts.silence import silence_view
+from llmq.ui.parts.story import loudest_line
+from llmq.ui.shell.wiring import QUIET
 
-PHASES = ("prefill", "decode")
-KINDS = ["q/k/v", "o", "gate/up", "down"]
+PHASES = [("reading the prompt", "prefill"), ("writing", "decode")]
 Find = Callable[[str | None], OutlierReport | None]
+TO_THE_TOKENS = "() => document.querySelector('#layer')?.scrollIntoView({ block: 'start' })"
 
 
 class MapPanel:
+    def __init__(self, example: dict):
+        self.example = example
+
     def build(self) -> None:
-        with gr.Row(equal_height=True):
-            self.kind = gr.Radio(KINDS, value="down", label="Input of", elem_id="kind")
-            self.phase = gr.Radio(list(PHASES), value="prefill", label="Phase", elem_id="phase")
-        self.map = figure_view(elem_id="outlier-map")
-        self.shares = table("What reaches the threshold", SHARE_HEADERS, "outlier-shares")
-        self.channels = table("Strongest channels", CHANNEL_HEADERS, "outlier-channels")
-        self.layer = gr.Slider(0, 31, 0, step=1, label="Layer", info="Token by token, prompt only.", elem_id="layer")
-        self.tokens = figure_view(elem_id="token-map")
+        with gr.Row(elem_classes=["llmq-beside", "llmq-needs"]):
+            with gr.Column(scale=5, min_width=300):
+                self.map = figure_view(elem_id="outlier-map", snug=True)
+            with gr.Column(scale=2, min_width=300, elem_classes=["llmq-knobs"]):
+                self._build_knobs()
+        self.card = silence_view(self.example, elem_id="silence-card")
+        with gr.Column(elem_classes=["llmq-needs"]):
+            gr.Markdown("## One layer, token by token")
+            explanation("Click a row of the picture above to see which token it comes from, or move the slider.")
+            self.layer = gr.Slider(0, 31, 0, step=1, label="Layer", elem_id="layer")
+            self.tokens = figure_view(elem_id="token-map")
+            with gr.Accordion("The figures as tables", open=False, elem_id="outlier-tables"):
+                self.shares = table("What reaches the threshold", SHARE_HEADERS, "outlier-shares")
+                self.channels = table("Strongest channels", CHANNEL_HEADERS, "outlier-channels")
+
+    def _build_knobs(self) -> None:
+        self.threshold = gr.Slider(
+            2, 20, 6.0, step=0.1, label="Threshold", elem_id="outlier-threshold",
+        )  # fmt: skip
+        self.kind = gr.Radio(list(KINDS), value="down", label="What these layers read", elem_id="kind")
+        shown(kinds_explained())
+        self.phase = gr.Radio(PHASES, value="prefill", label="While", elem_id="phase")
 
     def prepare(self, find: Find) -> None:
         self.find = find
         self.inputs = [self.kind, self.phase, self.layer]
         self.changes = [self.kind.change, self.phase.input, self.layer.change]
-        self.outputs, self.framed = [self.map, self.tokens, self.shares, self.channels], [self.kind, self.layer]
+        self.outputs = [self.map, self.tokens, self.shares, self.channels]
+        self.framed = [self.kind, self.layer, self.card]
+        opened = self.map.select(self.layer_of, None, self.layer, **QUIET)
+        opened.success(None, None, None, js=TO_THE_TOKENS, **QUIET)
 
     def frame(self, report: OutlierReport) -> dict:
         kinds = kinds_of(report)
@@ -44,6 +70,7 @@ class MapPanel:
         return {
             self.kind: gr.Radio(kinds, value="down" if "down" in kinds else kinds[0]),
             self.layer: gr.Slider(maximum=max(layers, default=0), value=_loudest_layer(report)),
+            self.card: {"lead": loudest_line(report)},
         }
 
     def draw(self, key, threshold, kind, phase, layer) -> dict:
@@ -58,6 +85,11 @@ class MapPanel:
             self.shares: filled(shares_table(report, threshold)),
             self.channels: filled(strongest_table(report, threshold)),
         }
+
+    def layer_of(self, event: gr.EventData):
+        """The layer of a cell that was clicked."""
+        row = str(event.y)
+        return int(row) if event.type == "heatmap" and row.isdecimal() else gr.skip()
 
 
 def kinds_of(report: OutlierReport) -> list[str]:

@@ -1,4 +1,4 @@
-"""The Outliers tab: what to watch, and the parts that show it. Each part is a module of its own."""
+"""The Outliers tab: what to watch, what came out in a sentence, and the parts that show it, a module each."""
 
 from __future__ import annotations
 
@@ -9,24 +9,42 @@ import gradio as gr
 
 from llmq.contestant import Contestant
 from llmq.errors import UserError
-from llmq.events import Loading
 from llmq.inspect.report import OutlierReport
 from llmq.labs.outliers import MAX_NEW_TOKENS, Inspection, Preparation, ReportAnswer
 from llmq.methods import METHODS
 from llmq.models.presets import PRESETS
 from llmq.ui.parts.examples import EXAMPLES
+from llmq.ui.parts.explanation import explanation
+from llmq.ui.parts.keeping import Keeping
 from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
-from llmq.ui.parts.status import status_line
+from llmq.ui.parts.story import asked_of, headline, watched_line
+from llmq.ui.parts.watched import refused, watched_view
+from llmq.ui.shell.assets import script
+from llmq.ui.shell.link import outlier_wishes
 from llmq.ui.shell.state import AppState
+from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 from llmq.ui.tabs.agreement_panel import AgreementPanel
 from llmq.ui.tabs.figures_panel import FiguresPanel
 from llmq.ui.tabs.labs_panel import LabsPanel
 from llmq.ui.tabs.map_panel import MapPanel
 from llmq.ui.tabs.moments_panel import MomentsPanel
+from llmq.ui.tabs.silencing_card import SilencingCard, recorded_value
 
 log = logging.getLogger(__name__)
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+PARTS = {
+    "activations": "Activations",
+    "moments": "Sent to 16 bit",
+    "figures": "The paper's figures",
+    "agreement": "Agreement and cause",
+    "what-if": "What if",
+}
+ABOUT = (
+    "LLM.int8() keeps a column of a layer's input in 16 bit when any number in it reaches the threshold. Prefill looks "
+    "at the whole prompt; decode sees one token at a time, so it keeps fewer."
+)
+IDLE = "A few numbers inside a language model are many times larger than the rest. Watch where they are."
+FIRST = "Nothing is watched yet: press Watch above, or open a saved run under Activations."
 
 
 class OutliersTab:
@@ -34,116 +52,174 @@ class OutliersTab:
 
     def __init__(self, state: AppState):
         self.state = state
-        self.map, self.moments, self.figures = MapPanel(), MomentsPanel(), FiguresPanel()
+        self.map, self.moments, self.figures = MapPanel(recorded_value(state)), MomentsPanel(), FiguresPanel()
+        self.panels = (self.map, self.moments, self.figures)
         self.agreement, self.what_if = AgreementPanel(state), LabsPanel(state)
+        self.card = SilencingCard(self.what_if)
+        self.keeping = Keeping(state, ReportAnswer.kind)
 
     def build(self) -> None:
-        gr.Markdown(
-            "LLM.int8() keeps a column of a layer's input in 16 bit when any |x| in it reaches the threshold. "
-            "Prefill pools the whole prompt; decode sees one token at a time, so its sets are smaller."
-        )
-        self._build_form()
-        with gr.Tabs(elem_id="observatory"):
-            with gr.Tab("Activations", id="activations"):
-                self.map.build()
-            with gr.Tab("Sent to 16 bit", id="moments"):
-                self.moments.build()
-            with gr.Tab("The paper's figures", id="figures"):
-                self.figures.build()
-            with gr.Tab("Agreement and cause", id="agreement"):
-                self.agreement.build()
-            with gr.Tab("What if", id="what-if"):
-                self.what_if.build()
+        with gr.Column(elem_id="outliers-view", elem_classes=["llmq-view", "llmq-outliers"]):
+            with gr.Column(elem_id="outlier-form", elem_classes=["llmq-form"]):
+                self._build_form()
+            self.status = watched_view(IDLE, elem_id="outlier-status")
+            with gr.Column(elem_classes=["llmq-unwatched", "llmq-for-watching"]):
+                explanation(ABOUT)
+            with gr.Tabs(elem_id="observatory") as self.parts:
+                built = (self.map, self.moments, self.figures, self.agreement, self.what_if)
+                for (name, title), panel in zip(PARTS.items(), built, strict=True):
+                    with gr.Tab(title, id=name, elem_id=f"part-{name}"):
+                        self._build_part(panel)
+            self.link = gr.Textbox(
+                label="Link to this view", buttons=["copy"], elem_id="outlier-link", interactive=False, max_lines=1
+            )
+
+    def _build_part(self, panel) -> None:
+        if panel in (self.moments, self.figures):
+            gr.HTML(f'<p class="llmq-quiet">{FIRST}</p>', elem_classes=["llmq-flush", "llmq-unwatched"])
+        panel.build()
+        if panel is self.map:
+            self.keeping.build("report", "this watched run")
 
     def _build_form(self) -> None:
-        self.prompt = gr.Textbox(EXAMPLES[0][1], label="Prompt to watch", lines=2, elem_id="outlier-prompt")
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes=["llmq-ask"]):
+            self.prompt = gr.Textbox(
+                EXAMPLES[0][1], label="Prompt", lines=2, max_lines=8, elem_id="outlier-prompt", scale=1,
+                min_width=260,
+            )  # fmt: skip
+            self.watch = gr.Button(
+                "Watch", variant="primary", elem_id="watch", scale=0, min_width=150, elem_classes=["llmq-for-watching"]
+            )
+        with gr.Row(equal_height=True, elem_classes=["llmq-choices"]):
             self.model = gr.Dropdown(
-                list(PRESETS), value=self.state.model, label="Model", allow_custom_value=True,
-                elem_id="outlier-model", min_width=200,
+                [(preset.title, preset.name) for preset in PRESETS.values()], value=self.state.model, label="Model",
+                allow_custom_value=True, elem_id="outlier-model", min_width=200,
             )  # fmt: skip
             self.method = gr.Dropdown(
                 [(method.label, name) for name, method in METHODS.items()], value="bnb-int8", label="Method",
-                elem_id="outlier-method", min_width=200,
-            )  # fmt: skip
-            self.threshold = gr.Slider(
-                2, 20, 6.0, step=0.1, label="Threshold", info="Judges a watched run anew, without a new run.",
-                elem_id="outlier-threshold", min_width=220,
+                allow_custom_value=True, elem_id="outlier-method", min_width=200,
+                elem_classes=["llmq-for-methods"],
             )  # fmt: skip
             self.new_tokens = gr.Slider(
                 0, MAX_NEW_TOKENS, 8, step=1, label="Generated tokens to watch", elem_id="outlier-new-tokens",
-                min_width=200,
+                min_width=200, elem_classes=["llmq-for-watching"],
             )  # fmt: skip
-        with gr.Row():
-            self.watch = gr.Button("Watch activations", variant="primary", elem_id="watch", scale=2, min_width=140)
-            self.stop = gr.Button("Stop", variant="stop", elem_id="outlier-stop", scale=1, min_width=90)
-        self.status = status_line("Ready.", elem_id="outlier-status")
-        self.report_key = gr.State(None)
+
+    @property
+    def threshold(self) -> gr.Slider:
+        return self.map.threshold
+
+    @property
+    def linked(self) -> list:
+        """What a link to this tab carries besides the prompt and the model."""
+        return [self.method, self.threshold, self.parts]
 
     def wire(self, tab: gr.Tab) -> None:
-        panels = (self.map, self.moments, self.figures)
-        for panel in panels:
+        for panel in self.panels:
             panel.prepare(self._report)
-        gr.on(
-            [self.watch.click, self.prompt.submit],
-            self._watch,
-            [self.prompt, self.model, self.method, self.threshold, self.new_tokens],
-            [self.status, self.report_key, *(part for panel in panels for part in panel.framed)],
-            show_progress="hidden",
-            concurrency_limit=16,
-            concurrency_id="runs",
-            api_name="outliers",
-        )
-        for panel in panels:
-            inputs = [self.report_key, self.threshold, *panel.inputs]
-            changed = [self.report_key.change, self.threshold.input, *panel.changes]
+        shown = [self.status, self.keeping.key, *(part for panel in self.panels for part in panel.framed)]
+        form = [self.prompt, self.model, self.method, self.threshold, self.new_tokens]
+        asked = gr.on([self.watch.click, self.prompt.submit], self._watch, form, shown, **RUNS, **QUIET)
+        tell_end(asked, self.status.elem_id)
+        self.keeping.wire(self._open, [*shown, *form])
+        for panel in self.panels:
+            inputs = [self.keeping.key, self.threshold, *panel.inputs]
+            changed = [self.keeping.key.change, self.threshold.input, *panel.changes]
             gr.on(changed, panel.draw, inputs, panel.outputs, trigger_mode="always_last", **QUIET)
-        self.agreement.wire(self.prompt, self.model, self.method, self.threshold)
-        self.what_if.wire(self.prompt, self.model)
-        self.stop.click(self._stop, None, None, queue=False, **QUIET)
+        gr.on(  # the key: the threshold may have moved while the run went on
+            [self.keeping.key.change, self.threshold.input], self._judge, [self.keeping.key, self.threshold],
+            self.status, trigger_mode="always_last", **QUIET,
+        )  # fmt: skip
+        self.agreement.wire(self.prompt, self.model, self.method, self.threshold, self._stop)
+        self.what_if.wire(self.prompt, self.model, self._stop)
+        self.card.wire(self.map.card, self.prompt, self.model, self._stop)
+        self.status.stop(self._stop, None, None, queue=False, **QUIET)
         tab.select(self._prepare, [self.model, self.method], None, concurrency_limit=1, **QUIET)
+        self._wire_link(tab)
+
+    def _wire_link(self, tab: gr.Tab) -> None:
+        carried = [self.prompt, self.model, self.method, self.threshold]
+        moved = [tab.select, self.parts.select, *(part.change for part in carried)]
+        gr.on(moved, None, carried, self.link, js=script("outlier_link.js"), **QUIET)
+
+    def from_link(self, request: gr.Request) -> dict:
+        """What the address asks of this tab; what it does not name stays."""
+        query = dict(request.query_params)
+        wishes = outlier_wishes(query)
+        part = query.get("part")
+        return {
+            self.method: wishes.get("method", gr.skip()),
+            self.threshold: wishes.get("threshold", gr.skip()),
+            self.parts: gr.Tabs(selected=part) if part in PARTS else gr.skip(),
+        }
 
     def _report(self, key: str | None) -> OutlierReport | None:
-        return self.state.kept(key)
+        answer = self.state.kept(key)
+        return answer and answer.report
 
     def _watch(self, prompt, model, method, threshold, new_tokens, request: gr.Request) -> Iterator[dict]:
         """Run the prompt with every linear layer's input watched."""
-        report = None
+        told = {"state": "running", "text": "", "doing": "Starting", "fraction": None, "note": "", "banner": ""}
+        answer = None
         try:
+            contestant = Contestant.parse(str(method), threshold)
             inspection = Inspection(
-                prompt=prompt,
-                model=model,
-                contestant=Contestant.parse(str(method), threshold),
-                new_tokens=int(new_tokens),
-                device=self.state.device,
+                prompt=prompt, model=model, contestant=contestant, new_tokens=int(new_tokens), device=self.state.device
             )
+            told |= {"asked": asked_of(model, contestant.label, prompt)}
+            yield {self.status: told}
             for item in self.state.run(inspection, request.session_hash or "nobody"):
                 if isinstance(item, ReportAnswer):
-                    report = item.report
-                    if report.generated_tokens < new_tokens and not report.stopped:
-                        yield self._finished(report) | {
-                            self.status: {"text": "The prompt is read; generating", "fraction": None}
-                        }
-                elif isinstance(item, Loading) and item.contestant:
-                    yield {self.status: {"text": f"Loading {item.contestant}, then watching", "fraction": None}}
+                    answer = item
+                    if answer.report.generated_tokens < new_tokens and not answer.report.stopped:
+                        doing = {"text": headline(answer.report, threshold), "doing": "The prompt is read; generating"}
+                        told = told | doing
+                        yield self._shown(answer) | {self.status: told}
                 elif line := progress_of(item):
-                    yield {self.status: line}
+                    told = told | {"doing": line["text"], "fraction": line["fraction"]}
+                    yield {self.status: told}
         except (UserError, ValueError, TypeError) as error:
-            yield {self.status: f"Not run: {error}"}
+            yield {self.status: self._refused(f"Not run: {error}")}
             raise notice(error) from error
-        yield self._finished(report)
+        yield self._shown(answer) if answer else {self.status: self._refused("Stopped before anything ran.")}
 
-    def _finished(self, report: OutlierReport | None) -> dict:
-        if report is None:
-            return {self.status: "Stopped before anything ran."}
-        said = f"{report.prompt_tokens} prompt tokens and {report.generated_tokens} generated tokens watched"
+    def _shown(self, answer: ReportAnswer, banner: str = "") -> dict:
+        """A watched run, `banner` above it; the panels draw it when they hear that there is another."""
+        report = answer.report
         frame = {
-            self.status: f"{'Stopped early: ' if report.stopped else ''}{said} in {len(report.modules)} linear layers.",
-            self.report_key: self.state.keep(report),
+            self.status: {
+                "state": "opened" if banner else "done",
+                "asked": asked_of(report.model, report.method, answer.prompt),
+                "text": headline(report, answer.threshold),
+                "doing": "",
+                "note": f"{watched_line(report)} Moving the threshold needs no new run.",
+                "banner": banner,
+            }
         }
-        for panel in (self.map, self.moments, self.figures):
+        for panel in self.panels:
             frame |= panel.frame(report)
-        return frame
+        return frame | self.keeping.kept(answer)
+
+    def _open(self, upload: str) -> dict:
+        """A saved run in the place of the watched one, and the form as it was."""
+        try:
+            answer = self.keeping.answer_in(upload)
+        except UserError as error:
+            return {self.status: self._refused(f"Not opened: {error}")}
+        report = answer.report
+        name, _, _ = report.method.partition("@")
+        form = {self.model: report.model, self.method: name, self.threshold: answer.threshold}
+        if answer.prompt:
+            form |= {self.prompt: answer.prompt}
+        return self._shown(answer, "A saved run") | form
+
+    def _refused(self, text: str) -> dict:
+        return refused(text, self.state.next_run())
+
+    def _judge(self, key, threshold) -> dict:
+        """The sentence at another threshold."""
+        report = self._report(key)
+        return {self.status: {"text": headline(report, threshold)} if report else gr.skip()}
 
     def _prepare(self, model, method, request: gr.Request) -> None:
         """Load the demo model while the visitor reads the tab; a larger one may not fit beside what is loaded."""

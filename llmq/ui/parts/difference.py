@@ -1,0 +1,50 @@
+"""The difference in three figures, while a run goes and after it: memory, speed, and the words that are the same.
+
+Plain Python. `shares` are bars' lengths, rounded so that few updates change them; `changes` are held against the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmq.summary import Summary
+
+UNKNOWN = {"shares": [], "changes": []}
+
+
+def difference(summary: Summary, contestants: int) -> dict:
+    """`memory` and `speed`, each with `shares` (0 to 1 of the largest) and `changes` ('▼ 39%', '▲ 1.8×'; '' for the
+    first) as soon as all `contestants` have a figure; `same` and `parted`: how far the first two texts agree."""
+    outcomes = list(summary.outcomes.values())
+    return {
+        "memory": _figure([outcome.weight_bytes for outcome in outcomes], contestants, _percent),
+        "speed": _figure([outcome.decode_tokens_per_second for outcome in outcomes], contestants, _times),
+        **_words(summary, contestants),
+    }
+
+
+def _figure(values: Sequence[float | None], contestants: int, told) -> dict:
+    if len(values) < contestants or not all(values):
+        return UNKNOWN
+    shares = [round(value / max(values), 2) for value in values]
+    return {"shares": shares, "changes": ["", *(told(value / values[0]) for value in values[1:])]}
+
+
+def _percent(ratio: float) -> str:
+    percent = f"{abs(1 - ratio):.0%}"
+    return "the same" if percent == "0%" else f"{'▼' if ratio < 1 else '▲'} {percent}"
+
+
+def _times(ratio: float) -> str:
+    larger = max(ratio, 1 / ratio)
+    return "the same" if larger <= 1.05 else f"{'▲' if ratio > 1 else '▼'} {larger:.1f}×"
+
+
+def _words(summary: Summary, contestants: int) -> dict:
+    texts = [outcome.token_ids for outcome in list(summary.outcomes.values())[:2]]
+    if contestants < 2 or len(texts) < 2 or not all(texts):
+        return {"same": "", "parted": ""}
+    found = summary.agreement()
+    same = found["matching_prefix_tokens"]
+    parted = "so far" if found["first_divergence"] is None else "then each goes its own way"
+    return {"same": f"{same} token{'' if same == 1 else 's'}", "parted": parted}

@@ -1,0 +1,13 @@
+() => {
+  // What an address asks of the page itself: autorun=1, view=outliers or fit, embed=1. Which part of the Outliers tab is
+  // open, `part`, the server says.
+  const asked = new URLSearchParams(window.location.search);
+  const view = asked.get("view");
+  const views = ["compare", "outliers", "fit"];
+  // Where the window is narrow, the last tabs are in a menu, nameless but in order.
+  const inMenu = () => [...document.querySelectorAll("#tabs > .tab-wrapper .overflow-dropdown button")]
+    .at(views.indexOf(view) - views.length);
+  if (views.includes(view)) (document.querySelector(`#tab-${view}-button`) || inMenu())?.click();
+  if (asked.get("embed") === "1") document.body.classList.add("llmq-embedded");
+  if (asked.get("autorun") === "1") document.querySelector("#generate")?.click();
+}

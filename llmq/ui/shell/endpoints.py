@@ -1,0 +1,134 @@
+"""A typed function as an endpoint of Gradio's server: its parameters are checked, and a failure is one line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, closing, contextmanager
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin
+
+import gradio as gr
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from gradio.route_utils import FnIndexInferError
+from gradio.utils import get_function_description
+
+from llmq.errors import BadChoice, UserError, first_line, unknown
+
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+log = logging.getLogger(__name__)
+
+
+def server_options(page: gr.Blocks) -> dict:
+    """What the web server is told for the sake of programs: one-line refusals, and JSON for MCP clients."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if page.mcp_server_obj:
+            _as_json_text(page.mcp_server_obj)
+        yield
+
+    refused = dict.fromkeys((KeyError, FnIndexInferError, TypeError), _refuse)
+    return {"exception_handlers": refused, "lifespan": lifespan}
+
+
+def name_too_few(page: gr.Blocks) -> None:
+    """Say in one line that values given by their place are too few; Gradio's own account of it is a page long."""
+
+    def validate(function, inputs: list) -> None:
+        if len(inputs) < len(function.inputs):
+            told = f"{function.api_name} takes {len(function.inputs)} values and {len(inputs)} are given"
+            raise gr.Error(f"{told}; call/v2/{function.api_name} takes them by name", print_exception=False)
+
+    page.validate_inputs = validate  # no public setting
+
+
+def _refuse(request: Request, error: Exception) -> JSONResponse:
+    """Answer in one line where Gradio finds no endpoint of that name, or other parameters than it has."""
+    if "/gradio_api/call/" not in request.url.path:
+        raise error
+    unnamed = isinstance(error, KeyError | FnIndexInferError)
+    told = f"no endpoint is called {request.url.path.rpartition('/')[2]!r}" if unnamed else first_line(error)
+    return JSONResponse({"error": told.partition(". Please click")[0]}, status_code=404 if unnamed else 400)
+
+
+def _as_json_text(server) -> None:
+    """Let MCP clients read an answer as JSON: Gradio sends them the text that Python shows of it."""
+    whole = server.postprocess_output_data
+
+    def postprocess(data: list, root_url: str) -> list:
+        return whole([json.dumps(one) if isinstance(one, dict) else one for one in data], root_url)
+
+    server.postprocess_output_data = postprocess  # no public setting
+
+
+def add_endpoint(page: gr.Blocks, function: Callable, told: Mapping[str, str], **concurrency) -> None:
+    """Make an endpoint of a function of `owner` and typed parameters, which describes itself in its docstring; `told`
+    describes the parameters that this leaves out. A generator's items are streamed."""
+    _, *parameters = inspect.signature(function, eval_str=True).parameters.values()
+    parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+
+    def given(request: gr.Request, values: tuple) -> dict:
+        typed = {p.name: _typed(p.name, p.annotation, v) for p, v in zip(parameters, values, strict=True)}
+        return typed | {"owner": request.session_hash or "nobody"}
+
+    def answered(request, *values):
+        with _refusals():
+            return function(**given(request, values))
+
+    def streamed(request, *values):
+        with _refusals(), closing(function(**given(request, values))) as items:
+            yield from items
+
+    endpoint = streamed if inspect.isgeneratorfunction(inspect.unwrap(function)) else answered
+    endpoint.__name__ = function.__name__
+    common = {p.name: told[p.name] for p in parameters if p.name in told}
+    endpoint.__doc__ = _described(inspect.getdoc(function), common)
+    place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    request = inspect.Parameter("request", place, annotation=gr.Request)
+    endpoint.__signature__ = inspect.Signature(
+        [request, *(parameter.replace(kind=place) for parameter in parameters)], return_annotation=dict
+    )
+    endpoint.__annotations__ = {p.name: p.annotation for p in (request, *parameters)} | {"return": dict}
+    added = gr.api(endpoint, api_name=function.__name__, **concurrency)
+    _, lines, _ = get_function_description(endpoint)
+    for number, parameter in zip(added["inputs"], parameters, strict=True):
+        page.blocks[number].label = lines[parameter.name]  # Gradio's is '1st'
+
+
+def _described(doc: str, told: Mapping[str, str]) -> str:
+    """A docstring with a line for every parameter."""
+    start = doc.rstrip() if "Args:" in doc else f"{doc}\n\nArgs:"
+    return "\n".join((start, *(f"    {name}: {text}" for name, text in told.items() if f"    {name}: " not in doc)))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Whatever goes wrong inside as an error of one line, in plain text."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    except Exception as error:  # the boundary: a program gets a line, the log the rest
+        log.exception("a question failed")
+        raise gr.Error(f"{type(error).__name__}: {first_line(error)}", print_exception=False) from error
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """`value` as its parameter holds it. Raises BadChoice for another type: JSON from anywhere comes in here."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise unknown(name, value, get_args(hint))
+        return value
+    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if type(value) in types:
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1 << 63
+    if number and float in types:
+        return float(value)
+    if number and int in types and value == int(value):
+        return int(value)
+    raise BadChoice(f"{name} is {json.dumps(value):.80}; give {' or '.join(WORDS[kind] for kind in types)}")

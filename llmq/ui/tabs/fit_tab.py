@@ -1,0 +1,146 @@
+"""The tab 'Does it fit?': a model, a card, a context; what each method needs there, without loading anything.
+
+Every change is answered at once, beside the queue and without the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import gradio as gr
+
+from llmq.cards import CARDS, Card, device_bytes
+from llmq.contestant import Contestant
+from llmq.errors import BadChoice, UserError
+from llmq.memory import forecast
+from llmq.models.opening import Model, describe_model
+from llmq.models.presets import PRESETS, model_title
+from llmq.ui.parts.fit import fit_panel
+from llmq.ui.shell.assets import script
+from llmq.ui.shell.link import fit_wishes_of
+from llmq.ui.shell.state import AppState
+from llmq.ui.shell.wiring import QUIET
+from llmq.ui.tabs.fit_view import METHODS_SHOWN, failed, fit_view
+
+log = logging.getLogger(__name__)
+OTHER = "other"  # in the card field: an amount of memory, typed
+AT_ONCE = QUIET | {"queue": False}
+PLACE = re.compile(r"(?<![\w./:-])(?:/[\w.@+~-]+){2,}/?")  # a path from the root
+
+
+class FitTab:
+    """Builds the tab inside an open `gr.Blocks`; `wire()` connects it."""
+
+    def __init__(self, state: AppState):
+        self.state = state
+
+    def build(self) -> None:
+        with gr.Column(elem_id="fit-view"):
+            with gr.Row(equal_height=True, elem_id="fit-form"):
+                self._build_form()
+            self.panel = fit_panel()
+            with gr.Column(elem_classes=["llmq-keep"]):
+                self.link = gr.Textbox(
+                    label="Link to this answer", buttons=["copy"], elem_id="fit-link", interactive=False, max_lines=1
+                )
+
+    def _build_form(self) -> None:
+        large = self.state.model in PRESETS and self.state.model != "demo"
+        self.model = gr.Dropdown(
+            [(preset.title, preset.name) for preset in PRESETS.values()],
+            value=self.state.model if large else "llama-3.1-8b-instruct", label="Model",
+            info="Or a hub id, owner/name.", allow_custom_value=True, elem_id="fit-model", min_width=240, scale=3,
+        )  # fmt: skip
+        self.card = gr.Dropdown(
+            [(card.title, card.name) for card in CARDS.values()] + [("other", OTHER)], value="rtx-4080", label="Card",
+            info="As its driver counts it.", elem_id="fit-card", min_width=260, scale=2,
+        )  # fmt: skip
+        self.memory = gr.Textbox(
+            "16 GiB", label="Its memory", info="In GiB or GB.", elem_id="fit-memory", min_width=120, visible=False
+        )
+        self.context = gr.Number(
+            8192, precision=0, step=1024, label="Context", info="In tokens.", elem_id="fit-context",
+            min_width=110, scale=1,
+        )  # fmt: skip
+        self.batch = gr.Number(
+            1, precision=0, label="Batch", info="Texts at once.", elem_id="fit-batch", min_width=110, scale=1
+        )
+
+    @property
+    def form(self) -> list[gr.components.Component]:
+        return [self.model, self.card, self.memory, self.context, self.batch]
+
+    def wire(self, page: gr.Blocks, tab: gr.Tab) -> None:
+        changed = [part.change for part in self.form]
+        gr.on(
+            [tab.select, *changed], self._answer, self.form, [self.panel, self.memory], trigger_mode="always_last",
+            **AT_ONCE,
+        )  # fmt: skip
+        gr.on([tab.select, *changed], None, self.form, self.link, js=script("fit_link.js"), **AT_ONCE)
+        page.load(self._from_link, None, self.form, **AT_ONCE)
+
+    def _answer(self, model, card, memory, context, batch) -> dict:
+        """What every method needs, and whether the card has it."""
+        return {self.panel: answer(model, card, memory, context, batch), self.memory: gr.Textbox(visible=card == OTHER)}
+
+    def _from_link(self, request: gr.Request) -> dict:
+        wishes = fit_wishes_of(dict(request.query_params))
+        return {getattr(self, name): value for name, value in wishes.items()} or {self.batch: gr.skip()}
+
+
+def answer(model, card, memory, context, batch) -> dict:
+    """The view of a form's values, or of what is wrong with them, in one line that names no place on this machine."""
+    name = str(model or "").strip()
+    try:
+        device = device_bytes(str(memory or "") if card == OTHER else str(card))
+        asked, batch = (_whole(*pair) for pair in (("context", context), ("batch", batch)))
+        opened = described(name)
+        contestants = [Contestant.parse(method) for method in METHODS_SHOWN]
+        result = forecast(opened, contestants, tokens=min(asked, opened.context), batch=batch, device_bytes=device)
+    except UserError as error:
+        return failed(f"Not counted: {_without_places(str(error), name)}")
+    except Exception:  # the boundary: a configuration may come from anybody
+        log.exception("%s cannot be counted", name)
+        return failed(f"Not counted: the configuration of {name} holds values that no model has")
+    known = CARDS.get(str(memory).strip().lower() if card == OTHER else card)
+    return fit_view(
+        result, title=model_title(name), place=_place(known, memory), asked=asked, by_driver=known is not None
+    )
+
+
+def _place(known: Card | None, memory) -> str:
+    if known:
+        return f"{'an' if known.model[0] in 'AHLR' else 'a'} {known.title}"  # as the letters are said
+    amount = str(memory).strip()
+    return f"{amount}{'' if amount[-1].isalpha() else ' GB'} of memory"
+
+
+def described(name: str) -> Model:
+    """The model, counted once for as long as its configuration does not change."""
+    source = describe_model(name).source
+    if source.kind != "folder":
+        return _described(name, 0)
+    try:
+        changed = (Path(source.location) / "config.json").stat().st_mtime_ns
+    except OSError:
+        changed = 0
+    return _described(name, changed)
+
+
+@lru_cache(maxsize=16)
+def _described(name: str, changed: int) -> Model:
+    return describe_model(name)
+
+
+def _whole(name: str, value) -> int:
+    if isinstance(value, int | float) and 1 <= value <= 10**9 and value == int(value):
+        return int(value)
+    raise BadChoice(f"{name} is {'empty' if value is None else value}; choose a whole number over 0")
+
+
+def _without_places(message: str, typed: str) -> str:
+    """Paths of this machine leave a message, but for the one that somebody typed."""
+    return PLACE.sub(lambda found: found[0] if found[0] in typed else "a folder here", message)

@@ -1,0 +1,70 @@
+"""What the Outliers tab says of a watched run in words, and the words that it explains."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_observatory_views import SILENCED, module, report
+
+from llmq.ui.parts.glossary import KINDS, TERMS, explained, kinds_explained
+from llmq.ui.parts.story import asked_of, headline, loudest_line, silenced, watched_line
+
+
+def streamed(peak: float = 31.6):
+    """A report with a stream of 16 channels, number 3 loudest."""
+    absmax = np.full(16, 0.5)
+    absmax[3] = peak
+    modules = tuple(module(layer, kind, 16, absmax, []) for layer in range(2) for kind in ("q/k/v", "gate/up"))
+    return replace(report(), modules=modules)
+
+
+def test_the_sentence_says_how_many_how_large_and_what_is_kept():
+    assert headline(streamed(), 6.0) == (
+        "1 of the 16 channels that run through the model reaches 6; the loudest, 3, is at 31.6, a typical one at 0.5. "
+        "int8 · bitsandbytes keeps 4 of 64 columns (6.2%) in 16 bit, the orange ones."
+    )
+    assert "0 of the 16 channels that run through the model reach 32" in headline(streamed(), 32)
+    assert loudest_line(streamed()) == "The strongest channel here is 3: up to 63.2 times a typical one."
+
+
+def test_a_method_without_columns_apart_is_not_said_to_keep_any():
+    plain = replace(streamed(), method="absmax")
+    plain = replace(plain, modules=tuple(replace(m, outlier_columns=None) for m in plain.modules))
+    assert "keeps none apart; LLM.int8() would keep 4 of 64 columns" in headline(plain, 6.0)
+
+
+def test_without_a_stream_there_is_still_a_sentence():
+    assert headline(replace(report(), modules=()), 6.0).endswith("keep 0 of 0 columns (0%) in 16 bit, the orange ones.")
+    assert loudest_line(replace(report(), modules=())) == ""
+
+
+@pytest.mark.parametrize(("method", "settings"), [
+    ("fp16", "SmolLM2-135M (demo) · FP16"), ("bnb-int8@3", "SmolLM2-135M (demo) · int8 · bitsandbytes, threshold 3"),
+    ("int9", "SmolLM2-135M (demo) · int9"),
+])  # fmt: skip
+def test_what_was_asked_in_one_line(method, settings):
+    assert asked_of("demo", method, "Hello") == {"prompt": "Hello", "settings": settings}
+    assert watched_line(replace(report(), stopped=True)).startswith("Stopped early: 1 prompt tokens")
+
+
+def test_silencing_is_told_before_and_after():
+    rows = [SILENCED[0], SILENCED[1] | {"perplexity": 12618.8, "text": "4-a"}]
+    assert silenced(rows) == {
+        "change": ["10", "12,619"],
+        "texts": [["With every channel", "a"], ["Without channel 5", "4-a"]],
+    }
+    assert silenced(SILENCED[:1]) == {}
+    assert silenced([rows[0], rows[1] | {"perplexity": math.inf, "text": ""}]) == {
+        "change": ["10", "beyond measure"],
+        "texts": [["With every channel", "a"]],
+    }
+
+
+def test_a_word_is_explained_once_and_text_is_text():
+    markup = explained("<b>Tokens</b> and **tokens** of an outlier feature, an outlier & KL")
+    assert markup.count('role="tooltip"') == 4 and "<b>" not in markup and "&lt;b&gt;" in markup
+    assert "<strong>tokens</strong>" in markup and 'tabindex="0">outlier feature<' in markup
+    assert "KL" in TERMS and all(name in kinds_explained() for name in KINDS)
