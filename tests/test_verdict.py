@@ -7,6 +7,7 @@ import pytest
 from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Step
 from llmq.methods import METHODS
 from llmq.summary import Summary
+from llmq.ui.parts.difference import difference
 from llmq.ui.parts.verdict import USUAL, WHY_OURS_CPU, WHY_SLOWER_CPU, WHY_SLOWER_GPU, Verdict, verdict
 
 MB = 10**6
@@ -83,7 +84,10 @@ def test_a_ratio_across_loops_says_so():
     ],
 )
 def test_within_five_percent_the_speed_is_the_same(speed, words):
-    assert f"against 10.0 tok/s: {words} in this run." in said(lane("fp32"), lane("fp16", speed=speed))
+    lanes = lane("fp32"), lane("fp16", speed=speed)
+    assert f"against 10.0 tok/s: {words} in this run." in said(*lanes)
+    shown = difference(Summary([planned("fp32", "fp16"), *sum(lanes, [])]), 2)["speed"]["changes"][1]
+    assert (shown == "the same") == (words == "about the same speed"), "the figure and the sentence agree"
 
 
 @pytest.mark.parametrize(("device", "why"), [("cuda:0", WHY_SLOWER_GPU), ("cpu", WHY_SLOWER_CPU)])

@@ -35,9 +35,13 @@ def _percent(ratio: float) -> str:
     return "the same" if percent == "0%" else f"{'▼' if ratio < 1 else '▲'} {percent}"
 
 
+def about_even(ratio: float) -> bool:
+    """Whether speeds whose ratio to the first's this is are called the same: five percent is within one run's noise."""
+    return 0.95 <= 1 / ratio <= 1.05
+
+
 def _times(ratio: float) -> str:
-    larger = max(ratio, 1 / ratio)
-    return "the same" if larger <= 1.05 else f"{'▲' if ratio > 1 else '▼'} {larger:.1f}×"
+    return "the same" if about_even(ratio) else f"{'▲' if ratio > 1 else '▼'} {max(ratio, 1 / ratio):.1f}×"
 
 
 def _words(summary: Summary, contestants: int) -> dict:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llmq.contestant import shown_name
 from llmq.formatting import format_bytes, format_speed
 from llmq.summary import Outcome, Summary
+from llmq.ui.parts.difference import about_even
 
 USUAL = "That is usual for LLM.int8() through bitsandbytes at batch size 1:"
 WHY_SLOWER_GPU = (
@@ -54,7 +55,7 @@ def _headline(baseline: Outcome, other: Outcome) -> str:
     memory = f"needs {_change(other.weight_bytes / baseline.weight_bytes)}"
     ratio = _ratio(baseline, other)
     speed = "" if ratio is None else f" and writes {_times(ratio)}"
-    return f"{_name(other)} {memory}{speed}{'' if ratio is None or _even(ratio) else f' than {_name(baseline)}'}"
+    return f"{_name(other)} {memory}{speed}{'' if ratio is None or about_even(ratio) else f' than {_name(baseline)}'}"
 
 
 def _same(summary: Summary) -> str:
@@ -87,12 +88,8 @@ def _ratio(baseline: Outcome, other: Outcome) -> float | None:
     return ours / theirs if ours and theirs else None
 
 
-def _even(ratio: float) -> bool:
-    return 0.95 <= 1 / ratio <= 1.05
-
-
 def _times(ratio: float) -> str:
-    if _even(ratio):
+    if about_even(ratio):
         return "at about the same speed"
     return f"{ratio:.1f} times faster" if ratio > 1 else f"{1 / ratio:.1f} times slower"
 
@@ -102,7 +99,7 @@ def _speed(baseline: Outcome, other: Outcome, place: str) -> str:
     if ratio is None:
         return "There were too few tokens to state a speed."
     pair = " against ".join(format_speed(outcome.decode_tokens_per_second) for outcome in (other, baseline))
-    reason = _reason(other, place) if ratio < 1 and not _even(ratio) else ""
+    reason = _reason(other, place) if ratio < 1 and not about_even(ratio) else ""
     return f"It decoded at {pair}{_crossing(baseline, other)}: {_times(ratio).removeprefix('at ')} in this run.{reason}"
 
 
