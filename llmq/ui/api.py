@@ -31,10 +31,9 @@ from llmq.methods.base import THRESHOLD
 from llmq.summary import RunAnswer, Summary
 from llmq.ui.parts.progress import event_line
 from llmq.ui.shell.endpoints import add_endpoint, name_too_few
-from llmq.ui.shell.state import AppState
+from llmq.ui.shell.state import MAX_SECONDS, AppState
 
 UPDATE_SECONDS = 0.3  # between two messages of progress
-MAX_SECONDS = 900.0  # one comparison of a visitor may hold the device this long
 TOLD = {  # of parameters that many endpoints have
     "model": "a preset, a hub id, or a folder on the server",
     "device": "the server's, which is what null means",

@@ -9,6 +9,16 @@ import gradio as gr
 
 from llmq.errors import BadChoice
 from llmq.fields import Choice, Field, Number, Numbers, Switch
+from llmq.methods import METHODS
+from llmq.models.presets import PRESETS
+
+METHOD_CHOICES = [(method.label, name) for name, method in METHODS.items()]
+
+
+def model_field(value: str, *, elem_id: str, **look) -> gr.Dropdown:
+    """The field for a model: presets by their titles, or whatever else names one."""
+    choices = [(preset.title, preset.name) for preset in PRESETS.values()]
+    return gr.Dropdown(choices, value=value, label="Model", allow_custom_value=True, elem_id=elem_id, **look)
 
 
 def control(field: Field, elem_id: str):

@@ -12,9 +12,9 @@ from llmq.errors import UserError
 from llmq.labs import load_answer, save_answer
 from llmq.ui.parts.notices import notice
 from llmq.ui.shell.state import AppState
+from llmq.ui.shell.wiring import QUIET
 
 LARGEST_ANSWER = 32_000_000  # bytes
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 class Keeping:

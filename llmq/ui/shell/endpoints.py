@@ -17,6 +17,7 @@ from gradio.route_utils import FnIndexInferError
 from gradio.utils import get_function_description
 
 from llmq.errors import BadChoice, UserError, first_line, unknown
+from llmq.ui.shell.wiring import owner_of
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def add_endpoint(page: gr.Blocks, function: Callable, told: Mapping[str, str], *
 
     def given(request: gr.Request, values: tuple) -> dict:
         typed = {p.name: _typed(p.name, p.annotation, v) for p, v in zip(parameters, values, strict=True)}
-        return typed | {"owner": request.session_hash or "nobody"}
+        return typed | {"owner": owner_of(request)}
 
     def answered(request, *values):
         with _refusals():

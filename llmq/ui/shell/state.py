@@ -17,6 +17,7 @@ from pathlib import Path
 
 from llmq.machine.door import Machine, Question
 
+MAX_SECONDS = 900.0  # one visitor's comparison may hold the device this long, a browser's or a program's
 KEPT_FINDINGS = 32  # outlier reports and readings stay on the server; the browser gets pictures of them
 KEPT_FILES = 256  # written for download; Gradio copies a file when it offers it
 KEPT_RECORDINGS = 64  # of runs whose page has yet to ask for them

@@ -11,6 +11,11 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 RUNS = {"concurrency_limit": 16, "concurrency_id": "runs"}  # of whatever asks the machine
 
 
+def owner_of(request: gr.Request) -> str:
+    """Whose question this is: a browser session, or that of a program."""
+    return request.session_hash or "nobody"
+
+
 def tell_end(event: gr.events.Dependency, elem_id: str) -> None:
     """Tell the component in the browser when the server is done with `event`, however that ended: an error that nobody
     words, a full queue and a lost connection leave no value behind, and a value like the one before is not seen."""

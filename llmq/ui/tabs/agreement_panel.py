@@ -21,7 +21,7 @@ from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.reading_view import reading_view
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
+from llmq.ui.shell.wiring import QUIET, RUNS, owner_of, tell_end
 
 TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
 ASKED = QUIET | RUNS
@@ -74,10 +74,7 @@ class AgreementPanel:
         )  # fmt: skip
 
     def wire(self, prompt, model, method, threshold, stop) -> None:
-        self.text.change(
-            lambda kind: gr.Textbox(visible=kind == "text"), self.text, self.pasted, show_progress="hidden",
-            api_visibility="private",
-        )  # fmt: skip
+        self.text.change(lambda kind: gr.Textbox(visible=kind == "text"), self.text, self.pasted, **QUIET)
         asked = self.read.click(
             self._read,
             [prompt, self.pasted, self.text, model, method, threshold, self.new_tokens],
@@ -94,7 +91,7 @@ class AgreementPanel:
         )
         tell_end(asked, self.cause_status.elem_id)
         for status in (self.status, self.cause_status):
-            status.stop(stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
+            status.stop(stop, None, None, queue=False, **QUIET)
         self.keeping.wire(self._open, self.shown)
 
     @property
@@ -116,7 +113,7 @@ class AgreementPanel:
                 device=self.state.device,
             )
             yield {self.status: working("Starting"), self.reading: {}, self.drift: gr.Textbox(visible=False)}
-            for item in self.state.run(reading, request.session_hash or "nobody"):
+            for item in self.state.run(reading, owner_of(request)):
                 if isinstance(item, Read):
                     read = item
                 elif line := progress_of(item):
@@ -161,11 +158,11 @@ class AgreementPanel:
         if read is None:
             yield {self.cause_status: "This text is no longer kept; read it again."}
             return
-        self.state.stop(request.session_hash or "nobody")  # another token: the one before is no longer wanted
+        self.state.stop(owner_of(request))  # another token: the one before is no longer wanted
         cause = None
         try:
             explanation = Explanation.of(read, whole("token", event.position), bool(patch))
-            for item in self.state.run(explanation, request.session_hash or "nobody"):
+            for item in self.state.run(explanation, owner_of(request)):
                 if isinstance(item, Cause):
                     cause = item
                     yield self._shown(cause, read)

@@ -6,10 +6,10 @@ from llmq.contestant import Contestant
 from llmq.engine.sampling import MAX_NEW_TOKENS, SamplingSettings
 from llmq.errors import BadChoice
 from llmq.labs.compare import Comparison
+from llmq.ui.shell.state import MAX_SECONDS
 
 LONGEST_ANSWER = 1024  # tokens that the page offers
 NONE = "none"  # in a method field: no contestant
-MAX_SECONDS = 900.0  # one visitor's run may hold the device this long
 
 
 def comparison_of(

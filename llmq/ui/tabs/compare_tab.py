@@ -15,15 +15,14 @@ from llmq.environment import cpu_capability, describe
 from llmq.errors import UserError
 from llmq.events import Run
 from llmq.labs.compare import SCHEDULES
-from llmq.methods import METHODS
 from llmq.models.opening import open_model
-from llmq.models.presets import PRESETS
+from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
 from llmq.ui.parts.result import result_view
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import query_of, wishes_of
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
+from llmq.ui.shell.wiring import QUIET, RUNS, owner_of, tell_end
 from llmq.ui.tabs.compare_form import LONGEST_ANSWER, NONE, comparison_of, labels_in
 from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of, recording_title
 
@@ -62,17 +61,13 @@ class CompareTab:
 
     def _build_choices(self) -> None:
         with gr.Row(equal_height=True, elem_classes=["llmq-choices"]):
-            self.model = gr.Dropdown(
-                [(preset.title, preset.name) for preset in PRESETS.values()], value=self.state.model, label="Model",
-                allow_custom_value=True, elem_id="model", min_width=220,
-            )  # fmt: skip
+            self.model = model_field(self.state.model, elem_id="model", min_width=220)
             self.methods = [self._method(index) for index in range(PANES)]
 
     def _method(self, index: int) -> gr.Dropdown:
-        choices = [(method.label, name) for name, method in METHODS.items()]
         values = [*self.state.methods, NONE, NONE]
         return gr.Dropdown(
-            ([("none", NONE)] if index == 2 else []) + choices,
+            ([("none", NONE)] if index == 2 else []) + METHOD_CHOICES,
             value=values[index],
             label=("Left", "Right", "Third")[index],
             allow_custom_value=True,
@@ -171,14 +166,14 @@ class CompareTab:
         gr.on([part.change for part in form], None, form, self.link, js=script("link.js"), **QUIET)
         loaded = page.load(self._from_link, None, form, **QUIET)
         loaded.then(None, form, self.link, js=script("link.js"), **QUIET).then(None, js=script("opened.js"), **QUIET)
-        page.unload(self._leave)
+        page.unload(self._stop)
 
     def _generate(
         self, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed,
         request: gr.Request,
     ) -> Iterator[dict]:  # fmt: skip
         """Run one prompt through two or three methods; stream what the result shows."""
-        owner = request.session_hash or "nobody"
+        owner = owner_of(request)
         self.state.take_recording(owner)
         try:
             comparison = comparison_of(
@@ -201,7 +196,7 @@ class CompareTab:
 
     def _keep(self, request: gr.Request) -> gr.DownloadButton:
         """What can be downloaded once a run is over."""
-        path = self.state.take_recording(request.session_hash or "nobody")
+        path = self.state.take_recording(owner_of(request))
         return gr.DownloadButton(value=str(path), interactive=True) if path else gr.skip()
 
     def _replay(self, name: str | None) -> dict:
@@ -230,10 +225,7 @@ class CompareTab:
         return {"notice": text, "run": self.state.next_run()}
 
     def _stop(self, request: gr.Request) -> None:
-        self.state.stop(request.session_hash or "nobody")
-
-    def _leave(self, request: gr.Request) -> None:
-        self.state.stop(request.session_hash or "nobody")
+        self.state.stop(owner_of(request))
 
     def _from_link(self, request: gr.Request) -> dict:
         """Fill the form from the address; what the address does not name stays."""

@@ -18,6 +18,7 @@ from llmq.errors import BadChoice, UserError
 from llmq.memory import forecast
 from llmq.models.opening import Model, describe_model
 from llmq.models.presets import PRESETS, model_title
+from llmq.ui.parts.controls import model_field
 from llmq.ui.parts.fit import fit_panel
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import fit_wishes_of
@@ -49,10 +50,9 @@ class FitTab:
 
     def _build_form(self) -> None:
         large = self.state.model in PRESETS and self.state.model != "demo"
-        self.model = gr.Dropdown(
-            [(preset.title, preset.name) for preset in PRESETS.values()],
-            value=self.state.model if large else "llama-3.1-8b-instruct", label="Model",
-            info="Or a hub id, owner/name.", allow_custom_value=True, elem_id="fit-model", min_width=240, scale=3,
+        self.model = model_field(
+            self.state.model if large else "llama-3.1-8b-instruct", info="Or a hub id, owner/name.",
+            elem_id="fit-model", min_width=240, scale=3,
         )  # fmt: skip
         self.card = gr.Dropdown(
             [(card.title, card.name) for card in CARDS.values()] + [("other", OTHER)], value="rtx-4080", label="Card",

@@ -22,7 +22,7 @@ from llmq.ui.parts.notices import notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
+from llmq.ui.shell.wiring import QUIET, RUNS, owner_of, tell_end
 
 
 @dataclass
@@ -113,7 +113,7 @@ class LabsPanel:
         try:
             question = make()
             yield {section.status: working("Starting")}
-            for item in self.state.run(question, request.session_hash or "nobody"):
+            for item in self.state.run(question, owner_of(request)):
                 if isinstance(item, RowAnswer):
                     answer = item
                     rows = self._rows(section, answer, kept)

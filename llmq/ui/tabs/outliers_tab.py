@@ -11,8 +11,7 @@ from llmq.contestant import Contestant
 from llmq.errors import UserError
 from llmq.inspect.report import OutlierReport
 from llmq.labs.outliers import MAX_NEW_TOKENS, Inspection, Preparation, ReportAnswer
-from llmq.methods import METHODS
-from llmq.models.presets import PRESETS
+from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
 from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.keeping import Keeping
@@ -23,7 +22,7 @@ from llmq.ui.parts.watched import refused, watched_view
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import outlier_wishes
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
+from llmq.ui.shell.wiring import QUIET, RUNS, owner_of, tell_end
 from llmq.ui.tabs.agreement_panel import AgreementPanel
 from llmq.ui.tabs.figures_panel import FiguresPanel
 from llmq.ui.tabs.labs_panel import LabsPanel
@@ -91,12 +90,9 @@ class OutliersTab:
                 "Watch", variant="primary", elem_id="watch", scale=0, min_width=150, elem_classes=["llmq-for-watching"]
             )
         with gr.Row(equal_height=True, elem_classes=["llmq-choices"]):
-            self.model = gr.Dropdown(
-                [(preset.title, preset.name) for preset in PRESETS.values()], value=self.state.model, label="Model",
-                allow_custom_value=True, elem_id="outlier-model", min_width=200,
-            )  # fmt: skip
+            self.model = model_field(self.state.model, elem_id="outlier-model", min_width=200)
             self.method = gr.Dropdown(
-                [(method.label, name) for name, method in METHODS.items()], value="bnb-int8", label="Method",
+                METHOD_CHOICES, value="bnb-int8", label="Method",
                 allow_custom_value=True, elem_id="outlier-method", min_width=200,
                 elem_classes=["llmq-for-methods"],
             )  # fmt: skip
@@ -168,7 +164,7 @@ class OutliersTab:
             )
             told |= {"asked": asked_of(model, contestant.label, prompt)}
             yield {self.status: told}
-            for item in self.state.run(inspection, request.session_hash or "nobody"):
+            for item in self.state.run(inspection, owner_of(request)):
                 if isinstance(item, ReportAnswer):
                     answer = item
                     if answer.report.generated_tokens < new_tokens and not answer.report.stopped:
@@ -227,10 +223,10 @@ class OutliersTab:
             return
         try:
             job = Preparation(model=model, contestant=Contestant.parse(str(method)), device=self.state.device)
-            for _ in self.state.run(job, request.session_hash or "nobody"):
+            for _ in self.state.run(job, owner_of(request)):
                 pass
         except UserError as error:
             log.info("not loaded ahead: %s", error)
 
     def _stop(self, request: gr.Request) -> None:
-        self.state.stop(request.session_hash or "nobody")
+        self.state.stop(owner_of(request))

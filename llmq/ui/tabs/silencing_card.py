@@ -41,7 +41,7 @@ class SilencingCard:
         asked = card.submit(self.silence, [model, prompt], [card, *self.section.outputs], **RUNS, **QUIET)
         for part in (card, self.section.status):
             tell_end(asked, part.elem_id)
-        card.stop(stop, None, None, queue=False, show_progress="hidden", api_visibility="private")
+        card.stop(stop, None, None, queue=False, **QUIET)
 
     def silence(self, model, prompt, request: gr.Request) -> Iterator[dict]:
         """The lab's section asked for one channel; the card shows the same."""
