@@ -29,7 +29,7 @@ def event_line(event: Event) -> str:
         case Planned(reason=reason, schedule=schedule):
             return f"Running {schedule}: {reason}" if reason else f"Running ({schedule})"
         case Loading(contestant="", message=message):
-            return message[:1].upper() + message[1:]
+            return _sentence(message)
         case Loading(contestant=contestant):
             return f"Loading {shown_name(contestant)}"
         case Step(contestant=contestant, index=0):
