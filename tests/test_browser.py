@@ -455,7 +455,7 @@ def weight(size: int, message: dict) -> int:
 def test_an_update_weighs_under_a_kilobyte(address):
     opening, *updates, last = (
         (size, message)
-        for size, message in raw_messages(address, "generate", compare_inputs("Tell a story.", tokens=24))
+        for size, message in raw_messages(address, "generate", compare_inputs("Tell a story.", tokens=96))
         if message["msg"] == "process_generating"
     )
     assert len(updates) > 10 and opening[0] < 2048
