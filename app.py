@@ -24,21 +24,33 @@ ANSWERS = Path(__file__).parent / "assets" / "answers"
 JOBS = Jobs()
 AFTER_THE_PAGE = 5.0  # seconds left to the page and its first run before more is imported
 MCP_ADVICE = "install it with: pip install 'gradio[mcp]>=6.31,<7'"
-GPU_SECONDS = 120  # what one job may hold a shared GPU for, where the host asks
 
 
 def run_job(job, owner: str):
-    """The one function in which everything on the GPU happens: load, run, sample memory."""
+    """Run `job` for `owner`, in this process or where the host lends its GPU."""
     yield from JOBS.run(job, owner)
 
 
-def on_shared_gpu(function):
-    """Wrap `function` for hosts that lend a GPU per call (package `spaces`); elsewhere it stays as it is."""
-    try:
-        import spaces
-    except ImportError:
-        return function
-    return spaces.GPU(duration=GPU_SECONDS)(function)
+def gpu_is_lent() -> bool:
+    """Tell whether this is a Space whose host lends a GPU for a call at a time (ZeroGPU)."""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
+
+
+def lend(function, seconds):
+    """Return `function` as it runs in a fork with a GPU of the host's, asked for as long as `seconds` says; what the
+    host refuses is a UserError. Until the first call torch has a GPU in this process by name only."""
+    import spaces
+    from gradio import Error
+
+    borrowed = spaces.GPU(duration=seconds)(function)
+
+    def ask(*arguments):
+        try:
+            yield from borrowed(*arguments)
+        except Error as refusal:
+            raise UserError(f"the host of the GPU says: {refusal.message}") from refusal
+
+    return ask
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -72,7 +84,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
 
     quiet_libraries()
     device = device_named(options.device)
-    choice = choose_model(options.model, device)
+    choice = choose_model(options.model, device, space="SPACE_ID" in os.environ)
     methods = options.methods or default_methods(device)
     open_model(choice.model)
     return AppState(
@@ -89,11 +101,11 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
 
 
 def default_methods(device: str) -> str:
-    """The quickest pair, on a GPU with bitsandbytes between them."""
+    """The quickest pair, on a GPU of one's own with bitsandbytes between them."""
     from llmq.kernels.cpu.library import why_not_native
 
     if device.startswith("cuda"):
-        return "fp16,bnb-int8,llm-int8"
+        return "fp16,llm-int8" if gpu_is_lent() else "fp16,bnb-int8,llm-int8"
     return "fp16,bnb-int8" if why_not_native() else "fp16,llm-int8"
 
 
@@ -110,7 +122,11 @@ def run(arguments: list[str] | None) -> int:
     auth = parse_auth(options.auth)
     if options.mcp:
         require_mcp(auth)
-    state = make_state(options, on_shared_gpu(run_job))
+    if gpu_is_lent():
+        from llmq.machine.lent import LentMachine
+
+        JOBS.machine = LentMachine(lend)
+    state = make_state(options)
     fetch(state.model, state.methods)
     serve(state, host=host, port=port, share=options.share, auth=auth, mcp=options.mcp)
     return 0
@@ -130,11 +146,17 @@ def serve(state: AppState, *, host: str, port: int, **options) -> None:
 
 
 def fetch(model: str, methods: tuple[str, ...]) -> None:
-    """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries."""
+    """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries. Where runs
+    are forks of this process that is over before the first: one made during an import would wait for its end for ever.
+    """
     from llmq.models.opening import open_model
 
     show_progress(open_model(model).prepare())
-    threading.Thread(target=warm_up, args=(model, methods), name="warm-up", daemon=True).start()
+    if gpu_is_lent():
+        import_everything()
+        open_model(model).read_ahead()
+    else:
+        threading.Thread(target=warm_up, args=(model, methods), name="warm-up", daemon=True).start()
 
 
 def warm_up(model: str, methods: tuple[str, ...]) -> None:
@@ -147,9 +169,15 @@ def warm_up(model: str, methods: tuple[str, ...]) -> None:
         from llmq.engine import llama_cpu  # noqa: F401
 
         time.sleep(AFTER_THE_PAGE)
-    # Whatever looks into a model, and bitsandbytes, goes through transformers.
+    import_everything()
+
+
+def import_everything() -> None:
+    """Import what any run may need: whatever looks into a model, and bitsandbytes, goes through transformers."""
     import bitsandbytes  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    from llmq.engine import llama_cpu, llama_cuda  # noqa: F401
 
 
 def require_mcp(auth: tuple[str, str] | None) -> None:

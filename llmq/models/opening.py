@@ -56,6 +56,10 @@ class Model:
         """Fetch or convert what is missing, yielding progress. Raises UserError naming what to do."""
         return loading.prepare(self.source)
 
+    def read_ahead(self) -> None:
+        """Read the weights' files once, so that the system has them in memory when they are loaded."""
+        loading.read_ahead(self.source)
+
     def edited(self, edit: Edit | None) -> Model:
         """Return the same model with changed weights."""
         return Model(replace(self.source, edit=edit))
