@@ -42,15 +42,15 @@ def chromium_path() -> str | None:
 
 
 @contextmanager
-def running_app(*flags: str) -> Iterator[str]:
-    """`python app.py` on a free port; yields its address, and ends the process."""
+def running_app(*flags: str, program: Path = ROOT / "app.py", env: dict[str, str] | None = None) -> Iterator[str]:
+    """`python app.py` on a free port; yields its address, and ends the process. `program`: what starts it instead."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu", *flags]
+    command = [sys.executable, str(program), "--port", str(port), "--device", "cpu", *flags]
     address = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would be full one day
-        app = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        app = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
             wait_for(address, app, log)
             yield address
@@ -73,17 +73,27 @@ def wait_for(address: str, app: subprocess.Popen, log: IO[str]) -> None:
     raise AssertionError(f"app.py did not answer within {START_SECONDS} s")
 
 
-def raw_messages(address: str, button: str, data: list) -> Iterator[tuple[int, dict]]:
+def call_of(client: httpx.Client, elem: str, event: str, data: list, session: str) -> dict:
+    """What the browser sends for an event of the page's component `elem`."""
+    config = client.get("/config").json()
+    (pressed,) = (c["id"] for c in config["components"] if c["props"].get("elem_id") == elem)
+    endpoint = next(d for d in config["dependencies"] if [pressed, event] in d["targets"])
+    return {"data": data, "fn_index": endpoint["id"], "session_hash": session, "event_data": None}
+
+
+def press_stop(address: str, session: str) -> None:
+    """Do what the page's Stop does."""
+    with httpx.Client(base_url=address, timeout=60) as client:
+        call = call_of(client, "result", "stop", [], session)
+        client.post("/gradio_api/run/predict", json=call).raise_for_status()
+
+
+def raw_messages(address: str, button: str, data: list, session: str = "") -> Iterator[tuple[int, dict]]:
     """Do what a click on a button of the page does, and yield (bytes, message) of every server-sent event."""
     with httpx.Client(base_url=address, timeout=None) as client:
-        config = client.get("/config").json()
-        (pressed,) = (c["id"] for c in config["components"] if c["props"].get("elem_id") == button)
-        endpoint = next(d for d in config["dependencies"] if [pressed, "click"] in d["targets"])
-        session = uuid.uuid4().hex[:11]
-        client.post(
-            "/gradio_api/queue/join",
-            json={"data": data, "fn_index": endpoint["id"], "session_hash": session, "event_data": None},
-        ).raise_for_status()
+        session = session or uuid.uuid4().hex[:11]
+        call = call_of(client, button, "click", data, session)
+        client.post("/gradio_api/queue/join", json=call).raise_for_status()
         with client.stream("GET", f"/gradio_api/queue/data?session_hash={session}") as stream:
             for line in stream.iter_lines():
                 if line.startswith("data:"):

@@ -8,6 +8,7 @@ import socket
 import sys
 import types
 
+import gradio
 import httpx
 import pytest
 
@@ -16,28 +17,44 @@ from llmq.errors import UserError
 from llmq.ui.shell import address
 
 
-def test_without_the_package_the_function_stays_as_it_is(monkeypatch):
-    monkeypatch.setitem(sys.modules, "spaces", None)
-    assert app.on_shared_gpu(app.run_job) is app.run_job
-
-
-def test_with_the_package_everything_on_the_gpu_is_inside_the_decorated_function(monkeypatch):
-    calls = []
+@pytest.fixture
+def spaces(monkeypatch):
+    """The package that lends a GPU; keeps the seconds it is asked for, and refuses the question 'too much'."""
+    asked = []
 
     def gpu(duration):
-        def wrap(function):
+        def borrow(function):
             def inside(*arguments):
-                calls.append((duration, arguments))
+                asked.append(duration(*arguments))
+                if arguments[0] == "too much":
+                    raise gradio.Error("You have exceeded your quota. Try again in 3:20.")
                 yield from function(*arguments)
 
             return inside
 
-        return wrap
+        return borrow
 
     monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=gpu))
-    monkeypatch.setattr(app.JOBS, "run", lambda job, owner: iter([job, owner]))
-    assert list(app.on_shared_gpu(app.run_job)("job", "me")) == ["job", "me"]
-    assert calls == [(app.GPU_SECONDS, ("job", "me"))]
+    return asked
+
+
+def test_what_a_gpu_is_lent_to_is_the_decorated_function(spaces):
+    ask = app.lend(lambda *arguments: iter(arguments), lambda question, number: 7 * number)
+    assert (list(ask("question", 3)), spaces) == (["question", 3], [21])
+
+
+def test_the_hosts_refusal_is_one_that_pages_and_programs_show(spaces):
+    with pytest.raises(UserError, match="^the host of the GPU says: You have exceeded your quota. Try again in 3:20.$"):
+        list(app.lend(lambda *_: iter(()), lambda *_: 1)("too much", 0))
+
+
+@pytest.mark.parametrize(("said", "lent"), [(None, False), ("", False), ("false", False), ("true", True), ("1", True)])
+def test_a_gpu_is_lent_where_the_host_says_so(said, lent, monkeypatch):
+    monkeypatch.delenv("SPACES_ZERO_GPU", raising=False)
+    if said is not None:
+        monkeypatch.setenv("SPACES_ZERO_GPU", said)
+    assert app.gpu_is_lent() == lent
+    assert ("bnb-int8" in app.default_methods("cuda:0")) != lent
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,23 @@ def test_a_loaded_model_only_answers(tiny_folder):
 CACHED, ELSEWHERE = Download(0, 10**12, True), Download(13_476_000_000, 200 * 10**9, False)
 
 
+@pytest.fixture
+def choose(monkeypatch):
+    """The choice for a device with so many bytes free and a hub that says this, or nothing."""
+
+    def choose(asked, device, free, hub, **options):
+        def plan(repo):
+            if hub is None:
+                raise ModelUnavailable("nobody there")
+            return hub
+
+        monkeypatch.setattr(telemetry, "free_bytes", lambda device: free)
+        monkeypatch.setattr(choice.hub, "plan", plan)
+        return choose_model(asked, device, **options)
+
+    return choose
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "free", "hub", "model", "words"),
     [
@@ -286,16 +303,23 @@ CACHED, ELSEWHERE = Download(0, 10**12, True), Download(13_476_000_000, 200 * 10
         (None, "cuda:0", 15e9, CACHED, "llama-2-7b-chat", "GPU holds it"),
     ],
 )
-def test_the_first_model_is_chosen_for_a_reason(asked, device, free, hub, model, words, monkeypatch):
-    def plan(repo):
-        if hub is None:
-            raise ModelUnavailable("nobody there")
-        return hub
-
-    monkeypatch.setattr(telemetry, "free_bytes", lambda device: free)
-    monkeypatch.setattr(choice.hub, "plan", plan)
-    chosen = choose_model(asked, device)
+def test_the_first_model_is_chosen_for_a_reason(asked, device, free, hub, model, words, choose):
+    chosen = choose(asked, device, free, hub)
     assert chosen.model == model and words in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "hub", "model"),
+    [
+        ("cpu", 10**12, CACHED, "demo"),
+        ("cuda:0", 7.9e9, CACHED, "demo"),
+        ("cuda:0", 15e9, None, "demo"),
+        ("cuda:0", 15e9, ELSEWHERE, choice.SPACE_DEFAULT),
+        ("cuda:0", 70e9, CACHED, choice.SPACE_DEFAULT),
+    ],
+)
+def test_a_space_opens_with_a_small_model(device, free, hub, model, choose):
+    assert choose(None, device, free, hub, space=True).model == model
 
 
 def test_a_configuration_is_read_directly_only_where_it_says_everything(tmp_path):

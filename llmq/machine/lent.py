@@ -82,10 +82,11 @@ class LentMachine(Machine):
                 yield item
 
     def _fetched(self, question: Question, stop: threading.Event) -> Iterator[Loading]:
-        """Fetch what is missing of the question's model."""
-        random = getattr(question, "random_weights", False)
+        """Fetch what is missing of the models that the question is about."""
+        lease, random = Lease(self, question.device, stop), getattr(question, "random_weights", False)
         with suppress(Interrupted):
-            yield from Lease(self, question.device, stop).open(question.model, random_weights=random)
+            for name in getattr(question, "models", (question.model,)):
+                yield from lease.open(name, random_weights=random)
 
     @contextmanager
     def _relayed(self, stop: threading.Event, number: int) -> Iterator[None]:
