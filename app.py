@@ -23,6 +23,7 @@ RUNS = Path(__file__).parent / "assets" / "runs"
 ANSWERS = Path(__file__).parent / "assets" / "answers"
 JOBS = Jobs()
 AFTER_THE_PAGE = 5.0  # seconds left to the page and its first run before more is imported
+HOSTS = ("SPACE_ID", "COLAB_RELEASE_TAG")  # set where this machine is somebody's for a while: a Space, a notebook
 MCP_ADVICE = "install it with: pip install 'gradio[mcp]>=6.31,<7'"
 
 
@@ -84,7 +85,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
 
     quiet_libraries()
     device = device_named(options.device)
-    choice = choose_model(options.model, device, space="SPACE_ID" in os.environ)
+    choice = choose_model(options.model, device, hosted=any(name in os.environ for name in HOSTS))
     methods = options.methods or default_methods(device)
     open_model(choice.model)
     return AppState(

@@ -314,12 +314,12 @@ def test_the_first_model_is_chosen_for_a_reason(asked, device, free, hub, model,
         ("cpu", 10**12, CACHED, "demo"),
         ("cuda:0", 7.9e9, CACHED, "demo"),
         ("cuda:0", 15e9, None, "demo"),
-        ("cuda:0", 15e9, ELSEWHERE, choice.SPACE_DEFAULT),
-        ("cuda:0", 70e9, CACHED, choice.SPACE_DEFAULT),
+        ("cuda:0", 15e9, ELSEWHERE, choice.HOSTED_DEFAULT),
+        ("cuda:0", 70e9, CACHED, choice.HOSTED_DEFAULT),
     ],
 )
 def test_a_space_opens_with_a_small_model(device, free, hub, model, choose):
-    assert choose(None, device, free, hub, space=True).model == model
+    assert choose(None, device, free, hub, hosted=True).model == model
 
 
 def test_a_configuration_is_read_directly_only_where_it_says_everything(tmp_path):

@@ -13,7 +13,7 @@ from huggingface_hub import SpaceCardData, SpaceHardware
 from packaging.requirements import Requirement
 from space_stand_in import environment, lending_host
 
-from llmq.models.choice import SPACE_DEFAULT
+from llmq.models.choice import HOSTED_DEFAULT
 from llmq.models.presets import PRESETS
 
 ZERO_GPU_TORCH = ("2.8.0", "2.9.1", "2.10.0", "2.11.0")  # the versions that a ZeroGPU Space may have
@@ -50,7 +50,7 @@ def test_torch_is_one_that_a_lent_gpu_runs_with():
 
 
 def test_the_model_that_a_space_opens_with_is_small_free_and_fetched_when_it_is_built():
-    preset = PRESETS[SPACE_DEFAULT]
+    preset = PRESETS[HOSTED_DEFAULT]
     assert not preset.gated and preset.hub_id in CARD["models"]
     (repo, files), *more = (line.split() for line in CARD["preload_from_hub"])
     assert repo == preset.hub_id and more == []

@@ -47,7 +47,10 @@ class Flag:
 
     flags: mmap.mmap
     number: int
-    ends_at: float
+    ends_at: float = math.inf
+
+    def set(self) -> None:
+        self.flags[self.number] = 1
 
     def is_set(self) -> bool:
         return bool(self.flags[self.number]) or self.late
@@ -67,8 +70,9 @@ class LentMachine(Machine):
         self._numbers = itertools.count()
         self._answers = lend(self._in_the_fork, seconds_for)
 
-    def run(self, question: Question, stop: threading.Event | None = None) -> Iterator[object]:
-        """Yield as `Machine.run` does; what the fork refuses is raised here."""
+    def run(self, question: Question, stop: threading.Event | None = None, address: str = "") -> Iterator[object]:
+        """Yield as `Machine.run` does; what the fork refuses is raised here. `address` stands in no line: the host has
+        its own."""
         stop = stop or threading.Event()
         yield Waiting(seconds=0.0)
         yield from self._fetched(question, stop)
@@ -92,19 +96,19 @@ class LentMachine(Machine):
     def _relayed(self, stop: threading.Event, number: int) -> Iterator[None]:
         """Raise flag `number` when `stop` is set, or when the block is left: the host's `close` waits for the fork."""
         self._flags[number] = 0
-        over = threading.Event()
+        flag, over = Flag(self._flags, number), threading.Event()
 
         def relay() -> None:
             while not (stop.wait(RELAY_SECONDS) or over.is_set()):
                 pass
-            self._flags[number] = 1
+            flag.set()
 
         relaying = threading.Thread(target=relay, name="relay-stop", daemon=True)
         relaying.start()
         try:
             yield
         finally:
-            self._flags[number] = 1
+            flag.set()
             over.set()
             relaying.join()
 

@@ -10,6 +10,7 @@ from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
 
 WAITING_RUNS = 32
+CELL_PIXELS = 900  # of the page inside a notebook's cell
 QUEUE_POLL_SECONDS = 0.05  # Gradio's 0.001 keeps its idle loop on the GIL a tenth of the time (profiled)
 
 
@@ -43,6 +44,7 @@ def launch(
         quiet=not block,
         run_history=False,
         inbrowser=False,
+        height=CELL_PIXELS,
         app_kwargs=server_options(page),
         mcp_server=mcp or None,
     )
