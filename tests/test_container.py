@@ -1,0 +1,63 @@
+"""The container: clean files, whose own commands start a server on a read-only root for a user without a name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from container_stand_in import ROOT, Container, all_of, last
+from gradio_client import Client
+
+from llmq.models.demo import demo_folder
+
+
+def test_hadolint_finds_nothing():
+    linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if linter is None:
+        pytest.skip("hadolint is not installed")
+    done = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_compose_serves_what_the_image_offers_and_gives_away_nothing_more():
+    (service,) = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"].values()
+    assert service["ports"] == [f"${{PORT:-7860}}:{last('EXPOSE')}"]
+    assert [volume.partition(":")[2] for volume in service["volumes"]] == all_of("VOLUME")
+    assert service["read_only"] and service["tmpfs"] == ["/tmp"] and service["cap_drop"] == ["ALL"]
+    assert set(service["build"]["args"]) == {line.partition("=")[0] for line in all_of("ARG")}
+    assert not {"privileged", "user", "network_mode"} & service.keys()
+    user, group = map(int, last("USER").split(":"))
+    assert user > 1000 and group > 1000
+
+
+@pytest.fixture
+def container(demo):
+    """As built from here, in this Python, with the demo model that this machine has."""
+    if os.geteuid() or not shutil.which("unshare") or subprocess.run(["unshare", "--mount", "true"]).returncode:
+        pytest.skip("only root can make a root that cannot be written")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        container = Container(Path(place), Path(sys.executable).parent, port)
+        shutil.copytree(demo_folder(), container.cache / "llmq" / demo_folder().name)
+        container.build(without=" install ")
+        yield container
+
+
+@pytest.mark.demo
+def test_its_own_commands_start_a_server_that_answers(container):
+    with container.running() as app:
+        container.wait_until_healthy(app)
+        client = Client(f"http://127.0.0.1:{container.port}", verbose=False)
+        answer = client.predict("Name three colours.", methods="fp16,llm-int8", max_new_tokens=4, api_name="/compare")
+    assert [row["error"] for row in answer["contestants"]] == [None, None]
+    owners = {path.stat().st_uid for path in container.cache.rglob("*.so")}
+    assert owners == {int(last("USER").partition(":")[0])}, "the library is compiled where it runs, into the cache"
