@@ -1,7 +1,8 @@
-"""A ZeroGPU Space without a GPU: the real package `spaces`, and a stand-in for the host that it asks for a device.
+"""A ZeroGPU Space without its host: the real package `spaces`, and a stand-in for what it asks for a device.
 
-Run as a script it starts `app.py` as a Space does, on a CPU build of torch: the fork finds a device in its place that
-is the CPU, and everything else of the package is as shipped.
+Run as a script it starts `app.py` as a Space does. Where there is no GPU the fork finds nothing to prepare and computes
+on the CPU; everything else of the package is as shipped. `python tests/space_stand_in.py` alone starts a Space on the
+GPU of this machine, without internet: a run that is stopped, and another one.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,8 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 class Host(ThreadingHTTPServer):
     """Lends device 0 to whoever asks, and remembers what was asked: path and query of every request."""
 
-    def __init__(self):
+    def __init__(self, uuid: str = "GPU-stand-in"):
         super().__init__(("127.0.0.1", 0), _Answer)
+        self.uuid = uuid
         self.asked: list[tuple[str, dict[str, str]]] = []
         self.news = threading.Condition()
 
@@ -50,7 +56,7 @@ class _Answer(BaseHTTPRequestHandler):
         with self.server.news:
             self.server.asked.append((parts.path, {k: v[0] for k, v in parse_qs(parts.query).items()}))
             self.server.news.notify_all()
-        lent = {"idle": False, "nvidiaIndex": 0, "nvidiaUUID": "GPU-stand-in", "allowToken": "token"}
+        lent = {"idle": False, "nvidiaIndex": 0, "nvidiaUUID": self.server.uuid, "allowToken": "token"}
         body = json.dumps(lent if parts.path == "/schedule" else {}).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
@@ -63,8 +69,8 @@ class _Answer(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def lending_host() -> Iterator[Host]:
-    with Host() as host:
+def lending_host(**options: str) -> Iterator[Host]:
+    with Host(**options) as host:
         threading.Thread(target=host.serve_forever, daemon=True).start()
         try:
             yield host
@@ -91,8 +97,65 @@ def stand_in_for_the_device() -> None:
     device.init, device.move = lambda uuid: None, lambda callback=None: None
 
 
-if __name__ == "__main__":
-    stand_in_for_the_device()
+def serve() -> None:
+    """Start `app.py` with the arguments of this script."""
+    if not gpu():
+        stand_in_for_the_device()
     sys.path.insert(0, str(ROOT))
     sys.argv[0] = str(ROOT / "app.py")
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def gpu() -> str:
+    """The name by which the driver knows the first GPU; '' without one. Nothing of CUDA is started."""
+    if not (tool := shutil.which("nvidia-smi")):
+        return ""
+    asked = [tool, "--query-gpu=uuid", "--format=csv,noheader"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.partition("\n")[0].strip()
+
+
+def save_model(folder: Path) -> None:
+    """A random LLaMA of 0.9 B parameters over bytes, so that a run takes long enough to be stopped."""
+    import torch
+    from conftest import byte_tokenizer, tiny_llama
+
+    shape = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 18, "max_position_embeddings": 8192}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4}
+    tiny_llama(torch.float16, **shape, **heads).save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 8192
+    tokenizer.save_pretrained(folder)
+
+
+def try_out(model: Path) -> None:
+    """Start a Space here, stop a run, make another, and print what happened when."""
+    from browser_support import press_stop, raw_messages, running_app
+
+    save_model(model)
+    flags = ["--model", str(model), "--device", "cuda:0"]
+    with (
+        lending_host(uuid=gpu()) as host,
+        running_app(*flags, program=Path(__file__), env=environment(host)) as address,
+    ):
+        for session, tokens in (("first", 4096), ("second", 64), ("third", 64)):
+            began, asked, cards = time.monotonic(), 0.0, ""
+            form = ["Hello", str(model), "fp16", "llm-int8", "bnb-int8", 6.0, tokens, "interleave", 0, 0, 1, 0]
+            for _, message in raw_messages(address, "generate", form, session):
+                said = json.dumps(message)
+                print(f"{session} {time.monotonic() - began:.1f} s: {said[:160]}")
+                if session == "first" and "tok/s" in said and not asked:
+                    press_stop(address, session)
+                    asked = time.monotonic()
+                cards = json.dumps(message.get("output", {}).get("data", ""))[:3000]
+            host.wait_for("/release", {"first": 1, "second": 2, "third": 3}[session], 60)
+            print(f"{session}: {time.monotonic() - (asked or began):.2f} s until the fork was over; {cards}")
+        print(*host.asked, sep="\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        serve()
+    else:
+        sys.path.insert(0, str(ROOT))
+        with tempfile.TemporaryDirectory() as place:
+            try_out(Path(place) / "model")
