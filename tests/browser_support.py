@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 from urllib.error import URLError
@@ -50,13 +51,15 @@ def running_app(*flags: str, program: Path = ROOT / "app.py", env: dict[str, str
     command = [sys.executable, str(program), "--port", str(port), "--device", "cpu", *flags]
     address = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would be full one day
-        app = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+        app = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0)
         try:
             wait_for(address, app, log)
             yield address
         finally:
             app.terminate()
             app.wait(60)
+            with suppress(ProcessLookupError):  # what it forked and left behind
+                os.killpg(app.pid, signal.SIGKILL)
 
 
 def wait_for(address: str, app: subprocess.Popen, log: IO[str]) -> None:
