@@ -156,6 +156,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         serve()
     else:
+        os.environ["LLMQ_TEST_GPU"] = "1"  # kernels are compiled, not interpreted
         sys.path.insert(0, str(ROOT))
         with tempfile.TemporaryDirectory() as place:
             try_out(Path(place) / "model")

@@ -21,7 +21,7 @@ from llmq.errors import UserError
 from llmq.events import Loading, Waiting
 from llmq.machine.door import Lease, Machine, Question
 
-START_SECONDS = 15  # the fork, its CUDA context, kernels compiled for the first time
+START_SECONDS = 15  # the fork, its CUDA context, kernels compiled for the first time (1 and 17 s, measured on an H200)
 LOAD_SECONDS = 6  # of one method; the weights' files are in memory
 TOKEN_SECONDS = 0.1  # of one token of the slowest method (bitsandbytes, stored: 0.085 on an H100)
 LAB_SECONDS = 90  # of a question that is not about new tokens
