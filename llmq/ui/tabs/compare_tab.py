@@ -15,7 +15,6 @@ from llmq.environment import cpu_capability, describe
 from llmq.errors import UserError
 from llmq.events import Run
 from llmq.labs.compare import SCHEDULES
-from llmq.models.opening import open_model
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
 from llmq.ui.parts.result import result_view
@@ -180,7 +179,7 @@ class CompareTab:
                 self.state.device, prompt, model, left, right, third, threshold, max_new_tokens, schedule,
                 temperature, top_k, top_p, seed,
             )  # fmt: skip
-            source = open_model(comparison.model).source
+            source = self.state.access.open_model(comparison.model).source
         except UserError as error:
             yield self._notice(f"Not started: {error}")
             return
