@@ -44,19 +44,25 @@ def chromium_path() -> str | None:
 @contextmanager
 def running_app(*flags: str) -> Iterator[str]:
     """`python app.py` on a free port; yields its address, and ends the process."""
+    with tempfile.TemporaryFile("w+") as log, app_process(log, *flags) as address:
+        yield address
+
+
+@contextmanager
+def app_process(log: IO[str], *flags: str) -> Iterator[str]:
+    """As `running_app`, with what it says in `log`: a pipe that nobody reads would be full one day."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu", *flags]
     address = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would be full one day
-        app = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            wait_for(address, app, log)
-            yield address
-        finally:
-            app.terminate()
-            app.wait(60)
+    app = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for(address, app, log)
+        yield address
+    finally:
+        app.terminate()
+        app.wait(60)
 
 
 def wait_for(address: str, app: subprocess.Popen, log: IO[str]) -> None:

@@ -60,14 +60,14 @@ def fail_briefly(page: gr.Blocks) -> None:
     stack of everything, also of a value that a slider refuses."""
     whole = page.process_api
 
-    async def process_api(event, *given, **named):
+    async def process_api(block_fn, *given, **named):
         try:
-            return await whole(event, *given, **named)
+            return await whole(block_fn, *given, **named)
         except gr.Error as error:
             error.print_exception = False
             raise
         except Exception as error:  # the boundary
-            log.error("%s: %s", getattr(event, "api_name", event), place_of(error))
+            log.error("%s: %s", getattr(block_fn, "api_name", block_fn), place_of(error))
             raise gr.Error(FAILED, print_exception=False) from None
 
     page.process_api = process_api
