@@ -7,7 +7,9 @@ many records share it, compressed.
 from __future__ import annotations
 
 import base64
+import json
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -16,6 +18,35 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+
+LONGEST_INTEGER = 19  # digits: what 64 bit hold
+MOST_BYTES = 1 << 28  # of the arrays of one record
+PLAIN_NUMBER = re.compile(r"[<>|][biuf][1248]")  # a dtype as numpy spells it
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _integer(digits: str) -> int:
+    return int(digits) if len(digits) <= LONGEST_INTEGER else _refuse(digits)
+
+
+def _refuse(number: str) -> Any:
+    raise ValueError(f"{number:.30} is no number that is used here")
+
+
+DECODER = json.JSONDecoder(parse_int=_integer, parse_constant=_refuse)
+
+
+def parse_json(text: str) -> Any:
+    """The value of JSON that may come from anybody. Raises ValueError for what nests too deep to be read, for numbers
+    that are not finite or beyond 64 bit. A lone surrogate, which no stream of text can carry, becomes a question mark.
+    """
+    try:
+        value = DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
+    if not SURROGATE.search(text):
+        return value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def to_stored(record: Any) -> dict:
@@ -27,6 +58,8 @@ def to_stored(record: Any) -> dict:
 
 def from_stored(cls: type, stored: Mapping) -> Any:
     """The record of `cls` that `to_stored` wrote. Raises TypeError or ValueError for what does not fit its types."""
+    if sum(map(_size, stored["arrays"])) > MOST_BYTES:
+        raise ValueError(f"its arrays hold more than {MOST_BYTES >> 20} MiB")
     arrays = [_array(entry) for entry in stored["arrays"]]
     return _made(cls, stored["value"], arrays)
 
@@ -47,11 +80,22 @@ def _plain(value: Any, arrays: dict[int, dict]) -> Any:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _size(entry: Mapping) -> int:
+    """The bytes of an array of plain numbers, whatever its data come to."""
+    dtype, shape = entry["dtype"], entry["shape"]
+    if not PLAIN_NUMBER.fullmatch(dtype) or not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"an array cannot be of {dtype!r:.20} and {shape!r:.40}")
+    return np.dtype(dtype).itemsize * math.prod(shape)
+
+
 def _array(entry: Mapping) -> np.ndarray:
+    size, unpack = _size(entry), zlib.decompressobj()
     try:
-        data = zlib.decompress(base64.b64decode(entry["data"]))
+        data = unpack.decompress(base64.b64decode(entry["data"]), size + 1)  # a few bytes can unpack to gigabytes
     except zlib.error as error:
         raise ValueError(f"an array is damaged: {error}") from error
+    if len(data) != size:
+        raise ValueError("an array has another size than it says")
     return np.frombuffer(data, np.dtype(entry["dtype"])).reshape(entry["shape"])
 
 

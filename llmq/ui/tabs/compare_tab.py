@@ -27,6 +27,7 @@ from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of
 
 LARGEST_RECORDING = 32_000_000  # bytes
 MOST_EVENTS = 50_000  # of a recording: three answers of 4,096 tokens, and memory ten times a second meanwhile
+LONGEST_REPLAY = 3600.0  # seconds
 UNREADABLE = "it holds values that no run has"
 log = logging.getLogger(__name__)
 
@@ -214,8 +215,8 @@ class CompareTab:
             form = self._filled(wishes_of(query_of(run.settings)))
         except UserError as error:
             return {self.result: self._notice(f"Not replayed: {error}")}
-        except Exception:  # the boundary: the file may come from anybody
-            log.exception("a recording cannot be shown")
+        except Exception as error:  # the boundary: the file may come from anybody
+            log.error("a recording cannot be shown: %r", error)
             return {self.result: self._notice(f"Not replayed: {UNREADABLE}")}
         return {self.result: value, self.download: gr.DownloadButton(interactive=False)} | form
 
@@ -249,4 +250,7 @@ def _uploaded(path: Path) -> Run:
         raise UserError(f"{path.name} is not a saved run: not text") from error
     if len(lines) > MOST_EVENTS:
         raise UserError(f"{path.name} has {len(lines):,} lines; up to {MOST_EVENTS:,} can be played")
-    return Run.from_lines(lines, name=path.name)
+    run = Run.from_lines(lines, name=path.name)
+    if run.seconds > LONGEST_REPLAY:
+        raise UserError(f"{path.name} plays for {run.seconds / 3600:,.0f} hours; up to one hour can be played")
+    return run
