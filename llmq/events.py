@@ -19,8 +19,7 @@ from types import UnionType
 from typing import get_args, get_type_hints
 
 from llmq.errors import UserError
-from llmq.files import read_text, write_text
-from llmq.stored import parse_json
+from llmq.files import parse_json, read_text, write_text
 
 FORMAT = "llmq-run"
 VERSION = 1

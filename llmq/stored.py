@@ -7,7 +7,6 @@ many records share it, compressed.
 from __future__ import annotations
 
 import base64
-import json
 import math
 import re
 import zlib
@@ -19,34 +18,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-LONGEST_INTEGER = 19  # digits: what 64 bit hold
 MOST_BYTES = 1 << 28  # of the arrays of one record
 PLAIN_NUMBER = re.compile(r"[<>|][biuf][1248]")  # a dtype as numpy spells it
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def _integer(digits: str) -> int:
-    return int(digits) if len(digits) <= LONGEST_INTEGER else _refuse(digits)
-
-
-def _refuse(number: str) -> Any:
-    raise ValueError(f"{number:.30} is no number that is used here")
-
-
-DECODER = json.JSONDecoder(parse_int=_integer, parse_constant=_refuse)
-
-
-def parse_json(text: str) -> Any:
-    """The value of JSON that may come from anybody. Raises ValueError for what nests too deep to be read, for numbers
-    that are not finite or beyond 64 bit. A lone surrogate, which no stream of text can carry, becomes a question mark.
-    """
-    try:
-        value = DECODER.decode(text)
-    except RecursionError:
-        raise ValueError("its brackets are nested too deep") from None
-    if not SURROGATE.search(text):
-        return value
-    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def to_stored(record: Any) -> dict:

@@ -9,10 +9,9 @@ from importlib import import_module
 from pathlib import Path
 
 from llmq.errors import UserError, unknown
-from llmq.files import read_text, write_text
+from llmq.files import parse_json, read_text, write_text
 from llmq.formatting import plain_json
 from llmq.labs.base import Answer, Lab
-from llmq.stored import parse_json
 
 __all__ = ["Answer", "Lab", "lab_classes", "load_answer", "save_answer"]
 

@@ -7,6 +7,7 @@ that a request from a foreign page reaches nothing. No gradio.
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import logging
 import re
@@ -41,6 +42,8 @@ POLICY = {
 }
 FOREIGN = "this page may be used from its own address only; a proxy in front of it must pass the Host header on"
 TOO_MANY = "too many wrong passwords from your address; try again in {:.0f} s"
+UNUSED = re.compile(r"/(?:gradio_api/(?:proxy=|vibe-|undo-vibe|process_recording|deep_link|dev/)|monitoring)")
+NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL}
 MISTAKES = (LookupError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, OverflowError)
 log = logging.getLogger(__name__)
 
@@ -124,6 +127,10 @@ def in_words(path: str, error: Exception) -> tuple[int, str]:
         return 404, f"no endpoint is called {path.rpartition('/')[2][:80]!r}"
     if called and isinstance(error, TypeError):  # gradio_client's words about parameters
         return 400, str(error).partition(". Please click")[0].partition("\n")[0]
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 507, "the server's disk is full; tell whoever runs it"
+    if isinstance(error, OSError) and error.errno in NO_SUCH_FILE:
+        return 404, "there is no such file"
     if isinstance(error, MISTAKES):
         return 400, "this is no request that the page makes; reload the page"
     return 500, "the server failed at this request; its log says more"
@@ -149,6 +156,8 @@ class Door:
             return await self.app(scope, receive, send)
         if not self._is_own(Headers(scope=scope)):
             return await JSONResponse({"error": FOREIGN}, 403, HEADERS)(scope, receive, send)
+        if UNUSED.search(scope["path"]):  # routes of Gradio's that no part of the page asks
+            return await JSONResponse({"error": "there is no such address"}, 404, HEADERS)(scope, receive, send)
         if scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/login"):
             return await self._login(scope, receive, send)
         await self.app(scope, receive, send)

@@ -28,6 +28,7 @@ from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of
 LARGEST_RECORDING = 32_000_000  # bytes
 MOST_EVENTS = 50_000  # of a recording: three answers of 4,096 tokens, and memory ten times a second meanwhile
 LONGEST_REPLAY = 3600.0  # seconds
+UNSAVED = "This run cannot be downloaded: the server could not save it."
 UNREADABLE = "it holds values that no run has"
 log = logging.getLogger(__name__)
 
@@ -189,10 +190,17 @@ class CompareTab:
             labels_in(comparison), self.state.next_run(), comparison.device, asked_of(run.settings),
             cpu=cpu_capability(),
         )  # fmt: skip
-        yield from view.updates(run.record(self.state.run(comparison, owner), time.monotonic))
+        value: dict = {}
+        for value in view.updates(run.record(self.state.run(comparison, owner), time.monotonic)):
+            yield value
         run.environment = describe(comparison.device, source)
-        path = run.save(self.state.download_path(f"llmq-{view.run}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
-        self.state.keep_recording(owner, path)
+        try:
+            path = run.save(self.state.download_path(f"llmq-{view.run}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
+        except UserError as error:
+            log.error("a run is not saved: %s", error)
+            yield value | {"status": f"{value['status']} {UNSAVED}"}
+        else:
+            self.state.keep_recording(owner, path)
 
     def _keep(self, request: gr.Request) -> gr.DownloadButton:
         """What can be downloaded once a run is over."""
