@@ -61,10 +61,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--auth", metavar="USER:PASSWORD", default=os.environ.get("LLMQ_AUTH"),
         help="ask visitors for a name and a password (default: LLMQ_AUTH, which no list of processes shows)",
     )  # fmt: skip
-    parser.add_argument(
-        "--private", action="store_true",
-        help="let visitors open what you can; else that ends with --share, a Space, or a host that others reach",
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--public", action="store_true",
+        help="let visitors open named models only (default with --share, on a Space, for a host that others reach)",
     )  # fmt: skip
+    mode.add_argument("--private", action="store_true", help="let visitors open whatever you can")
     parser.add_argument(
         "--allow-models", metavar="NAMES", default="",
         help="what visitors may open besides the presets, comma-separated: hub ids, folders",
@@ -80,8 +82,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def access_for(options: argparse.Namespace) -> Access:
     """What visitors may do: all that the owner may, unless others than the owner's own can be visitors."""
-    open_to_others = is_open(options.host, share=options.share, space=bool(os.environ.get("SPACE_ID")))
-    if options.private or not open_to_others:
+    reached = is_open(options.host, share=options.share, space=bool(os.environ.get("SPACE_ID")))
+    if options.private or not (options.public or reached):
         return ANYBODY
     named = [name.strip() for name in f"{options.model or ''},{options.allow_models}".split(",")]
     return Access.of_strangers(tuple(filter(None, named)), parse_gigabytes(options.allow_downloads))

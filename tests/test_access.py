@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
+from browser_support import ROOT
 from hub_stand_in import Hub
 from huggingface_hub import constants
 from test_hub import hub, no_other_hub, use  # noqa: F401
@@ -16,7 +18,12 @@ from llmq.labs.outliers import Inspection
 from llmq.machine.door import Machine
 from llmq.models.loading import prepare
 from llmq.models.presets import PRESETS
+from llmq.stored import MOST_BYTES
 from llmq.ui.shell.access import ANYBODY, Access, is_open
+from llmq.ui.shell.guard import HEADERS
+from llmq.ui.shell.guesses import AT_ONCE, EVERY_SECONDS
+from llmq.ui.shell.state import KEPT_FILES, KEPT_FINDINGS
+from llmq.ui.tabs.compare_tab import LONGEST_REPLAY, MOST_EVENTS
 from llmq.ui.tabs.fit_tab import answer
 
 FIT = ("rtx-4080", "", 2048, 1)
@@ -49,6 +56,7 @@ def test_a_page_that_others_reach_is_public_unless_the_owner_says_otherwise(host
     flags = ["--host", host.strip("[]"), *(["--share"] if share else [])]
     assert app.access_for(app.parse(flags)).public == expected
     assert app.access_for(app.parse([*flags, "--private"])) == ANYBODY
+    assert app.access_for(app.parse([*flags, "--public"])).public
 
 
 def test_the_owner_names_what_else_may_be_opened(tiny_folder):
@@ -128,3 +136,21 @@ def test_the_page_opens_models_through_what_it_may_open_only():
             found |= {(name, other) for module, other in names if (module or "").startswith("llmq.models")}
     opening = {"open_model", "describe_model", "resolve", "prepare", "opening", "loading", "hub"}
     assert {pair for pair in found if pair[1] in opening} == set()
+
+
+def test_the_document_says_what_is_so():
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    stranger = Access.of_strangers()
+    for number in (ANYBODY.most_tokens, stranger.most_tokens, MOST_EVENTS):
+        assert f"{number:,}" in text
+    for size in (ANYBODY.upload_bytes, stranger.upload_bytes):
+        assert f"{size // 1_000_000} MB" in text
+    assert f"{MOST_BYTES >> 20} MiB" in text and f"files for download, {KEPT_FILES} at" in text
+    assert f"Outliers tab stay in memory, {KEPT_FINDINGS} at most" in text and all(name in text for name in HEADERS)
+    flags = set(re.findall(r"--[a-z-]+", text))
+    assert flags >= {"--share", "--private", "--public", "--allow-models", "--allow-downloads", "--auth"}
+    values = {"--allow-models": "demo", "--allow-downloads": "3", "--auth": "a:b", "--host": "::1", "--model": "demo"}
+    for flag in flags:
+        app.parse([flag, *([values[flag]] if flag in values else [])])
+    assert AT_ONCE == 10 and EVERY_SECONDS == 2.0 and LONGEST_REPLAY == 3600
+    assert "docs/security.md" in (ROOT / "README.md").read_text(encoding="utf-8")
