@@ -85,7 +85,7 @@ class Report:
         self.statuses[status] += 1
         if status >= 500 and status != 503:
             self.fives.append(f"{status}: {asked[:200]}")
-        found = {path for path in PATH.findall(text) if path not in asked + self.known}
+        found = {path for path in PATH.findall(text) if path.rstrip(".") not in asked + self.known}
         if found and not (kind == "upload" and status == 200):  # Gradio's own answer to a file that it took
             self.paths.append(f"{kind}: {found} after {asked[:200]}")
         if STACK.search(text):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 
+import gradio as gr
 import pytest
 from browser_support import ROOT
 from hub_stand_in import Hub
 from huggingface_hub import constants
+from test_handlers import Page
 from test_hub import hub, no_other_hub, use  # noqa: F401
 from test_layering import SOURCES, parse, within
 
@@ -23,8 +25,9 @@ from llmq.ui.shell.access import ANYBODY, Access, is_open
 from llmq.ui.shell.guard import HEADERS
 from llmq.ui.shell.guesses import AT_ONCE, EVERY_SECONDS
 from llmq.ui.shell.state import KEPT_FILES, KEPT_FINDINGS
-from llmq.ui.tabs.compare_tab import LONGEST_REPLAY, MOST_EVENTS
+from llmq.ui.tabs.compare_tab import LONGEST_REPLAY, MOST_EVENTS, CompareTab
 from llmq.ui.tabs.fit_tab import answer
+from llmq.ui.tabs.outliers_tab import OutliersTab
 
 FIT = ("rtx-4080", "", 2048, 1)
 HIDDEN = [
@@ -93,6 +96,16 @@ def test_a_visitor_gets_no_random_weights_and_no_endless_answer():
     with pytest.raises(BadChoice, match="4096; choose a whole number from 1 to 1024"):
         access.check_tokens(4096)
     assert access.describe_model("llama-3.1-8b-instruct").shape, "its shape may be counted"
+
+
+def test_the_page_offers_what_it_opens(tiny_folder):
+    for access in (ANYBODY, Access.of_strangers((str(tiny_folder),))):
+        page = Page()
+        page.state.access = access
+        for tab in (CompareTab(page.state), OutliersTab(page.state)):
+            with gr.Blocks():
+                tab.build()
+            assert [name for _, name in tab.model.choices] == list(access.models or PRESETS)
 
 
 def test_a_sweep_asks_for_its_names_before_anything_is_measured():

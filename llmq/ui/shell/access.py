@@ -46,6 +46,11 @@ class Access:
     def public(self) -> bool:
         return self.models is not None
 
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The names to choose from."""
+        return self.models or tuple(PRESETS)
+
     def open_model(self, name: str, *, random_weights: bool = False) -> Model:
         """As `opening.open_model`. Raises BadChoice, in the same words whatever else a name might mean here."""
         if random_weights and not self.random_weights:

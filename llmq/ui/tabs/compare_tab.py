@@ -62,7 +62,8 @@ class CompareTab:
 
     def _build_choices(self) -> None:
         with gr.Row(equal_height=True, elem_classes=["llmq-choices"]):
-            self.model = model_field(self.state.model, elem_id="model", min_width=220)
+            offered = self.state.access.offered
+            self.model = model_field(self.state.model, elem_id="model", names=offered, min_width=220)
             self.methods = [self._method(index) for index in range(PANES)]
 
     def _method(self, index: int) -> gr.Dropdown:
@@ -79,10 +80,8 @@ class CompareTab:
     def _build_settings(self) -> None:
         """What most people leave alone."""
         with gr.Accordion("Settings", open=False, elem_id="settings"):
-            gr.Markdown(
-                "A model may also be a hub id (owner/name) or a local folder; a method may be typed with its settings: "
-                "`bnb-int8@0`, `smoothquant@0.7`."
-            )
+            free = "" if self.state.access.public else "A model may also be a hub id (owner/name) or a local folder. "
+            gr.Markdown(f"{free}A method may be typed with its settings: `bnb-int8@0`, `smoothquant@0.7`.")
             with gr.Row(equal_height=True):
                 self.max_new_tokens = gr.Slider(
                     1,

@@ -52,7 +52,8 @@ class FitTab:
     def _build_form(self) -> None:
         large = self.state.model in PRESETS and self.state.model != "demo"
         self.model = model_field(
-            self.state.model if large else "llama-3.1-8b-instruct", info="Or a hub id, owner/name.",
+            self.state.model if large else "llama-3.1-8b-instruct",
+            info=None if self.state.access.public else "Or a hub id, owner/name.",
             elem_id="fit-model", min_width=240, scale=3,
         )  # fmt: skip
         self.card = gr.Dropdown(
