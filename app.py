@@ -24,6 +24,7 @@ RUNS = Path(__file__).parent / "assets" / "runs"
 ANSWERS = Path(__file__).parent / "assets" / "answers"
 JOBS = Jobs()
 AFTER_THE_PAGE = 5.0  # seconds left to the page and its first run before more is imported
+HOSTS = ("SPACE_ID", "COLAB_RELEASE_TAG")  # set where the page gets a public address by itself
 MCP_ADVICE = "install it with: pip install 'gradio[mcp]>=6.31,<7'"
 GPU_SECONDS = 120  # what one job may hold a shared GPU for, where the host asks
 
@@ -64,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--public", action="store_true",
-        help="let visitors open named models only (default with --share, on a Space, for a host that others reach)",
+        help="let visitors open named models only (by itself with --share, on a Space, where others reach the host)",
     )  # fmt: skip
     mode.add_argument("--private", action="store_true", help="let visitors open whatever you can")
     parser.add_argument(
@@ -80,12 +81,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def access_for(options: argparse.Namespace) -> Access:
+def access_for(options: argparse.Namespace, model: str) -> Access:
     """What visitors may do: all that the owner may, unless others than the owner's own can be visitors."""
-    reached = is_open(options.host, share=options.share, space=bool(os.environ.get("SPACE_ID")))
+    hosted = any(name in os.environ for name in HOSTS)
+    reached = is_open(options.host, share=options.share, hosted=hosted)
     if options.private or not (options.public or reached):
         return ANYBODY
-    named = [name.strip() for name in f"{options.model or ''},{options.allow_models}".split(",")]
+    named = [name.strip() for name in f"{model},{options.allow_models}".split(",")]
     return Access.of_strangers(tuple(filter(None, named)), parse_gigabytes(options.allow_downloads))
 
 
@@ -112,7 +114,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     device = device_named(options.device)
     choice = choose_model(options.model, device)
     methods = options.methods or default_methods(device)
-    access = access_for(options)
+    access = access_for(options, choice.model)
     for name in (choice.model, *(access.models or ())):
         open_model(name)
     JOBS.machine.open = access.open_model

@@ -54,17 +54,20 @@ HIDDEN = [
     ],
 )  # fmt: skip
 def test_a_page_that_others_reach_is_public_unless_the_owner_says_otherwise(host, share, space, expected, monkeypatch):
-    assert is_open(host, share=share, space=space) == expected
-    monkeypatch.setenv("SPACE_ID", "me/llmq") if space else monkeypatch.delenv("SPACE_ID", raising=False)
+    assert is_open(host, share=share, hosted=space) == expected
+    for name in app.HOSTS:
+        monkeypatch.delenv(name, raising=False)
+    if space:
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
     flags = ["--host", host.strip("[]"), *(["--share"] if share else [])]
-    assert app.access_for(app.parse(flags)).public == expected
-    assert app.access_for(app.parse([*flags, "--private"])) == ANYBODY
-    assert app.access_for(app.parse([*flags, "--public"])).public
+    assert app.access_for(app.parse(flags), "demo").public == expected
+    assert app.access_for(app.parse([*flags, "--private"]), "demo") == ANYBODY
+    assert app.access_for(app.parse([*flags, "--public"]), "demo").public
 
 
 def test_the_owner_names_what_else_may_be_opened(tiny_folder):
-    flags = ["--host", "0.0.0.0", "--model", "meta/one", "--allow-models", f"{tiny_folder}, llama-3.1-8b-instruct"]
-    access = app.access_for(app.parse([*flags, "--allow-downloads", "1.5"]))
+    flags = ["--host", "0.0.0.0", "--allow-models", f"{tiny_folder}, llama-3.1-8b-instruct"]
+    access = app.access_for(app.parse([*flags, "--allow-downloads", "1.5"]), "meta/one")
     free = {name for name, preset in PRESETS.items() if not preset.gated}
     assert set(access.models) == free | {"meta/one", str(tiny_folder), "llama-3.1-8b-instruct"}
     assert (access.fetching.most_bytes, access.fetching.token) == (1_500_000_000, False)

@@ -80,6 +80,6 @@ class Access:
 ANYBODY = Access()
 
 
-def is_open(host: str, *, share: bool, space: bool) -> bool:
-    """Whether others than this machine's own people can reach the page."""
-    return share or space or not host.strip("[]").startswith(LOOPBACK)
+def is_open(host: str, *, share: bool, hosted: bool) -> bool:
+    """Whether others than this machine's own people can reach the page; `hosted`: a Space or a notebook's machine."""
+    return share or hosted or not host.strip("[]").startswith(LOOPBACK)
