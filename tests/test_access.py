@@ -25,7 +25,7 @@ from llmq.ui.shell.access import ANYBODY, Access, is_open
 from llmq.ui.shell.guard import HEADERS
 from llmq.ui.shell.guesses import AT_ONCE, EVERY_SECONDS
 from llmq.ui.shell.state import KEPT_FILES, KEPT_FINDINGS
-from llmq.ui.tabs.compare_tab import LONGEST_REPLAY, MOST_EVENTS, CompareTab
+from llmq.ui.tabs.compare_tab import LONGEST_REPLAY, MOST_EVENTS, MOST_TOKENS, CompareTab
 from llmq.ui.tabs.fit_tab import answer
 from llmq.ui.tabs.outliers_tab import OutliersTab
 
@@ -157,7 +157,7 @@ def test_the_page_opens_models_through_what_it_may_open_only():
 def test_the_document_says_what_is_so():
     text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
     stranger = Access.of_strangers()
-    for number in (ANYBODY.most_tokens, stranger.most_tokens, MOST_EVENTS):
+    for number in (ANYBODY.most_tokens, stranger.most_tokens, MOST_EVENTS, MOST_TOKENS):
         assert f"{number:,}" in text
     for size in (ANYBODY.upload_bytes, stranger.upload_bytes):
         assert f"{size // 1_000_000} MB" in text

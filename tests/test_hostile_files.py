@@ -7,6 +7,7 @@ import json
 import re
 import time
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ from llmq.files import parse_json
 from llmq.labs import load_answer, save_answer
 from llmq.labs.outliers import ReportAnswer
 from llmq.stored import MOST_BYTES, from_stored, to_stored
+from llmq.ui.tabs.compare_tab import MOST_TOKENS
 from llmq.ui.tabs.compare_view import recording_of
 
 RECORDED = (ROOT / "assets" / "runs" / "demo-paris-cpu-lean.jsonl").read_text(encoding="utf-8").split("\n")
 DEEP = "[" * 100_000
+MANY = [changed(STEP, index=number) for number in range(MOST_TOKENS + 1)]
 LATE = [changed(lines_of(EXAMPLES[0])[1], time=1.5 * number) for number in range(3000)]
 HOSTILE = {
     "deep": ([RECORDED[0], DEEP], "line 2: not JSON .*nested too deep"),
@@ -34,6 +37,8 @@ HOSTILE = {
     "not a number": ([RECORDED[0], STEP.replace("1.0", "NaN")], "line 2: not JSON .*NaN is no number"),
     "infinite": ([RECORDED[0], STEP.replace("1.0", "-Infinity")], "line 2: not JSON .*-Infinity is no number"),
     "too large a number": ([RECORDED[0], STEP.replace("1.0", "1e300")], "line 2: 'time' must be a number"),
+    "more tokens than a run has": ([RECORDED[0], *MANY], "more text than up to 12,288 tokens"),
+    "a long text": ([RECORDED[0], *[changed(STEP, text="x" * 600_000)] * 2], "more text than up to 12,288 tokens"),
     "hours": ([RECORDED[0], *LATE], "plays for 1 hours; up to one hour can be played"),
 }  # fmt: skip
 
@@ -134,15 +139,22 @@ def test_a_whole_answer_opens(tmp_path):
     assert page.outliers._open(answer_file(tmp_path))[page.outliers.status]["state"] == "opened"
 
 
+@dataclass
+class Single:
+    first: np.ndarray
+
+
+@pytest.mark.parametrize("dtype", ["<U1", "|V4", "|S4", "|O4", "<M8", "f4,f4", "(2,)<f2"])
+def test_an_array_holds_plain_numbers(dtype):
+    stored = to_stored(Single(np.zeros(2, "<f4")))
+    stored["arrays"][0]["dtype"] = dtype
+    with pytest.raises(ValueError, match="an array cannot be of"):
+        from_stored(Single, stored)
+
+
 def test_an_array_is_what_was_stored():
-    from dataclasses import dataclass
-
-    @dataclass
-    class Pair:
-        first: np.ndarray
-
     for array in (np.arange(6, dtype="<f4").reshape(2, 3), np.zeros((0, 3), bool), np.array(5, "<i8")):
-        again = from_stored(Pair, to_stored(Pair(array))).first
+        again = from_stored(Single, to_stored(Single(array))).first
         assert again.dtype == array.dtype and np.array_equal(again, array)
 
 

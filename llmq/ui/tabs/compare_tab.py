@@ -13,7 +13,7 @@ import gradio as gr
 
 from llmq.environment import cpu_capability, describe
 from llmq.errors import UserError
-from llmq.events import Run
+from llmq.events import Run, Step
 from llmq.labs.compare import SCHEDULES
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
@@ -27,6 +27,8 @@ from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of
 
 LARGEST_RECORDING = 32_000_000  # bytes
 MOST_EVENTS = 50_000  # of a recording: three answers of 4,096 tokens, and memory ten times a second meanwhile
+MOST_TOKENS = 3 * 4096  # of a recording, which is made into a picture a token while nobody else is served
+MOST_CHARACTERS = 1_000_000  # of its texts
 LONGEST_REPLAY = 3600.0  # seconds
 UNSAVED = "This run cannot be downloaded: the server could not save it."
 UNREADABLE = "it holds values that no run has"
@@ -258,6 +260,9 @@ def _uploaded(path: Path) -> Run:
     if len(lines) > MOST_EVENTS:
         raise UserError(f"{path.name} has {len(lines):,} lines; up to {MOST_EVENTS:,} can be played")
     run = Run.from_lines(lines, name=path.name)
+    texts = [timed.event.text for timed in run.events if isinstance(timed.event, Step)]
+    if len(texts) > MOST_TOKENS or sum(map(len, texts)) > MOST_CHARACTERS:
+        raise UserError(f"{path.name} has more text than up to {MOST_TOKENS:,} tokens can be")
     if run.seconds > LONGEST_REPLAY:
         raise UserError(f"{path.name} plays for {run.seconds / 3600:,.0f} hours; up to one hour can be played")
     return run
