@@ -16,6 +16,7 @@ from test_layering import SOURCES, parse, within
 
 import app
 from llmq.errors import BadChoice, ModelUnavailable, UserError
+from llmq.events import Waiting
 from llmq.labs.outliers import Inspection
 from llmq.machine.door import Machine
 from llmq.models.loading import prepare
@@ -114,8 +115,11 @@ def test_the_page_offers_what_it_opens(tiny_folder):
 def test_a_sweep_asks_for_its_names_before_anything_is_measured():
     machine = Machine()
     machine.open = Access.of_strangers().open_model
+    seen = []
     with pytest.raises(BadChoice, match="unknown model '/root'"):
-        list(machine.run(Inspection(sweep="demo,/root")))
+        for item in machine.run(Inspection(sweep="demo,/root")):
+            seen.append(type(item))
+    assert set(seen) == {Waiting}
 
 
 @pytest.mark.parametrize(

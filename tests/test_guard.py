@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from browser_support import compare_inputs
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.responses import HTMLResponse, StreamingResponse
@@ -110,6 +111,16 @@ def test_what_gradio_cannot_answer_is_a_sentence_and_a_line(client, caplog, capf
     assert (answer.status_code, words in answer.json()["error"]) == (status, True), answer.text
     assert len(caplog.records) <= 1 and not any(record.exc_info for record in caplog.records)
     assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_a_value_that_a_slider_refuses_is_no_stack_in_the_log(client, capfd):
+    config = client.get("/config").json()
+    (pressed,) = (c["id"] for c in config["components"] if c["props"].get("elem_id") == "generate")
+    event = next(d["id"] for d in config["dependencies"] if [pressed, "click"] in d["targets"])
+    body = {"data": compare_inputs("x", tokens=10**6), "fn_index": event, "session_hash": "x"}
+    answer = client.post("/gradio_api/run/predict", json=body)
+    assert answer.status_code == 400 and "1000000" in answer.json()["error"]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
