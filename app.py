@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from llmq.cli import Parser, guarded  # noqa: E402
 from llmq.errors import UserError  # noqa: E402
 from llmq.terminal import as_typed, show_progress  # noqa: E402
+from llmq.ui.shell.access import ANYBODY, Access, is_open  # noqa: E402
 from llmq.ui.shell.address import DEFAULT_PORTS, free_address  # noqa: E402
 from llmq.ui.shell.state import AppState, Jobs  # noqa: E402
 
@@ -23,7 +24,7 @@ RUNS = Path(__file__).parent / "assets" / "runs"
 ANSWERS = Path(__file__).parent / "assets" / "answers"
 JOBS = Jobs()
 AFTER_THE_PAGE = 5.0  # seconds left to the page and its first run before more is imported
-HOSTS = ("SPACE_ID", "COLAB_RELEASE_TAG")  # set where this machine is somebody's for a while: a Space, a notebook
+HOSTS = ("SPACE_ID", "COLAB_RELEASE_TAG")  # somebody's machine for a while, with a public address by itself
 MCP_ADVICE = "install it with: pip install 'gradio[mcp]>=6.31,<7'"
 
 
@@ -69,10 +70,51 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--port", default=port, help=f"0: any free one (default: GRADIO_SERVER_PORT, the first free one of {ports})"
     )
     parser.add_argument("--share", action="store_true", help="also open a public link (Colab does so by itself)")
-    parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for a name and a password")
+    parser.add_argument(
+        "--auth", metavar="USER:PASSWORD", default=os.environ.get("LLMQ_AUTH"),
+        help="ask visitors for a name and a password (default: LLMQ_AUTH, which no list of processes shows)",
+    )  # fmt: skip
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--public", action="store_true",
+        help="let visitors open named models only (by itself with --share, on a Space, where others reach the host)",
+    )  # fmt: skip
+    mode.add_argument("--private", action="store_true", help="let visitors open whatever you can")
+    parser.add_argument(
+        "--allow-models", metavar="NAMES", default="",
+        help="what visitors may open besides the presets, comma-separated: hub ids, folders",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-downloads", metavar="GB", default="0",
+        help="the most that one model may take from the hub for a visitor (default: 0)",
+    )  # fmt: skip
     parser.add_argument("--mcp", action="store_true", help="offer the questions as tools to MCP clients, too")
     parser.epilog = "Behind a proxy that serves the page below a path, GRADIO_ROOT_PATH names the path."
     return parser.parse_args(arguments)
+
+
+def is_hosted() -> bool:
+    return any(name in os.environ for name in HOSTS)
+
+
+def access_for(options: argparse.Namespace, model: str) -> Access:
+    """What visitors may do: all that the owner may, unless others than the owner's own can be visitors."""
+    reached = is_open(options.host, share=options.share, hosted=is_hosted())
+    if options.private or not (options.public or reached):
+        return ANYBODY
+    named = [name.strip() for name in f"{model},{options.allow_models}".split(",")]
+    return Access.of_strangers(tuple(filter(None, named)), parse_gigabytes(options.allow_downloads))
+
+
+def parse_gigabytes(text: str) -> int:
+    """An amount in GB of 1e9 as bytes."""
+    try:
+        size = round(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        size = -1
+    if size < 0:
+        raise UserError(f"--allow-downloads is {text!r:.80}; choose a number of GB, or 0 for none")
+    return size
 
 
 def make_state(options: argparse.Namespace, run=run_job) -> AppState:
@@ -85,12 +127,16 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
 
     quiet_libraries()
     device = device_named(options.device)
-    choice = choose_model(options.model, device, hosted=any(name in os.environ for name in HOSTS))
+    choice = choose_model(options.model, device, hosted=is_hosted())
     methods = options.methods or default_methods(device)
-    open_model(choice.model)
+    access = access_for(options, choice.model)
+    for name in (choice.model, *(access.models or ())):
+        open_model(name)
+    JOBS.machine.open = access.open_model
     return AppState(
         run=run,
         stop=JOBS.stop,
+        access=access,
         device=device,
         device_label=device_label(device),
         model=choice.model,
@@ -196,7 +242,7 @@ def parse_auth(text: str | None) -> tuple[str, str] | None:
         return None
     user, colon, password = text.partition(":")
     if not (user and colon and password):
-        raise UserError("--auth must be USER:PASSWORD")
+        raise UserError("--auth, or LLMQ_AUTH, must be USER:PASSWORD")
     return user, password
 
 

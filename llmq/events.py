@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import get_args, get_type_hints
 
 from llmq.errors import UserError
-from llmq.files import read_text, write_text
+from llmq.files import parse_json, read_text, write_text
 
 FORMAT = "llmq-run"
 VERSION = 1
 LONGEST_PAUSE = 1.5  # seconds a replay waits between two events
+LARGEST = 2.0**63  # of a number in a recording
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,13 +189,21 @@ class Run:
         which a model was loading, are cut to it.
         """
         due = clock() if clock else 0.0
-        previous = 0.0
-        for timed in self.events:
-            due += min(max(timed.at - previous, 0.0), LONGEST_PAUSE)
-            previous = timed.at
+        for timed, pause in zip(self.events, self._pauses(), strict=True):
+            due += pause
             if sleep and clock and (ahead := due - clock()) > 0:
                 sleep(ahead)
             yield timed.event
+
+    @property
+    def seconds(self) -> float:
+        """How long a replay takes."""
+        return sum(self._pauses())
+
+    def _pauses(self) -> Iterator[float]:
+        """What passes before each event."""
+        times = [0.0, *(timed.at for timed in self.events)]
+        return (min(max(after - before, 0.0), LONGEST_PAUSE) for before, after in pairwise(times))
 
     def save(self, path: str | Path) -> Path:
         """Write the run to a file, as `files.write_text` does."""
@@ -209,13 +220,8 @@ class Run:
     @classmethod
     def load(cls, path: str | Path) -> Run:
         """Read a saved run. Raises UserError naming the file and the line that is wrong."""
-        path = Path(path)
-        try:
-            # Not splitlines(): a text may hold U+2028 or U+0085, which are no line ends here.
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the run {path}: {error}") from error
-        return cls.from_lines(lines, name=str(path))
+        # Not splitlines(): a text may hold U+2028 or U+0085, which are no line ends here.
+        return cls.from_lines(read_text(Path(path)).split("\n"), name=str(path))
 
     @classmethod
     def from_lines(cls, lines: Iterable[str], *, name: str = "run") -> Run:
@@ -243,7 +249,7 @@ def is_run(path: Path) -> bool:
 
 def _parse(line: str, name: str, number: int) -> dict:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{name}, line {number}: not JSON ({error})") from error
     if not isinstance(row, dict):
@@ -256,10 +262,10 @@ def _event(row: dict, name: str, number: int) -> TimedEvent:
     kind = row.get("event")
     cls = EVENT_TYPES.get(kind) if isinstance(kind, str) else None
     if cls is None:
-        raise UserError(f"{name}, line {number}: unknown event {kind!r}")
+        raise UserError(f"{name}, line {number}: unknown event {kind!r:.80}")
     if not _is(row.get("time"), float):
-        raise UserError(f"{name}, line {number}: 'time' must be a number of seconds, not {row.get('time')!r}")
-    types = get_type_hints(cls)
+        raise UserError(f"{name}, line {number}: 'time' must be a number of seconds, not {row.get('time')!r:.80}")
+    types = _types(cls)
     values = {key: value for key, value in row.items() if key in types}
     if "logprob" in values and values["logprob"] is None:
         values["logprob"] = -math.inf
@@ -272,17 +278,19 @@ def _event(row: dict, name: str, number: int) -> TimedEvent:
         raise UserError(f"{name}, line {number}: {error}") from error
 
 
+_types = cache(get_type_hints)
+_parts = cache(get_args)
+
+
 def _is(value, expected) -> bool:
     """Whether a JSON value is of an annotated type: str, bool, int, float (finite), unions, and dicts of those."""
-    if get_origin(expected) is dict:
-        _, inner = get_args(expected)
-        return isinstance(value, dict) and all(isinstance(k, str) and _is(v, inner) for k, v in value.items())
-    if get_args(expected):
-        return any(_is(value, choice) for choice in get_args(expected))
     if expected is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and abs(value) <= sys.float_info.max
-    return type(value) is expected
+        return type(value) in (int, float) and abs(value) <= LARGEST
+    if not (parts := _parts(expected)):
+        return type(value) is expected
+    if isinstance(expected, UnionType):
+        return any(_is(value, choice) for choice in parts)
+    return isinstance(value, dict) and all(_is(entry, parts[1]) for entry in value.values())
 
 
 def _finite(record: dict) -> dict:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from llmq.errors import UserError
+
+LONGEST_INTEGER = 19  # digits: what 64 bit hold
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_text(path: Path) -> str:
@@ -16,6 +22,30 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _integer(digits: str) -> int:
+    return int(digits) if len(digits) <= LONGEST_INTEGER else _refuse(digits)
+
+
+def _refuse(number: str) -> Any:
+    raise ValueError(f"{number:.30} is no number that is used here")
+
+
+DECODER = json.JSONDecoder(parse_int=_integer, parse_constant=_refuse)
+
+
+def parse_json(text: str) -> Any:
+    """The value of JSON that may come from anybody. Raises ValueError for what nests too deep to be read, for numbers
+    that are not finite or beyond 64 bit. A lone surrogate, which no stream of text can carry, becomes a question mark.
+    """
+    try:
+        value = DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
+    if not SURROGATE.search(text):
+        return value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -16,6 +17,9 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+
+MOST_BYTES = 1 << 28  # of the arrays of one record
+PLAIN_NUMBER = re.compile(r"[<>|][biuf][1248]")  # a dtype as numpy spells it
 
 
 def to_stored(record: Any) -> dict:
@@ -27,6 +31,8 @@ def to_stored(record: Any) -> dict:
 
 def from_stored(cls: type, stored: Mapping) -> Any:
     """The record of `cls` that `to_stored` wrote. Raises TypeError or ValueError for what does not fit its types."""
+    if sum(map(_size, stored["arrays"])) > MOST_BYTES:
+        raise ValueError(f"its arrays hold more than {MOST_BYTES >> 20} MiB")
     arrays = [_array(entry) for entry in stored["arrays"]]
     return _made(cls, stored["value"], arrays)
 
@@ -47,9 +53,18 @@ def _plain(value: Any, arrays: dict[int, dict]) -> Any:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _size(entry: Mapping) -> int:
+    """The bytes of an array of plain numbers, whatever its data come to."""
+    dtype, shape = entry["dtype"], entry["shape"]
+    if not PLAIN_NUMBER.fullmatch(dtype) or not all(type(length) is int and length >= 0 for length in shape):
+        raise ValueError(f"an array cannot be of {dtype!r:.20} and {shape!r:.40}")
+    return np.dtype(dtype).itemsize * math.prod(shape)
+
+
 def _array(entry: Mapping) -> np.ndarray:
+    most = _size(entry) + 1  # a few bytes can unpack to gigabytes
     try:
-        data = zlib.decompress(base64.b64decode(entry["data"]))
+        data = zlib.decompressobj().decompress(base64.b64decode(entry["data"]), most)
     except zlib.error as error:
         raise ValueError(f"an array is damaged: {error}") from error
     return np.frombuffer(data, np.dtype(entry["dtype"])).reshape(entry["shape"])

@@ -43,23 +43,32 @@ def chromium_path() -> str | None:
 
 
 @contextmanager
-def running_app(*flags: str, program: Path = ROOT / "app.py", env: dict[str, str] | None = None) -> Iterator[str]:
-    """`python app.py` on a free port; yields its address, and ends the process. `program`: what starts it instead."""
+def running_app(*flags: str, **options) -> Iterator[str]:
+    """`python app.py` on a free port; yields its address, and ends the process."""
+    with tempfile.TemporaryFile("w+") as log, app_process(log, *flags, **options) as address:
+        yield address
+
+
+@contextmanager
+def app_process(
+    log: IO[str], *flags: str, program: Path = ROOT / "app.py", env: dict[str, str] | None = None
+) -> Iterator[str]:
+    """As `running_app`, with what it says in `log`: a pipe that nobody reads would be full one day. `program`: what
+    starts it instead."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, str(program), "--port", str(port), "--device", "cpu", *flags]
     address = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would be full one day
-        app = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0)
-        try:
-            wait_for(address, app, log)
-            yield address
-        finally:
-            app.terminate()
-            app.wait(60)
-            with suppress(ProcessLookupError):  # what it forked and left behind
-                os.killpg(app.pid, signal.SIGKILL)
+    app = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+    try:
+        wait_for(address, app, log)
+        yield address
+    finally:
+        app.terminate()
+        app.wait(60)
+        with suppress(ProcessLookupError):  # what it forked and left behind
+            os.killpg(app.pid, signal.SIGKILL)
 
 
 def wait_for(address: str, app: subprocess.Popen, log: IO[str]) -> None:

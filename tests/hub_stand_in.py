@@ -13,12 +13,13 @@ from urllib.parse import unquote
 class Hub:
     """Serves `repositories`: id -> folder, and (id, revision) -> folder. `refusals`: id -> (status, X-Error-Code), for
     the question after the repository; `file_refusals`: for its files only, as a gated repository has. `broken`:
-    ids whose answer breaks off. `requests` lists (method, path)."""
+    ids whose answer breaks off. `requests` lists (method, path), `tokens` what each was signed with."""
 
     def __init__(self, repositories=None, refusals=None, file_refusals=None, broken=()):
         self.repositories, self.refusals = repositories or {}, refusals or {}
         self.file_refusals, self.broken = file_refusals or {}, broken
         self.requests: list[tuple[str, str]] = []
+        self.tokens: list[str | None] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -47,6 +48,7 @@ class Hub:
     def answer(self, request) -> None:
         path = request.path.partition("?")[0]
         self.requests.append((request.command, path))
+        self.tokens.append(request.headers.get("Authorization"))
         parts = path.removeprefix("/api/models").strip("/").split("/")
         repository, rest = "/".join(parts[:2]), parts[2:]
         asks_for_a_file = not path.startswith("/api/")

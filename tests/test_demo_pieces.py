@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,34 @@ def test_a_damaged_model_is_made_again(converted):
     converted(write_model)
     assert "damaged" in list(prepare_demo())[0].message
     assert set(os.listdir(demo_folder())) == {"config.json", "model.safetensors", MANIFEST}
+
+
+def test_weights_cut_while_the_server_runs_are_made_again_by_the_next_run(converted):
+    converted(write_model)
+    list(prepare_demo())
+    assert is_ready() and list(prepare_demo()) == []
+    (demo_folder() / "model.safetensors").write_text("weig")
+    assert "damaged" in list(prepare_demo())[0].message
+    assert (demo_folder() / "model.safetensors").read_text() == "weights" and is_ready()
+
+
+def test_of_two_starts_at_once_one_converts_and_both_have_the_model(converted):
+    converting, conversions = threading.Barrier(2), []
+
+    def slowly(gguf: Path, folder: Path):
+        conversions.append(folder)
+        converting.wait(30)  # the other start waits by now, or is about to
+        yield from write_model(gguf, folder)
+
+    converted(slowly)
+    with ThreadPoolExecutor(2) as starts:
+        first = starts.submit(lambda: list(prepare_demo()))
+        while not conversions:
+            time.sleep(0.01)
+        second = starts.submit(lambda: list(prepare_demo()))
+        converting.wait(30)
+        assert first.result(30)[-1].fraction == 1.0 and second.result(30) == []
+    assert len(conversions) == 1 and is_ready()
 
 
 @pytest.mark.parametrize("ready", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from browser_support import ROOT
 from test_compare_view import NAMES, script
 from test_observatory_views import SILENCED, cause, read, report
 
+from llmq import files
 from llmq.errors import UserError
 from llmq.events import Finished, Loading, Progress, Run
 from llmq.labs import lab_classes
@@ -19,7 +21,7 @@ from llmq.labs.compare import Comparison
 from llmq.labs.outliers import ReportAnswer
 from llmq.labs.rows import RowAnswer
 from llmq.ui.shell.state import KEPT_FILES, AppState
-from llmq.ui.tabs.compare_tab import CompareTab
+from llmq.ui.tabs.compare_tab import UNSAVED, CompareTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
 from llmq.ui.tabs.silencing_card import recorded_value
 
@@ -111,6 +113,23 @@ def test_a_recording_fills_the_form_with_what_it_answers(tmp_path):
     assert tab._filled({"max_new_tokens": 4096}) == {tab.max_new_tokens: 1024}, "as much as the form can hold"
 
 
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_costs_the_download_and_not_the_result(monkeypatch, caplog):
+    page = Page(*script())
+    monkeypatch.setattr(files, "_replace", full_disk)
+    *_, whole, last = page.compare._generate(*page.form(), ANN)
+    assert last == whole | {"status": f"Finished. {UNSAVED}"} and last["headline"] and last["pieces"]
+    assert "/" not in UNSAVED and page.compare._keep(ANN) == gr.skip()
+    key = page.state.keep(ReportAnswer(report(), threshold=6.0))
+    with pytest.raises(gr.Error, match="could not save it") as raised:
+        page.outliers.keeping._write(key)
+    assert "/" not in raised.value.message
+    assert [record.exc_info for record in caplog.records] == [None, None], "a line each"
+
+
 def test_a_comparison_that_is_refused_or_fails_says_so():
     page = Page(*script()[:12], UserError("no <b>room</b>"))
     tab = page.compare
@@ -183,9 +202,10 @@ ROWS = {
 def outcome(kind: str) -> RowAnswer:
     return RowAnswer(
         lab_classes()[kind],
-        {"kind": kind, "model": "demo", "text": "x", "tokens": 3, "stopped": False, "results": ROWS[kind]},
+        {"kind": kind, "model": "demo", "device": "cpu", "text": "x", "tokens": 3, "stopped": False,
+         "results": ROWS[kind]},
         True,
-    )
+    )  # fmt: skip
 
 
 @dataclass

@@ -210,9 +210,11 @@ def test_too_small_a_disk_is_told_before_anything_is_fetched(hub, monkeypatch):
 
 def test_a_large_download_says_its_size(monkeypatch):
     gate = threading.Event()
-    monkeypatch.setattr(hub_module, "_missing", lambda repo, revision: {"model.safetensors": 13_476_000_000})
+    monkeypatch.setattr(
+        hub_module, "_missing", lambda repo, revision, token=None: {"model.safetensors": 13_476_000_000}
+    )
     monkeypatch.setattr(hub_module, "_free_bytes", lambda: 200 * 10**9)
-    monkeypatch.setattr(hub_module, "_fetch", lambda repo, revision, names: gate.wait(20))
+    monkeypatch.setattr(hub_module, "_fetch", lambda repo, revision, names, token=None: gate.wait(20))
     progress = prepare(resolve("owner/tiny"))
     assert next(progress).message.startswith("fetching owner/tiny from the hub, 13.5 GB of 200 GB that are free")
     gate.set()
@@ -285,8 +287,8 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch):
 
 def test_a_download_tells_how_long_it_has_been_going(monkeypatch):
     gate = threading.Event()
-    monkeypatch.setattr(hub_module, "_missing", lambda repo, revision: {})
-    monkeypatch.setattr(hub_module, "_fetch", lambda repo, revision, names: gate.wait(20))
+    monkeypatch.setattr(hub_module, "_missing", lambda repo, revision, token=None: {})
+    monkeypatch.setattr(hub_module, "_fetch", lambda repo, revision, names, token=None: gate.wait(20))
     progress = prepare(resolve("owner/tiny"))
     first = next(progress)
     gate.set()
@@ -297,7 +299,7 @@ def test_a_download_tells_how_long_it_has_been_going(monkeypatch):
 def test_a_stop_does_not_wait_for_the_download(monkeypatch):
     """Thirteen gigabytes may take an hour; whoever stops, or closes the page, must not hold the device meanwhile."""
     gate = threading.Event()
-    monkeypatch.setattr(hub_module, "_missing", lambda repo, revision: gate.wait(3))
+    monkeypatch.setattr(hub_module, "_missing", lambda repo, revision, token=None: gate.wait(3))
     progress = prepare(resolve("owner/tiny"))
     next(progress)
     started = time.monotonic()
@@ -311,7 +313,7 @@ def test_a_stopped_download_does_not_hold_up_the_end_of_the_program():
     """Ctrl-C at a terminal: the interpreter must not wait at its exit for a thread that is still fetching."""
     code = (
         "import time\nfrom llmq.models import hub, loading\n"
-        "hub._missing = lambda repo, revision: time.sleep(30)\n"
+        "hub._missing = lambda repo, revision, token=None: time.sleep(30)\n"
         "progress = loading.prepare(loading.resolve('owner/tiny'))\nnext(progress)\nprogress.close()\nprint('closed')"
     )
     root = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llmq.errors import UserError, unknown
-from llmq.files import read_text, write_text
+from llmq.files import parse_json, read_text, write_text
 from llmq.formatting import plain_json
 from llmq.labs.base import Answer, Lab
 
@@ -39,13 +39,17 @@ def save_answer(answer: Answer, path: Path) -> None:
 def load_answer(path: Path) -> Answer:
     """The answer in a file. Raises UserError naming the file where it holds none."""
     try:
-        stored = json.loads(read_text(path))
+        stored = parse_json(read_text(path))
         kind = stored.get("kind") if isinstance(stored, dict) else None
     except ValueError as error:
         raise UserError(f"{path} is not a saved answer: not JSON ({error})") from error
-    if kind not in lab_classes():
+    if not isinstance(kind, str) or kind not in lab_classes():
         raise UserError(f"{path} is not a saved answer: {unknown('kind', kind, lab_classes())}")
     try:
-        return lab_classes()[kind].restore(stored)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        answer = lab_classes()[kind].restore(stored)
+        list(answer.blocks())  # what cannot be shown is no answer
+        return answer
+    except UserError:
+        raise
+    except Exception as error:  # the boundary: the file may come from anybody
         raise UserError(f"{path} is no whole answer of the kind {kind!r}: {error!r:.120}") from error

@@ -15,7 +15,6 @@ from llmq.figures.blocks import Drawing
 from llmq.figures.lines import Line, line_figure
 from llmq.labs.rows import BASELINE, RowAnswer, RowLab, Rows, TableLab, Workbench, share_of, shown_perplexity
 from llmq.machine.door import Lease
-from llmq.models.opening import open_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +59,11 @@ class Sweep(TableLab):
         super().__post_init__()
         if not self.models or len(set(self.models)) < len(self.models):
             raise BadChoice(f"models to sweep: {', '.join(self.models) or 'none'}; name each once")
-        for name in self.models:
-            open_model(name)
 
     def run(self, lease: Lease) -> Iterator[Event | Progress | RowAnswer]:
-        """Yield events, progress, and an RowAnswer after every model."""
+        """Yield events, progress, and an answer after every model. Raises BadChoice for an unknown name."""
+        for name in self.models:
+            lease.find(name)
         merged = {"kind": self.kind, "device": self.device, "stopped": False}
         merged |= {"missing": {}, "conditions": {}, "results": []}
         for name in self.models:

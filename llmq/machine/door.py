@@ -46,7 +46,10 @@ class Question(Protocol):
 
 
 class Machine:
-    """The queue, the thread and the loaded engines of one process. `load` makes an engine; tests pass their own."""
+    """The queue, the thread and the loaded engines of one process. `load` makes an engine; tests pass their own.
+    `open` finds the model of a name for every question."""
+
+    open: Callable[..., Model] = staticmethod(open_model)
 
     def __init__(self, load: Callable[[Key], Engine] | None = None, *, clock: Callable[[], float] = time.monotonic):
         self.pool, self.queue, self.thread, self.clock = Pool(load, clock), DeviceQueue(), ComputeThread(), clock
@@ -89,6 +92,7 @@ class Lease:
 
     def __init__(self, machine: Machine, device: str, stop: threading.Event):
         self.device, self.stop, self.pool, self.clock = device, stop, machine.pool, machine.clock
+        self.find = machine.open
         self.loaded: list[Key] = []  # engines that this question brought into memory
 
     def check(self) -> None:
@@ -103,7 +107,7 @@ class Lease:
 
     def open(self, name: str, *, random_weights: bool = False) -> Generator[Loading, None, Model]:
         """Open a model, fetching or converting what is missing. Raises Interrupted when stopped, UserError else."""
-        model = open_model(name, random_weights=random_weights)
+        model = self.find(name, random_weights=random_weights)
         for progress in model.prepare():
             self.check()
             yield Loading(contestant="", message=f"{progress.message} · {progress.fraction:.0%}")

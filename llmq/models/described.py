@@ -24,7 +24,8 @@ def described_config(source: Source) -> PretrainedConfig | PlainConfig:
     config.json alone is fetched. Raises ModelUnavailable as `load_config`."""
     if source.kind == "random":
         return PlainConfig(model_type="llama", **asdict(PRESETS[source.location].shape))
-    folder = hub.settings(source.location, source.revision) if source.kind == "hub" else Path(source.location)
+    on_hub = (source.location, source.revision, source.fetching)
+    folder = hub.settings(*on_hub) if source.kind == "hub" else Path(source.location)
     if not (folder / "config.json").is_file():
         raise ModelUnavailable(f"{source.name} holds no model: it has no config.json")
     config = plain_config(folder) or config_in(folder, source)

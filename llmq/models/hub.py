@@ -25,6 +25,8 @@ _ADDRESS = re.compile(  # of a repository's page, of a revision of it, or of its
     r"(?:/(?:tree|commit)/(?P<revision>[^/?#]+))?/?(?:[?#].*)?"
 )
 LARGE_BYTES = 1e9  # a download from here on says its size
+_HERE = "choose one that is here, such as 'demo'"
+_NOT_HERE = f"%s is not on this server, which fetches nothing for visitors; {_HERE}"
 _UNREACHABLE = "%s is not in the local cache and the hub cannot be reached. The model 'demo' needs no hub."
 
 
@@ -35,6 +37,17 @@ class Download:
     bytes: int
     free_bytes: int
     cached: bool
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """What may be fetched: `most_bytes` of one model, None for any; `token` False: without this machine's."""
+
+    most_bytes: int | None = None
+    token: bool | None = None
+
+
+ANYTHING = Fetching()
 
 
 def address_of(name: str) -> tuple[str, str | None] | None:
@@ -56,21 +69,31 @@ def plan(repo: str, revision: str | None = None) -> Download:
     return Download(0 if cached else sum(_missing(repo, revision).values()), _free_bytes(), cached)
 
 
-def download(repo: str, revision: str | None = None) -> Iterator[Progress]:
+def download(repo: str, revision: str | None = None, fetching: Fetching = ANYTHING) -> Iterator[Progress]:
     """Fetch what a repository's model needs in a thread, reporting how long that has been going on. A hub that does not
-    answer is no failure where all is here already. Raises UserError, where the disk has no room before it fetches."""
+    answer is no failure where all is here already, and where nothing may be fetched none is asked. Raises UserError,
+    where it is too much or the disk has no room before it fetches."""
+    if fetching.most_bytes == 0:
+        if is_cached(repo, revision):
+            return
+        raise ModelUnavailable(_NOT_HERE % repo)
     try:
-        missing = yield from _patiently(lambda: _missing(repo, revision), f"asking the hub for {repo}")
+        asked = f"asking the hub for {repo}"
+        missing = yield from _patiently(lambda: _missing(repo, revision, fetching.token), asked)
     except ModelUnavailable:
         if is_cached(repo, revision):
             return
         raise
     needed, free = sum(missing.values()), _free_bytes()
+    if fetching.most_bytes is not None and needed > fetching.most_bytes:
+        most = f"this server fetches {fetching.most_bytes / 1e9:.1f} GB at most for visitors"
+        raise ModelUnavailable(f"{repo} is {needed / 1e9:.1f} GB, and {most}; {_HERE}")
     if needed > free:
         sizes = f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free in the hub's cache"
         raise UserError(f"{repo} needs {sizes}: make room, or set HF_HOME to a folder on another disk")
     size = f", {needed / 1e9:.1f} GB of {free / 1e9:.0f} GB that are free on the disk" if needed > LARGE_BYTES else ""
-    yield from _patiently(lambda: _fetch(repo, revision, list(missing)), f"fetching {repo} from the hub{size}")
+    work = f"fetching {repo} from the hub{size}"
+    yield from _patiently(lambda: _fetch(repo, revision, list(missing), fetching.token), work)
 
 
 def is_cached(repo: str, revision: str | None = None) -> bool:
@@ -91,37 +114,41 @@ def snapshot(repo: str, revision: str | None = None) -> Path:
     raise ModelUnavailable(_UNREACHABLE % repo)
 
 
-def settings(repo: str, revision: str | None = None) -> Path:
+def settings(repo: str, revision: str | None = None, fetching: Fetching = ANYTHING) -> Path:
     """Return a folder with a repository's config.json, which is all that is fetched. Raises ModelUnavailable."""
     from huggingface_hub import HfApi, hf_hub_download
 
     with suppress(ModelUnavailable):
         return snapshot(repo, revision)
+    if fetching.most_bytes == 0:
+        raise ModelUnavailable(_NOT_HERE % repo)
+    asked = {"revision": revision, "token": fetching.token}
     with _explained(repo, revision):
-        HfApi().model_info(repo, revision=revision, timeout=5)  # fails at once where a download tries for long
-        return Path(hf_hub_download(repo, "config.json", revision=revision, etag_timeout=5)).parent
+        HfApi().model_info(repo, timeout=5, **asked)  # fails at once where a download tries for long
+        return Path(hf_hub_download(repo, "config.json", etag_timeout=5, **asked)).parent
 
 
-def _missing(repo: str, revision: str | None) -> dict[str, int]:
+def _missing(repo: str, revision: str | None, token: bool | None = None) -> dict[str, int]:
     """The files a model needs, and of each the bytes that are still to fetch."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     def read(name: str) -> str:
-        return Path(hf_hub_download(repo, name, revision=revision)).read_text(encoding="utf-8")
+        return Path(hf_hub_download(repo, name, revision=revision, token=token)).read_text(encoding="utf-8")
 
     with _explained(repo, revision):
-        found = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=5)
+        found = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=5, token=token)
         sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
         names = [*weight_files(sizes, read, repo), *filter(SETTINGS.fullmatch, sizes)]
         here = {name for name in names if isinstance(try_to_load_from_cache(repo, name, revision=found.sha), str)}
     return {name: 0 if name in here else sizes[name] for name in names}
 
 
-def _fetch(repo: str, revision: str | None, names: list[str]) -> None:
+def _fetch(repo: str, revision: str | None, names: list[str], token: bool | None) -> None:
     from huggingface_hub import snapshot_download
 
     with _explained(repo, revision):
-        snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(name) for name in names])
+        patterns = [glob.escape(name) for name in names]
+        snapshot_download(repo, revision=revision, allow_patterns=patterns, token=token)
 
 
 def _free_bytes() -> int:

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,19 +36,21 @@ BLOCK_BYTES = 1 << 24  # read at a time
 @dataclass(frozen=True)
 class Source:
     """Where a model comes from. `kind`: 'demo', 'hub', 'folder' or 'random' (a preset's shape, no checkpoint).
-    `edit`: what is done to its weights on their way (`edits`). `revision`: of a hub's repository, None for its main."""
+    `edit`: what is done to its weights on their way (`edits`). `revision`: of a hub's repository, None for its main.
+    `fetching`: what may come from there, which says nothing about the model."""
 
     name: str
     kind: str
     location: str
     edit: Edit | None = None
     revision: str | None = None
+    fetching: hub.Fetching = field(default=hub.ANYTHING, compare=False, repr=False)
 
 
 def resolve(name: str, *, random_weights: bool = False) -> Source:
     """Tell what `name` means: a preset, a local folder, or a hub id, '@revision' and all. Raises BadChoice naming the
     choices."""
-    name = (name or "").strip()
+    name = str(name or "").strip()
     if random_weights:
         if name not in PRESETS:
             raise unknown("preset", name, PRESETS)
@@ -78,7 +80,7 @@ def prepare(source: Source) -> Iterator[Progress]:
     if source.kind in ("demo", "random"):  # random weights borrow the demo model's tokenizer
         yield from prepare_demo()
     elif source.kind == "hub":
-        yield from hub.download(source.location, source.revision)
+        yield from hub.download(source.location, source.revision, source.fetching)
 
 
 def folder_of(source: Source) -> Path:

@@ -36,7 +36,7 @@ def open_model(name: str, *, random_weights: bool = False) -> Model:
 def describe_model(name: str) -> Model:
     """Find a model to count its bytes, weights or no weights: a preset's shape, or the configuration of a hub id or a
     local folder. Raises BadChoice as `open_model`."""
-    name = (name or "").strip()
+    name = str(name or "").strip()
     return Model(loading.resolve(name, random_weights=name in PRESETS), described=True)
 
 

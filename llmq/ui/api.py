@@ -77,10 +77,11 @@ class Api:
             engine: auto, hf (transformers) or lean (our own loop)
             random_weights: a preset's shape with random weights
         """
+        tokens = self.state.access.check_tokens(max_new_tokens)
         comparison = Comparison(
             prompt=prompt, model=model, contestants=_contestants(methods, threshold),
             device=self._device(device),
-            sampling=SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            sampling=SamplingSettings(max_new_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                       seed=seed, max_seconds=MAX_SECONDS),
             schedule=schedule, engine=engine, random_weights=random_weights,
         )  # fmt: skip
@@ -124,7 +125,8 @@ class Api:
             device_memory: what they are to fit into, in GB (1e9 bytes)
         """
         room = None if device_memory is None else device_memory * 1e9
-        return forecast(model, _contestants(methods, threshold), tokens=context, batch=batch, device_bytes=room)
+        opened = self.state.access.describe_model(model)
+        return forecast(opened, _contestants(methods, threshold), tokens=context, batch=batch, device_bytes=room)
 
     def models(self, owner: str) -> dict:
         """List the models that have names, and the methods."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import MISSING
 
 import gradio as gr
@@ -10,14 +11,14 @@ import gradio as gr
 from llmq.errors import BadChoice
 from llmq.fields import Choice, Field, Number, Numbers, Switch
 from llmq.methods import METHODS
-from llmq.models.presets import PRESETS
+from llmq.models.presets import PRESETS, model_title
 
 METHOD_CHOICES = [(method.label, name) for name, method in METHODS.items()]
 
 
-def model_field(value: str, *, elem_id: str, **look) -> gr.Dropdown:
-    """The field for a model: presets by their titles, or whatever else names one."""
-    choices = [(preset.title, preset.name) for preset in PRESETS.values()]
+def model_field(value: str, *, elem_id: str, names: Iterable[str] = PRESETS, **look) -> gr.Dropdown:
+    """The field for a model: `names` by their titles, or whatever else names one."""
+    choices = [(model_title(name), name) for name in names]
     return gr.Dropdown(choices, value=value, label="Model", allow_custom_value=True, elem_id=elem_id, **look)
 
 

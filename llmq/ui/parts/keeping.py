@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET
 
 LARGEST_ANSWER = 32_000_000  # bytes
+log = logging.getLogger(__name__)
 
 
 class Keeping:
@@ -65,7 +67,11 @@ class Keeping:
         if answer is None:
             raise notice("This is no longer kept on the server; measure it again.")
         path = self.state.download_path(f"llmq-{answer.kind}-{key}-{datetime.now():%Y%m%d-%H%M%S}.json")
-        save_answer(answer, path)
+        try:
+            save_answer(answer, path)
+        except UserError as error:
+            log.error("an answer is not saved: %s", error)
+            raise notice("This cannot be downloaded: the server could not save it.") from None
         return gr.DownloadButton(value=str(path))
 
 

@@ -5,35 +5,43 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing, contextmanager
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import gradio as gr
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from gradio.route_utils import FnIndexInferError
+from fastapi import FastAPI
 from gradio.utils import get_function_description
+from starlette.middleware import Middleware
 
 from llmq.errors import BadChoice, UserError, first_line, unknown
+from llmq.ui.shell.guard import Answers, Door, place_of
+from llmq.ui.shell.guesses import Guesses
 from llmq.ui.shell.wiring import owner_of
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+FAILED = "the server could not make sense of this; its log says more"
 log = logging.getLogger(__name__)
 
 
 def server_options(page: gr.Blocks) -> dict:
-    """What the web server is told for the sake of programs: one-line refusals, and JSON for MCP clients."""
+    """What the web server is told: what stands in front of it, and JSON for MCP clients."""
+
+    def own_hosts() -> list[str | None]:
+        named = [page.share_url, os.environ.get("GRADIO_ROOT_PATH")]
+        return [os.environ.get("SPACE_HOST"), *(urlsplit(address or "").netloc for address in named)]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.middleware_stack = Door(app.middleware_stack, own_hosts, Guesses())
         if page.mcp_server_obj:
             _as_json_text(page.mcp_server_obj)
         yield
 
-    refused = dict.fromkeys((KeyError, FnIndexInferError, TypeError), _refuse)
-    return {"exception_handlers": refused, "lifespan": lifespan}
+    return {"middleware": [Middleware(Answers)], "lifespan": lifespan}
 
 
 def name_too_few(page: gr.Blocks) -> None:
@@ -47,13 +55,22 @@ def name_too_few(page: gr.Blocks) -> None:
     page.validate_inputs = validate  # no public setting
 
 
-def _refuse(request: Request, error: Exception) -> JSONResponse:
-    """Answer in one line where Gradio finds no endpoint of that name, or other parameters than it has."""
-    if "/gradio_api/call/" not in request.url.path:
-        raise error
-    unnamed = isinstance(error, KeyError | FnIndexInferError)
-    told = f"no endpoint is called {request.url.path.rpartition('/')[2]!r}" if unnamed else first_line(error)
-    return JSONResponse({"error": told.partition(". Please click")[0]}, status_code=404 if unnamed else 400)
+def fail_briefly(page: gr.Blocks) -> None:
+    """Make whatever fails in an event of the page a sentence for the browser and a line in the log; Gradio prints the
+    stack of everything, also of a value that a slider refuses."""
+    whole = page.process_api
+
+    async def process_api(block_fn, *given, **named):
+        try:
+            return await whole(block_fn, *given, **named)
+        except gr.Error as error:
+            error.print_exception = False
+            raise
+        except Exception as error:  # the boundary
+            log.error("%s: %s", getattr(block_fn, "api_name", block_fn), place_of(error))
+            raise gr.Error(FAILED, print_exception=False) from None
+
+    page.process_api = process_api
 
 
 def _as_json_text(server) -> None:

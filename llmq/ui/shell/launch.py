@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.shell.endpoints import server_options
+from llmq.ui.shell.endpoints import fail_briefly, server_options
 from llmq.ui.shell.layout import build
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
@@ -29,6 +29,7 @@ def launch(
     page = build(state)
     page.queue(max_size=WAITING_RUNS, default_concurrency_limit=16)
     page._queue.sleep_when_free = QUEUE_POLL_SECONDS  # no public setting
+    fail_briefly(page)
     page.launch(
         server_name=host,
         server_port=port,
@@ -38,7 +39,8 @@ def launch(
         css=build_css(),
         footer_links=["api"],
         show_error=True,
-        max_file_size="32mb",
+        max_file_size=state.access.upload_bytes,
+        enable_monitoring=False,
         strict_cors=True,
         prevent_thread_lock=not block,
         quiet=not block,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmq.machine.door import Machine, Question
+from llmq.ui.shell.access import ANYBODY, Access
 
 MAX_SECONDS = 900.0  # one visitor's comparison may hold the device this long, a browser's or a program's
 KEPT_FINDINGS = 32  # outlier reports and readings stay on the server; the browser gets pictures of them
@@ -66,6 +67,7 @@ class AppState:
     stop: Callable[[str], int]
     device: str
     device_label: str
+    access: Access = ANYBODY
     model: str = "demo"
     model_reason: str = ""
     methods: tuple[str, ...] = ("fp16", "bnb-int8")

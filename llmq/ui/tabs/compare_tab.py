@@ -13,9 +13,8 @@ import gradio as gr
 
 from llmq.environment import cpu_capability, describe
 from llmq.errors import UserError
-from llmq.events import Run
+from llmq.events import Run, Step
 from llmq.labs.compare import SCHEDULES
-from llmq.models.opening import open_model
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
 from llmq.ui.parts.result import result_view
@@ -28,6 +27,10 @@ from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of
 
 LARGEST_RECORDING = 32_000_000  # bytes
 MOST_EVENTS = 50_000  # of a recording: three answers of 4,096 tokens, and memory ten times a second meanwhile
+MOST_TOKENS = 3 * 4096  # of a recording, which is made into a picture a token while nobody else is served
+MOST_CHARACTERS = 1_000_000  # of its texts
+LONGEST_REPLAY = 3600.0  # seconds
+UNSAVED = "This run cannot be downloaded: the server could not save it."
 UNREADABLE = "it holds values that no run has"
 log = logging.getLogger(__name__)
 
@@ -61,7 +64,8 @@ class CompareTab:
 
     def _build_choices(self) -> None:
         with gr.Row(equal_height=True, elem_classes=["llmq-choices"]):
-            self.model = model_field(self.state.model, elem_id="model", min_width=220)
+            offered = self.state.access.offered
+            self.model = model_field(self.state.model, elem_id="model", names=offered, min_width=220)
             self.methods = [self._method(index) for index in range(PANES)]
 
     def _method(self, index: int) -> gr.Dropdown:
@@ -78,10 +82,8 @@ class CompareTab:
     def _build_settings(self) -> None:
         """What most people leave alone."""
         with gr.Accordion("Settings", open=False, elem_id="settings"):
-            gr.Markdown(
-                "A model may also be a hub id (owner/name) or a local folder; a method may be typed with its settings: "
-                "`bnb-int8@0`, `smoothquant@0.7`."
-            )
+            free = "" if self.state.access.public else "A model may also be a hub id (owner/name) or a local folder. "
+            gr.Markdown(f"{free}A method may be typed with its settings: `bnb-int8@0`, `smoothquant@0.7`.")
             with gr.Row(equal_height=True):
                 self.max_new_tokens = gr.Slider(
                     1,
@@ -180,7 +182,7 @@ class CompareTab:
                 self.state.device, prompt, model, left, right, third, threshold, max_new_tokens, schedule,
                 temperature, top_k, top_p, seed,
             )  # fmt: skip
-            source = open_model(comparison.model).source
+            source = self.state.access.open_model(comparison.model).source
         except UserError as error:
             yield self._notice(f"Not started: {error}")
             return
@@ -189,10 +191,17 @@ class CompareTab:
             labels_in(comparison), self.state.next_run(), comparison.device, asked_of(run.settings),
             cpu=cpu_capability(),
         )  # fmt: skip
-        yield from view.updates(run.record(self.state.run(comparison, owner), time.monotonic))
+        value: dict = {}
+        for value in view.updates(run.record(self.state.run(comparison, owner), time.monotonic)):
+            yield value
         run.environment = describe(comparison.device, source)
-        path = run.save(self.state.download_path(f"llmq-{view.run}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
-        self.state.keep_recording(owner, path)
+        try:
+            path = run.save(self.state.download_path(f"llmq-{view.run}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
+        except UserError as error:
+            log.error("a run is not saved: %s", error)
+            yield value | {"status": f"{value['status']} {UNSAVED}"}
+        else:
+            self.state.keep_recording(owner, path)
 
     def _keep(self, request: gr.Request) -> gr.DownloadButton:
         """What can be downloaded once a run is over."""
@@ -215,8 +224,8 @@ class CompareTab:
             form = self._filled(wishes_of(query_of(run.settings)))
         except UserError as error:
             return {self.result: self._notice(f"Not replayed: {error}")}
-        except Exception:  # the boundary: the file may come from anybody
-            log.exception("a recording cannot be shown")
+        except Exception as error:  # the boundary: the file may come from anybody
+            log.error("a recording cannot be shown: %r", error)
             return {self.result: self._notice(f"Not replayed: {UNREADABLE}")}
         return {self.result: value, self.download: gr.DownloadButton(interactive=False)} | form
 
@@ -250,4 +259,10 @@ def _uploaded(path: Path) -> Run:
         raise UserError(f"{path.name} is not a saved run: not text") from error
     if len(lines) > MOST_EVENTS:
         raise UserError(f"{path.name} has {len(lines):,} lines; up to {MOST_EVENTS:,} can be played")
-    return Run.from_lines(lines, name=path.name)
+    run = Run.from_lines(lines, name=path.name)
+    texts = [timed.event.text for timed in run.events if isinstance(timed.event, Step)]
+    if len(texts) > MOST_TOKENS or sum(map(len, texts)) > MOST_CHARACTERS:
+        raise UserError(f"{path.name} has more text than up to {MOST_TOKENS:,} tokens can be")
+    if run.seconds > LONGEST_REPLAY:
+        raise UserError(f"{path.name} plays for {run.seconds / 3600:,.0f} hours; up to one hour can be played")
+    return run

@@ -121,6 +121,8 @@ class CompareView:
             return "Stopped before anything ran."
         if any(outcome.error for outcome in outcomes):
             return "Finished, with a failure: see its text."
+        if not all(outcome.reason or outcome.error for outcome in outcomes):
+            return "Cut short: a text has no end."
         stopped = any(outcome.reason == "stopped" for outcome in outcomes)
         return "Stopped." if stopped else "Finished."
 

@@ -16,10 +16,11 @@ from llmq.cards import CARDS, Card, device_bytes
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice, UserError
 from llmq.memory import forecast
-from llmq.models.opening import Model, describe_model
+from llmq.models.opening import Model
 from llmq.models.presets import PRESETS, model_title
 from llmq.ui.parts.controls import model_field
 from llmq.ui.parts.fit import fit_panel
+from llmq.ui.shell.access import ANYBODY, Access
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import fit_wishes_of
 from llmq.ui.shell.state import AppState
@@ -51,7 +52,8 @@ class FitTab:
     def _build_form(self) -> None:
         large = self.state.model in PRESETS and self.state.model != "demo"
         self.model = model_field(
-            self.state.model if large else "llama-3.1-8b-instruct", info="Or a hub id, owner/name.",
+            self.state.model if large else "llama-3.1-8b-instruct",
+            info=None if self.state.access.public else "Or a hub id, owner/name.",
             elem_id="fit-model", min_width=240, scale=3,
         )  # fmt: skip
         self.card = gr.Dropdown(
@@ -84,20 +86,21 @@ class FitTab:
 
     def _answer(self, model, card, memory, context, batch) -> dict:
         """What every method needs, and whether the card has it."""
-        return {self.panel: answer(model, card, memory, context, batch), self.memory: gr.Textbox(visible=card == OTHER)}
+        found = answer(model, card, memory, context, batch, self.state.access)
+        return {self.panel: found, self.memory: gr.Textbox(visible=card == OTHER)}
 
     def _from_link(self, request: gr.Request) -> dict:
         wishes = fit_wishes_of(dict(request.query_params))
         return {getattr(self, name): value for name, value in wishes.items()} or {self.batch: gr.skip()}
 
 
-def answer(model, card, memory, context, batch) -> dict:
+def answer(model, card, memory, context, batch, access: Access = ANYBODY) -> dict:
     """The view of a form's values, or of what is wrong with them, in one line that names no place on this machine."""
     name = str(model or "").strip()
     try:
         device = device_bytes(str(memory or "") if card == OTHER else str(card))
         asked, batch = (_whole(*pair) for pair in (("context", context), ("batch", batch)))
-        opened = described(name)
+        opened = described(name, access)
         contestants = [Contestant.parse(method) for method in METHODS_SHOWN]
         result = forecast(opened, contestants, tokens=min(asked, opened.context), batch=batch, device_bytes=device)
     except UserError as error:
@@ -118,21 +121,21 @@ def _place(known: Card | None, memory) -> str:
     return f"{amount}{'' if amount[-1].isalpha() else ' GB'} of memory"
 
 
-def described(name: str) -> Model:
+def described(name: str, access: Access) -> Model:
     """The model, counted once for as long as its configuration does not change."""
-    source = describe_model(name).source
+    source = access.describe_model(name).source
     if source.kind != "folder":
-        return _described(name, 0)
+        return _described(name, access, 0)
     try:
         changed = (Path(source.location) / "config.json").stat().st_mtime_ns
     except OSError:
         changed = 0
-    return _described(name, changed)
+    return _described(name, access, changed)
 
 
 @lru_cache(maxsize=16)
-def _described(name: str, changed: int) -> Model:
-    return describe_model(name)
+def _described(name: str, access: Access, changed: int) -> Model:
+    return access.describe_model(name)
 
 
 def _whole(name: str, value) -> int:

@@ -90,7 +90,8 @@ class OutliersTab:
                 "Watch", variant="primary", elem_id="watch", scale=0, min_width=150, elem_classes=["llmq-for-watching"]
             )
         with gr.Row(equal_height=True, elem_classes=["llmq-choices"]):
-            self.model = model_field(self.state.model, elem_id="outlier-model", min_width=200)
+            offered = self.state.access.offered
+            self.model = model_field(self.state.model, elem_id="outlier-model", names=offered, min_width=200)
             self.method = gr.Dropdown(
                 METHOD_CHOICES, value="bnb-int8", label="Method",
                 allow_custom_value=True, elem_id="outlier-method", min_width=200,
