@@ -25,7 +25,7 @@ from llmq.cli import build_parser
 from llmq.events import Progress, Step, Waiting
 from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
-from llmq.ui.shell.launch import launch
+from llmq.ui.launch import launch
 from llmq.ui.shell.state import AppState
 
 MCP = find_spec("mcp") is not None
@@ -75,6 +75,7 @@ REFUSED = [  # endpoint, what is asked, a word of the refusal
     ("quality", {"tokens": 5}, "tokens is 5; choose a whole number from 1024"),
     ("memory", {"batch": 0}, "context is 2048 and batch is 0; both must be at least 1"),
     ("memory", {"context": 10**25}, "and their product 1e+12 at most"),
+    ("memory", {"device_memory": "cow"}, "device memory is 'cow'; choose a number over 0 in GB"),
     ("amplifying", {"channels": "x"}, "channel is 'x'"),
 ]
 MISTYPED = [
@@ -84,7 +85,7 @@ MISTYPED = [
     ("compare", {"prompt": PROMPT, "max_new_tokens": 2.5}, "max_new_tokens is 2.5; give a whole number"),
     ("compare", {"prompt": PROMPT, "temperature": True}, "temperature is true; give a number"),
     ("compare", {"prompt": PROMPT, "random_weights": 1}, "random_weights is 1; give true or false"),
-    ("memory", {"device_memory": "15"}, 'device_memory is "15"; give a number or null'),
+    ("memory", {"device_memory": [15]}, "device_memory is [15]; give text or a number or null"),
     ("explain_token", {"prompt": PROMPT, "token": []}, "token is []; give a whole number or null"),
     ("quality", {"engine": {}}, "unknown engine {}; choose from auto, hf, lean"),
 ]

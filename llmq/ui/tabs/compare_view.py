@@ -19,6 +19,7 @@ from llmq.formatting import shown_coverage
 from llmq.models.presets import model_title
 from llmq.summary import Summary
 from llmq.ui.parts.difference import difference
+from llmq.ui.parts.glossary import with_terms
 from llmq.ui.parts.live_state import LiveState
 from llmq.ui.parts.progress import event_line
 from llmq.ui.parts.recording import Pace, recorded
@@ -96,7 +97,7 @@ class CompareView:
         if isinstance(event, Loaded):
             told = arithmetic(event.contestant, self.device, event.engine, self.cpu)
             share = shown_coverage(event.coverage)
-            self.live.describe(event.contestant, f"{told}; 8 bit: {share}" if share else told)
+            self.live.describe(event.contestant, f"{told}; coverage: {share} in 8 bit" if share else told)
         if isinstance(event, Step | Finished):
             self._texts[self.labels.index(event.contestant)] += event.text
         if isinstance(event, Step):
@@ -126,7 +127,7 @@ class CompareView:
 
     def _final(self) -> dict:
         said = verdict(self.summary, self.cpu)
-        found = {"state": "done", "headline": said.headline, "details": list(said.details)}
+        found = {"state": "done", "headline": said.headline, "details": [with_terms(line) for line in said.details]}
         if len(self.labels) > 1 and all(self._tokens[:2]):
             compared = diff_tokens(*self._tokens[:2])
             pieces = [self._ended(index, pieces) for index, pieces in enumerate(compared["pieces"])]
