@@ -170,6 +170,7 @@ def test_a_replay_shows_and_fills_in_what_it_answers(page, address):
     assert form(page)["method-2"] == "BF16"
     press(page, "replay")
     wait_for(page, "replaying")
+    page.wait_for_function("/Plan/.test(document.querySelector('#link textarea, #link input').value)")
     assert page.locator("#result [data-part=banner]").inner_text().startswith("Recording, made on ")
     assert "Plan a 3-day itinerary in Paris." in page.locator("#result [data-part=prompt]").inner_text()
     assert not page.locator("#prompt").is_visible(), "read-only: the form is away while it plays"
@@ -202,12 +203,14 @@ def test_the_strip_stays_in_view_above_what_is_read(browser, address, size):
     for part in ("#pane-0", "#pane-1", "#result .llmq-plot"):
         page.locator(part).focus() if "pane" in part else page.locator("#result .llmq-figures summary").focus()
         page.evaluate("part => document.querySelector(part).scrollIntoView()", part)
-        page.wait_for_function("document.querySelector('#result .llmq-strip').getBoundingClientRect().top === 0")
+        wait_until_still(page)
         here, below = strip.bounding_box(), page.locator(part).bounding_box()
-        assert here["height"] == before["height"] < size[1] / 5 and below["y"] >= here["height"], (part, here, below)
+        assert here["height"] == before["height"] < size[1] / 5 and here["y"] >= 0, (part, here)
+        assert below["y"] >= here["y"] + here["height"], (part, here, below)
         seen(page, "[data-figure=memory]", "[data-figure=speed]", "[data-figure=same]", "[data-part=show-why]")
-        top = page.evaluate("document.elementFromPoint(innerWidth / 2, 5).closest('.llmq-strip')?.dataset.part")
-        assert top == "strip", "nothing shows through"
+    assert here["y"] == 0, "the page was scrolled by more than the strip's own place"
+    covered = "document.elementFromPoint(innerWidth / 2, 5).closest('.llmq-strip')?.dataset.part"
+    assert page.evaluate(covered) == "strip", "nothing shows through"
     page.locator("[data-part=show-why]").click()
     seen(page, "#why summary")
     assert page.locator("#why [data-part=details] p").first.is_visible()
@@ -220,7 +223,7 @@ def test_a_word_of_the_result_is_explained_by_mouse_keyboard_and_touch(browser, 
     open_page(page, address, "max_new_tokens=2&prompt=int8+token+outlier")
     generate(page)
     finish(page)
-    terms = page.locator("#result .llmq-term")
+    terms = page.locator("#result [data-part=shown] .llmq-term")
     shown = page.locator("#result .llmq-says:visible")
     words = " ".join(terms.all_text_contents())
     for word in ("Memory", "Speed", "FP16", "int8", "outlier", "Peak memory", "First token after", "coverage"):
@@ -333,9 +336,14 @@ def test_a_long_prompt_is_seen_to_be_read(page, address):
     page.locator("#prompt textarea").fill("word " * 1500)
     page.wait_for_function("/too many for a link/.test(document.querySelector('#link textarea, #link input').value)")
     page.locator("#generate").click()
-    page.wait_for_function("/reads the prompt, 1,5\\d\\d tokens/.test(document.querySelector('#status').textContent)")
+    page.wait_for_function(
+        "/reads the prompt: 1,5\\d\\d tokens, [1-9]\\d*%/.test(document.querySelector('#status').textContent)"
+    )
+    assert 0 < float(page.locator("#result [data-part=bar]").get_attribute("value")) <= 1
+    assert page.locator("#status").get_attribute("aria-live") == "off", "a count is seen, not heard"
     press(page, "stop")
     finish(page)
+    assert page.locator("#status").get_attribute("aria-live") == "polite"
 
 
 @pytest.mark.parametrize(

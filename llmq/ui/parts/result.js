@@ -83,7 +83,13 @@ const fillArithmetic = (pane, { arithmetic }) => {
 const sentence = ({ status, headline }) =>
   (headline ? [status === "Finished." ? "" : status, headline] : [status]).filter(Boolean).join(" ");
 
-const busy = (waiting) => { part("bar").dataset.empty = !waiting; };
+// Of a bar without an end it is not known how far it is.
+const busy = (waiting, fraction = null) => {
+  part("bar").dataset.empty = !waiting;
+  if (fraction === null) part("bar").removeAttribute("value");
+  else part("bar").value = fraction;
+  part("status").setAttribute("aria-live", fraction === null ? "polite" : "off"); // a count is seen, not heard
+};
 
 const fillFrame = (value) => {
   part("banner").hidden = !value.recording;
@@ -93,8 +99,8 @@ const fillFrame = (value) => {
     setText(part("prompt"), value.asked.prompt);
     setText(part("settings"), value.asked.settings);
   }
+  busy(["running", "replaying"].includes(value.state) && !value.texts.some(Boolean), value.fraction);
   setText(part("status"), sentence(value));
-  busy(value.state === "running" && !value.texts.some(Boolean));
   part("shown").hidden = !value.contestants.length;
   part("why").dataset.empty = !(value.details || []).length;
   part("details").replaceChildren(...(value.details || []).map((line) =>
