@@ -59,7 +59,7 @@ QUESTIONS = {  # endpoint -> what is asked on both sides
     "agreement": {"prompt": PROMPT, "method": "llm-int8", "threshold": 1.0, "new_tokens": 3},
     "explain_token": {"prompt": PROMPT, "method": "bnb-int8@1", "new_tokens": 3, "token": 5, "patch": False},
     "quality": {"methods": "llm-int8", "tokens": 1024},
-    "memory": {"methods": "bnb-int8,llm-int8", "context": 100, "device_memory": 1.0},
+    "memory": {"methods": "bnb-int8,llm-int8", "context": 100, "device_memory": "1GiB"},
     "models": {},
 }
 REFUSED = [  # endpoint, what is asked, a word of the refusal
@@ -190,6 +190,12 @@ def test_every_way_gives_the_json_of_the_command_line(name, server, run, tiny_fo
     assert status == 0 and len(json.dumps(printed)) > 500
     for way in (through_client, through_http, *([through_mcp] if MCP else [])):
         assert steady(way(server, name, asked)) == printed, way.__name__
+
+
+@pytest.mark.parametrize(("amount", "told"), [(16, 16e9), ("16", 16e9), ("rtx-4080", 16376 * 2**20), (None, None)])
+def test_device_memory_is_read_as_at_the_command_line(amount, told, server, tiny_folder):
+    asked = {"model": str(tiny_folder), "context": 100, "device_memory": amount}
+    assert through_http(server, "memory", asked)["device_memory"] == told
 
 
 def test_the_methods_are_those_of_the_command_line(server, run):
