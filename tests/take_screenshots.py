@@ -21,7 +21,7 @@ WATCHED = "/watched in/.test(document.querySelector('#outlier-status [data-part=
 
 def compare(page: Page, address: str) -> Iterator[str]:
     page.goto(f"{address}/?{ASKED}")
-    page.wait_for_function(f"window.Plotly && {STATE} === 'example' && {WRITTEN} > 200")
+    page.wait_for_function("window.Plotly && /memory/.test(document.querySelector('#status')?.textContent)")
     yield "compare-idle"
     page.locator("#generate").click()
     page.wait_for_function(f"document.querySelector('#status').textContent === 'Generating' && {WRITTEN} > 60")

@@ -45,6 +45,24 @@ def test_what_is_put_aside_is_heard_while_an_item_is_made():
     assert list(stream) == ["at the last moment", "there"]
 
 
+def test_closing_while_an_item_is_made_closes_after_it():
+    aside, heard, ended = SimpleQueue(), threading.Event(), []
+
+    def slow():
+        try:
+            aside.put("on the way")
+            assert heard.wait(60)
+            yield "there"
+        finally:
+            ended.append(threading.get_ident())
+
+    stream = ComputeThread().run(slow(), aside)
+    assert next(stream) == "on the way"
+    threading.Timer(0.1, heard.set).start()
+    stream.close()
+    assert len(ended) == 1 and ended[0] != threading.get_ident()
+
+
 def test_an_error_arrives_where_the_items_do():
     def failing():
         yield 1

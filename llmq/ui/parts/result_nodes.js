@@ -1,11 +1,13 @@
 // The nodes of one result: strip and panes. All text of prompts and models reaches the page through textContent.
 // Figures with a row for every method: [key of the value's strip, field of its card, heading, its word in the glossary].
 const FIGURES = [["memory", "weights", ["Memory", " of the weights"], "weight"],
-  ["speed", "speed", ["Speed", " of writing"], "tok/s"]];
+  ["speed", "speed", ["speed", "", "Writing "], "tok/s"]];
 
-const tileHeading = ([short, rest = ""], word) => {
+// On a phone only the first of the words is shown.
+const tileHeading = ([short, after = "", before = ""], word) => {
   const shown = term(short, props.terms[word]);
-  shown.firstChild.after(node("span", { class: "llmq-wide" }, rest));
+  shown.firstChild.after(node("span", { class: "llmq-wide" }, after));
+  shown.prepend(node("span", { class: "llmq-wide" }, before));
   return node("dt", {}, shown);
 };
 
