@@ -76,4 +76,4 @@ def test_a_text_comes_in_pieces_that_make_it_whole_again():
     assert "".join(piece if isinstance(piece, str) else piece[0] for piece in pieces) == text
     known = [piece for piece in pieces if not isinstance(piece, str)]
     assert [word for word, _ in known] == ["int8", "weights", "Outliers", "FP16"] and known[2][1] == TERMS["outlier"]
-    assert with_terms("") == []
+    assert with_terms("") == [] and with_terms("LLM.int8() is bnb-int8") == ["LLM.int8() is bnb-int8"]

@@ -44,8 +44,9 @@ KINDS = {
     "down": "The second half: from the wide list back into the residual stream. Its input has the largest numbers.",
 }
 _WORDS = {name.lower(): says for name, says in TERMS.items()}
+# A part of a name, as in LLM.int8() and bnb-int8, is no word.
 _ANY = re.compile(
-    rf"\b({'|'.join(re.escape(name) for name in sorted(TERMS, key=len, reverse=True))})(s?)\b", re.IGNORECASE
+    rf"(?<![\w.-])({'|'.join(re.escape(name) for name in sorted(TERMS, key=len, reverse=True))})(s?)\b", re.IGNORECASE
 )
 Piece = str | list[str]  # text, or a word and what it means
 
