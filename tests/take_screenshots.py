@@ -47,9 +47,6 @@ def outliers(page: Page, address: str) -> Iterator[str]:
     page.wait_for_function(WATCHED)
     page.wait_for_selector("#outlier-map .js-plotly-plot .hm")
     yield "outliers-done"
-    page.locator("#part-moments-button").evaluate("tab => tab.click()")
-    page.wait_for_selector("#moment-figure .js-plotly-plot .hm")
-    yield "outliers-moments"
 
 
 def labs(page: Page, address: str) -> Iterator[str]:
