@@ -43,12 +43,12 @@ KINDS = {
     "gate/up": "The first half of the feed-forward part: from the residual stream into a wider list.",
     "down": "The second half: from the wide list back into the residual stream. Its input has the largest numbers.",
 }
-_WORDS = {name.lower(): says for name, says in TERMS.items()}
+_NAMES = {name.lower(): name for name in TERMS}
 # A part of a name, as in LLM.int8() and bnb-int8, is no word.
 _ANY = re.compile(
     rf"(?<![\w.-])({'|'.join(re.escape(name) for name in sorted(TERMS, key=len, reverse=True))})(s?)\b", re.IGNORECASE
 )
-Piece = str | list[str]  # text, or a word and what it means
+Piece = str | list[str]  # text, or a word as it stands there and its name among the terms
 
 
 def term(shown: str, says: str) -> str:
@@ -60,12 +60,12 @@ def term(shown: str, says: str) -> str:
 
 
 def with_terms(text: str) -> list[Piece]:
-    """A text cut where the first use of each known word is, which comes with what it means."""
+    """A text cut where the first use of each known word is, which comes with its name."""
     found, seen, end = [], set(), 0
     for match in _ANY.finditer(text):
         if (name := match[1].lower()) not in seen:
             seen.add(name)
-            found += [text[end : match.start()], [match[0], _WORDS[name]]]
+            found += [text[end : match.start()], [match[0], _NAMES[name]]]
             end = match.end()
     return [piece for piece in (*found, text[end:]) if piece]
 
@@ -73,7 +73,8 @@ def with_terms(text: str) -> list[Piece]:
 def explained(text: str) -> str:
     """Markup of a plain paragraph in which the first use of each known word is explained; `**so**` is strong."""
     marked = "".join(
-        html.escape(piece, quote=False) if isinstance(piece, str) else term(*piece) for piece in with_terms(text)
+        html.escape(piece, quote=False) if isinstance(piece, str) else term(piece[0], TERMS[piece[1]])
+        for piece in with_terms(text)
     )
     strong = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", marked)
     return f'<p class="llmq-explained">{strong}</p>'

@@ -16,8 +16,9 @@ const setText = (target, text) => {
 const term = (shown, says) => node("span", { class: "llmq-term", tabindex: "0" }, shown,
   node("span", { class: "llmq-says", role: "tooltip" }, says));
 
-// Nodes out of the glossary's pieces: texts, and words with what they mean.
-const explained = (pieces) => pieces.map((piece) => (typeof piece === "string" ? piece : term(...piece)));
+// Nodes out of the glossary's pieces: texts, and words with their names in `props.terms`.
+const explained = (pieces) => pieces.map((piece) => (typeof piece === "string" ? piece
+  : term(piece[0], props.terms[piece[1]])));
 
 // The focus goes to the named part where the tab's form or row of buttons, hidden by now, held it; a moment later, so
 // that the key that did it does not press that part, too.
