@@ -184,7 +184,7 @@ def serve(state: AppState, *, host: str, port: int, **options) -> None:
     from llmq.ui.shell.quick_import import without_stub_files
 
     with without_stub_files():
-        from llmq.ui.shell.launch import launch
+        from llmq.ui.launch import launch
 
     try:
         launch(state, host=host, port=port, **options)

@@ -55,6 +55,14 @@ def shown_name(label: str) -> str:
         return label
 
 
+def shown_about(label: str) -> str:
+    """What the method of a label does, in a sentence or two; '' where no method here has it."""
+    try:
+        return Contestant.parse(label).method.about
+    except UserError:
+        return ""
+
+
 @dataclass(frozen=True)
 class OneContestant(Kind):
     """A method by name."""

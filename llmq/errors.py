@@ -15,6 +15,10 @@ class ModelUnavailable(UserError):
     """A model that cannot be fetched, opened or understood."""
 
 
+class NoModel(ModelUnavailable):
+    """Files of which a library makes no model; the message ends in the library's words."""
+
+
 class OutOfMemory(UserError):
     """Memory ran out, or would; the message gives predicted and free bytes."""
 

@@ -78,6 +78,14 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """`fraction` of the prompt is read, 0 to 1; only of a prompt that takes a while, by an engine that can tell."""
+
+    contestant: str
+    fraction: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prefilled:
     """The prompt is in the KV cache and the first token is sampled: `seconds` is the time to first token."""
 
@@ -151,7 +159,7 @@ class Failed:
     message: str
 
 
-Event = Waiting | Planned | Loading | Loaded | Prefilled | Step | Memory | Freed | Finished | Failed
+Event = Waiting | Planned | Loading | Loaded | Reading | Prefilled | Step | Memory | Freed | Finished | Failed
 EVENT_TYPES = {cls.__name__: cls for cls in get_args(Event)}
 
 

@@ -35,6 +35,14 @@ START_SECONDS = 300
 PATIENCE = 300_000  # milliseconds until a state that does not come is a failure; other processes may have the cores
 LOADED = "seed=1"  # a wish in the address: once the form shows it, the form has been filled from the address
 
+# Zoomed to 200 %, a window has half as many pixels each way, and each of them is drawn as four.
+WINDOWS = {
+    "1400": {"viewport": {"width": 1400, "height": 900}},
+    "200 %": {"viewport": {"width": 640, "height": 360}, "device_scale_factor": 2},
+    "400": {"viewport": {"width": 400, "height": 900}},
+    "320": {"viewport": {"width": 320, "height": 900}},
+}
+
 
 def chromium_path() -> str | None:
     """The Chromium to drive: CHROMIUM names one, else the system's."""

@@ -62,6 +62,7 @@ class ScriptedEngine:
     context: int = 128
     eos_ids: frozenset[int] = frozenset()
     share: float = 0.0
+    prompt_checks: int | None = None
 
     def under(self, method: Method) -> ScriptedEngine:
         view = copy.copy(self)

@@ -25,7 +25,7 @@ from llmq.cli import build_parser
 from llmq.events import Progress, Step, Waiting
 from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
-from llmq.ui.shell.launch import launch
+from llmq.ui.launch import launch
 from llmq.ui.shell.state import AppState
 
 MCP = find_spec("mcp") is not None
@@ -59,7 +59,7 @@ QUESTIONS = {  # endpoint -> what is asked on both sides
     "agreement": {"prompt": PROMPT, "method": "llm-int8", "threshold": 1.0, "new_tokens": 3},
     "explain_token": {"prompt": PROMPT, "method": "bnb-int8@1", "new_tokens": 3, "token": 5, "patch": False},
     "quality": {"methods": "llm-int8", "tokens": 1024},
-    "memory": {"methods": "bnb-int8,llm-int8", "context": 100, "device_memory": 1.0},
+    "memory": {"methods": "bnb-int8,llm-int8", "context": 100, "device_memory": "1GiB"},
     "models": {},
 }
 REFUSED = [  # endpoint, what is asked, a word of the refusal
@@ -75,6 +75,7 @@ REFUSED = [  # endpoint, what is asked, a word of the refusal
     ("quality", {"tokens": 5}, "tokens is 5; choose a whole number from 1024"),
     ("memory", {"batch": 0}, "context is 2048 and batch is 0; both must be at least 1"),
     ("memory", {"context": 10**25}, "and their product 1e+12 at most"),
+    ("memory", {"device_memory": "cow"}, "device memory is 'cow'; choose a number over 0 in GB"),
     ("amplifying", {"channels": "x"}, "channel is 'x'"),
 ]
 MISTYPED = [
@@ -84,7 +85,7 @@ MISTYPED = [
     ("compare", {"prompt": PROMPT, "max_new_tokens": 2.5}, "max_new_tokens is 2.5; give a whole number"),
     ("compare", {"prompt": PROMPT, "temperature": True}, "temperature is true; give a number"),
     ("compare", {"prompt": PROMPT, "random_weights": 1}, "random_weights is 1; give true or false"),
-    ("memory", {"device_memory": "15"}, 'device_memory is "15"; give a number or null'),
+    ("memory", {"device_memory": [15]}, "device_memory is [15]; give text or a number or null"),
     ("explain_token", {"prompt": PROMPT, "token": []}, "token is []; give a whole number or null"),
     ("quality", {"engine": {}}, "unknown engine {}; choose from auto, hf, lean"),
 ]
@@ -189,6 +190,12 @@ def test_every_way_gives_the_json_of_the_command_line(name, server, run, tiny_fo
     assert status == 0 and len(json.dumps(printed)) > 500
     for way in (through_client, through_http, *([through_mcp] if MCP else [])):
         assert steady(way(server, name, asked)) == printed, way.__name__
+
+
+@pytest.mark.parametrize(("amount", "told"), [(16, 16e9), ("16", 16e9), ("rtx-4080", 16376 * 2**20), (None, None)])
+def test_device_memory_is_read_as_at_the_command_line(amount, told, server, tiny_folder):
+    asked = {"model": str(tiny_folder), "context": 100, "device_memory": amount}
+    assert through_http(server, "memory", asked)["device_memory"] == told
 
 
 def test_the_methods_are_those_of_the_command_line(server, run):

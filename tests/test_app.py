@@ -181,7 +181,7 @@ def test_a_port_lost_while_the_model_was_fetched_is_one_line(capsys, monkeypatch
 
     monkeypatch.setattr(app, "make_state", lambda *_: types.SimpleNamespace(model="demo", methods=()))
     monkeypatch.setattr(app, "fetch", lambda *_: None)
-    monkeypatch.setitem(sys.modules, "llmq.ui.shell.launch", types.SimpleNamespace(launch=launch))
+    monkeypatch.setitem(sys.modules, "llmq.ui.launch", types.SimpleNamespace(launch=launch))
     assert app.main(["--port", "0"]) == 2
     assert "Cannot find empty port" in capsys.readouterr().err
 
@@ -202,7 +202,7 @@ def test_auth_is_a_name_and_a_password():
 
 
 def test_the_path_of_a_proxy_is_before_every_address_of_the_page(monkeypatch):
-    from llmq.ui.shell.launch import launch
+    from llmq.ui.launch import launch
     from llmq.ui.shell.state import AppState
 
     monkeypatch.setenv("GRADIO_ROOT_PATH", "/classes/llmq")

@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from browser_support import ROOT, compare_inputs, new_tab, open_page, raw_messages, status, wait_until_still
+from browser_support import ROOT, WINDOWS, compare_inputs, new_tab, open_page, raw_messages, status, wait_until_still
 
 from llmq.events import Run, Step, TimedEvent
 
@@ -170,6 +170,7 @@ def test_a_replay_shows_and_fills_in_what_it_answers(page, address):
     assert form(page)["method-2"] == "BF16"
     press(page, "replay")
     wait_for(page, "replaying")
+    page.wait_for_function("/Plan/.test(document.querySelector('#link textarea, #link input').value)")
     assert page.locator("#result [data-part=banner]").inner_text().startswith("Recording, made on ")
     assert "Plan a 3-day itinerary in Paris." in page.locator("#result [data-part=prompt]").inner_text()
     assert not page.locator("#prompt").is_visible(), "read-only: the form is away while it plays"
@@ -185,6 +186,106 @@ def test_a_replay_shows_and_fills_in_what_it_answers(page, address):
         "method-1": "int8 · ours", "method-2": "none",
     }  # fmt: skip
     assert "Plan+a+3-day" in page.locator("#link textarea, #link input").first.input_value()
+
+
+@pytest.mark.parametrize("size", [(1280, 720), (400, 800), (320, 640)], ids=["laptop", "phone", "small phone"])
+def test_the_strip_stays_in_view_above_what_is_read(browser, address, size):
+    """Memory, speed and common words of a long answer, and the way to why; what gets the focus is not below it."""
+    page = new_tab(browser, viewport=dict(zip(("width", "height"), size, strict=True)))
+    open_page(page, address)
+    press(page, "replay")
+    page.locator("[data-part=skip]").click()
+    page.wait_for_function("/memory/.test(document.querySelector('#status').textContent)")
+    wait_until_still(page)
+    watch_layout(page)
+    strip = page.locator("#result .llmq-strip")
+    before = strip.bounding_box()
+    for part in ("#pane-0", "#pane-1", "#result .llmq-plot"):
+        page.locator(part).focus() if "pane" in part else page.locator("#result .llmq-figures summary").focus()
+        page.evaluate("part => document.querySelector(part).scrollIntoView()", part)
+        wait_until_still(page)
+        here, below = strip.bounding_box(), page.locator(part).bounding_box()
+        assert here["height"] == before["height"] < size[1] / 5 and here["y"] >= 0, (part, here)
+        assert below["y"] >= here["y"] + here["height"], (part, here, below)
+        seen(page, "[data-figure=memory]", "[data-figure=speed]", "[data-figure=same]", "[data-part=show-why]")
+    assert here["y"] == 0, "the page was scrolled by more than the strip's own place"
+    covered = "document.elementFromPoint(innerWidth / 2, 5).closest('.llmq-strip')?.dataset.part"
+    assert page.evaluate(covered) == "strip", "nothing shows through"
+    page.locator("[data-part=show-why]").click()
+    seen(page, "#why summary")
+    assert page.locator("#why [data-part=details] p").first.is_visible()
+    assert page.evaluate("window.shift") < LARGEST_SHIFT
+    page.close()
+
+
+def test_a_word_of_the_result_is_explained_by_mouse_keyboard_and_touch(browser, address):
+    page = new_tab(browser, has_touch=True, viewport={"width": 1280, "height": 720})
+    open_page(page, address, "max_new_tokens=2&prompt=int8+token+outlier")
+    generate(page)
+    finish(page)
+    terms = page.locator("#result [data-part=shown] .llmq-term")
+    shown = page.locator("#result .llmq-says:visible")
+    words = " ".join(terms.all_text_contents())
+    for word in ("Memory", "speed", "FP16", "int8", "outlier", "Peak memory", "First token after", "coverage"):
+        assert word in words
+    assert page.locator("#result q .llmq-term, #result .llmq-text .llmq-term").count() == 0, "not in anybody's text"
+    terms.nth(1).hover()
+    assert shown.inner_text().startswith("Tokens per second")
+    page.mouse.move(0, 0)
+    page.locator("#again").focus()
+    while not page.evaluate("document.activeElement.matches('.llmq-term')"):
+        page.keyboard.press("Tab")
+    assert "learnt" in shown.inner_text()
+    page.keyboard.press("Escape")
+    assert shown.count() == 0
+    page.locator(".llmq-arithmetic .llmq-term", has_text="outlier").tap()
+    assert "many times larger" in shown.inner_text()
+    page.close()
+
+
+def test_the_form_outlives_a_reload_and_makes_no_history(page, address):
+    open_page(page, address, "__theme=dark&autorun=0")
+    opened, entries = page.url, page.evaluate("history.length")
+    press(page, "replay")
+    page.locator("[data-part=skip]").click()
+    wait_for(page, "replayed")
+    page.wait_for_function("/Plan/.test(document.querySelector('#link textarea, #link input').value)")
+    assert page.url == opened, "a recording's settings are not the visitor's"
+    press(page, "change")
+    page.locator("#prompt textarea").fill("Où & quoi?")
+    page.locator("#settings button").click()
+    page.locator("#threshold input[type=number]").fill("3.5")
+    page.keyboard.press("Tab")
+    page.wait_for_function("/threshold=3.5/.test(location.search)")
+    asked = form(page)
+    page.reload()
+    page.wait_for_function("document.querySelector('#prompt textarea')?.value === 'Où & quoi?'")
+    page.wait_for_function("/threshold=3.5/.test(document.querySelector('#link textarea, #link input')?.value)")
+    assert form(page) == asked and page.evaluate("history.length") == entries
+    assert "__theme=dark" in page.url
+    page.locator("#prompt textarea").click()
+    page.locator("#prompt textarea").fill("word " * 1500)
+    page.wait_for_function("!/prompt=/.test(location.search)")
+
+
+def test_an_example_stands_at_its_end_after_a_refusal(page, address):
+    page.goto(address)
+    page.wait_for_function("document.querySelector('#compare-view')?.dataset.state === 'example'")
+    for _ in range(2):
+        page.locator("#prompt textarea").fill("  ")
+        page.locator("#generate").click()
+        page.wait_for_function("/^Not started/.test(document.querySelector('#status').textContent)")
+        page.wait_for_function("document.querySelector('#pane-0 .llmq-first')")
+        assert page.locator("#result .llmq-pane[data-state=finished]").count() == 2
+
+
+def test_a_recording_is_replaying_from_the_click_on(page, address):
+    open_page(page, address)
+    page.route("**/queue/join*", lambda route: None)  # the server does not answer
+    press(page, "replay")
+    assert state(page) == "replaying"
+    press(page, "stop")
+    wait_for(page, "replayed")
 
 
 def test_a_replay_can_be_skipped_to_its_end(page, address):
@@ -235,9 +336,14 @@ def test_a_long_prompt_is_seen_to_be_read(page, address):
     page.locator("#prompt textarea").fill("word " * 1500)
     page.wait_for_function("/too many for a link/.test(document.querySelector('#link textarea, #link input').value)")
     page.locator("#generate").click()
-    page.wait_for_function("/reads the prompt, 1,5\\d\\d tokens/.test(document.querySelector('#status').textContent)")
+    page.wait_for_function(
+        "/reads the prompt: 1,5\\d\\d tokens, [1-9]\\d*%/.test(document.querySelector('#status').textContent)"
+    )
+    assert 0 < float(page.locator("#result [data-part=bar]").get_attribute("value")) <= 1
+    assert page.locator("#status").get_attribute("aria-live") == "off", "a count is seen, not heard"
     press(page, "stop")
     finish(page)
+    assert page.locator("#status").get_attribute("aria-live") == "polite"
 
 
 @pytest.mark.parametrize(
@@ -307,6 +413,10 @@ def test_a_text_that_runs_from_right_to_left_does_so(page, address, tmp_path):
     page.wait_for_function("/memory/.test(document.querySelector('#status').textContent)")
     assert page.evaluate("getComputedStyle(document.querySelector('#pane-0')).direction") == "rtl"
     assert "∅" not in pane(page, 0) and "اكتب" in pane(page, 0)
+    press(page, "change")
+    page.locator("#prompt textarea").fill("اكتب جملة قصيرة عن باريس")
+    style = "getComputedStyle(document.querySelector('#prompt textarea'))"
+    assert page.evaluate(f"[{style}.unicodeBidi, {style}.textAlign]") == ["plaintext", "start"]
 
 
 def test_a_link_opens_the_form_as_it_was_before_anything_ran(page, address, browser):
@@ -383,17 +493,18 @@ def test_outliers_heatmap_and_threshold(page, address, screenshots):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1400, 400, 320])
-def test_accessible_and_never_wider_than_the_window(browser, address, theme, width, screenshots):
+@pytest.mark.parametrize("window", WINDOWS, ids=WINDOWS)
+def test_accessible_and_never_wider_than_the_window(browser, address, theme, window, screenshots):
     from axe_playwright_python.sync_playwright import Axe
 
-    page = new_tab(browser, viewport={"width": width, "height": 900})
+    page = new_tab(browser, **WINDOWS[window])
+    width = page.viewport_size["width"]
     open_page(page, address, f"__theme={theme}&max_new_tokens=6")
     generate(page)
     finish(page)
     wait_until_still(page)
     found = Axe().run(page).response["violations"]
-    page.screenshot(path=screenshots / f"compare-{theme}-{width}.png", full_page=True)
+    page.screenshot(path=screenshots / f"compare-{theme}-{window}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.get_by_role("tab", name="Outliers").click()
     page.wait_for_selector("#watch")

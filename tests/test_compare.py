@@ -24,8 +24,9 @@ from llmq.contestant import Contestant
 from llmq.engine.hf import HFEngine
 from llmq.engine.loading import load_engine
 from llmq.errors import BadChoice
-from llmq.events import Finished, Loaded, Loading, Memory, Planned, Prefilled, Step, Waiting
+from llmq.events import Finished, Loaded, Loading, Memory, Planned, Prefilled, Reading, Step, Waiting
 from llmq.kernels.cpu.library import why_not_native
+from llmq.labs import compare
 from llmq.labs.compare import Comparison
 from llmq.machine.door import Machine
 from llmq.methods import METHODS
@@ -52,6 +53,20 @@ def opening(*names: str) -> list[tuple[str, str]]:
 
 def prefill(name: str) -> list[tuple[str, str]]:
     return [("Prefilled", name), ("Step", name)]
+
+
+def test_it_is_told_how_much_of_a_prompt_is_read_and_nothing_else_changes(tiny_folder, machine, monkeypatch):
+    asked = comparison(tiny_folder, "fp32,bnb-int8")
+    usual = list(machine.run(asked))
+    monkeypatch.setattr(compare, "TOLD_SECONDS", 0.0)
+    events = list(machine.run(asked))
+    for name in ("fp32", "bnb-int8"):
+        shares = [event.fraction for event in events if isinstance(event, Reading) and event.contestant == name]
+        assert len(shares) > 5 and shares == sorted(shares) and shares[-1] == 1.0
+        kinds = [type(event) for event in events if getattr(event, "contestant", "") == name]
+        assert kinds.index(Loaded) < kinds.index(Reading) and kinds[kinds.index(Prefilled) - 1] is Reading
+    assert not any(isinstance(event, Reading) for event in usual), "a short prompt is read before one could say so"
+    assert all(token_ids(events, name) == token_ids(usual, name) for name in ("fp32", "bnb-int8"))
 
 
 @pytest.mark.parametrize("methods", ["fp32,bf16", "fp16,bnb-int8", "bf16,fp32,fp16"])

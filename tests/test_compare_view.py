@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from llmq.errors import UserError
-from llmq.events import Failed, Finished, Freed, Loaded, Loading, Planned, Prefilled, Run, Step, Waiting
+from llmq.events import Failed, Finished, Freed, Loaded, Loading, Planned, Prefilled, Reading, Run, Step, Waiting
 from llmq.ui.parts.difference import UNKNOWN
 from llmq.ui.parts.progress import event_line
 from llmq.ui.tabs.compare_view import (
@@ -68,12 +68,26 @@ def updates(events, seconds: float = 0.0, **changes) -> list[dict]:
     return list(view.updates(clock.through(events)))
 
 
+def test_a_prefill_says_how_far_it_is():
+    view = CompareView(NAMES, "run-1", "cpu")
+    said = []
+    whole = Prefilled(contestant=NAMES[0], prompt_tokens=3012, seconds=9.0)
+    loaded = Loaded(contestant=NAMES[0], weight_bytes=1, seconds=0.1)
+    read = Reading(contestant=NAMES[0], fraction=0.4523)
+    for event in (replace(PLAN, prompt_tokens=3012), loaded, read, whole, step(NAMES[0], 0)):
+        view._take(event)
+        said.append((view.value()["status"], view.value()["fraction"]))
+    line = "FP16 reads the prompt: 3,012 tokens"
+    assert said[1:3] == [(line, None), (f"{line}, 45%", 0.4523)]
+    assert said[-1] == ("Generating", None) and view._final()["fraction"] is None
+
+
 @pytest.mark.parametrize("seconds", [0.0, UPDATE_SECONDS / 10, 1.0])
 def test_the_last_update_is_complete(seconds):
     last = updates(script(), seconds)[-1]
     assert last["texts"] == ["a" * 20 + "!", "a" * 20 + "!"]
     assert (last["status"], last["state"]) == ("Finished.", "done")
-    assert last["headline"].endswith("the texts are the same.") and "agree on all 20 tokens" in last["details"][-1]
+    assert last["headline"].endswith("the texts are the same.") and last["details"][-1][0].endswith("agree on all 20 ")
     assert last["pieces"] == [[["a" * 20, "prefix"], ["!", "same"]]] * 2 and last["first"] is None
     assert [card["state"] for card in last["cards"]] == ["finished", "finished"]
 
@@ -144,8 +158,8 @@ def test_who_reads_the_prompt_is_said():
     """Nothing else is heard of a prefill until it is over, and that may take a minute."""
     said = list(dict.fromkeys(value["status"] for value in updates(script(), 1.0)))
     assert said == [
-        "Starting", "Running (interleave)", "Loading FP16", "FP16 reads the prompt, 2 tokens",
-        "Loading int8 · bitsandbytes", "int8 · bitsandbytes reads the prompt, 2 tokens", "Generating", "Finished.",
+        "Starting", "Running (interleave)", "Loading FP16", "FP16 reads the prompt: 2 tokens",
+        "Loading int8 · bitsandbytes", "int8 · bitsandbytes reads the prompt: 2 tokens", "Generating", "Finished.",
     ]  # fmt: skip
 
 

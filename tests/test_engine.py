@@ -12,7 +12,8 @@ from conftest import tiny_llama
 from tiny_runs import light
 from torch import nn
 
-from llmq.engine.hf import WARM_UP_TOKENS, HFEngine, Interrupted, cache_name
+from llmq.engine.base import WARM_UP_TOKENS
+from llmq.engine.hf import HFEngine, Interrupted, cache_name
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
 from llmq.methods import METHODS
@@ -152,6 +153,12 @@ def test_a_prefill_that_breaks_leaves_no_hook(engine, monkeypatch):
     with pytest.raises(RuntimeError, match="broken layer"):
         engine.start(PROMPT, GREEDY).prefill(lambda: False)
     assert hooks_left(engine.model) == 0
+
+
+def test_a_prefill_asks_as_often_as_the_engine_says(engine):
+    asked = []
+    engine.start(PROMPT, GREEDY).prefill(lambda: bool(asked.append(1)))
+    assert len(asked) == engine.prompt_checks == LINEARS
 
 
 @pytest.mark.parametrize(("stopped", "hooks"), [(None, 0), (lambda: False, LINEARS)])

@@ -20,6 +20,7 @@ from llmq.events import (
     Memory,
     Planned,
     Prefilled,
+    Reading,
     Run,
     Step,
     TimedEvent,
@@ -40,6 +41,7 @@ EXAMPLES = (
     Freed(contestant="fp16", expected_bytes=10, freed_bytes=9, verified=True),
     Finished(contestant="fp16", reason="length", text="\ufffd", kv_bytes=6, peak_bytes=11),
     Failed(contestant="fp16", message="out of memory"),
+    Reading(contestant="fp16", fraction=0.5),
 )
 SETTINGS, ENVIRONMENT = {"prompt": "naïve", "sampling": {"seed": 3}}, {"device": "cpu", "commit": None}
 

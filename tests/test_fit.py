@@ -232,6 +232,17 @@ def test_an_error_names_no_place_on_the_server(tmp_path, monkeypatch):
     assert "somebody/else" in said and "/srv" not in said
 
 
+@pytest.mark.parametrize(
+    "written",
+    ["", "{}", '{"model_type": "nope"}', '{"model_type": "llama", "hidden_size": "x"}',
+     '{"model_type": "llama", "hidden_act": "nope"}', '{"model_type": "llama", "num_hidden_layers": -3}'],
+)  # fmt: skip
+def test_a_configuration_of_no_model_is_said_in_our_words(written, tmp_path):
+    (tmp_path / "config.json").write_text(written)
+    told = f"the configuration of {tmp_path} makes no model; choose another one, or mend its config.json"
+    assert answer(str(tmp_path), "t4", "", 1, 1)["headline"] == f"Not counted: {told}"
+
+
 def test_a_link_asks_for_what_is_possible_and_for_nothing_else():
     link = {"view": "fit", "model": LLAMA, "card": "RTX-4090", "context": "4096", "batch": "2"}
     assert fit_wishes_of(link) == {"model": LLAMA, "card": "rtx-4090", "context": 4096, "batch": 2}

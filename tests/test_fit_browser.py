@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from browser_support import new_tab, open_page, wait_until_still
+from browser_support import WINDOWS, new_tab, open_page, wait_until_still
 
 from llmq.ui.tabs.fit_tab import answer
 
@@ -129,15 +129,16 @@ def test_bars_end_where_the_card_does_or_beyond(page, address):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1400, 400, 320])
-def test_accessible_and_never_wider_than_the_window(browser, address, theme, width, screenshots):
+@pytest.mark.parametrize("window", WINDOWS, ids=WINDOWS)
+def test_accessible_and_never_wider_than_the_window(browser, address, theme, window, screenshots):
     from axe_playwright_python.sync_playwright import Axe
 
-    page = new_tab(browser, viewport={"width": width, "height": 900})
+    page = new_tab(browser, **WINDOWS[window])
+    width = page.viewport_size["width"]
     open_fit(page, address, f"__theme={theme}")
     page.wait_for_selector("#fit tbody tr")
     wait_until_still(page)
-    page.screenshot(path=screenshots / f"fit-{theme}-{width}.png", full_page=True)
+    page.screenshot(path=screenshots / f"fit-{theme}-{window}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     clipped = page.evaluate(
         "() => [...document.querySelectorAll('#fit tbody th, #fit tbody td, #fit p')].filter("

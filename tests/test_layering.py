@@ -31,6 +31,9 @@ FLOORS = [
     "app llmq.__main__",
 ]
 FLOOR_OF = {package: floor for floor, packages in enumerate(FLOORS) for package in packages.split()}
+# And so within the page.
+PAGE = ["llmq.ui", "llmq.ui.shell", "llmq.ui.parts", "llmq.ui.api llmq.ui.tabs", "llmq.ui.layout", "llmq.ui.launch"]
+PAGE_FLOOR_OF = {package: floor for floor, packages in enumerate(PAGE) for package in packages.split()}
 # Modules of the page that are plain Python, among them whatever turns events into updates: tests of it need no server.
 PLAIN = {"llmq.ui", "llmq.ui.parts", "llmq.ui.shell", "llmq.ui.tabs"}
 PLAIN |= {
@@ -81,15 +84,17 @@ def within(name: str, packages: tuple[str, ...]) -> bool:
     return any(name == package or name.startswith(package + ".") for package in packages)
 
 
-def package_of(name: str) -> str:
-    return ".".join(name.split(".")[:2])
+def package_of(name: str, depth: int = 2) -> str:
+    return ".".join(name.split(".")[:depth])
 
 
-def arrows() -> dict[str, set[str]]:
-    """Package -> the packages it imports from."""
-    found = {package_of(name): set() for name in SOURCES}
-    for name, imported in IMPORTS.items():
-        found[package_of(name)] |= {package_of(module) for module in imported & SOURCES.keys()} - {package_of(name)}
+def arrows(depth: int = 2, inside: str = "") -> dict[str, set[str]]:
+    """Package -> the packages it imports from, all of them `inside` one."""
+    names = {name for name in SOURCES if not inside or within(name, (inside,))}
+    found = {package_of(name, depth): set() for name in names}
+    for name in names:
+        here = package_of(name, depth)
+        found[here] |= {package_of(module, depth) for module in IMPORTS[name] & names} - {here}
     return found
 
 
@@ -126,7 +131,7 @@ def test_the_reader_of_imports_sees_all_of_them():
 
 
 def test_every_source_is_read():
-    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.methods", "llmq.ui.shell.layout", "app"} <= SOURCES.keys()
+    assert {"llmq", "llmq.events", "llmq.engine.hf", "llmq.methods", "llmq.ui.layout", "app"} <= SOURCES.keys()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +158,14 @@ def test_every_package_has_its_floor():
 @pytest.mark.parametrize("package", FLOOR_OF)
 def test_arrows_point_down(package):
     assert {other for other in arrows()[package] if FLOOR_OF[other] >= FLOOR_OF[package]} == set()
+
+
+def test_arrows_point_down_within_the_page():
+    found = arrows(3, inside="llmq.ui")
+    assert found.keys() == PAGE_FLOOR_OF.keys()
+    up = {(a, b) for a, others in found.items() for b in others if PAGE_FLOOR_OF[b] >= PAGE_FLOOR_OF[a]}
+    assert up == set()
+    assert "llmq.ui.tabs" in found["llmq.ui.layout"] and "llmq.ui.shell" in found["llmq.ui.parts"]
 
 
 def test_no_packages_import_each_other_in_a_circle():

@@ -336,6 +336,9 @@ def test_a_prompt_can_be_given_up_between_layers():
     with pytest.raises(Interrupted):
         generation.prefill(lambda: asked.append(1) or len(asked) > 1)
     assert len(asked) == 2
+    asked.clear()
+    native.start(PROMPT, SamplingSettings()).prefill(lambda: bool(asked.append(1)))
+    assert len(asked) == native.prompt_checks == native.architecture.layers
     assert generate(native, 4) == generate(tiny("fp16"), 4)  # nothing is left behind
 
 

@@ -82,7 +82,7 @@ print(json.dumps([llmq.METHODS["coarse"].codes, repr(llmq.load("coarser.json")) 
 PAGE = """
 import json, sys
 import app
-from llmq.ui.shell.layout import build
+from llmq.ui.layout import build
 state = app.make_state(app.parse(["--model", sys.argv[1], "--methods", "fp16,coarse@5", "--device", "cpu"]))
 page = build(state)
 parts = {part.elem_id: part for part in page.blocks.values() if getattr(part, "elem_id", None)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_observatory_views import SILENCED, module, report
 
-from llmq.ui.parts.glossary import KINDS, TERMS, explained, kinds_explained
+from llmq.ui.parts.glossary import KINDS, TERMS, explained, kinds_explained, with_terms
 from llmq.ui.parts.story import asked_of, headline, loudest_line, silenced, watched_line
 
 
@@ -68,3 +68,12 @@ def test_a_word_is_explained_once_and_text_is_text():
     assert markup.count('role="tooltip"') == 4 and "<b>" not in markup and "&lt;b&gt;" in markup
     assert "<strong>tokens</strong>" in markup and 'tabindex="0">outlier feature<' in markup
     assert "KL" in TERMS and all(name in kinds_explained() for name in KINDS)
+
+
+def test_a_text_comes_in_pieces_that_make_it_whole_again():
+    text = "int8 weights, int8 products; Outliers keep FP16 & <b>"
+    pieces = with_terms(text)
+    assert "".join(piece if isinstance(piece, str) else piece[0] for piece in pieces) == text
+    known = [piece for piece in pieces if not isinstance(piece, str)]
+    assert [word for word, _ in known] == ["int8", "weights", "Outliers", "FP16"] and known[2][1] == "outlier"
+    assert with_terms("") == [] and with_terms("LLM.int8() is bnb-int8") == ["LLM.int8() is bnb-int8"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from queue import SimpleQueue
 
 import pytest
 
@@ -27,6 +28,39 @@ def test_items_come_when_they_are_asked_for():
     made = []
     stream = ComputeThread().run(made.append(i) or i for i in range(5))
     assert next(stream) == 0 and made == [0]
+
+
+def test_what_is_put_aside_is_heard_while_an_item_is_made():
+    aside, heard = SimpleQueue(), threading.Event()
+
+    def slow():
+        aside.put("on the way")
+        assert heard.wait(60), "it came with the item, not before"
+        aside.put("at the last moment")
+        yield "there"
+
+    stream = ComputeThread().run(slow(), aside)
+    assert next(stream) == "on the way"
+    heard.set()
+    assert list(stream) == ["at the last moment", "there"]
+
+
+def test_closing_while_an_item_is_made_closes_after_it():
+    aside, heard, ended = SimpleQueue(), threading.Event(), []
+
+    def slow():
+        try:
+            aside.put("on the way")
+            assert heard.wait(60)
+            yield "there"
+        finally:
+            ended.append(threading.get_ident())
+
+    stream = ComputeThread().run(slow(), aside)
+    assert next(stream) == "on the way"
+    threading.Timer(0.1, heard.set).start()
+    stream.close()
+    assert len(ended) == 1 and ended[0] != threading.get_ident()
 
 
 def test_an_error_arrives_where_the_items_do():

@@ -182,7 +182,7 @@ def test_only_the_latest_reports_are_kept(plain_state):
 
 
 def test_the_page_and_the_command_line_have_one_range_of_temperatures(plain_state):
-    from llmq.ui.shell.layout import build
+    from llmq.ui.layout import build
 
     parts = build(plain_state).config["components"]
     (slider,) = (part["props"] for part in parts if part["props"].get("elem_id") == "temperature")

@@ -16,11 +16,18 @@ if TYPE_CHECKING:
     from llmq.methods import Method
 
 SHORTEST_CAPACITY = 256
+WARM_UP_TOKENS = 16
 
 
 def capacity_for(tokens: int, context: int) -> int:
     """Return the positions the lean loop allocates: the next power of two, so that few graphs serve many lengths."""
     return min(context, max(SHORTEST_CAPACITY, 1 << (tokens - 1).bit_length()))
+
+
+def warm_up_length(tokens: int, device: str) -> int:
+    """Return how many tokens of a prompt a warm-up reads. A GPU loads kernels by shape, so there the whole prompt goes
+    through; a CPU has nothing shape-bound to load, and would read a long one twice."""
+    return tokens if device.startswith("cuda") else min(tokens, WARM_UP_TOKENS)
 
 
 class Interrupted(Exception):
@@ -64,13 +71,15 @@ class Generation(Protocol):
 
 class Writer(Protocol):
     """The smallest engine: it continues a prompt, wherever it runs. `name` is the loop it runs through, and speeds
-    compare within one. What it cannot tell (bytes, say) is None."""
+    compare within one. What it cannot tell (bytes, say) is None. `prompt_checks`: how often a prefill asks `stopped`,
+    evenly while it goes on; None where that says nothing, as on a GPU, which the asking runs ahead of."""
 
     name: str
     device: str
     weight_bytes: int | None
     context: int
     eos_ids: frozenset[int]
+    prompt_checks: int | None
 
     def start(self, prompt_ids: list[int], settings: SamplingSettings) -> Generation: ...
     def warm_up(self, prompt_ids: list[int]) -> None: ...

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llmq.engine.base import Interrupted, Token, token_of
+from llmq.engine.base import Interrupted, Token, token_of, warm_up_length
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import timer_for
 from llmq.errors import UserError
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-WARM_UP_TOKENS = 16
 WARM_UP_STEPS = 2
 
 
@@ -61,6 +60,12 @@ class HFEngine:
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         tied = head is not None and head.weight is embedding.weight
         return self.weight_bytes + self.scale_bytes - (0 if tied else embedding.weight.nbytes)
+
+    @property
+    def prompt_checks(self) -> int | None:
+        from llmq.hooks import linear_modules
+
+        return len(linear_modules(self.model)) if self.device == "cpu" else None
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -101,11 +106,8 @@ class HFEngine:
         return sum(shares) / len(shares) if shares else 0.0
 
     def warm_up(self, prompt_ids: list[int]) -> None:
-        """Run what a generation of this prompt will run, uncounted: kernels load, clocks and caches settle.
-
-        A GPU loads kernels by shape, so there the whole prompt goes through; a CPU has nothing shape-bound to load.
-        """
-        length = len(prompt_ids) if self.device.startswith("cuda") else min(len(prompt_ids), WARM_UP_TOKENS)
+        """Run what a generation of this prompt will run, uncounted: kernels load, clocks and caches settle."""
+        length = warm_up_length(len(prompt_ids), self.device)
         if length in self._warm:
             return
         generation = self.start(prompt_ids[:length], SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from llmq.engine.base import warm_up_length
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.sampling import SamplingSettings
 from llmq.methods import Method
@@ -42,6 +43,10 @@ class LlamaEngine:
     def threshold(self) -> float | None:
         return self.method.threshold
 
+    @property
+    def prompt_checks(self) -> int | None:
+        return self.architecture.layers if self.device == "cpu" else None
+
     def under(self, method: Method) -> LlamaEngine:
         """Return a view of the same weights with another threshold; views share their spare workspaces."""
         view = copy.copy(self)
@@ -70,14 +75,15 @@ class LlamaEngine:
 
     def warm_up(self, prompt_ids: list[int]) -> None:
         """Run what a generation of this prompt will run, uncounted: kernels compile and load, clocks settle."""
-        if (len(prompt_ids), self.threshold) in self._warm:
+        length = warm_up_length(len(prompt_ids), self.device)
+        if (length, self.threshold) in self._warm:
             return
-        generation = self.start(prompt_ids, SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
+        generation = self.start(prompt_ids[:length], SamplingSettings(max_new_tokens=WARM_UP_STEPS + 1))
         generation.prefill()
-        for _ in range(min(WARM_UP_STEPS, self.context - len(prompt_ids))):  # the context may end sooner
+        for _ in range(min(WARM_UP_STEPS, self.context - length)):  # the context may end sooner
             generation.step()
         generation.close()
-        self._warm.add((len(prompt_ids), self.threshold))
+        self._warm.add((length, self.threshold))
 
     def outlier_counts(self, ids: list[int]) -> list[int]:
         """Return how many columns are multiplied in 16 bit while `ids` are read, in the inputs of q/k/v, output,

@@ -22,7 +22,7 @@ from llmq.engine.choice import ENGINES, choose_engines
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, OutOfMemory, UserError
-from llmq.events import Event, Failed, Finished, Freed, Memory, Planned, Prefilled, Step
+from llmq.events import Event, Failed, Finished, Freed, Memory, Planned, Prefilled, Reading, Step
 from llmq.fields import Choice
 from llmq.labs.base import Lab
 from llmq.machine.door import Lease, out_of_memory, shortage
@@ -33,6 +33,7 @@ from llmq.models.text import TextStream
 
 SCHEDULES = ("interleave", "in-turn")
 MAX_CONTESTANTS = 3
+TOLD_SECONDS = 0.5  # from the beginning of a prompt to a word of how far it is read, and between two
 log = logging.getLogger(__name__)
 
 
@@ -102,6 +103,23 @@ class _Lane:
         if self.generation:
             self.generation.close()
         self.generation = self.tokens = None
+
+
+class _Asked:
+    """Whether to stop. Asked while a prompt is read, it tells how much of it is, as far as the engine makes that known:
+    nothing of the computation changes."""
+
+    def __init__(self, lane: _Lane, lease: Lease):
+        self.lane, self.lease, self.times = lane, lease, 0
+        self.whole, self.due = lane.engine.prompt_checks, lease.clock() + TOLD_SECONDS
+
+    def __call__(self) -> bool:
+        self.times += 1
+        if self.whole and self.lane.count == 0 and self.lease.clock() >= self.due:
+            self.due = self.lease.clock() + TOLD_SECONDS
+            fraction = min(1.0, round(self.times / self.whole, 3))
+            self.lease.aside.put(Reading(contestant=self.lane.name, fraction=fraction))
+        return self.lease.stop.is_set()
 
 
 def _running(lanes: list[_Lane]) -> list[_Lane]:
@@ -188,7 +206,7 @@ class _Race:
         lane.engine.warm_up(self.prompt_ids)
 
     def _prefill(self, lane: _Lane) -> Iterator[Event]:
-        sampling, stopped = self.comparison.sampling, self.lease.stop.is_set
+        sampling, stopped = self.comparison.sampling, _Asked(lane, self.lease)
         lane.text = TextStream(self.model.tokenizer)
         lane.generation = lane.engine.start(self.prompt_ids, sampling)
         lane.tokens = tokens_of(lane.generation, lane.engine, len(self.prompt_ids), sampling, stopped)

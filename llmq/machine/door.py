@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
 from llmq import memory, telemetry
@@ -62,7 +63,8 @@ class Machine:
         stop = stop or threading.Event()
         with self.queue.turn() as turn:
             if (turn.position == 0 or getattr(question, "patient", True)) and (yield from self._wait(turn, stop)):
-                yield from self.thread.run(self._answer(question, Lease(self, question.device, stop)))
+                lease = Lease(self, question.device, stop)
+                yield from self.thread.run(self._answer(question, lease), lease.aside)
 
     def _wait(self, turn: Turn, stop: threading.Event) -> Generator[Waiting, None, bool]:
         """Returns False when stopped before it is the question's turn."""
@@ -94,6 +96,7 @@ class Lease:
         self.device, self.stop, self.pool, self.clock = device, stop, machine.pool, machine.clock
         self.find = machine.open
         self.loaded: list[Key] = []  # engines that this question brought into memory
+        self.aside: SimpleQueue = SimpleQueue()  # what is to be heard before the next item, while that is being made
 
     def check(self) -> None:
         """Raise Interrupted when the question was stopped."""

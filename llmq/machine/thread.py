@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 _END = object()
-LOOK_SECONDS = 1.0  # between two looks whether the thread is still there
+LOOK_SECONDS = 0.25  # between two looks at what was put aside, and whether the thread is still there
 
 
 class ComputeThread:
@@ -30,16 +30,18 @@ class ComputeThread:
         self._lock = threading.Lock()
         weakref.finalize(self, self._tasks.put, None)
 
-    def run(self, items: Iterator[Item]) -> Iterator[Item]:
-        """Yield what `items` yields, each item made in the thread when it is asked for, and raise what it raises.
-        Closing the result closes `items`."""
+    def run(self, items: Iterator[Item], aside: SimpleQueue | None = None) -> Iterator[Item]:
+        """Yield what `items` yields, each item made in the thread when it is asked for, and raise what it raises. What
+        is put `aside` while an item is made is yielded before it. Closing the result closes `items`."""
+        aside = aside or SimpleQueue()
         try:
-            while (item := self._call(next, items, _END)) is not _END:
+            while (item := (yield from self._call(aside, next, items, _END))) is not _END:
                 yield item
         finally:
-            self._call(items.close)
+            for _ in self._call(SimpleQueue(), items.close):
+                pass
 
-    def _call(self, function: Callable, *arguments: Any) -> Any:
+    def _call(self, aside: SimpleQueue, function: Callable, *arguments: Any) -> Generator[Any, None, Any]:
         """What `function` returns or raises in the thread; in this one when the thread has ended, as it has where a
         generator is collected together with this object."""
         with self._lock:
@@ -48,9 +50,16 @@ class ComputeThread:
         future: Future = Future()
         self._tasks.put((future, function, arguments))
         while wait([future], LOOK_SECONDS).not_done:
+            yield from _emptied(aside)
             if not self._worker.is_alive() and future.cancel():
                 return function(*arguments)
+        yield from _emptied(aside)
         return future.result()
+
+
+def _emptied(aside: SimpleQueue) -> Iterator[Any]:
+    while not aside.empty():
+        yield aside.get()
 
 
 def _work(tasks: SimpleQueue) -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.errors import BadChoice, ModelUnavailable, UserError, first_line, is_allocation_failure, unknown
+from llmq.errors import BadChoice, ModelUnavailable, NoModel, UserError, first_line, is_allocation_failure, unknown
 from llmq.events import Progress
 from llmq.models import hub
 from llmq.models.checkpoint import CheckpointTensors, require_model, require_scales, require_whole, stamps
@@ -299,4 +299,4 @@ def blamed_on(source: Source, attempt: str) -> Iterator[None]:
     except Exception as error:
         if is_allocation_failure(error):
             raise
-        raise ModelUnavailable(f"cannot {attempt} of {source.name}: {first_line(error)}") from error
+        raise NoModel(f"cannot {attempt} of {source.name}: {first_line(error)}") from error

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from llmq import face
+from llmq.cards import device_bytes
 from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import device_named
@@ -115,16 +116,16 @@ class Api:
 
     def memory(
         self, owner: str, model: str = "demo", methods: str = "fp16,bnb-int8", threshold: float = 6.0,
-        context: int = 2048, batch: int = 1, device_memory: float | None = None,
+        context: int = 2048, batch: int = 1, device_memory: str | float | None = None,
     ) -> dict:  # fmt: skip
         """Predict the bytes that each method needs, before anything is loaded, and whether they fit.
 
         Args:
             context: tokens, prompt and answer
             batch: how many prompts at once
-            device_memory: what they are to fit into, in GB (1e9 bytes)
+            device_memory: what they are to fit into: GB (1e9 bytes), an amount such as 16GiB, a card such as rtx-4080
         """
-        room = None if device_memory is None else device_memory * 1e9
+        room = None if device_memory is None else device_bytes(str(device_memory))
         opened = self.state.access.describe_model(model)
         return forecast(opened, _contestants(methods, threshold), tokens=context, batch=batch, device_bytes=room)
 

@@ -40,8 +40,8 @@ const axis = (extra) => ({
   fixedrange: host.clientWidth < STACK_BELOW, rangemode: "tozero", automargin: true, ...extra,
 });
 
-const heading = (text, x, y) => ({
-  text, x, y, xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom", yshift: 6, showarrow: false,
+const heading = (text, x, y, xshift) => ({
+  text, x, y, xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom", xshift, yshift: 6, showarrow: false,
   font: { size: 14, color: colour("ink") },
 });
 
@@ -50,6 +50,7 @@ const speedTitle = (value) => firstDecode(value) >= 0
 
 const makeLayout = (value) => {
   const stacked = host.clientWidth < STACK_BELOW;
+  const left = stacked ? -36 : 0; // pixels from the axis, so that a phone shows the whole heading
   const seconds = {
     title: { text: "seconds since the start", font: { size: 12, color: colour("ink-soft") }, standoff: 6 },
     unifiedhovertitle: { text: "%{x:.1f} s" },
@@ -66,8 +67,8 @@ const makeLayout = (value) => {
     yaxis: axis({ domain: stacked ? [0.6, 1] : [0, 1], tickformat: "~s", ticksuffix: "B" }),
     xaxis2: axis({ ...seconds, domain: stacked ? [0, 1] : [0.55, 1], anchor: "y2", rangemode: "normal" }),
     yaxis2: axis({ domain: stacked ? [0, 0.4] : [0, 1], anchor: "x2" }),
-    annotations: [heading(value.memory === "VRAM" ? "VRAM over time" : "Memory of each method over time", 0, 1),
-      heading(speedTitle(value), stacked ? 0 : 0.55, stacked ? 0.4 : 1)],
+    annotations: [heading(value.memory === "VRAM" ? "VRAM over time" : "Memory of each method over time", 0, 1, left),
+      heading(speedTitle(value), stacked ? 0 : 0.55, stacked ? 0.4 : 1, left)],
   };
 };
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmq.contestant import shown_name
+from llmq.contestant import shown_about, shown_name
 from llmq.errors import unknown
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Waiting
 from llmq.formatting import MISSING, format_bytes, format_count, format_seconds, format_speed
 from llmq.summary import Outcome
+from llmq.ui.parts.glossary import Piece, with_terms
 
 SPEED_WINDOW = 16  # decode steps behind one point of the speed curve
 SPACING_SECONDS = 0.15  # of kept samples; the browser draws four times a second, the machine is sampled ten times
@@ -63,10 +64,10 @@ class _Progress:
         self.drawn, recent = len(steps), steps[-SPEED_WINDOW:]
         return round(len(recent) / sum(recent), 2) if sum(recent) > 0 else 0.0
 
-    def card(self) -> dict[str, str]:
+    def card(self) -> dict[str, str | list[Piece]]:
         found, tokens = self.outcome, len(self.outcome.token_ids)
         return {
-            "arithmetic": self.arithmetic,
+            "arithmetic": with_terms(self.arithmetic),
             "state": self.state,
             "state_text": self.state_text,
             "note": self.note,
@@ -87,7 +88,7 @@ class LiveState:
 
     def __init__(self, contestants: Mapping[str, str], *, run: str):
         self._run = run
-        self._contestants = [{"title": shown_name(label)} for label in contestants]
+        self._contestants = [{"title": shown_name(label), "about": shown_about(label)} for label in contestants]
         self._progress = {label: _Progress(Outcome(label), text) for label, text in contestants.items()}
         self._columns: dict[str, dict] = {}
         self._samples: list[list[float | None]] = []
@@ -116,7 +117,7 @@ class LiveState:
 
         A row of `samples` is the time in seconds, then one figure for each of `columns`: memory in MB (1e6 bytes),
         speed in tokens per second, None where there is nothing to draw. Early rows may be shorter: a column that comes
-        later has no figure there. `cards` holds finished text.
+        later has no figure there. `cards` holds finished text, `arithmetic` in pieces of the glossary.
         """
         return {
             "run": self._run,

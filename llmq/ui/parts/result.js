@@ -11,6 +11,8 @@ let drawnRun = EMPTY.run;
 let drawnPieces = null;
 let pending = false;
 let lastDraw = -Infinity;
+let example = null; // the one that a click held up
+let dropped = false; // whether Stop came before the recording that was asked for
 let tiles = [];
 let same = null;
 let panes = [];
@@ -28,7 +30,7 @@ const enter = (state) => {
 };
 
 const build = ({ contestants }) => {
-  tiles = FIGURES.map(([name, , heading]) => makeTile(contestants, name, heading));
+  tiles = FIGURES.map(([name, , ...words]) => makeTile(contestants, name, ...words));
   same = contestants.length > 1 ? makeSame() : null;
   panes = contestants.map(makePane);
   part("strip").replaceChildren(...tiles.map((tile) => tile.root), ...(same ? [same.root] : []));
@@ -49,10 +51,13 @@ const fillStrip = (value) => {
   if (!same) return;
   setText(same.count, value.strip.same);
   setText(same.more, value.strip.parted);
+  same.why.dataset.empty = !(value.details || []).length;
 };
 
-const fillPane = ({ root, slots, text }, card, written, list, parted) => {
+const fillPane = (pane, card, written, list, parted) => {
+  const { root, slots, text } = pane;
   root.dataset.state = card.state;
+  fillArithmetic(pane, card);
   for (const [name, slot] of Object.entries(slots)) setText(slot, card[name]);
   if (list) {
     if (drawnPieces !== shown.pieces) {
@@ -67,11 +72,24 @@ const fillPane = ({ root, slots, text }, card, written, list, parted) => {
   if (below) text.scrollTop = text.scrollHeight;
 };
 
+// Its words have nodes, and one may have the focus: they stay while the text does.
+const fillArithmetic = (pane, { arithmetic }) => {
+  const told = JSON.stringify(arithmetic);
+  if (told !== pane.told) pane.arithmetic.replaceChildren(...explained(arithmetic));
+  pane.told = told;
+};
+
 // What is going on, and in the end what came out: one line, which a screen reader hears once each time it changes.
 const sentence = ({ status, headline }) =>
   (headline ? [status === "Finished." ? "" : status, headline] : [status]).filter(Boolean).join(" ");
 
-const busy = (waiting) => { part("bar").dataset.empty = !waiting; };
+// Of a bar without an end it is not known how far it is.
+const busy = (waiting, fraction = null) => {
+  part("bar").dataset.empty = !waiting;
+  if (fraction === null) part("bar").removeAttribute("value");
+  else part("bar").value = fraction;
+  part("status").setAttribute("aria-live", fraction === null ? "polite" : "off"); // a count is seen, not heard
+};
 
 const fillFrame = (value) => {
   part("banner").hidden = !value.recording;
@@ -81,11 +99,12 @@ const fillFrame = (value) => {
     setText(part("prompt"), value.asked.prompt);
     setText(part("settings"), value.asked.settings);
   }
+  busy(["running", "replaying"].includes(value.state) && !value.texts.some(Boolean), value.fraction);
   setText(part("status"), sentence(value));
-  busy(value.state === "running" && !value.texts.some(Boolean));
   part("shown").hidden = !value.contestants.length;
   part("why").dataset.empty = !(value.details || []).length;
-  part("details").replaceChildren(...(value.details || []).map((line) => node("p", {}, line)));
+  part("details").replaceChildren(...(value.details || []).map((line) =>
+    node("p", { class: "llmq-terms" }, ...explained(line))));
 };
 
 const draw = () => {
@@ -131,18 +150,24 @@ const halt = () => {
 };
 
 // A click folds the form at once: what the server says of it may take a while under load.
-const begin = () => {
+const begin = (state) => {
+  if (shown.state === "example" && playing) example = playing;
+  dropped = false;
   halt();
   open = ++asked;
   followFocus("stop");
-  enter("running");
+  enter(state);
   busy(true);
   setText(part("status"), "Starting");
 };
 
-document.addEventListener("click", ({ target }) => { if (target.closest("#generate, #replay")) begin(); });
+document.addEventListener("click", ({ target }) => {
+  if (target.closest("#generate")) begin("running");
+  if (target.closest("#replay")) begin("replaying");
+});
 document.addEventListener("keydown", ({ target, key, shiftKey }) => {
-  if (target.closest("#prompt") && key === "Enter" && shiftKey) begin();
+  if (key === "Escape") target.closest(".llmq-term")?.blur();
+  if (target.closest("#prompt") && key === "Enter" && shiftKey) begin("running");
 });
 
 // A recording takes the place of what is shown; an example plays below an open form.
@@ -151,11 +176,12 @@ const showRecording = (recording) => {
   playing = play(recording, (value, ended) => show({ ...value, state: ended ? after : during }));
 };
 
-// The form opens again below what is said; a recording that was playing stands where it was.
+// The form opens again below what is said; a recording that was playing stands where it was, an example at its end.
 const refuse = (value, notice) => {
   halt();
   const state = { running: "done", replaying: "replayed" }[value.state] || value.state;
-  show({ ...value, state, status: notice, headline: "", notice: true });
+  const stood = state === "example" && example ? example.end() : value;
+  show({ ...stood, state, status: notice, headline: "", notice: true });
 };
 
 const changed = () => {
@@ -165,12 +191,14 @@ const changed = () => {
     return;
   }
   halt();
-  if (value.frames) showRecording(value);
+  if (value.frames && dropped) dropped = false;
+  else if (value.frames) showRecording(value);
   else show(value.run ? value : EMPTY);
 };
 
 const stopAll = () => {
   if (tab.dataset.state === "replaying") {
+    dropped = !playing;
     halt();
     show({ ...shown, state: "replayed", status: "Recording stopped." });
   } else {
@@ -183,6 +211,12 @@ part("skip").addEventListener("click", () => playing?.finish());
 part("change").addEventListener("click", () => {
   fold(false);
   document.querySelector("#prompt textarea")?.focus();
+});
+part("strip").addEventListener("click", ({ target }) => {
+  if (!target.closest('[data-part="show-why"]')) return;
+  part("why").open = true;
+  part("verdict").scrollIntoView({ block: "start" });
+  part("why").querySelector("summary").focus({ preventScroll: true });
 });
 part("again").addEventListener("click", () => document.querySelector("#generate")?.click());
 part("figures").addEventListener("toggle", () => fillTable(shown));

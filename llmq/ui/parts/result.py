@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gradio as gr
 
+from llmq.ui.parts.glossary import TERMS
 from llmq.ui.shell.assets import component, script, serve_plotly
 
 TEMPLATE = """
@@ -26,7 +27,7 @@ TEMPLATE = """
     <button type="button" class="llmq-button llmq-primary" data-part="again" id="again">Generate again</button>
   </div>
   <p class="llmq-banner" data-part="banner" hidden></p>
-  <div class="llmq-verdict">
+  <div class="llmq-verdict" data-part="verdict">
     <p class="llmq-status llmq-headline" role="status" data-part="status" id="status"></p>
     <details class="llmq-details" data-part="why" id="why"><summary>Why, and every figure</summary>
       <div data-part="details"></div></details>
@@ -56,4 +57,4 @@ def result_view(example: dict) -> gr.HTML:
     """The component; `example`: the recording that plays until somebody generates, or `{}`."""
     names = ("plotly.js", "nodes.js", "ended.js", "result_nodes.js", "result_table.js", "live_plot.js")
     js = script(*names, "result_player.js", "result.js")
-    return component(TEMPLATE, js, elem_id="result", value=example, plotly_path=serve_plotly())
+    return component(TEMPLATE, js, elem_id="result", value=example, plotly_path=serve_plotly(), terms=TERMS)

@@ -1,8 +1,17 @@
 // The nodes of one result: strip and panes. All text of prompts and models reaches the page through textContent.
-// Three figures, each with a row for every method: [key of the value's strip, field of its card, heading].
-const FIGURES = [["memory", "weights", "Memory of the weights"], ["speed", "speed", "Writing speed"]];
+// Figures with a row for every method: [key of the value's strip, field of its card, heading, its word in the glossary].
+const FIGURES = [["memory", "weights", ["Memory", " of the weights"], "weight"],
+  ["speed", "speed", ["speed", "", "Writing "], "tok/s"]];
 
-const makeTile = (contestants, name, heading) => {
+// On a phone only the first of the words is shown.
+const tileHeading = ([short, after = "", before = ""], word) => {
+  const shown = term(short, props.terms[word]);
+  shown.firstChild.after(node("span", { class: "llmq-wide" }, after));
+  shown.prepend(node("span", { class: "llmq-wide" }, before));
+  return node("dt", {}, shown);
+};
+
+const makeTile = (contestants, name, words, word) => {
   const change = node("dd", { class: "llmq-change", "data-figure": name });
   const rows = contestants.map(({ title }, index) => {
     const bar = node("span", { class: "llmq-bar" });
@@ -10,32 +19,35 @@ const makeTile = (contestants, name, heading) => {
     const root = node("dd", { class: `llmq-row llmq-c${index}` }, node("span", { class: "llmq-name" }, title), bar, value);
     return { root, bar, value };
   });
-  const root = node("dl", { class: "llmq-tile" }, node("dt", {}, heading), change, ...rows.map((row) => row.root));
+  const root = node("dl", { class: "llmq-tile llmq-terms" }, tileHeading(words, word), change, ...rows.map((row) => row.root));
   return { root, change, rows };
 };
 
 const makeSame = () => {
   const count = node("dd", { class: "llmq-change", "data-figure": "same" });
-  const more = node("dd", { class: "llmq-row llmq-note" });
-  return { root: node("dl", { class: "llmq-tile" }, node("dt", {}, "Same words"), count, more), count, more };
+  const more = node("span", { class: "llmq-wide" });
+  const why = node("button", { type: "button", class: "llmq-quiet-link", "data-part": "show-why" }, "Why?");
+  return { root: node("dl", { class: "llmq-tile llmq-terms" }, tileHeading(["Same words"], "token"), count,
+    node("dd", { class: "llmq-row llmq-note" }, more, " ", why)), count, more, why };
 };
 
-const PANE_FIELDS = [["speed", "Writes"], ["first_token", "First token after"], ["weights", "Weights"],
-  ["peak", "Peak memory"], ["tokens", "Tokens"]];
+const PANE_FIELDS = [["speed", "Writes", "tok/s"], ["first_token", "First token after", "prefill"],
+  ["weights", "Weights", "weight"], ["peak", "Peak memory", "peak memory"], ["tokens", "Tokens", "token"]];
 
 const makePane = ({ title, about }, index) => {
-  const slots = { state_text: node("span", { class: "llmq-state" }), note: node("p", { class: "llmq-note" }),
-    arithmetic: node("p", { class: "llmq-arithmetic" }) };
-  const list = node("dl");
-  for (const [name, heading] of PANE_FIELDS) {
+  const slots = { state_text: node("span", { class: "llmq-state" }), note: node("p", { class: "llmq-note" }) };
+  const arithmetic = node("p", { class: "llmq-arithmetic llmq-terms" });
+  const list = node("dl", { class: "llmq-terms" });
+  for (const [name, shown, word] of PANE_FIELDS) {
     slots[name] = node("dd", { "data-field": name });
-    list.append(node("div", {}, node("dt", {}, heading), slots[name]));
+    list.append(node("div", {}, node("dt", {}, index ? shown : term(shown, props.terms[word])), slots[name]));
   }
   const text = node("div", { class: "llmq-text", role: "region", tabindex: "0", "aria-label": `What ${title} wrote`,
     dir: "auto", id: `pane-${index}` });
   const root = node("section", { class: `llmq-pane llmq-c${index}`, "aria-label": title },
-    node("header", {}, node("h2", {}, title), slots.state_text), text, list, slots.note, slots.arithmetic);
-  return { root, slots, text };
+    node("header", { class: "llmq-terms" }, node("h2", {}, about ? term(title, about) : title), slots.state_text),
+    text, list, slots.note, arithmetic);
+  return { root, slots, text, arithmetic, told: "" };
 };
 
 // What cannot be seen gets a sign where it is marked: line breaks, and white space that stands alone.

@@ -9,7 +9,8 @@ const take = (value, { set, texts, samples }) => {
 
 const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-// Calls `show` with the value as it was recorded, at its pace; `finish()` of what is returned shows the end at once.
+// Calls `show` with the value as it was recorded, at its pace. Of what is returned `finish()` shows the end at once, and
+// `end()` is that value.
 const play = ({ frames, ...first }, show) => {
   const value = structuredClone(first);
   const start = performance.now();
@@ -22,11 +23,11 @@ const play = ({ frames, ...first }, show) => {
     show({ ...value, samples: [...value.samples] }, next === frames.length);
   };
   const stop = () => clearTimeout(timer);
-  const finish = () => {
+  const end = () => {
     stop();
     while (next < frames.length) take(value, frames[next++]);
-    show({ ...value, samples: [...value.samples] }, true);
+    return { ...value, samples: [...value.samples] };
   };
   step();
-  return { stop, finish };
+  return { stop, end, finish: () => show(end(), true) };
 };

@@ -1,1 +1,1 @@
-"""Launches the page: its layout, theme and files, the settings in its address, and the state all visitors share."""
+"""What the page stands on: its theme and files, the settings in its address, the state all visitors share."""

@@ -15,6 +15,7 @@ from llmq.environment import cpu_capability, describe
 from llmq.errors import UserError
 from llmq.events import Run, Step
 from llmq.labs.compare import SCHEDULES
+from llmq.ui.parts.address import keep_in_address
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
 from llmq.ui.parts.result import result_view
@@ -166,6 +167,7 @@ class CompareTab:
         self.upload.upload(self._replay_upload, self.upload, shown, **QUIET)
         self.result.stop(self._stop, None, None, queue=False, **QUIET)
         gr.on([part.change for part in form], None, form, self.link, js=script("link.js"), **QUIET)
+        keep_in_address(self.link)
         loaded = page.load(self._from_link, None, form, **QUIET)
         loaded.then(None, form, self.link, js=script("link.js"), **QUIET).then(None, js=script("opened.js"), **QUIET)
         page.unload(self._stop)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from llmq.contestant import Contestant, shown_name
 from llmq.errors import UserError
-from llmq.events import Event, Finished, Loaded, Loading, Planned, Prefilled, Run, Step
+from llmq.events import Event, Finished, Loaded, Loading, Planned, Prefilled, Reading, Run, Step
 from llmq.formatting import shown_coverage
 from llmq.models.presets import model_title
 from llmq.summary import Summary
 from llmq.ui.parts.difference import difference
+from llmq.ui.parts.glossary import with_terms
 from llmq.ui.parts.live_state import LiveState
 from llmq.ui.parts.progress import event_line
 from llmq.ui.parts.recording import Pace, recorded
@@ -52,7 +53,7 @@ class CompareView:
         self._texts = [""] * len(self.labels)
         self._tokens: list[list[tuple[int, str]]] = [[] for _ in self.labels]
         self._reading: list[str] = []  # contestants that are loaded and have not read the prompt
-        self._status = "Starting"
+        self._status, self._fraction = "Starting", None
 
     def updates(self, events: Iterable[Event]) -> Iterator[dict]:
         """What the page should show, at most every UPDATE_SECONDS; the last value is complete. A run that cannot go on
@@ -81,6 +82,7 @@ class CompareView:
             "recording": self.recording,
             "asked": self.asked,
             "status": self._status,
+            "fraction": self._fraction,
             "texts": list(self._texts),
             "strip": difference(self.summary, len(self.labels)),
             "headline": "",
@@ -96,24 +98,28 @@ class CompareView:
         if isinstance(event, Loaded):
             told = arithmetic(event.contestant, self.device, event.engine, self.cpu)
             share = shown_coverage(event.coverage)
-            self.live.describe(event.contestant, f"{told}; 8 bit: {share}" if share else told)
+            self.live.describe(event.contestant, f"{told}; coverage: {share} in 8 bit" if share else told)
         if isinstance(event, Step | Finished):
             self._texts[self.labels.index(event.contestant)] += event.text
         if isinstance(event, Step):
             self._tokens[self.labels.index(event.contestant)].append((event.token_id, event.text))
-        self._status = self._prefill_line(event) or event_line(event) or self._status
+        if line := self._prefill_line(event) or event_line(event):
+            self._status, self._fraction = line, event.fraction if isinstance(event, Reading) else None
 
     def _prefill_line(self, event: Event) -> str:
-        """Who reads the prompt now: nothing else is heard of a prefill until it is over."""
+        """Who reads the prompt now, of how many tokens, and how far it is where that is known."""
         if isinstance(event, Loaded):
             self._reading.append(event.contestant)
         elif isinstance(event, Prefilled) and event.contestant in self._reading:
             self._reading.remove(event.contestant)
-        else:
+        elif not isinstance(event, Reading):
+            return ""
+        if not self._reading:
             return ""
         plan: Planned | None = self.summary.plan
-        tokens = f", {plan.prompt_tokens:,} tokens" if plan else ""
-        return f"{shown_name(self._reading[0])} reads the prompt{tokens}" if self._reading else ""
+        parts = [f"{plan.prompt_tokens:,} tokens"] if plan else []
+        parts += [f"{event.fraction:.0%}"] if isinstance(event, Reading) else []
+        return f"{shown_name(self._reading[0])} reads the prompt: {', '.join(parts)}"
 
     def _closing(self) -> str:
         outcomes = self.summary.outcomes.values()
@@ -128,7 +134,12 @@ class CompareView:
 
     def _final(self) -> dict:
         said = verdict(self.summary, self.cpu)
-        found = {"state": "done", "headline": said.headline, "details": list(said.details)}
+        found = {
+            "state": "done",
+            "fraction": None,
+            "headline": said.headline,
+            "details": [with_terms(line) for line in said.details],
+        }
         if len(self.labels) > 1 and all(self._tokens[:2]):
             compared = diff_tokens(*self._tokens[:2])
             pieces = [self._ended(index, pieces) for index, pieces in enumerate(compared["pieces"])]

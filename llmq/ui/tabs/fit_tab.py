@@ -14,10 +14,11 @@ import gradio as gr
 
 from llmq.cards import CARDS, Card, device_bytes
 from llmq.contestant import Contestant
-from llmq.errors import BadChoice, UserError
+from llmq.errors import BadChoice, NoModel, UserError
 from llmq.memory import forecast
 from llmq.models.opening import Model
 from llmq.models.presets import PRESETS, model_title
+from llmq.ui.parts.address import keep_in_address
 from llmq.ui.parts.controls import model_field
 from llmq.ui.parts.fit import fit_panel
 from llmq.ui.shell.access import ANYBODY, Access
@@ -27,6 +28,7 @@ from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET
 from llmq.ui.tabs.fit_view import METHODS_SHOWN, failed, fit_view
 
+NO_MODEL = "the configuration of {} makes no model; choose another one, or mend its config.json"
 log = logging.getLogger(__name__)
 OTHER = "other"  # in the card field: an amount of memory, typed
 AT_ONCE = QUIET | {"queue": False}
@@ -82,6 +84,7 @@ class FitTab:
             **AT_ONCE,
         )  # fmt: skip
         gr.on([tab.select, *changed], None, self.form, self.link, js=script("fit_link.js"), **AT_ONCE)
+        keep_in_address(self.link)
         page.load(self._from_link, None, self.form, **AT_ONCE)
 
     def _answer(self, model, card, memory, context, batch) -> dict:
@@ -103,11 +106,13 @@ def answer(model, card, memory, context, batch, access: Access = ANYBODY) -> dic
         opened = described(name, access)
         contestants = [Contestant.parse(method) for method in METHODS_SHOWN]
         result = forecast(opened, contestants, tokens=min(asked, opened.context), batch=batch, device_bytes=device)
+    except NoModel:
+        return failed(f"Not counted: {NO_MODEL.format(name)}")
     except UserError as error:
         return failed(f"Not counted: {_without_places(str(error), name)}")
     except Exception:  # the boundary: a configuration may come from anybody
         log.exception("%s cannot be counted", name)
-        return failed(f"Not counted: the configuration of {name} holds values that no model has")
+        return failed(f"Not counted: {NO_MODEL.format(name)}")
     known = CARDS.get(str(memory).strip().lower() if card == OTHER else card)
     return fit_view(
         result, title=model_title(name), place=_place(known, memory), asked=asked, by_driver=known is not None

@@ -11,6 +11,7 @@ from llmq.contestant import Contestant
 from llmq.errors import UserError
 from llmq.inspect.report import OutlierReport
 from llmq.labs.outliers import MAX_NEW_TOKENS, Inspection, Preparation, ReportAnswer
+from llmq.ui.parts.address import keep_in_address
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
 from llmq.ui.parts.explanation import explanation
@@ -138,6 +139,7 @@ class OutliersTab:
         carried = [self.prompt, self.model, self.method, self.threshold]
         moved = [tab.select, self.parts.select, *(part.change for part in carried)]
         gr.on(moved, None, carried, self.link, js=script("outlier_link.js"), **QUIET)
+        keep_in_address(self.link)
 
     def from_link(self, request: gr.Request) -> dict:
         """What the address asks of this tab; what it does not name stays."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gradio as gr
 
+from llmq.ui.layout import build
 from llmq.ui.shell.endpoints import fail_briefly, server_options
-from llmq.ui.shell.layout import build
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
 
