@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import threading
 import time
@@ -57,6 +58,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--share", action="store_true", help="also open a public link (Colab does so by itself)")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask visitors for a name and a password")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", help="most that loaded models may take, 8GB (default: a share of what is free)"
+    )
     parser.add_argument("--mcp", action="store_true", help="offer the questions as tools to MCP clients, too")
     parser.epilog = "Behind a proxy that serves the page below a path, GRADIO_ROOT_PATH names the path."
     return parser.parse_args(arguments)
@@ -64,6 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     """What the page works with; raises UserError for a wrong device, method or model."""
+    from llmq.cards import device_bytes
     from llmq.contestant import Contestant
     from llmq.environment import device_label, device_named
     from llmq.models.choice import choose_model
@@ -75,9 +80,12 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     choice = choose_model(options.model, device)
     methods = options.methods or default_methods(device)
     open_model(choice.model)
+    if options.max_memory:
+        JOBS.machine.pool.most_bytes = int(device_bytes(options.max_memory))
     return AppState(
         run=run,
         stop=JOBS.stop,
+        jobs=JOBS,
         device=device,
         device_label=device_label(device),
         model=choice.model,
@@ -150,6 +158,9 @@ def warm_up(model: str, methods: tuple[str, ...]) -> None:
     # Whatever looks into a model, and bitsandbytes, goes through transformers.
     import bitsandbytes  # noqa: F401
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+    gc.collect()
+    gc.freeze()  # half a million objects of libraries, which every collection would look at (0.5 s with the GIL held)
 
 
 def require_mcp(auth: tuple[str, str] | None) -> None:

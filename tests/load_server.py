@@ -187,7 +187,8 @@ def crowd(address: str, clients: int, seconds: float, expected: dict | None = No
     log, until = Log(), time.monotonic() + seconds
     expected = expected or alone(address)
     crew = [
-        threading.Thread(target=behave, args=(address, number, until, expected, log)) for number in range(2, clients + 2)
+        threading.Thread(target=behave, args=(address, number, until, expected, log))
+        for number in range(2, clients + 2)
     ]
     for thread in crew:
         thread.start()
@@ -259,7 +260,8 @@ def growth(address: str, runs: int, visitors: int) -> dict:
         Visitor(address).run(PROMPTS[0])
     sizes = [resident(address)]
     for number in range(runs):
-        visitor = Visitor(address) if number % 5 == 0 else visitor
+        if number % 5 == 0:
+            visitor = Visitor(address)
         visitor.run(PROMPTS[number % len(PROMPTS)])
     sizes.append(resident(address))
     for number in range(visitors):

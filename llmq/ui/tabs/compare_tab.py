@@ -166,7 +166,6 @@ class CompareTab:
         gr.on([part.change for part in form], None, form, self.link, js=script("link.js"), **QUIET)
         loaded = page.load(self._from_link, None, form, **QUIET)
         loaded.then(None, form, self.link, js=script("link.js"), **QUIET).then(None, js=script("opened.js"), **QUIET)
-        page.unload(self._stop)
 
     def _generate(
         self, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed,
