@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -182,5 +183,12 @@ def parse_auth(text: str | None) -> tuple[str, str] | None:
     return user, password
 
 
+def leave(status: int) -> None:
+    """End the process at once: what is ours is closed, and taking the libraries apart takes seconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

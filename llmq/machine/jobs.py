@@ -143,7 +143,8 @@ class Jobs:
         """Run a question for `owner` (a browser session); `stop(owner)` ends it. Raises Busy where it is not let in,
         Ended after its last item where it was ended early."""
         with self._admitted(question, owner) as job:
-            yield Waiting(seconds=0.0, position=self.machine.queue.waiting)
+            if not self.listeners.hear(owner):
+                yield Waiting(seconds=0.0, position=self.machine.queue.waiting)
             if self._heard(job):
                 with closing(self.machine.run(question, job.stop, job.address)) as items:
                     for item in items:
@@ -190,7 +191,7 @@ class Jobs:
 
     def _heard(self, job: Job) -> bool:
         """Wait until somebody listens to the answer: who asks and goes away never has the device."""
-        until = self.clock() + self.limits.unheard_seconds
+        until = job.asked + self.limits.unheard_seconds
         while not job.stop.is_set() and not self.listeners.wait(job.owner, LOOK_SECONDS):
             if self.clock() > until:
                 job.end(f"{UNHEARD} within {self.limits.unheard_seconds:.0f} seconds")

@@ -66,9 +66,8 @@ class Pool:
 
     def make_room(self, device: str, needed: int) -> None:
         """Drop the least recently used engines that are not in use until `needed` bytes more are within the limit."""
-        while self.bytes_on(device) + needed > self.limit_on(device):
-            idle = (key for key in self._engines if key.device == device and key not in self._in_use)
-            if (key := next(idle, None)) is None:
+        for key in [key for key in self if key.device == device and key not in self._in_use]:
+            if self.bytes_on(device) + needed <= self.limit_on(device):
                 return
             self.drop(key)
 

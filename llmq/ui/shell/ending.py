@@ -7,11 +7,12 @@ import threading
 import time
 
 import gradio as gr
+from gradio.tunneling import CURRENT_TUNNELS
 
 from llmq.ui.shell.state import AppState
 
-TELL_SECONDS = 1.0  # for the runs that are under way to end and to say so
-CLOSE_SECONDS = 0.5  # for connections that are still open then
+TELL_SECONDS = 0.7  # for the runs that are under way to end and to say so
+CLOSE_SECONDS = 0.4  # for connections that are still open then
 
 
 def serve_until_told(page: gr.Blocks, state: AppState) -> None:
@@ -39,3 +40,5 @@ def end(page: gr.Blocks, state: AppState) -> None:
         page.server.config.timeout_graceful_shutdown = CLOSE_SECONDS
         page.close(verbose=False)
     state.close()
+    for tunnel in CURRENT_TUNNELS:
+        tunnel.kill()
