@@ -51,6 +51,8 @@ class Ended:
 class Visitor:
     """One browser: a session and an address of its own."""
 
+    model, methods = "demo", ("fp16", "llm-int8")
+
     def __init__(self, address: str, number: int = 1):
         host = f"127.0.{number // 250 + 1}.{number % 250 + 1}"
         transport = httpx.HTTPTransport(local_address=host)
@@ -75,8 +77,8 @@ class Visitor:
         return ended
 
     def run(self, prompt: str, tokens: int = 4, seen: Callable[[dict], bool] | None = None) -> Ended:
-        """Generate with both methods of the demo model."""
-        data = [prompt, "demo", "fp16", "llm-int8", "none", 6.0, tokens, "interleave", 0, 0, 1, 0]
+        """Generate with both methods."""
+        data = [prompt, self.model, *self.methods, "none", 6.0, tokens, "interleave", 0, 0, 1, 0]
         return self.click("generate", "click", data, seen)
 
     def light(self) -> Ended:

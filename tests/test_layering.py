@@ -38,7 +38,9 @@ PLAIN |= {
     for name in ("difference", "examples", "glossary", "live_state", "progress", "recording", "story")
 }
 PLAIN |= {"llmq.ui.parts.token_alignment", "llmq.ui.parts.verdict"}
-PLAIN |= {f"llmq.ui.shell.{name}" for name in ("address", "link", "quick_import", "state", "wiring")}
+PLAIN |= {
+    f"llmq.ui.shell.{name}" for name in ("address", "link", "listening", "owner", "quick_import", "state", "wiring")
+}
 PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view", "fit_view")}
 
 
