@@ -19,6 +19,7 @@ from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
 from llmq.labs.outliers import ReportAnswer
 from llmq.labs.rows import RowAnswer
+from llmq.machine.jobs import Ended
 from llmq.ui.shell import state as shell_state
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import CompareTab
@@ -398,6 +399,18 @@ def test_what_is_no_longer_kept_is_not_saved():
     page = Page()
     with pytest.raises(gr.Error, match="no longer kept"):
         page.outliers.keeping._write("run-99")
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_what_was_found_stays_where_a_job_is_ended_early_and_a_notice_says_why(found, monkeypatch):
+    told = []
+    monkeypatch.setattr(gr, "Warning", lambda message, **_: told.append(message))
+    page = Page(*WORKING, *([outcome("ablation")] if found else []), Ended("its <2> minutes were over"))
+    section = section_of(page, "ablation")
+    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN))
+    assert told == ["its &lt;2&gt; minutes were over"]
+    assert seen[section.status].startswith("Measured on" if found else "Stopped before anything")
+    assert (section.keeping.key in seen) == found
 
 
 def test_the_card_silences_one_channel_through_the_labs_own_section():

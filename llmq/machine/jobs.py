@@ -10,7 +10,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
@@ -156,21 +156,16 @@ class Jobs:
 
     def stop(self, owner: str) -> int:
         """Ask every job of `owner` to end; how many there were. Asking twice is harmless."""
-        return self._stop(job for job in self if job.owner == owner)
+        return self._end((job for job in self if job.owner == owner), "")
 
     def end(self, number: int, why: str = BY_OWNER) -> int:
         """End one job, whoever's it is, and say why; how many there were."""
-        found = [job for job in self if job.number == number]
-        for job in found:
-            job.end(why)
-        return self._stop(found)
+        return self._end((job for job in self if job.number == number), why)
 
     def close(self) -> None:
         """Let nobody in any more, and end whatever runs."""
         self._closed = True
-        for job in self:
-            job.end(BY_END)
-        self.machine.queue.wake()
+        self._end(self, BY_END)
 
     def look(self) -> None:
         """End the jobs whose time is over, and those whom nobody hears."""
@@ -184,10 +179,10 @@ class Jobs:
                 job.end(UNHEARD)
         self.machine.queue.wake()
 
-    def _stop(self, jobs) -> int:
-        stopped = [job.stop.set() for job in jobs]
+    def _end(self, jobs: Iterable[Job], why: str) -> int:
+        ended = [job.end(why) for job in jobs]
         self.machine.queue.wake()
-        return len(stopped)
+        return len(ended)
 
     def _heard(self, job: Job) -> bool:
         """Wait until somebody listens to the answer: who asks and goes away never has the device."""
@@ -195,6 +190,7 @@ class Jobs:
         while not job.stop.is_set() and not self.listeners.wait(job.owner, LOOK_SECONDS):
             if self.clock() > until:
                 job.end(f"{UNHEARD} within {self.limits.unheard_seconds:.0f} seconds")
+        job.heard = self.clock()
         return not job.stop.is_set()
 
     @contextmanager
@@ -215,9 +211,7 @@ class Jobs:
 
     def _check(self, job: Job) -> None:
         """Raise Busy where the door is shut. A job that was asked to stop is as good as gone."""
-        pending = [
-            other for other in self._jobs if not other.stop.is_set() and getattr(other.question, "patient", True)
-        ]
+        pending = [other for other in self._jobs if other.patient and not other.stop.is_set()]
         if self._closed:
             raise Busy(BY_END)
         if any(other.owner == job.owner for other in pending):
