@@ -186,8 +186,8 @@ def behave(address: str, number: int, until: float, expected: dict, log: Log) ->
 
 
 def crowd(address: str, clients: int, seconds: float, expected: dict | None = None) -> dict:
-    log, until = Log(), time.monotonic() + seconds
-    expected = expected or alone(address)
+    log, expected = Log(), expected or alone(address)
+    until = time.monotonic() + seconds
     crew = [
         threading.Thread(target=behave, args=(address, number, until, expected, log))
         for number in range(2, clients + 2)
