@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -38,6 +39,7 @@ def end(page: gr.Blocks, state: AppState) -> None:
         time.sleep(0.1)  # their last words are on the way
     if page.is_running:
         page.server.config.timeout_graceful_shutdown = CLOSE_SECONDS
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a stream that is cut off now is no error
         page.close(verbose=False)
     state.close()
     for tunnel in CURRENT_TUNNELS:
