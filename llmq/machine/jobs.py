@@ -18,7 +18,7 @@ from llmq.errors import UserError
 from llmq.events import Waiting
 from llmq.machine.door import Machine, Question, Stop
 
-LOOK_SECONDS = 0.5  # between two looks at all jobs
+LOOK_SECONDS = 0.25  # between two looks at all jobs
 BY_OWNER = "the owner of this server ended it"
 BY_END = "the server is ending"
 UNHEARD = "nobody listened to the answer"
@@ -34,7 +34,7 @@ class Limits:
     seconds: float = 900.0
     least_seconds: float = 120.0
     unheard_seconds: float = 15.0  # from the question until somebody listens to the answer
-    left_seconds: float = 2.0  # after whoever listened has gone
+    left_seconds: float = 0.5  # after whoever listened has gone: no stream of answers is opened again
 
     def seconds_beside(self, others: int) -> float:
         return max(self.least_seconds, self.seconds / (1 + others))
