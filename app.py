@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -88,6 +90,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--allow-downloads", metavar="GB", default="0",
         help="the most that one model may take from the hub for a visitor (default: 0)",
     )  # fmt: skip
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", help="most that loaded models may take, 8GB (default: a share of what is free)"
+    )
     parser.add_argument("--mcp", action="store_true", help="offer the questions as tools to MCP clients, too")
     parser.epilog = "Behind a proxy that serves the page below a path, GRADIO_ROOT_PATH names the path."
     return parser.parse_args(arguments)
@@ -119,6 +124,7 @@ def parse_gigabytes(text: str) -> int:
 
 def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     """What the page works with; raises UserError for a wrong device, method or model."""
+    from llmq.cards import device_bytes
     from llmq.contestant import Contestant
     from llmq.environment import device_label, device_named
     from llmq.models.choice import choose_model
@@ -133,9 +139,12 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     for name in (choice.model, *(access.models or ())):
         open_model(name)
     JOBS.machine.open = access.open_model
+    if options.max_memory:
+        JOBS.machine.pool.most_bytes = int(device_bytes(options.max_memory))
     return AppState(
         run=run,
         stop=JOBS.stop,
+        jobs=JOBS,
         access=access,
         device=device,
         device_label=device_label(device),
@@ -226,6 +235,9 @@ def import_everything() -> None:
 
     from llmq.engine import llama_cpu, llama_cuda  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # half a million objects of libraries, which every collection would look at (0.5 s with the GIL held)
+
 
 def require_mcp(auth: tuple[str, str] | None) -> None:
     """Raise UserError where there can be no MCP server: Gradio's asks nobody for a password, and can then ask itself
@@ -246,5 +258,12 @@ def parse_auth(text: str | None) -> tuple[str, str] | None:
     return user, password
 
 
+def leave(status: int) -> None:
+    """End the process at once: what is ours is closed, and taking the libraries apart takes seconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main())

@@ -25,6 +25,7 @@ from llmq.cli import build_parser
 from llmq.events import Progress, Step, Waiting
 from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
+from llmq.machine.jobs import Ended
 from llmq.ui.launch import launch
 from llmq.ui.shell.state import AppState
 
@@ -397,6 +398,23 @@ def test_what_was_stopped_before_it_found_anything_says_so(endless):
     endless.stop(client.session_hash)
     with pytest.raises(AppError, match="stopped before anything was found"):
         job.result(PATIENCE)
+
+
+def test_what_was_found_is_the_answer_where_a_job_is_ended_early():
+    """Without anything found the answer says why."""
+    step = Step(contestant="fp16", index=0, token_id=1, text="a", seconds=0.02, logprob=-1.0)
+
+    def ended(job, owner):
+        yield Waiting(seconds=0.0)
+        if isinstance(job, Comparison):
+            yield step
+        raise Ended("its 120 seconds were over, and others wait")
+
+    state = AppState(run=ended, stop=lambda owner: 0, device="cpu", device_label="a CPU")
+    with served(state) as address:
+        assert through_client(address, "compare", {"prompt": "Hi"})["contestants"][0]["text"] == "a"
+        with pytest.raises(AppError, match="its 120 seconds were over, and others wait"):
+            through_client(address, "agreement", {"prompt": "Hi"})
 
 
 def test_a_bug_is_one_line_as_well():

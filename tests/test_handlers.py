@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,7 +21,9 @@ from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
 from llmq.labs.outliers import ReportAnswer
 from llmq.labs.rows import RowAnswer
-from llmq.ui.shell.state import KEPT_FILES, AppState
+from llmq.machine.jobs import Ended
+from llmq.ui.shell import state as shell_state
+from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import UNSAVED, CompareTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
 from llmq.ui.tabs.silencing_card import recorded_value
@@ -397,19 +400,37 @@ def test_a_wrong_answer_is_refused_without_a_place_on_the_server(tmp_path, conte
         assert told.startswith("Not opened: ") and "junk.json" in told and str(tmp_path) not in told
 
 
-def test_files_for_download_do_not_pile_up():
+def test_files_of_visitors_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(shell_state, "MOST_FILE_BYTES", 10)
     state = Page().state
-    first = state.download_path("again.json")
-    first.write_text("{}")
-    for number in range(KEPT_FILES):
-        state.download_path(f"later-{number}.json")
-    assert not first.exists()
+    paths = []
+    for number in range(3):
+        paths.append(state.download_path(f"{number}.json"))
+        paths[-1].write_text("12345")
+        os.utime(paths[-1], (number, number))
+    upload = state.folder / "hash" / "x.jsonl"
+    upload.parent.mkdir()
+    upload.write_text("12345")
+    state.prune()
+    assert [path.exists() for path in (*paths, upload)] == [False, False, True, True]
 
 
 def test_what_is_no_longer_kept_is_not_saved():
     page = Page()
     with pytest.raises(gr.Error, match="no longer kept"):
         page.outliers.keeping._write("run-99")
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_what_was_found_stays_where_a_job_is_ended_early_and_a_notice_says_why(found, monkeypatch):
+    told = []
+    monkeypatch.setattr(gr, "Warning", lambda message, **_: told.append(message))
+    page = Page(*WORKING, *([outcome("ablation")] if found else []), Ended("its <2> minutes were over"))
+    section = section_of(page, "ablation")
+    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN))
+    assert told == ["its &lt;2&gt; minutes were over"]
+    assert seen[section.status].startswith("Measured on" if found else "Stopped before anything")
+    assert (section.keeping.key in seen) == found
 
 
 def test_the_card_silences_one_channel_through_the_labs_own_section():

@@ -41,7 +41,7 @@ PLAIN |= {
     for name in ("difference", "examples", "glossary", "live_state", "progress", "recording", "story")
 }
 PLAIN |= {"llmq.ui.parts.token_alignment", "llmq.ui.parts.verdict"}
-PLAIN |= {f"llmq.ui.shell.{name}" for name in ("access", "address", "guard", "guesses", "link")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("access", "address", "guard", "guesses", "link", "listening", "owner")}
 PLAIN |= {f"llmq.ui.shell.{name}" for name in ("quick_import", "state", "wiring")}
 PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view", "fit_view")}
 

@@ -95,3 +95,58 @@ def test_bytes_on_a_device_are_everything_its_engines_hold(pool):
     pool.drop_others({key("fp32"), key("fp16", "cuda:0")})
     assert list(pool) == [key("fp32"), key("fp16", "cuda:0")]
     assert pool.bytes_on("cpu") == pool.bytes_on("cuda:0") == WEIGHTS + SCALES + RESERVED
+
+
+def keys_of(*names: str) -> list[Key]:
+    return [Key.of(name, METHODS["fp16"], "cpu") for name in names]
+
+
+def held(pool: Pool) -> list[str]:
+    return [key.model for key in pool]
+
+
+def test_the_least_recently_used_goes_when_the_limit_is_reached(pool):
+    pool.most_bytes = 3 * (WEIGHTS + SCALES + RESERVED)
+    a, b, c, d = keys_of("a", "b", "c", "d")
+    for wanted in (a, b, c, a):
+        pool.begin()
+        pool.get(wanted)
+    pool.begin()
+    pool.get(d)
+    assert held(pool) == ["c", "a", "d"]
+
+
+def test_what_the_question_under_way_uses_stays_whatever_the_limit(pool):
+    pool.most_bytes = 1
+    for wanted in keys_of("a", "b", "c"):
+        pool.get(wanted)
+    assert held(pool) == ["a", "b", "c"]
+    pool.begin()
+    pool.get(*keys_of("d"))
+    assert held(pool) == ["d"]
+
+
+def test_room_is_made_before_something_is_loaded(pool):
+    pool.most_bytes = 2 * (WEIGHTS + SCALES + RESERVED)
+    for wanted in keys_of("a", "b"):
+        pool.get(wanted)
+    pool.begin()
+    pool.make_room("cpu", WEIGHTS + SCALES + RESERVED)
+    assert held(pool) == ["b"]
+    pool.make_room("cuda:0", 10**9)
+    assert held(pool) == ["b"], "another device's models are not in the way"
+
+
+def test_two_hundred_thresholds_are_one_model(pool):
+    for tenths in range(200):
+        pool.begin()
+        method = parse_method(f"llm-int8@{tenths / 10}")
+        assert pool.get(Key.of("a model", method, "cpu"), method)[0].method == method
+    assert pool.bytes_on("cpu") == WEIGHTS + SCALES + RESERVED
+
+
+def test_without_a_limit_the_pool_takes_a_share_of_what_is_free(pool, monkeypatch):
+    monkeypatch.setattr(telemetry, "free_bytes", lambda device: 10_000)
+    assert (pool.limit_on("cpu"), pool.limit_on("cuda:0")) == (6_000, 9_000)
+    monkeypatch.setattr(telemetry, "free_bytes", lambda device: 1)
+    assert pool.limit_on("cpu") == 6_000, "the share of what was free at first"

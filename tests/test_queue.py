@@ -1,4 +1,4 @@
-"""The line in front of the device: in the order of asking, whoever leaves, however they leave."""
+"""The line in front of the device: in the order of asking, fair to addresses; whoever leaves, however they leave."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import time
 from contextlib import ExitStack
 
 import pytest
+from scripted import Clock
 
-from llmq.machine.queue import DeviceQueue
+from llmq.machine.queue import HALF_LIFE, DeviceQueue
 
 SOON = 5.0  # seconds a busy machine may need for what takes microseconds
 
@@ -110,3 +111,63 @@ def test_many_threads_pass_in_order_and_one_at_a_time():
         thread.join(SOON)
     assert order == [0, 1, 2, 3, 4, 5]
     assert most == [1] * 6
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def use(queue: DeviceQueue, clock: Clock, address: str, seconds: float) -> None:
+    with queue.turn(address):
+        clock.take(seconds)
+
+
+def order(queue: DeviceQueue, *addresses: str) -> list[str]:
+    """Who has the device when, of those who stand in line behind somebody."""
+    with ExitStack() as first:
+        first.enter_context(queue.turn("somebody"))
+        waiting = [(turn := queue.turn(address), turn.__enter__(), address) for address in addresses]
+    found = []
+    while waiting:
+        (now,) = (each for each in waiting if each[1].position == 0)
+        found.append(now[2])
+        now[0].__exit__(None, None, None)
+        waiting.remove(now)
+    return found
+
+
+def test_who_used_the_device_least_comes_first(clock):
+    queue = DeviceQueue(clock)
+    use(queue, clock, "greedy", 60.0)
+    use(queue, clock, "modest", 2.0)
+    assert order(queue, "greedy", "greedy", "modest", "new") == ["new", "modest", "greedy", "greedy"]
+
+
+def test_whoever_has_the_device_keeps_it(clock):
+    queue = DeviceQueue(clock)
+    use(queue, clock, "greedy", 60.0)
+    with queue.turn("greedy") as first, queue.turn("new") as second:
+        assert (first.position, second.position, first.wait(0), second.wait(0)) == (0, 1, True, False)
+
+
+def test_what_was_used_long_ago_counts_less(clock):
+    queue = DeviceQueue(clock)
+    use(queue, clock, "then", 60.0)
+    clock.take(HALF_LIFE)
+    use(queue, clock, "now", 31.0)
+    assert order(queue, "now", "then") == ["then", "now"]
+    clock.take(40 * HALF_LIFE)
+    use(queue, clock, "now", 0.0)
+    assert queue._used == {}, "an address of long ago takes no memory"
+
+
+def test_one_who_waits_looks_again_when_it_is_woken():
+    queue, stop = DeviceQueue(), threading.Event()
+    with queue.turn(), queue.turn() as second:
+        waiter = threading.Thread(target=second.wait, args=(60, stop.is_set), daemon=True)
+        waiter.start()
+        stop.set()
+        queue.wake()
+        waiter.join(SOON)
+        assert not waiter.is_alive()

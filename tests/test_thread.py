@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from llmq.machine.thread import ComputeThread
+from llmq.machine.thread import ComputeThread, Stuck
 
 
 def where(count: int):
@@ -114,5 +114,53 @@ def test_the_thread_ends_with_its_object():
     assert list(thread.run(iter(where(1)))) != []
     worker = thread._worker
     del thread
+    worker.join(20)
+    assert not worker.is_alive()
+
+
+@pytest.fixture
+def hang():
+    """An iterator that never returns from its second item, until the test is over."""
+    released = threading.Event()
+
+    def items():
+        yield threading.get_ident()
+        released.wait(60)
+        yield None
+
+    yield items
+    released.set()
+
+
+def test_a_step_that_never_returns_is_given_up_and_the_next_run_has_another_thread(hang):
+    thread = ComputeThread(patience=0.1)
+    stream = thread.run(hang())
+    first = next(stream)
+    with pytest.raises(Stuck, match="did not come back"):
+        next(stream)
+    (second,) = thread.run(where(1))
+    assert second != first and thread.given_up == 1 and thread.silent_seconds == 0.0
+
+
+def test_signs_of_life_keep_a_long_step_going():
+    """As a prefill gives them, which asks at every layer whether to stop."""
+    thread = ComputeThread(patience=0.3)
+
+    def slow():
+        for _ in range(8):
+            threading.Event().wait(0.1)
+            thread.alive()
+        yield "done"
+
+    assert list(thread.run(slow())) == ["done"]
+
+
+def test_a_thread_that_was_given_up_ends_when_its_step_returns(hang):
+    thread = ComputeThread(patience=0.1)
+    stream, worker = thread.run(hang()), thread._worker
+    next(stream)
+    with pytest.raises(Stuck):
+        next(stream)
+    hang.__closure__[0].cell_contents.set()
     worker.join(20)
     assert not worker.is_alive()

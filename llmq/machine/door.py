@@ -2,7 +2,8 @@
 
 A question is a frozen record with a `device` and `run(lease)`, which yields events, progress and results and knows no
 lock. What it yields reaches the caller one item at a time; closing the stream or setting `stop` ends it and gives the
-device back. Running out of memory is caught and worded here, for every question alike.
+device back. Running out of memory is caught and worded here, for every question alike, and a question that hangs is
+given up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,7 +24,7 @@ from llmq.errors import OutOfMemory, is_allocation_failure
 from llmq.events import Event, Loaded, Loading, Progress, Waiting
 from llmq.machine.pool import Pool
 from llmq.machine.queue import DeviceQueue, Turn
-from llmq.machine.thread import ComputeThread
+from llmq.machine.thread import ComputeThread, Stuck
 from llmq.methods import METHODS, Method
 from llmq.methods.calibrate import Calibration, save_statistics
 from llmq.methods.coverage import coverage
@@ -32,7 +34,7 @@ from llmq.models.reference_text import windows
 if TYPE_CHECKING:
     from llmq.memory import Prediction
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5  # between two looks of somebody who waits
 ADVICE = "Choose a smaller model, or a shorter prompt and answer."
 
 
@@ -46,34 +48,59 @@ class Question(Protocol):
         """Yield events, progress and results. Raises UserError for what a person should read."""
 
 
+class Stop(Protocol):
+    """What ends a question; a `threading.Event`, or what stands for one in another process."""
+
+    def is_set(self) -> bool: ...
+    def set(self) -> None: ...
+
+
 class Machine:
     """The queue, the thread and the loaded engines of one process. `load` makes an engine; tests pass their own.
     `open` finds the model of a name for every question."""
 
     open: Callable[..., Model] = staticmethod(open_model)
 
-    def __init__(self, load: Callable[[Key], Engine] | None = None, *, clock: Callable[[], float] = time.monotonic):
-        self.pool, self.queue, self.thread, self.clock = Pool(load, clock), DeviceQueue(), ComputeThread(), clock
+    def __init__(
+        self,
+        load: Callable[[Key], Engine] | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        thread: ComputeThread | None = None,
+    ):
+        self.pool, self.queue, self.clock = Pool(load, clock), DeviceQueue(), clock
+        self.thread = thread or ComputeThread()
 
-    def run(self, question: Question, stop: threading.Event | None = None) -> Iterator[object]:
+    def run(self, question: Question, stop: Stop | None = None, address: str = "") -> Iterator[object]:
         """Yield `Waiting` until it is the question's turn, then all that it yields; nothing more once `stop` is set.
+        `address`: where it comes from, for a line that is fair.
 
         The first event comes before any waiting, so that whoever listens can already stop it.
         """
         stop = stop or threading.Event()
-        with self.queue.turn() as turn:
+        with self.queue.turn(address) as turn:
             if (turn.position == 0 or getattr(question, "patient", True)) and (yield from self._wait(turn, stop)):
-                lease = Lease(self, question.device, stop)
-                yield from self.thread.run(self._answer(question, lease), lease.aside)
+                yield from self.compute(question, stop)
 
-    def _wait(self, turn: Turn, stop: threading.Event) -> Generator[Waiting, None, bool]:
-        """Returns False when stopped before it is the question's turn."""
-        started = self.clock()
-        yield Waiting(seconds=0.0, position=turn.position)
-        while not turn.wait(POLL_SECONDS):
-            if stop.is_set():
-                return False
-            yield Waiting(seconds=round(self.clock() - started, 1), position=turn.position)
+    def compute(self, question: Question, stop: Stop) -> Iterator[object]:
+        """Yield what a question whose turn it is yields. Raises Stuck when it hangs: what was loaded is let go then."""
+        self.pool.begin()
+        lease = Lease(self, question.device, _Asked(stop, self.thread))
+        try:
+            yield from self.thread.run(self._answer(question, lease), lease.aside)
+        except Stuck:
+            hung, self.pool = self.pool, self.pool.emptied()
+            hung.forget()
+            raise
+
+    def _wait(self, turn: Turn, stop: Stop) -> Generator[Waiting, None, bool]:
+        """Tell the position whenever it has changed. Returns False when stopped before it is the question's turn."""
+        started, told = self.clock(), turn.position
+        yield Waiting(seconds=0.0, position=told)
+        while not turn.wait(POLL_SECONDS, stop.is_set) and not stop.is_set():
+            if (position := turn.position) != told:
+                told = position
+                yield Waiting(seconds=round(self.clock() - started, 1), position=position)
         return not stop.is_set()
 
     def _answer(self, question: Question, lease: Lease) -> Iterator[object]:
@@ -89,10 +116,25 @@ class Machine:
             raise
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A stop that takes being asked for a sign of life: a long prefill asks at every layer."""
+
+    stop: Stop
+    thread: ComputeThread
+
+    def is_set(self) -> bool:
+        self.thread.alive()
+        return self.stop.is_set()
+
+    def set(self) -> None:
+        self.stop.set()
+
+
 class Lease:
     """The device while a question holds it: what the question opens, loads and asks for."""
 
-    def __init__(self, machine: Machine, device: str, stop: threading.Event):
+    def __init__(self, machine: Machine, device: str, stop: Stop):
         self.device, self.stop, self.pool, self.clock = device, stop, machine.pool, machine.clock
         self.find = machine.open
         self.loaded: list[Key] = []  # engines that this question brought into memory
@@ -127,8 +169,9 @@ class Lease:
         yield Loading(contestant=contestant.label, message=note)
         resident = key in self.pool
         if not resident:
-            free = telemetry.free_bytes(key.device)
             prediction = prediction or memory.predict(key.model.shape, contestant.method, tokens=512)
+            self.pool.make_room(key.device, prediction.weights + prediction.scales)
+            free = telemetry.free_bytes(key.device)
             if prediction.total > free:
                 raise OutOfMemory(shortage(contestant.label, prediction.total, free))
             self.loaded.append(key)

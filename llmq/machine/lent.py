@@ -117,7 +117,7 @@ class LentMachine(Machine):
         lent = seconds_for(question)
         stop = Flag(self._flags, number, time.monotonic() + lent - MARGIN_SECONDS)
         try:
-            yield from super().run(question, stop)
+            yield from self.compute(question, stop)
         except UserError as error:
             yield error
         if stop.late:

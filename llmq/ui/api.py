@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sized
+from contextlib import closing, contextmanager
 from typing import Any, Literal
 
 import gradio as gr
@@ -27,12 +27,14 @@ from llmq.fields import Choice, Field, Number, Switch, Text
 from llmq.labs import Answer, Lab, lab_classes
 from llmq.labs.compare import Comparison
 from llmq.machine.door import Question
+from llmq.machine.jobs import Ended
 from llmq.memory import forecast
 from llmq.methods.base import THRESHOLD
 from llmq.summary import RunAnswer, Summary
 from llmq.ui.parts.progress import event_line
 from llmq.ui.shell.endpoints import add_endpoint, name_too_few
-from llmq.ui.shell.state import MAX_SECONDS, AppState
+from llmq.ui.shell.state import AppState
+from llmq.ui.shell.wiring import RUNS
 
 UPDATE_SECONDS = 0.3  # between two messages of progress
 TOLD = {  # of parameters that many endpoints have
@@ -41,7 +43,6 @@ TOLD = {  # of parameters that many endpoints have
     "threshold": "outlier threshold of a method whose name says none; 0 is off",
     "methods": "with commas between them; bnb-int8@0 sets a threshold",
 }
-ASKED_HERE = {"concurrency_limit": 16, "concurrency_id": "runs"}  # as the page's own questions
 
 
 class Api:
@@ -51,10 +52,10 @@ class Api:
         self.state = state
 
     def build(self, page: gr.Blocks) -> None:
-        add_endpoint(page, self.compare, TOLD, **ASKED_HERE)
+        add_endpoint(page, self.compare, TOLD, **RUNS)
         for lab in lab_classes().values():
             if lab.command:
-                add_endpoint(page, self.lab(lab), TOLD, **ASKED_HERE)
+                add_endpoint(page, self.lab(lab), TOLD, **RUNS)
         for function in (self.memory, self.models, self.methods):
             add_endpoint(page, function, TOLD)
         name_too_few(page)
@@ -83,14 +84,15 @@ class Api:
             prompt=prompt, model=model, contestants=_contestants(methods, threshold),
             device=self._device(device),
             sampling=SamplingSettings(max_new_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                      seed=seed, max_seconds=MAX_SECONDS),
+                                      seed=seed),
             schedule=schedule, engine=engine, random_weights=random_weights,
         )  # fmt: skip
         answer = RunAnswer(Run(comparison.settings(), {}), Summary())
         events = face.followed(comparison, self.state.run(comparison, owner), answer)
-        for status in _statuses(events):
-            texts = {label: outcome.text for label, outcome in answer.summary.outcomes.items()}
-            yield {"status": status, "texts": texts}
+        with _unless_found(answer.summary.outcomes):
+            for status in _statuses(events):
+                texts = {label: outcome.text for label, outcome in answer.summary.outcomes.items()}
+                yield {"status": status, "texts": texts}
         yield _whole(answer)
 
     def lab(self, lab: type[Lab]) -> Callable[..., Iterator[dict]]:
@@ -149,8 +151,9 @@ class Api:
                     else:
                         answers[:] = [item]
 
-        for status in _statuses(events()):
-            yield {"status": status}
+        with _unless_found(answers):
+            for status in _statuses(events()):
+                yield {"status": status}
         if not answers:
             raise UserError("stopped before anything was found")
         yield _whole(*answers)
@@ -164,6 +167,16 @@ class Api:
 
 def _contestants(methods: str, threshold: float) -> tuple[Contestant, ...]:
     return Contestant.parse_all(methods, THRESHOLD.check("threshold", threshold))
+
+
+@contextmanager
+def _unless_found(answers: Sized) -> Iterator[None]:
+    """Let a question that was ended early answer with what it found; where that is nothing it says why."""
+    try:
+        yield
+    except Ended:
+        if not answers:
+            raise
 
 
 def _whole(answer: Answer) -> dict:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 import gradio as gr
 
 from llmq.ui.layout import build
+from llmq.ui.shell.ending import serve_until_told
 from llmq.ui.shell.endpoints import fail_briefly, server_options
+from llmq.ui.shell.listening import watched
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
 
-WAITING_RUNS = 32
 CELL_PIXELS = 900  # of the page inside a notebook's cell
+THREADS = 160  # all who wait for the machine have one, and clicks that need no device have the rest
+KEPT_SESSIONS = 100  # of visitors' pages, 0.3 MB each; one who is forgotten goes on with a new one
 QUEUE_POLL_SECONDS = 0.05  # Gradio's 0.001 keeps its idle loop on the GIL a tenth of the time (profiled)
 
 
@@ -26,8 +31,12 @@ def launch(
 ) -> gr.Blocks:
     """Build and serve the page; with `block=False` return at once (tests, notebooks). `mcp`: its endpoints are also
     tools of an MCP server."""
+    os.environ |= {
+        "GRADIO_TEMP_DIR": str(state.folder),  # uploads and downloads go with the server
+        "GRADIO_DEFAULT_CONCURRENCY_LIMIT": "16",  # of each kind of click that needs no device
+        "GRADIO_ANALYTICS_MAX_EVENTS": "1",  # Gradio sums up as many after every event (pandas, holding the GIL)
+    }
     page = build(state)
-    page.queue(max_size=WAITING_RUNS, default_concurrency_limit=16)
     page._queue.sleep_when_free = QUEUE_POLL_SECONDS  # no public setting
     fail_briefly(page)
     page.launch(
@@ -42,12 +51,16 @@ def launch(
         max_file_size=state.access.upload_bytes,
         enable_monitoring=False,
         strict_cors=True,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,
+        max_threads=THREADS,
+        state_session_capacity=KEPT_SESSIONS,
         quiet=not block,
         run_history=False,
         inbrowser=False,
         height=CELL_PIXELS,
-        app_kwargs=server_options(page),
+        app_kwargs=watched(server_options(page), state),
         mcp_server=mcp or None,
     )
+    if block:
+        serve_until_told(page, state)
     return page

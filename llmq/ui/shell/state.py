@@ -1,62 +1,25 @@
-"""What the server holds for its pages between events: who is running what, and how to stop it. No gradio.
-
-A job runs through one function, `run`, given by the composition root: on a shared-GPU host that function is the one
-wrapped so that everything touching the GPU happens inside it.
-"""
+"""What the server holds for its pages between events: how to run and stop a job, and what was found. No gradio."""
 
 from __future__ import annotations
 
 import itertools
 import tempfile
-import threading
-from collections import OrderedDict, deque
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmq.machine.door import Machine, Question
+from llmq.cache import sweep, workplace
+from llmq.machine.door import Question
+from llmq.machine.jobs import Jobs
 from llmq.ui.shell.access import ANYBODY, Access
 
-MAX_SECONDS = 900.0  # one visitor's comparison may hold the device this long, a browser's or a program's
 KEPT_FINDINGS = 32  # outlier reports and readings stay on the server; the browser gets pictures of them
-KEPT_FILES = 256  # written for download; Gradio copies a file when it offers it
+MOST_FILE_BYTES = 1_000_000_000  # of what visitors uploaded and may download
+FOLDER = "llmq-server-"  # what folders of servers begin with
 KEPT_RECORDINGS = 64  # of runs whose page has yet to ask for them
-
-
-class Jobs:
-    """Runs jobs and stops them by name. One object serves every visitor."""
-
-    def __init__(self, machine: Machine | None = None):
-        self.machine = machine or Machine()
-        self._stops: dict[str, set[threading.Event]] = {}
-        self._lock = threading.Lock()
-
-    def run(self, job: Question, owner: str) -> Iterator[object]:
-        """Run `job` for `owner` (a browser session); `stop(owner)` ends it."""
-        with self._stoppable(owner) as stop:
-            yield from self.machine.run(job, stop)
-
-    def stop(self, owner: str) -> int:
-        """Ask every job of `owner` to end; how many there were. Asking twice is harmless."""
-        with self._lock:
-            stops = list(self._stops.get(owner, ()))
-        for stop in stops:
-            stop.set()
-        return len(stops)
-
-    @contextmanager
-    def _stoppable(self, owner: str) -> Iterator[threading.Event]:
-        stop = threading.Event()
-        with self._lock:
-            self._stops.setdefault(owner, set()).add(stop)
-        try:
-            yield stop
-        finally:
-            with self._lock:
-                self._stops[owner].discard(stop)
-                if not self._stops[owner]:
-                    del self._stops[owner]
 
 
 @dataclass
@@ -73,11 +36,14 @@ class AppState:
     methods: tuple[str, ...] = ("fp16", "bnb-int8")
     recorded_runs: dict[str, Path] = field(default_factory=dict)
     recorded_answers: dict[str, Path] = field(default_factory=dict)  # of labs, by kind
+    jobs: Jobs | None = None  # those that `run` runs, where the server is to watch over them
 
     def __post_init__(self):
         self._numbers = itertools.count(1)
-        self._downloads = tempfile.TemporaryDirectory(prefix="llmq-downloads-")
-        self._files: deque[Path] = deque()
+        sweep(Path(tempfile.gettempdir()), FOLDER)
+        opened = ExitStack()
+        self.folder = opened.enter_context(workplace(Path(tempfile.gettempdir()), FOLDER))
+        self.close = weakref.finalize(self, opened.close)  # at the end of the process at the latest
         self._findings: OrderedDict[str, object] = OrderedDict()
         self._recordings: OrderedDict[str, Path] = OrderedDict()
 
@@ -86,11 +52,19 @@ class AppState:
         return f"run-{next(self._numbers)}"
 
     def download_path(self, name: str) -> Path:
-        """Where a file for download is written; the oldest of many are deleted."""
-        self._files.append(Path(self._downloads.name) / name)
-        while len(self._files) > KEPT_FILES:
-            self._files.popleft().unlink(missing_ok=True)
-        return self._files[-1]
+        """Where a file for download is written."""
+        self.prune()
+        return self.folder / name
+
+    def prune(self) -> None:
+        """Delete the oldest files of visitors until MOST_FILE_BYTES are left at most."""
+        found = [(path, path.stat()) for path in self.folder.rglob("*") if path.is_file()]
+        total = sum(stat.st_size for _, stat in found)
+        for path, stat in sorted(found, key=lambda pair: pair[1].st_mtime):
+            if total <= MOST_FILE_BYTES:
+                return
+            path.unlink(missing_ok=True)
+            total -= stat.st_size
 
     def keep(self, finding: object) -> str:
         """Keep a report or a reading for later questions; the oldest of many are forgotten."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmq.machine.jobs import Limits, Visitor
+
 if TYPE_CHECKING:
     import gradio as gr
 
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}
-RUNS = {"concurrency_limit": 16, "concurrency_id": "runs"}  # of whatever asks the machine
+# Whatever asks the machine: all whom its door lets in, and room to refuse the others.
+RUNS = {"concurrency_limit": Limits().pending + 16, "concurrency_id": "runs"}
 
 
-def owner_of(request: gr.Request) -> str:
+def owner_of(request: gr.Request) -> Visitor:
     """Whose question this is: a browser session, or that of a program."""
-    return request.session_hash or "nobody"
+    client = getattr(request, "client", None)
+    return Visitor.of(request.session_hash or "", client.host if client else "")
 
 
 def tell_end(event: gr.events.Dependency, elem_id: str) -> None:

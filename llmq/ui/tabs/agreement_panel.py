@@ -16,7 +16,7 @@ from llmq.ui.parts.controls import whole
 from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.keeping import Keeping
-from llmq.ui.parts.notices import notice
+from llmq.ui.parts.notices import answers, notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.reading_view import reading_view
 from llmq.ui.parts.status import status_line, working
@@ -113,7 +113,7 @@ class AgreementPanel:
                 device=self.state.device,
             )
             yield {self.status: working("Starting"), self.reading: {}, self.drift: gr.Textbox(visible=False)}
-            for item in self.state.run(reading, owner_of(request)):
+            for item in answers(self.state, reading, request):
                 if isinstance(item, Read):
                     read = item
                 elif line := progress_of(item):
@@ -162,7 +162,7 @@ class AgreementPanel:
         cause = None
         try:
             explanation = Explanation.of(read, whole("token", event.position), bool(patch))
-            for item in self.state.run(explanation, owner_of(request)):
+            for item in answers(self.state, explanation, request):
                 if isinstance(item, Cause):
                     cause = item
                     yield self._shown(cause, read)

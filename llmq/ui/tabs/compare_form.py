@@ -6,7 +6,6 @@ from llmq.contestant import Contestant
 from llmq.engine.sampling import MAX_NEW_TOKENS, SamplingSettings
 from llmq.errors import BadChoice
 from llmq.labs.compare import Comparison
-from llmq.ui.shell.state import MAX_SECONDS
 
 LONGEST_ANSWER = 1024  # tokens that the page offers
 NONE = "none"  # in a method field: no contestant
@@ -22,7 +21,6 @@ def comparison_of(
         model=model,
         contestants=tuple(Contestant.parse(name, threshold) for name in methods),
         sampling=SamplingSettings(
-            max_seconds=MAX_SECONDS,
             max_new_tokens=_whole("max_new_tokens", max_new_tokens),
             temperature=temperature,
             top_k=_whole("top_k", top_k),

@@ -170,7 +170,6 @@ class CompareTab:
         keep_in_address(self.link)
         loaded = page.load(self._from_link, None, form, **QUIET)
         loaded.then(None, form, self.link, js=script("link.js"), **QUIET).then(None, js=script("opened.js"), **QUIET)
-        page.unload(self._stop)
 
     def _generate(
         self, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed,

@@ -18,11 +18,11 @@ from llmq.ui.parts.controls import control, value_of
 from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.keeping import Keeping
-from llmq.ui.parts.notices import notice
+from llmq.ui.parts.notices import answers, notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, owner_of, tell_end
+from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 
 
 @dataclass
@@ -113,7 +113,7 @@ class LabsPanel:
         try:
             question = make()
             yield {section.status: working("Starting")}
-            for item in self.state.run(question, owner_of(request)):
+            for item in answers(self.state, question, request):
                 if isinstance(item, RowAnswer):
                     answer = item
                     rows = self._rows(section, answer, kept)

@@ -16,7 +16,7 @@ from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
 from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.keeping import Keeping
-from llmq.ui.parts.notices import notice
+from llmq.ui.parts.notices import answers, notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.story import asked_of, headline, watched_line
 from llmq.ui.parts.watched import refused, watched_view
@@ -167,7 +167,7 @@ class OutliersTab:
             )
             told |= {"asked": asked_of(model, contestant.label, prompt)}
             yield {self.status: told}
-            for item in self.state.run(inspection, owner_of(request)):
+            for item in answers(self.state, inspection, request):
                 if isinstance(item, ReportAnswer):
                     answer = item
                     if answer.report.generated_tokens < new_tokens and not answer.report.stopped:

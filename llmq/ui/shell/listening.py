@@ -1,0 +1,63 @@
+"""Who listens to which answer, read from the web server's requests, so that nobody is computed for who is not there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from urllib.parse import parse_qs
+
+from starlette.middleware import Middleware
+
+from llmq.machine.jobs import Listeners
+from llmq.ui.shell.owner import routes_of
+from llmq.ui.shell.state import AppState
+
+OPEN = re.compile(r".*/gradio_api/heartbeat/(?P<session>[^/]+)")
+BY_NAME = re.compile(r".*/gradio_api/call/(?:v2/)?[^/]+/(?P<session>[^/]+)/?")
+
+
+def watched(options: dict, state: AppState) -> dict:
+    """`options` of the web server, with what watches over the jobs of `state`."""
+    listeners = state.jobs.listeners if state.jobs else Listeners()
+    ears = Middleware(Ears, listeners=listeners, left=state.stop, uploaded=state.prune)
+    return options | {
+        "middleware": [*options.get("middleware", ()), ears],
+        "routes": [*options.get("routes", ()), *(routes_of(state.jobs) if state.jobs else ())],
+    }
+
+
+class Ears:
+    """Stands in front of the server: counts the streams of answers, and calls `left(session)` when a page is closed and
+    `uploaded()` after an upload."""
+
+    def __init__(self, app, listeners: Listeners, left: Callable[[str], object], uploaded: Callable[[], object]):
+        self.app, self.listeners, self.left, self.uploaded = app, listeners, left, uploaded
+        listeners.told = True
+
+    async def __call__(self, scope, receive, send) -> None:
+        session, page = session_of(scope), page_of(scope)
+        try:
+            with self.listeners.listening(session) if session else nullcontext():
+                await self.app(scope, receive, send)
+        finally:
+            if page:
+                self.left(page)
+            if scope.get("method") == "POST" and scope["path"].endswith("/gradio_api/upload"):
+                self.uploaded()
+
+
+def page_of(scope) -> str:
+    """The session of the page that a request holds open; '' for any other request."""
+    found = OPEN.fullmatch(scope["path"]) if scope["type"] == "http" else None
+    return found["session"] if found else ""
+
+
+def session_of(scope) -> str:
+    """Whose answers a request streams; '' for any other request. Who asked without a session has the event's name."""
+    if scope["type"] != "http" or scope["method"] != "GET":
+        return ""
+    if scope["path"].endswith("/gradio_api/queue/data"):
+        return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+    found = BY_NAME.fullmatch(scope["path"])
+    return found["session"] if found else ""

@@ -1,0 +1,189 @@
+"""A server with many visitors, over HTTP: the load script in seconds, who listens, its owner, its health, its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import load_server
+import pytest
+from browser_support import ROOT, wait_for
+from load_server import Visitor
+from test_api import served
+from tiny_runs import light
+
+import app
+from llmq.machine.jobs import Limits
+from llmq.ui.shell import launch
+from llmq.ui.shell.owner import PASSWORD
+from llmq.ui.shell.state import FOLDER
+
+PATIENCE = 60  # seconds until what does not come is a failure
+ENDLESS = "Tell me everything about the sea."
+CALL = "/gradio_api/call/v2/compare"
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    for _ in range(PATIENCE * 20):
+        if condition():
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError("it did not come")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder) -> Iterator[str]:
+    options = app.parse(["--model", str(tiny_folder), "--methods", "fp16,bnb-int8", "--device", "cpu"])
+    before = Visitor.model, Visitor.methods
+    Visitor.model, Visitor.methods = str(tiny_folder), ("fp16", "bnb-int8")
+    launch.KEPT_SESSIONS, kept = 2, launch.KEPT_SESSIONS
+    with light(), served(app.make_state(options)) as address:
+        yield address
+    (Visitor.model, Visitor.methods), launch.KEPT_SESSIONS = before, kept
+
+
+@pytest.fixture
+def quiet_limits(monkeypatch):
+    """Limits that a test need not wait for."""
+    monkeypatch.setattr(app.JOBS, "limits", Limits(unheard_seconds=0.5, pending_an_address=4))
+
+
+def test_a_crowd_sees_no_error_and_nobody_else_s_words(server):
+    """More visitors than the server keeps pages of: whoever is forgotten goes on."""
+    told = load_server.crowd(server, clients=5, seconds=4)
+    assert (told["errors"], told["mixed"], told["said"]) == (0, 0, [])
+    assert told["runs"] and told["clicks"]
+    wait_until(lambda: not list(app.JOBS))
+
+
+def test_stop_frees_the_device(server):
+    assert load_server.stop(server, 2)["stops"] == 2
+    wait_until(lambda: httpx.get(f"{server}/healthz").json()["state"] == "idle")
+
+
+def ask(server: str, tokens: int = 16) -> httpx.Response:
+    """As somebody does who never listens."""
+    asked = {"prompt": ENDLESS, "model": Visitor.model, "methods": "fp16", "max_new_tokens": tokens}
+    return httpx.post(f"{server}{CALL}", json=asked)
+
+
+def test_what_nobody_listens_to_never_has_the_device_and_keeps_nobody_waiting(server, quiet_limits):
+    assert [ask(server).status_code for _ in range(8)] == [200] * 8, "told in the answer, which they never read"
+    ended = Visitor(server).run("Hi")
+    assert (ended.error, len(ended.texts)) == ("", 2)
+    assert all(job.started is None for job in app.JOBS)
+    wait_until(lambda: not list(app.JOBS))
+
+
+def test_whoever_listens_late_is_answered_or_told_why_not(server, quiet_limits):
+    event = ask(server).json()["event_id"]
+    wait_until(lambda: list(app.JOBS))
+    wait_until(lambda: not list(app.JOBS))
+    assert "nobody listened" in httpx.get(f"{server}{CALL}/{event}", timeout=PATIENCE).text
+    event = ask(server, tokens=2).json()["event_id"]
+    assert "event: complete" in httpx.get(f"{server}{CALL}/{event}", timeout=PATIENCE).text
+
+
+def test_a_second_question_of_one_visitor_is_refused_in_a_sentence(server):
+    visitor, told = Visitor(server), []
+
+    def second(value: dict) -> bool:
+        if not told:
+            told.append(visitor.http.post("/gradio_api/queue/join", json=joined(visitor)).status_code)
+        return False
+
+    refused = visitor.run(ENDLESS, 1024, second)
+    assert told == [200] and "still going on; stop it, or wait" in refused.value["notice"]
+    wait_until(lambda: not list(app.JOBS))
+    assert visitor.run("Hi").texts, "the first ended when nobody listened to it any more"
+
+
+def joined(visitor: Visitor) -> dict:
+    data = [ENDLESS, Visitor.model, *Visitor.methods, "none", 6.0, 4, "interleave", 0, 0, 1, 0]
+    number = load_server.dependencies(visitor.address)["generate", "click"]
+    return {"data": data, "fn_index": number, "session_hash": visitor.session, "event_data": None}
+
+
+def test_who_only_opens_and_closes_connections_leaves_nothing_behind(server):
+    """Gradio makes a page for a session whose end the page wants to hear of, and anybody can invent sessions."""
+    dependencies = httpx.get(f"{server}/config").json()["dependencies"]
+    assert dependencies and all(event != "unload" for one in dependencies for _, event in one["targets"])
+
+
+@pytest.mark.parametrize(
+    ("password", "given", "headers", "status"),
+    [
+        (None, "", {}, 404),
+        ("secret", "", {}, 401),
+        ("secret", "wrong", {}, 401),
+        ("secret", "secret", {"Origin": "http://127.0.0.1"}, 403),
+        ("secret", "secret", {}, 200),
+    ],
+)
+@pytest.mark.parametrize("path", ["/jobs", "/jobs/1/end"])
+def test_only_the_owner_sees_and_ends_jobs(path, password, given, headers, status, server, monkeypatch):
+    monkeypatch.delenv(PASSWORD, raising=False)
+    if password:
+        monkeypatch.setenv(PASSWORD, password)
+    method = "POST" if path.endswith("end") else "GET"
+    assert httpx.request(method, server + path, auth=("owner", given), headers=headers).status_code == status
+
+
+def test_the_owner_ends_what_runs_and_the_visitor_is_told(server, monkeypatch):
+    monkeypatch.setenv(PASSWORD, "secret")
+    owner, listed = httpx.Client(base_url=server, auth=("owner", "secret")), []
+
+    def end(value: dict) -> bool:
+        if not listed and any(value.get("texts", ())):
+            listed.extend(owner.get("/jobs").json())
+            owner.post(f"/jobs/{listed[0]['number']}/end")
+        return False
+
+    ended = Visitor(server, 7).run(ENDLESS, 1024, end)
+    assert (listed[0]["question"], listed[0]["address"], listed[0]["waits"]) == ("Comparison", "127.0.1.8", False)
+    assert ended.value["status"] == "Ended early: the owner of this server ended it"
+
+
+def test_health_says_when_a_step_hangs(server, monkeypatch):
+    assert httpx.get(f"{server}/healthz").status_code == 200
+    monkeypatch.setattr(type(app.JOBS.machine.thread), "silent_seconds", 10**6)
+    answer = httpx.get(f"{server}/healthz")
+    assert (answer.status_code, answer.json()["state"]) == (503, "hangs")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_ended_tells_its_visitors_and_leaves_nothing(number, demo, tmp_path):
+    command = [sys.executable, str(ROOT / "app.py"), "--port", "0", "--device", "cpu"]
+    port = app.free_address("127.0.0.1", "0")[1]
+    command[3] = str(port)
+    address, said = f"http://127.0.0.1:{port}", []
+    with tempfile.TemporaryFile("w+") as log:
+        ours = os.environ | {"TMPDIR": str(tmp_path)}
+        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=ours)
+        try:
+            wait_for(address, server, log)
+            assert len(list(tmp_path.glob(f"{FOLDER}*"))) == 1
+            monkeyed = Visitor(address)
+            monkeyed.model, monkeyed.methods = "demo", ("fp16", "llm-int8")
+
+            def end(value: dict) -> bool:
+                if not said and any(value.get("texts", ())):
+                    said.append(server.send_signal(number))
+                return False
+
+            ended = monkeyed.run(ENDLESS, 512, end)
+            assert ended.value["status"] == "Ended early: the server is ending"
+            assert server.wait(PATIENCE) == 0
+        finally:
+            server.kill()
+            server.wait()
+        log.seek(0)
+        assert "Traceback" not in log.read()
+    assert not list(Path(tmp_path).glob(f"{FOLDER}*"))
