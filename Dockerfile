@@ -26,5 +26,5 @@ RUN python -m compileall -q app.py llmq \
 VOLUME /cache
 USER 10001:10001
 EXPOSE 7860
-HEALTHCHECK --start-period=2m CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:7860/')"]
+HEALTHCHECK --start-period=2m CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:7860/healthz')"]
 CMD ["python", "app.py"]

@@ -25,7 +25,7 @@ from llmq.stored import MOST_BYTES
 from llmq.ui.shell.access import ANYBODY, Access, is_open
 from llmq.ui.shell.guard import HEADERS
 from llmq.ui.shell.guesses import AT_ONCE, EVERY_SECONDS
-from llmq.ui.shell.state import KEPT_FILES, KEPT_FINDINGS
+from llmq.ui.shell.state import KEPT_FINDINGS, MOST_FILE_BYTES
 from llmq.ui.tabs.compare_tab import LONGEST_REPLAY, MOST_EVENTS, MOST_TOKENS, CompareTab
 from llmq.ui.tabs.fit_tab import answer
 from llmq.ui.tabs.outliers_tab import OutliersTab
@@ -165,7 +165,7 @@ def test_the_document_says_what_is_so():
         assert f"{number:,}" in text
     for size in (ANYBODY.upload_bytes, stranger.upload_bytes):
         assert f"{size // 1_000_000} MB" in text
-    assert f"{MOST_BYTES >> 20} MiB" in text and f"files for download, {KEPT_FILES} at" in text
+    assert f"{MOST_BYTES >> 20} MiB" in text and f"{MOST_FILE_BYTES // 10**9} GB at most, the oldest" in text
     assert f"Outliers tab stay in memory, {KEPT_FINDINGS} at most" in text and all(name in text for name in HEADERS)
     flags = set(re.findall(r"--[a-z][a-z-]+", text))
     assert flags >= {"--share", "--private", "--public", "--allow-models", "--allow-downloads", "--auth"}

@@ -171,11 +171,11 @@ def test_an_event_that_fails_is_a_sentence_and_a_line(caplog, capfd, monkeypatch
     assert "Traceback" not in capfd.readouterr().err
 
 
-def ask(asgi, path: str, **headers) -> httpx.Response:
+def ask(asgi, path: str, method: str = "GET", address: str = "1.1.1.1", **headers) -> httpx.Response:
     async def asking():
-        transport = httpx.ASGITransport(asgi, client=(headers.pop("address", "1.1.1.1"), 5))
+        transport = httpx.ASGITransport(asgi, client=(address, 5))
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            return await client.request(headers.pop("method", "GET"), path)
+            return await client.request(method, path, headers=headers)
 
     return asyncio.run(asking())
 
@@ -191,19 +191,22 @@ def test_guesses_are_slowed_an_address_and_the_right_one_costs_none():
     assert guesses.take("a") == 0.0, "a right password is not counted"
 
 
-def test_whoever_guesses_waits_and_another_address_gets_in():
+@pytest.mark.parametrize(
+    ("path", "method", "refusal"), [("/login", "POST", 400), ("/jobs", "GET", 401), ("/jobs/7/end", "POST", 401)]
+)
+def test_whoever_guesses_waits_and_another_address_gets_in(path, method, refusal):
     """300 guesses took 5 seconds once."""
 
-    async def login(request):
-        return HTMLResponse("", 200 if request.query_params["password"] == "right" else 400)
+    async def asked_for(request):
+        return HTMLResponse("", 200 if request.query_params["password"] == "right" else refusal)
 
-    door = Door(Starlette(routes=[Route("/login", login, methods=["POST"])]), list, Guesses())
+    door = Door(Starlette(routes=[Route(path, asked_for, methods=[method])]), list, Guesses())
 
     def guess(password: str, address: str) -> httpx.Response:
-        return ask(door, f"/login?password={password}", method="POST", address=address)
+        return ask(door, f"{path}?password={password}", method, address, Authorization="Basic ...")
 
     wrong = [guess("wrong", "6.6.6.6") for _ in range(60)]
-    assert sum(answer.status_code == 400 for answer in wrong) == AT_ONCE
+    assert sum(answer.status_code == refusal for answer in wrong) == AT_ONCE
     assert wrong[-1].status_code == 429 and re.search(r"again in \d+ s", wrong[-1].json()["error"])
     assert int(wrong[-1].headers["retry-after"]) >= 1
     assert [guess("right", "1.1.1.1").status_code for _ in range(3 * AT_ONCE)] == [200] * 3 * AT_ONCE

@@ -21,7 +21,7 @@ from tiny_runs import light
 
 import app
 from llmq.machine.jobs import Limits
-from llmq.ui.shell import launch
+from llmq.ui import launch
 from llmq.ui.shell.owner import PASSWORD
 from llmq.ui.shell.state import FOLDER
 

@@ -43,6 +43,8 @@ POLICY = {
 FOREIGN = "this page may be used from its own address only; a proxy in front of it must pass the Host header on"
 TOO_MANY = "too many wrong passwords from your address; try again in {:.0f} s"
 UNUSED = re.compile(r"/(?:gradio_api/(?:proxy=|vibe-|undo-vibe|process_recording|deep_link|dev/)|monitoring)")
+GUESSED = re.compile(r".*/(?:login|jobs(?:/\d+/end)?)/?")  # where a password is given: a visitor's, the owner's
+WRONG = (400, 401)
 NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL}
 MISTAKES = (LookupError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, OverflowError)
 log = logging.getLogger(__name__)
@@ -154,12 +156,13 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if not self._is_own(Headers(scope=scope)):
+        headers = Headers(scope=scope)
+        if not self._is_own(headers):
             return await JSONResponse({"error": FOREIGN}, 403, HEADERS)(scope, receive, send)
         if UNUSED.search(scope["path"]):  # routes of Gradio's that no part of the page asks
             return await JSONResponse({"error": "there is no such address"}, 404, HEADERS)(scope, receive, send)
-        if scope["method"] == "POST" and scope["path"].rstrip("/").endswith("/login"):
-            return await self._login(scope, receive, send)
+        if GUESSED.fullmatch(scope["path"]) and (scope["method"] == "POST" or "authorization" in headers):
+            return await self._guess(scope, receive, send)
         await self.app(scope, receive, send)
 
     def _is_own(self, headers: Headers) -> bool:
@@ -169,14 +172,14 @@ class Door:
         hosts = [headers.get("host"), *headers.get("x-forwarded-host", "").split(","), *self.own_hosts()]
         return urlsplit(origin).netloc.lower() in {host.strip().lower() for host in hosts if host}
 
-    async def _login(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _guess(self, scope: Scope, receive: Receive, send: Send) -> None:
         address = (scope.get("client") or ("",))[0]
         if seconds := self.guesses.take(address):
             headers = HEADERS | {"Retry-After": f"{seconds:.0f}"}
             return await JSONResponse({"error": TOO_MANY.format(seconds)}, 429, headers)(scope, receive, send)
 
         async def heard(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] == 200:
+            if message["type"] == "http.response.start" and message["status"] not in WRONG:
                 self.guesses.give_back(address)
             await send(message)
 
