@@ -144,7 +144,9 @@ def room(tiny_folder, monkeypatch):
 
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: size - used())
     monkeypatch.setattr(telemetry, "used_bytes", lambda device: (used(),))
-    return size, Machine(load), alive
+    machine = Machine(load)
+    machine.pool.most_bytes = size
+    return size, machine, alive
 
 
 def test_two_that_do_not_fit_run_in_turn_each_freed_before_the_next(room, tiny_folder):

@@ -211,7 +211,9 @@ def test_the_closing_line_says_how_it_ended(events, status):
 def test_a_recording_with_an_unknown_method_is_shown():
     names = ["fp16", "mystery-int4"]
     loaded = [Loaded(contestant=name, weight_bytes=100, seconds=0.1) for name in names]
-    found = list(CompareView(names, "run-1", "cpu").updates([*loaded, *(step(name, 0) for name in names)]))
+    written = [step(name, 0) for name in names]
+    ended = [Finished(contestant=name, reason="length") for name in names]
+    found = list(CompareView(names, "run-1", "cpu").updates([*loaded, *written, *ended]))
     assert found[-1]["texts"] == ["a", "a"] and found[-1]["status"] == "Finished."
 
 
