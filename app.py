@@ -25,7 +25,7 @@ from llmq.ui.shell.state import AppState, Jobs  # noqa: E402
 RUNS = Path(__file__).parent / "assets" / "runs"
 ANSWERS = Path(__file__).parent / "assets" / "answers"
 JOBS = Jobs()
-AFTER_THE_PAGE = 5.0  # seconds left to the page and its first run before more is imported
+AFTER_THE_PAGE = 2.0  # seconds left to the page before more is imported, which takes 3 while it is read
 HOSTS = ("SPACE_ID", "COLAB_RELEASE_TAG")  # somebody's machine for a while, with a public address by itself
 MCP_ADVICE = "install it with: pip install 'gradio[mcp]>=6.31,<7'"
 

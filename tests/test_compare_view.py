@@ -109,6 +109,14 @@ def test_updates_are_never_closer_than_their_period():
     assert len(gaps) > 10 and min(gaps) >= UPDATE_SECONDS - 1e-9
 
 
+def test_a_place_in_line_is_told_at_once():
+    """After it nothing may come for minutes."""
+    events = [Waiting(seconds=0.0, position=3), Waiting(seconds=0.1, position=3), Waiting(seconds=0.2, position=2)]
+    updates = CompareView(NAMES, "run-1", "cpu", clock=Clock(0.0)).updates(iter(events))
+    said = [update["status"] for update in updates][:-1]
+    assert said == ["Starting", "Waiting: 3 runs are in front of yours", "Waiting: 2 runs are in front of yours"]
+
+
 def test_the_first_update_empties_the_page_before_anything_happens():
     def never():
         pytest.fail("the first update must not wait for the run")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmq.contestant import Contestant, shown_name
 from llmq.errors import UserError
-from llmq.events import Event, Finished, Loaded, Loading, Planned, Prefilled, Reading, Run, Step
+from llmq.events import Event, Finished, Loaded, Loading, Planned, Prefilled, Reading, Run, Step, Waiting
 from llmq.formatting import shown_coverage
 from llmq.models.presets import model_title
 from llmq.summary import Summary
@@ -56,14 +56,16 @@ class CompareView:
         self._status, self._fraction = "Starting", None
 
     def updates(self, events: Iterable[Event]) -> Iterator[dict]:
-        """What the page should show, at most every UPDATE_SECONDS; the last value is complete. A run that cannot go on
-        ends in a value that says why; one that never began, in a notice."""
+        """What the page should show, at most every UPDATE_SECONDS but for a place in line; the last value is complete.
+        A run that cannot go on ends in a value that says why; one that never began, in a notice."""
         yield self.value()
         last = self.clock()
         try:
             for event in events:
+                said = self._status
                 self._take(event)
-                if self.clock() - last >= UPDATE_SECONDS:
+                waits = isinstance(event, Waiting) and self._status != said  # for long nothing may come after it
+                if waits or self.clock() - last >= UPDATE_SECONDS:
                     yield self.value()
                     last = self.clock()
             self._status = self._closing()
