@@ -132,7 +132,7 @@ def test_the_answer_is_in_view_while_it_comes_and_afterwards(page, address, size
 
 
 def test_generates_side_by_side_and_keeps_the_plot(page, address):
-    open_page(page, address, f"max_new_tokens=160&{PARIS}")
+    open_page(page, address, f"max_new_tokens=320&{PARIS}")
     watch_plot(page)
     generate(page)
     wait_for_text(page)
