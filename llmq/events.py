@@ -245,16 +245,6 @@ class Run:
         return cls(settings, environment, [_event(row, name, number) for number, row in rows[1:]])
 
 
-def is_run(path: Path) -> bool:
-    """Whether a file begins as a saved run does; a lab's answer is one object on many lines. Raises UserError where it
-    cannot be read."""
-    first = next((line for line in read_text(path).split("\n") if line.strip()), "")
-    try:
-        return json.loads(first).get("format") == FORMAT
-    except (ValueError, AttributeError):
-        return False
-
-
 def _parse(line: str, name: str, number: int) -> dict:
     try:
         row = parse_json(line)

@@ -8,6 +8,7 @@ done raises an exception of `llmq.errors`, one line for people: BadChoice (a Val
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,10 @@ from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe, device_named
 from llmq.errors import unknown
-from llmq.events import Event, Run, is_run
+from llmq.events import FORMAT, Event, Run
 from llmq.fields import Field, Switch, Text, fields_of
 from llmq.figures.blocks import Block, Drawing, Table
-from llmq.files import write_text
+from llmq.files import read_text, write_text
 from llmq.formatting import plain_json
 from llmq.labs import Answer, Lab, lab_classes, load_answer, save_answer
 from llmq.labs.compare import Comparison
@@ -210,7 +211,7 @@ def open_model(name: str = "demo", *, random_weights: bool = False, verbose: boo
 
 def load(path: str | Path) -> Finding:
     """Load what `save` or `--save` wrote, to be shown without a model. Raises UserError for a file that is neither."""
-    if not is_run(Path(path)):
+    if not _is_run(Path(path)):
         return Finding(load_answer(Path(path)))
     run = Run.load(path)
     return Finding(RunAnswer(run, Summary(run.replay())))
@@ -269,3 +270,13 @@ def _cut(block: Block) -> Block:
         rest = [f"… {len(block.rows) - ROWS} more", *[""] * (len(block.headers) - 1)]
         return replace(block, rows=[*block.rows[:ROWS], rest])
     return type(block)(f"{block[:CHARACTERS]} …") if isinstance(block, str) and len(block) > CHARACTERS else block
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a file begins as a saved run does; a lab's answer is one object on many lines. Raises UserError where it
+    cannot be read."""
+    first = next((line for line in read_text(path).split("\n") if line.strip()), "")
+    try:
+        return json.loads(first).get("format") == FORMAT
+    except (ValueError, AttributeError):
+        return False

@@ -32,7 +32,7 @@ CHROMIUM_FLAGS = [
     "--no-first-run",
 ]
 START_SECONDS = 300
-PATIENCE = 300_000  # milliseconds until a state that does not come is a failure; other processes may have the cores
+PATIENCE = 60_000  # milliseconds until a state that does not come is a failure; other processes may have the cores
 LOADED = "seed=1"  # a wish in the address: once the form shows it, the form has been filled from the address
 
 # Zoomed to 200 %, a window has half as many pixels each way, and each of them is drawn as four.
