@@ -32,7 +32,7 @@ from llmq.memory import forecast
 from llmq.methods.base import THRESHOLD
 from llmq.summary import RunAnswer, Summary
 from llmq.ui.parts.progress import event_line
-from llmq.ui.shell.endpoints import add_endpoint, name_too_few
+from llmq.ui.shell.endpoints import add_endpoint, name_wrong_values
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import RUNS
 
@@ -58,7 +58,7 @@ class Api:
                 add_endpoint(page, self.lab(lab), TOLD, **RUNS)
         for function in (self.memory, self.models, self.methods):
             add_endpoint(page, function, TOLD)
-        name_too_few(page)
+        name_wrong_values(page)
 
     def compare(
         self, owner: str, prompt: str, model: str = "demo", device: str | None = None, threshold: float = 6.0,

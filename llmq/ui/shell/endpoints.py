@@ -44,13 +44,17 @@ def server_options(page: gr.Blocks) -> dict:
     return {"middleware": [Middleware(Answers)], "lifespan": lifespan}
 
 
-def name_too_few(page: gr.Blocks) -> None:
-    """Say in one line that values given by their place are too few; Gradio's own account of it is a page long."""
+def name_wrong_values(page: gr.Blocks) -> None:
+    """Say in one line that values given by their place are too few, or that one is no number; Gradio's own account of
+    the former is a page long, and of the latter there is none."""
 
     def validate(function, inputs: list) -> None:
         if len(inputs) < len(function.inputs):
             told = f"{function.api_name} takes {len(function.inputs)} values and {len(inputs)} are given"
             raise gr.Error(f"{told}; call/v2/{function.api_name} takes them by name", print_exception=False)
+        for component, value in zip(function.inputs, inputs, strict=False):
+            if isinstance(component, gr.Slider) and type(value) not in (int, float):
+                raise gr.Error(f"{component.label} is {json.dumps(value):.80}; give a number", print_exception=False)
 
     page.validate_inputs = validate  # no public setting
 
