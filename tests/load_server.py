@@ -162,10 +162,11 @@ def alone(address: str) -> dict[str, tuple[str, ...]]:
     return {prompt: Visitor(address).run(prompt).texts for prompt in PROMPTS}
 
 
-def behave(address: str, number: int, until: float, expected: dict, log: Log) -> None:
-    """Be one visitor after the other: run, click, stop, leave."""
+def behave(address: str, number: int, until: float, expected: dict, log: Log, pause: float) -> None:
+    """Be one visitor after the other: read for `pause` seconds at most, then run, click, stop or leave."""
     chance = random.Random(number)
     while time.monotonic() < until:
+        time.sleep(chance.uniform(0, pause))
         visitor, prompt = Visitor(address, number), chance.choice(PROMPTS)
         match chance.choices(("run", "click", "stop", "leave"), (4, 4, 1, 1))[0]:
             case "run":
@@ -185,11 +186,11 @@ def behave(address: str, number: int, until: float, expected: dict, log: Log) ->
         visitor.http.close()
 
 
-def crowd(address: str, clients: int, seconds: float, expected: dict | None = None) -> dict:
+def crowd(address: str, clients: int, seconds: float, expected: dict | None = None, pause: float = 0) -> dict:
     log, expected = Log(), expected or alone(address)
     until = time.monotonic() + seconds
     crew = [
-        threading.Thread(target=behave, args=(address, number, until, expected, log))
+        threading.Thread(target=behave, args=(address, number, until, expected, log, pause))
         for number in range(2, clients + 2)
     ]
     for thread in crew:
@@ -306,11 +307,12 @@ def main() -> None:
     parser.add_argument("plan", choices=("crowd", "hostile", "growth", "stop"))
     parser.add_argument("--clients", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--pause", type=float, default=0, help="crowd: seconds that a visitor reads, at most")
     parser.add_argument("--runs", type=int, default=500)
     parser.add_argument("--visitors", type=int, default=2000)
     given = parser.parse_args()
     plans = {
-        "crowd": lambda: crowd(given.address, given.clients, given.seconds),
+        "crowd": lambda: crowd(given.address, given.clients, given.seconds, pause=given.pause),
         "hostile": lambda: hostile(given.address, given.clients, given.seconds),
         "growth": lambda: growth(given.address, given.runs, given.visitors),
         "stop": lambda: stop(given.address, given.runs),
