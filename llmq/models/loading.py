@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 ROUND_TRIP = "hello world how are you today"  # what a tokenizer must give back, whatever it does to spaces and capitals
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names for one class
-BLOCK_BYTES = 1 << 24  # read at a time
 
 
 @dataclass(frozen=True)
@@ -94,14 +93,6 @@ def folder_of(source: Source) -> Path:
     except OSError as error:
         raise ModelUnavailable(f"cannot read {folder}: {error.strerror or error}") from error
     return folder
-
-
-def read_ahead(source: Source) -> None:
-    """Read the files of the weights and keep nothing of them: what the system keeps of them need not be read again."""
-    for path in folder_of(source).glob("*.safetensors"):
-        with path.open("rb", buffering=0) as file:
-            while file.read(BLOCK_BYTES):
-                pass
 
 
 def revision_of(source: Source) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from llmq.models.config import PlainConfig
 
+BLOCK_BYTES = 1 << 24  # read at a time
+
 
 def open_model(name: str, *, random_weights: bool = False) -> Model:
     """Find the model that `name` means: a preset, a hub id or a local folder; with `random_weights` a preset's shape.
@@ -58,7 +60,10 @@ class Model:
 
     def read_ahead(self) -> None:
         """Read the weights' files once, so that the system has them in memory when they are loaded."""
-        loading.read_ahead(self.source)
+        for path in loading.folder_of(self.source).glob("*.safetensors"):
+            with path.open("rb", buffering=0) as file:
+                while file.read(BLOCK_BYTES):
+                    pass
 
     def edited(self, edit: Edit | None) -> Model:
         """Return the same model with changed weights."""
