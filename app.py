@@ -87,8 +87,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what visitors may open besides the presets, comma-separated: hub ids, folders",
     )  # fmt: skip
     parser.add_argument(
-        "--allow-downloads", metavar="GB", default="0",
-        help="the most that one model may take from the hub for a visitor (default: 0)",
+        "--allow-downloads", metavar="SIZE", default="0",
+        help="the most that one model may take from the hub for a visitor, such as 3GB (default: 0)",
     )  # fmt: skip
     parser.add_argument(
         "--max-memory", metavar="SIZE", help="most that loaded models may take, 8GB (default: a share of what is free)"
@@ -107,19 +107,12 @@ def access_for(options: argparse.Namespace, model: str) -> Access:
     reached = is_open(options.host, share=options.share, hosted=is_hosted())
     if options.private or not (options.public or reached):
         return ANYBODY
+    from llmq.cards import device_bytes
+
     named = [name.strip() for name in f"{model},{options.allow_models}".split(",")]
-    return Access.of_strangers(tuple(filter(None, named)), parse_gigabytes(options.allow_downloads))
-
-
-def parse_gigabytes(text: str) -> int:
-    """An amount in GB of 1e9 as bytes."""
-    try:
-        size = round(float(text) * 1e9)
-    except (ValueError, OverflowError):
-        size = -1
-    if size < 0:
-        raise UserError(f"--allow-downloads is {text!r:.80}; choose a number of GB, or 0 for none")
-    return size
+    size = options.allow_downloads
+    most = 0 if size == "0" else int(device_bytes(size, "--allow-downloads"))
+    return Access.of_strangers(tuple(filter(None, named)), most)
 
 
 def make_state(options: argparse.Namespace, run=run_job) -> AppState:
@@ -140,7 +133,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
         open_model(name)
     JOBS.machine.open = access.open_model
     if options.max_memory:
-        JOBS.machine.pool.most_bytes = int(device_bytes(options.max_memory))
+        JOBS.machine.pool.most_bytes = int(device_bytes(options.max_memory, "--max-memory"))
     return AppState(
         run=run,
         stop=JOBS.stop,

@@ -56,9 +56,9 @@ CARDS: dict[str, Card] = {
 AMOUNT = re.compile(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([a-z]*)", re.IGNORECASE)
 
 
-def device_bytes(text: str) -> float:
+def device_bytes(text: str, named: str = "device memory") -> float:
     """Return the bytes of a card ('rtx-4080'), of an amount with its unit ('16GiB', '16 GB'), or of a plain number,
-    which counts GB of 1e9. Raises BadChoice."""
+    which counts GB of 1e9. Raises BadChoice, which calls it `named`."""
     said = text.strip()
     if card := CARDS.get(said.lower()):
         return float(card.bytes)
@@ -66,7 +66,7 @@ def device_bytes(text: str) -> float:
     size = float(found[1]) * UNITS.get(found[2].upper(), math.nan) if found else math.nan
     if not 0 < size <= 1e18:
         raise BadChoice(
-            f"device memory is {text!r:.80}; choose a number over 0 in GB (1e9), an amount with its unit such as "
+            f"{named} is {text!r:.80}; choose a number over 0 in GB (1e9), an amount with its unit such as "
             "16GiB, or a card such as rtx-4080"
         )
     return size

@@ -73,8 +73,10 @@ def test_the_owner_names_what_else_may_be_opened(tiny_folder):
     assert set(access.models) == free | {"meta/one", str(tiny_folder), "llama-3.1-8b-instruct"}
     assert (access.fetching.most_bytes, access.fetching.token) == (1_500_000_000, False)
     assert access.open_model(str(tiny_folder)).config.hidden_size == 32
-    with pytest.raises(UserError, match="'much'; choose a number of GB"):
-        app.parse_gigabytes("much")
+    assert app.access_for(app.parse(flags), "demo").fetching.most_bytes == 0
+    for wrong in ("much", "-1"):
+        with pytest.raises(UserError, match=f"--allow-downloads is '{wrong}'; choose a number over 0 in GB"):
+            app.access_for(app.parse([*flags, f"--allow-downloads={wrong}"]), "demo")
 
 
 @pytest.mark.parametrize("name", HIDDEN)
