@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import yaml
-from browser_support import ROOT, compare_inputs, press_stop, raw_messages, running_app
+from browser_support import ROOT, compare_inputs, new_tab, open_page, press_stop, raw_messages, running_app
 from huggingface_hub import SpaceCardData, SpaceHardware
 from packaging.requirements import Requirement
 from space_stand_in import environment, lending_host
@@ -92,3 +92,20 @@ def test_a_space_starts_runs_stops_and_runs_again(space, host):
     assert host.wait_for("/release", 2, SOON)
     assert [loan["durationSeconds"] for loan in host.queries("/schedule")] == ["120", "29"]
     assert {release["fail"] for release in host.queries("/release")} == {"false"}
+
+
+@pytest.mark.demo
+@pytest.mark.browser
+def test_stop_on_a_spaces_page_ends_the_fork_and_keeps_the_text(space, host, browser):
+    before, page = host.times("/release"), new_tab(browser)
+    open_page(page, space, "max_new_tokens=1024&prompt=Tell+a+long+story.")
+    page.locator("#generate").click()
+    page.wait_for_function(
+        "document.querySelector('#compare-view').dataset.state === 'running' "
+        "&& (document.querySelector('#pane-0')?.textContent || '').length > 20"
+    )
+    page.locator("#stop").click()
+    assert host.wait_for("/release", before + 1, SOON), "the fork goes on"
+    page.wait_for_function("/^Stopped\\./.test(document.querySelector('#status').textContent)")
+    assert len(page.locator("#pane-0").inner_text()) > 20
+    page.close()
