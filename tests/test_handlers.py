@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
@@ -413,6 +414,21 @@ def test_files_of_visitors_do_not_pile_up(monkeypatch):
     upload.write_text("12345")
     state.prune()
     assert [path.exists() for path in (*paths, upload)] == [False, False, True, True]
+
+
+def test_a_file_that_goes_while_files_are_counted_costs_nobody_a_result(monkeypatch):
+    state = AppState(run=lambda job, owner: iter(()), stop=lambda owner: 0, device="cpu", device_label="CPU")
+    (state.folder / "theirs").write_bytes(b"x")
+    whole = Path.is_file
+
+    def goes(path: Path) -> bool:
+        found = whole(path)
+        path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_file", goes)
+    assert state.download_path("mine").parent == state.folder and not (state.folder / "theirs").exists()
+    state.close()
 
 
 def test_what_is_no_longer_kept_is_not_saved():

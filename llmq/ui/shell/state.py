@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +58,10 @@ class AppState:
 
     def prune(self) -> None:
         """Delete the oldest files of visitors until MOST_FILE_BYTES are left at most."""
-        found = [(path, path.stat()) for path in self.folder.rglob("*") if path.is_file()]
+        found = []
+        for path in self.folder.rglob("*"):
+            with suppress(FileNotFoundError):  # another visitor's file, or Gradio's, may go meanwhile
+                found += [(path, path.stat())] if path.is_file() else []
         total = sum(stat.st_size for _, stat in found)
         for path, stat in sorted(found, key=lambda pair: pair[1].st_mtime):
             if total <= MOST_FILE_BYTES:
