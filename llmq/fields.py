@@ -48,7 +48,8 @@ class Kind:
 @dataclass(frozen=True)
 class Number(Kind):
     """A number from `low` to `high`. `whole`: no fractions; `infinite`: also 'inf'; `zero`: what 0 means, in a word;
-    `optional`: None is a value too. `shown`: the largest value that a slider offers; `step`: between its stops."""
+    `optional`: None is a value too, which `none` is the word for. `shown`: the largest value that a slider offers;
+    `step`: between its stops."""
 
     low: float
     high: float
@@ -56,10 +57,13 @@ class Number(Kind):
     infinite: bool = False
     zero: str = ""
     optional: bool = False
+    none: str = ""
     shown: float | None = None
     step: float | None = None
 
-    def parse(self, name: str, text: str) -> float:
+    def parse(self, name: str, text: str) -> float | None:
+        if self.none and text == self.none:
+            return None
         try:
             value = float(text)
         except (TypeError, ValueError):
@@ -78,11 +82,11 @@ class Number(Kind):
     def _refusal(self, name: str, value: Any) -> BadChoice:
         kind, low = "whole number" if self.whole else "number", f"{self.low:g}"
         low += f" ({self.zero})" if self.zero and self.low == 0 else ""
-        end = ", or inf" if self.infinite else ""
+        end = ", or inf" if self.infinite else f", or {self.none}" if self.none else ""
         return BadChoice(f"{name} is {value!r:.80}; choose a {kind} from {low} to {self.high:.12g}{end}")
 
-    def spell(self, value: float) -> str:
-        return f"{value:g}"
+    def spell(self, value: float | None) -> str:
+        return self.none if value is None else f"{value:g}"
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,14 @@ class Switch(Kind):
     """On or off. A switch that is on by default has the flag --no-…"""
 
     holds: ClassVar[type] = bool
+
+    def parse(self, name: str, text: str) -> bool:
+        if text.strip().lower() not in ("on", "off", "true", "false"):
+            raise BadChoice(f"{name} is {text!r:.80}; choose on or off")
+        return text.strip().lower() in ("on", "true")
+
+    def spell(self, value: bool) -> str:
+        return "on" if value else "off"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from llmq.machine.door import Lease, Machine
 from llmq.methods import METHODS, parse_method
 from llmq.methods.calibrate import FOLDER, Calibration, ChannelMaximum, save_statistics
 from llmq.methods.layers.naive_linear import NaiveLinear
-from llmq.methods.smoothquant import SmoothQuant
+from llmq.methods.smoothquant import SmoothQuant, factors
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -69,8 +69,8 @@ def test_a_channel_nobody_uses_and_one_without_weights_are_left_alone():
     linear, x = with_outlier()
     x[:, 3] = 0
     linear.weight.data[:, 7] = 0
-    factors = SmoothQuant().factors(x.abs().amax(0), linear.weight.data)
-    assert factors[3] == factors[7] == 1 and factors.isfinite().all() and (factors > 0).all()
+    found = factors(x.abs().amax(0), linear.weight.data, 0.5)
+    assert found[3] == found[7] == 1 and found.isfinite().all() and (found > 0).all()
 
 
 def test_a_calibration_sees_every_input_and_leaves_no_hook():
@@ -153,7 +153,7 @@ def test_statistics_that_travel_with_a_checkpoint_are_used(tmp_path, tiny_folder
     assert list(lease(Machine()).calibrate(key)) == []
     layer = Machine().pool.get(key)[0].model.model.layers[0].mlp.up_proj
     weight = tiny_llama().half().float().model.layers[0].mlp.up_proj.weight
-    expected = key.method.factors(torch.full((32,), 3.0), weight)
+    expected = factors(torch.full((32,), 3.0), weight, 0.5)
     assert torch.allclose(layer.factors, expected, rtol=1e-3)
 
 

@@ -39,6 +39,47 @@ class ChannelMaximum:
         return self._largest.cpu()
 
 
+class InputSample(ChannelMaximum):
+    """The largest |x| of every input channel, then some rows of the input, spread evenly over each call: (1 + rows,
+    in_features) float32."""
+
+    ROWS = 64  # of a call
+
+    def __init__(self):
+        super().__init__()
+        self._rows: list[torch.Tensor] = []
+
+    def update(self, x: torch.Tensor) -> None:
+        super().update(x)
+        rows = x.reshape(-1, x.shape[-1])
+        self._rows.append(rows[:: -(-len(rows) // self.ROWS)].float().cpu())
+
+    def result(self) -> torch.Tensor:
+        import torch
+
+        return torch.cat((super().result()[None], *self._rows))
+
+
+class SecondMoments:
+    """The mean of |x| and of xᵀ x: (1 + in_features, in_features) float32; the first row is the former."""
+
+    def __init__(self):
+        self._sum: torch.Tensor | None = None
+        self._rows = 0
+
+    def update(self, x: torch.Tensor) -> None:
+        import torch
+
+        rows = x.reshape(-1, x.shape[-1]).float()
+        found = torch.cat((rows.abs().sum(0, keepdim=True), rows.T @ rows))
+        self._sum = found if self._sum is None else self._sum.add_(found)
+        self._rows += len(rows)
+
+    def result(self) -> torch.Tensor:
+        assert self._sum is not None, "the layer was never run"
+        return (self._sum / self._rows).cpu()
+
+
 class Calibration:
     """Watches every linear layer that `method` quantizes, inside the `with` block only; no hook is left afterwards."""
 

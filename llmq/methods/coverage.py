@@ -41,21 +41,21 @@ class Coverage:
 
 
 def coverage(model) -> Coverage:
-    """Count a loaded model, or the weights of a lean engine. Converted is what takes one byte a number."""
+    """Count a loaded model, or the weights of a lean engine. Converted is what takes a byte a number, or less."""
     return _counted(_lean(model) if hasattr(model, "parts") else _parameters(model))
 
 
 def predicted_coverage(meta_model: nn.Module, method: Method) -> Coverage:
     """What `method` will convert, from a dense model on the meta device."""
     converted = {id(layer.weight) for layer in replaced_layers(meta_model, method) if method.bits <= 8}
-    return _counted((name, w, linear, id(w) in converted) for name, w, linear, _ in _parameters(meta_model))
+    return _counted((name, w, size, linear, id(w) in converted) for name, w, size, linear, _ in _parameters(meta_model))
 
 
 def _counted(weights) -> Coverage:
     numbers, names, linear, converted = {}, {}, set(), set()
-    for name, weight, is_linear, is_converted in weights:
+    for name, weight, numbers_in_it, is_linear, is_converted in weights:
         key = id(weight)  # a tied weight has two places
-        numbers[key] = math.prod(weight.shape)
+        numbers[key] = numbers_in_it
         names.setdefault(key, re.sub(r"\d+", "N", name))
         linear |= {key} if is_linear else set()
         converted |= {key} if is_converted else set()
@@ -70,10 +70,13 @@ def _parameters(model: nn.Module):
     for place, module in model.named_modules():
         for name, weight in module.named_parameters(place, recurse=False):
             linear = weight.ndim > 1 and not isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
-            yield name, weight, linear, weight.element_size() == 1
+            packed = linear and isinstance(module, nn.Linear)  # several numbers may share a byte
+            size = module.out_features * module.in_features if packed else weight.numel()
+            yield name, weight, size, linear, weight.element_size() == 1
 
 
 def _lean(weights):
     for part in weights.parts():
         linear = len(part.shape) > 1 and (part is not weights.embedding or part is weights.head)
-        yield "head" if part is weights.head else "layers", part, linear, getattr(part, "absmax", None) is not None
+        converted = getattr(part, "absmax", None) is not None
+        yield "head" if part is weights.head else "layers", part, math.prod(part.shape), linear, converted

@@ -1,7 +1,8 @@
 """LLM.int8() and int8 weight-only, our own: bitsandbytes' codes and scales, multiplied by `llmq.kernels`.
 
 With int8 weights the decomposition needs no second matrix: an outlier activation keeps its 16 bits and meets the same
-int8 weight as everybody else.
+int8 weight as everybody else. The paper's formula lets it meet the 16-bit weight: `outlier_weights=16` does, with that
+weight beside the codes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method
+from llmq.fields import Choice
+from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method, WeightBytes
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +39,11 @@ class Int8Weights(Method):
 
 @dataclass(frozen=True)
 class LlmInt8(Int8Weights):
-    """LLM.int8(): int8 activations too, with outlier columns apart; a `threshold` of 0 turns the decomposition off."""
+    """LLM.int8(): int8 activations too, with outlier columns apart; a `threshold` of 0 turns the decomposition off.
+    `outlier_weights`: bits of the weights that outliers meet."""
 
     threshold: Annotated[float, THRESHOLD] = DEFAULT_THRESHOLD
+    outlier_weights: Annotated[str, Choice(("8", "16"), help="Bits of the weights that outlier columns meet.")] = "8"
     name, label = "llm-int8", "int8 · ours"
     about = (
         "The same codes, scales and outliers as bitsandbytes, in kernels that never wait for the host: an outlier "
@@ -48,10 +52,27 @@ class LlmInt8(Int8Weights):
     source = "Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 3"
     live = frozenset({"threshold"})
 
+    @property
+    def packed(self) -> str | None:
+        """Our loops keep no second matrix."""
+        return "int8" if self.outlier_weights == "8" else None
+
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         on_cpu = device.startswith("cpu")
         products = "done as FP32 matrix products" if on_cpu and loop == "hf" else "summed exactly in integers"
-        return f"{self._stored}; int8 products {products}; outliers keep FP16, summed with them"
+        outliers = "keep FP16" if self.outlier_weights == "8" else "and the weights they meet keep FP16"
+        return f"{self._stored}; int8 products {products}; outliers {outliers}, summed with them"
+
+    def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
+        from llmq.methods.layers.int8_linear import ExactOutliersLinear
+
+        if self.outlier_weights == "8":
+            return super().quantize(linear)
+        return ExactOutliersLinear.over(linear, self.threshold)
+
+    def bytes(self, shape: tuple[int, int]) -> WeightBytes:
+        codes = super().bytes(shape)
+        return codes if self.outlier_weights == "8" else WeightBytes(3 * codes.weights, codes.scales)
 
     def apply_(self, model: nn.Module) -> None:
         from llmq.methods.layers.int8_linear import Int8Linear

@@ -7,7 +7,7 @@ one scale for each row of the activations and each output row of the weight. Bot
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from llmq.methods.base import Method, WeightBytes
 
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Naive(Method):
-    """`by_row`: a scale a row, else one a tensor. `weights`, `activations`: which of the two are in 8 bit; the other
-    stays in FP32, as everything else does."""
+    """`group`: how many numbers of a row share a scale; 0 a whole row, None the tensor. `weights`, `activations`: which
+    of the two are in 8 bit; the other stays in FP32, as everything else does."""
 
     dtype = "float32"
     emulated = True
-    by_row = False
+    group: ClassVar[int | None] = None
     weights = activations = True
 
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         weights = "int8 linear weights" if self.weights else "FP32 linear weights"
         activations = "int8 activations" if self.activations else "FP32 activations"
-        scales = "one scale a row" if self.by_row else "one scale a tensor"
+        scales = "one scale a tensor" if self.group is None else "one scale a row"
+        scales = f"one scale for {self.group} numbers of a row" if self.group else scales
         return f"emulated, so its speed means nothing: {weights}, {activations}, {scales}; codes multiplied in FP32"
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
@@ -39,7 +40,8 @@ class Naive(Method):
         return NaiveLinear.over(linear, self)
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
-        return super().bytes(shape if self.by_row else (1, shape[0] * shape[1]))
+        groups = 1 if self.group is None else shape[0] * -(-shape[1] // (self.group or shape[1]))
+        return WeightBytes(shape[0] * shape[1], 4 * groups)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Vectorwise(Naive):
         "decomposition. Emulated."
     )
     source = "Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 3.1"
-    by_row = True
+    group = 0
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,26 @@ class Int8Linear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 
+class ExactOutliersLinear(Int8Linear):
+    """Outlier columns meet the 16-bit weights, `exact` (out, in), as in equation 8 of the paper: what rounding changed
+    in those columns of the weight is added back. `exact` is a buffer: it is stored, and it is not what is converted."""
+
+    @classmethod
+    def over(cls, linear: nn.Linear, threshold: float | None) -> ExactOutliersLinear:
+        if linear.weight.dtype == torch.int8:
+            raise BadChoice("outlier_weights=16 needs weights of 16 bit, and this checkpoint holds int8: choose 8")
+        made = super().over(linear, threshold)
+        made.register_buffer("exact", linear.weight.data)
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        y, columns = super().forward(x), self.outlier_marks.nonzero().view(-1)
+        rounded = self.weight[:, columns] * (self.absmax / 127)[:, None]
+        lost = self.exact[:, columns].float() - rounded
+        return (y + x[..., columns].float() @ lost.T).to(y.dtype)
+
+
 class Int8Embedding:
     """A table of int8 rows, each with its scale. `weight`: int8 (vocabulary, width), `absmax`: float32 (vocabulary,);
     a tied head has the same two. Mixed in before the embedding's own class, which sees the rows that are looked up, in

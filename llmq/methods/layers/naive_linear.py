@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class NaiveLinear(nn.Linear):
-    """`weight`: int8 codes (out, in) with `absmax` float32 (out, 1) or (1, 1), or the FP32 weight with `absmax` None.
+    """`weight`: int8 codes (out, in) with `absmax` float32 (out, groups) or (1, 1), or the FP32 weight and None.
     `factors`: float32 (in,), which the input is divided by and the weight was multiplied by; None without smoothing.
 
     `absmax` is no buffer, so that bytes of weights and of scales stay apart. A subclass of `nn.Linear`, so that hooks
@@ -33,7 +33,7 @@ class NaiveLinear(nn.Linear):
         """`linear` under `method`, on its device; behind smoothing where there are `factors`."""
         weight, absmax = linear.weight.data if factors is None else linear.weight.data.float() * factors, None
         if method.weights:
-            codes, absmax = rounded(weight, by_row=method.by_row)
+            codes, absmax = rounded(weight, method.group)
             weight = codes.to(torch.int8)
         made = cls(weight, absmax, linear.bias, method)
         made.factors = factors
@@ -45,19 +45,33 @@ class NaiveLinear(nn.Linear):
         if self.factors is not None:
             rows = rows / self.factors
         if self.method.activations:
-            rows, scale = rounded(rows, by_row=self.method.by_row)
-            scale = scale / 127
-        y = functional.linear(rows, self.weight.float())
-        if scale is not None:
-            y = y * scale
-        if self.absmax is not None:
-            y = y * (self.absmax.T / 127)
+            rows, scale = rounded(rows, self.method.group)
+        if self.method.group:  # products of different groups have different scales
+            y = functional.linear(self._scaled(rows, scale), self._scaled(self.weight, self.absmax))
+        else:
+            y = functional.linear(rows, self.weight.float())
+            y = y if scale is None else y * (scale / 127)
+            y = y if self.absmax is None else y * (self.absmax.T / 127)
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+    def _scaled(self, codes: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        return codes * spread(absmax / 127, self.method.group, self.in_features)
 
-def rounded(x: torch.Tensor, *, by_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, columns) float32 -> codes in [-127, 127], still float32, and absmax (rows, 1) or (1, 1): x is about
-    codes · absmax / 127. Zeros get codes of 0."""
-    absmax = x.abs().amax(1, keepdim=True) if by_row else x.abs().amax().view(1, 1)
-    return torch.round(x * torch.where(absmax > 0, 127 / absmax, 0.0)), absmax
+
+def rounded(x: torch.Tensor, group: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, columns) float32 -> codes in [-127, 127], still float32, and absmax: x is about codes · absmax / 127. One
+    absmax for every `group` columns of a row, (rows, groups); for a row where it is 0; for all, (1, 1), where it is
+    None. Zeros get codes of 0."""
+    if group is None:
+        absmax = x.abs().amax().view(1, 1)
+    else:
+        width = group or x.shape[1]
+        absmax = functional.pad(x.abs(), (0, -x.shape[1] % width)).view(len(x), -1, width).amax(2)
+    per_code = torch.where(absmax > 0, 127 / absmax, 0.0)
+    return torch.round(x * spread(per_code, group, x.shape[1])), absmax
+
+
+def spread(values: torch.Tensor, group: int | None, columns: int) -> torch.Tensor:
+    """To every column its group's value."""
+    return values.repeat_interleave(group, 1)[:, :columns] if group else values

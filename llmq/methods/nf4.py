@@ -1,0 +1,69 @@
+"""NF4 by bitsandbytes: 4-bit codes that stand for 16 quantiles of a normal distribution, a scale for 64 numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmq.methods.base import Method, WeightBytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BLOCK = 64  # numbers that share a scale, bitsandbytes' default
+
+
+@dataclass(frozen=True)
+class Nf4(Method):
+    name, label = "nf4", "NF4 · bitsandbytes"
+    about = (
+        "4-bit weights whose 16 values are quantiles of a normal distribution, with a scale for every 64 numbers, "
+        "unpacked to 16 bit where they are multiplied."
+    )
+    source = "Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3"
+    bits = 4
+    dtype = "bfloat16"
+
+    def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
+        return "NF4 linear weights, unpacked to BF16; BF16 embedding, norms, head and activations"
+
+    def load_arguments(self, device: str) -> dict[str, Any]:
+        """On a GPU bitsandbytes quantizes weight by weight on the way in."""
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        if device.startswith("cpu"):
+            return super().load_arguments(device)
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        return super().load_arguments(device) | {"quantization_config": config}
+
+    def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
+        """A Linear4bit with the weight of `linear`; one that is there already stays."""
+        import bitsandbytes as bnb
+        import torch
+
+        if isinstance(linear, bnb.nn.Linear4bit):
+            return linear
+        with torch.device("meta"):
+            made = bnb.nn.LinearNF4(
+                linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=torch.bfloat16
+            )
+        made.weight = bnb.nn.Params4bit(
+            linear.weight.data,
+            requires_grad=False,
+            compress_statistics=False,
+            quant_type="nf4",
+            blocksize=BLOCK,
+            module=made,
+        ).to(linear.weight.device)
+        made.bias = linear.bias
+        return made.eval()
+
+    def bytes(self, shape: tuple[int, int]) -> WeightBytes:
+        numbers = shape[0] * shape[1]
+        return WeightBytes(-(-numbers // 2), 4 * -(-numbers // BLOCK))
+
+    def scale_bytes(self, model: nn.Module) -> int:
+        states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
+        return sum(state.absmax.nbytes for state in states if state is not None)
