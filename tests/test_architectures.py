@@ -105,11 +105,18 @@ def converted(model_type: str, folder, method: str) -> nn.Module:
     """The model under a method that rounds no activation: all columns are outliers where it has a threshold."""
     method, models = METHODS[method], dense(model_type, folder)
     model = copy.deepcopy(models.get(getattr(torch, method.dtype), models[torch.float32]))
-    widths = {n: m.weight.shape[0 if is_conv1d(m) else 1] for n, m in linear_layers(model)}
-    model = method.quantize_(model, "cpu", {name: torch.ones(width) for name, width in widths.items()})
+    statistics = {name: seen_ones(method, layer) for name, layer in linear_layers(model) if method.calibrated}
+    model = method.quantize_(model, "cpu", statistics)
     if "threshold" in method.live:
         replace(method, threshold=1e-6).apply_(model)
     return model
+
+
+def seen_ones(method, layer: nn.Module) -> torch.Tensor:
+    """What the calibration of a layer finds whose inputs are all 1."""
+    observer = method.observer(layer)
+    observer.update(torch.ones(2, layer.weight.shape[0 if is_conv1d(layer) else 1]))
+    return observer.result()
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +204,13 @@ def test_a_setting_of_each_layer_is_not_known(model_type):
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma", "mixtral", "opt"])
 @pytest.mark.parametrize("method", METHODS)
-def test_coverage_counts_what_is_stored_in_one_byte(model_type, method, folders):
+def test_coverage_counts_what_is_stored_in_a_byte_or_less(model_type, method, folders):
     dense(model_type, folders(model_type))
     model = converted(model_type, folders(model_type), method)
-    found = coverage(model)
-    assert found.all_weights == sum(p.numel() for p in model.parameters())
-    assert found.converted_weights == sum(p.numel() for p in model.parameters() if p.dtype == torch.int8)
+    found, plain = coverage(model), dense(model_type, folders(model_type))[torch.float32]
+    assert found.all_weights == sum(p.numel() for p in plain.parameters())
+    small = {name for name, p in model.named_parameters() if p.element_size() == 1}
+    assert found.converted_weights == sum(p.numel() for name, p in plain.named_parameters() if name in small)
     assert (found.share > 0) == (method not in ("fp16", "bf16", "fp32", "absmax-w32a8"))
 
 

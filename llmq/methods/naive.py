@@ -41,7 +41,7 @@ class Naive(Method):
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
         groups = 1 if self.group is None else shape[0] * -(-shape[1] // (self.group or shape[1]))
-        return WeightBytes(shape[0] * shape[1], 4 * groups)
+        return WeightBytes(shape[0] * shape[1] * self.bits // 8, 4 * groups if self.weights else 0)
 
 
 @dataclass(frozen=True)
