@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llmq.methods import swap
+
 PLANTED = {  # (kind, layer) -> channels
     ("q/k/v", 1): [5],
     ("gate/up", 0): [3, 60],
@@ -72,3 +74,10 @@ class StopAfter(threading.Event):
     def is_set(self):
         self.calls -= 1
         return self.calls < 0
+
+
+def seen_ones(method, layer: nn.Module) -> torch.Tensor:
+    """What the calibration of a layer finds whose inputs are all 1."""
+    observer = method.observer(layer)
+    observer.update(torch.ones(2, layer.weight.shape[0 if swap.is_conv1d(layer) else 1]))
+    return observer.result()

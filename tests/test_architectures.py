@@ -15,6 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_llama
+from planted import seen_ones
 from test_llama_cuda import pair
 from tiny_runs import light
 from torch import nn
@@ -30,7 +31,7 @@ from llmq.errors import BadChoice, UserError
 from llmq.methods import METHODS
 from llmq.methods.base import WeightBytes
 from llmq.methods.coverage import Coverage, coverage, predicted_coverage
-from llmq.methods.swap import is_conv1d, linear_layers, stored_bytes
+from llmq.methods.swap import linear_layers, stored_bytes
 
 LARGEST = 1_000_000  # parameters: above that an architecture is not made small by these numbers
 WIDTHS = dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size"), 32)
@@ -110,13 +111,6 @@ def converted(model_type: str, folder, method: str) -> nn.Module:
     if "threshold" in method.live:
         replace(method, threshold=1e-6).apply_(model)
     return model
-
-
-def seen_ones(method, layer: nn.Module) -> torch.Tensor:
-    """What the calibration of a layer finds whose inputs are all 1."""
-    observer = method.observer(layer)
-    observer.update(torch.ones(2, layer.weight.shape[0 if is_conv1d(layer) else 1]))
-    return observer.result()
 
 
 @pytest.fixture(scope="module")

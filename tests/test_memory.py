@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_config, tiny_llama
+from planted import seen_ones
 from tiny_runs import engine_of, light, source_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -94,7 +95,8 @@ def test_predicted_weights_are_those_of_a_model_with_random_weights(method, monk
     source, method = resolve("tiny", random_weights=True), METHODS[method]
     predicted = memory.predict(meta_model(load_config(source)), method, tokens=10)
     dense = load_model(source, METHODS["fp16"], "cpu")
-    statistics = {n: torch.ones(m.in_features) for n, m in dense.named_modules() if n.endswith("_proj")}
+    layers = (named for named in dense.named_modules() if named[0].endswith("_proj") and method.calibrated)
+    statistics = {name: seen_ones(method, layer) for name, layer in layers}
     engine = HFEngine(load_model(source, method, "cpu", statistics), method, "cpu")
     assert (predicted.weights, predicted.scales) == (engine.weight_bytes, engine.scale_bytes)
     assert {buffer.dtype for buffer in engine.model.buffers()} == {torch.float32}  # rotary frequencies stay exact
