@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +39,18 @@ class Nf4(Method):
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         return super().load_arguments(device) | {"quantization_config": config}
 
+    def quantize_(self, model: nn.Module, device: str, statistics: Mapping[str, torch.Tensor] | None = None):
+        """As every method does, unless bitsandbytes did on the way in."""
+        import bitsandbytes as bnb
+
+        done = any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
+        return model.eval() if done else super().quantize_(model, device, statistics)
+
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
-        """A Linear4bit with the weight of `linear`; one that is there already stays."""
+        """A Linear4bit with the weight of `linear`."""
         import bitsandbytes as bnb
         import torch
 
-        if isinstance(linear, bnb.nn.Linear4bit):
-            return linear
         with torch.device("meta"):
             made = bnb.nn.LinearNF4(
                 linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=torch.bfloat16
