@@ -8,7 +8,7 @@ import gradio as gr
 
 from llmq.ui.layout import build
 from llmq.ui.shell.ending import serve_until_told
-from llmq.ui.shell.endpoints import fail_briefly, server_options
+from llmq.ui.shell.endpoints import describe_once, fail_briefly, server_options
 from llmq.ui.shell.listening import watched
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.theme import build_css, build_theme
@@ -39,6 +39,7 @@ def launch(
     page = build(state)
     page._queue.sleep_when_free = QUEUE_POLL_SECONDS  # no public setting
     fail_briefly(page)
+    describe_once(page)
     page.launch(
         server_name=host,
         server_port=port,

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 from fastapi import FastAPI
+from gradio.blocks import BlocksConfig
 from gradio.utils import get_function_description
 from starlette.middleware import Middleware
 
@@ -75,6 +76,34 @@ def fail_briefly(page: gr.Blocks) -> None:
             raise gr.Error(FAILED, print_exception=False) from None
 
     page.process_api = process_api
+
+
+def describe_once(page: gr.Blocks) -> None:
+    """Describe each part of the page once and give every visitor a copy: Gradio describes all parts anew for each, 0.1
+    seconds of the thread that serves everybody else."""
+    described = _Described(page)
+    vars(described).update(vars(page.default_config), made={})
+    page.default_config = described  # no public setting
+
+
+class _Described(BlocksConfig):
+    """What a page is made of, which remembers how its parts are described; so do its copies, one for every visitor."""
+
+    made: dict[int, tuple[gr.blocks.Block, dict]]
+
+    def __copy__(self) -> BlocksConfig:
+        copied = super().__copy__()
+        copied.config_for_block = self.config_for_block
+        return copied
+
+    def config_for_block(self, number, rendered_ids, block, renderable=None) -> dict:
+        if renderable:
+            return super().config_for_block(number, rendered_ids, block, renderable)
+        known, description = self.made.get(number, (None, {}))
+        if known is not block:  # not yet described, or a visitor's own
+            description = super().config_for_block(number, rendered_ids, block)
+            self.made.setdefault(number, (block, description))
+        return {**description, "props": dict(description["props"])}
 
 
 def _as_json_text(server) -> None:
