@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import gradio as gr
@@ -213,22 +214,22 @@ class CompareTab:
         """Show a recorded run at its own pace, and fill the form with what it answers."""
         if name not in self.state.recorded_runs:
             return {self.result: self._notice("Not replayed: choose a recorded run.")}
-        return self._shown(lambda: Run.load(self.state.recorded_runs[name]))
+        return self._shown(lambda: _bundled(self.state.recorded_runs[name]))
 
     def _replay_upload(self, upload: str) -> dict:
-        return self._shown(lambda: _uploaded(Path(upload)))
+        return self._shown(lambda: _played(_uploaded(Path(upload))))
 
-    def _shown(self, load) -> dict:
+    def _shown(self, play: Callable[[], tuple[dict, dict]]) -> dict:
         try:
-            run = load()
-            value = recording_of(run, self.state.next_run())
-            form = self._filled(wishes_of(query_of(run.settings)))
+            value, wishes = play()
+            form = self._filled(dict(wishes))
         except UserError as error:
             return {self.result: self._notice(f"Not replayed: {error}")}
         except Exception as error:  # the boundary: the file may come from anybody
             log.error("a recording cannot be shown: %r", error)
             return {self.result: self._notice(f"Not replayed: {UNREADABLE}")}
-        return {self.result: value, self.download: gr.DownloadButton(interactive=False)} | form
+        played = value | {"run": self.state.next_run()}
+        return {self.result: played, self.download: gr.DownloadButton(interactive=False)} | form
 
     def _notice(self, text: str) -> dict:
         """Another value each time: a browser is not told of one that it has."""
@@ -248,6 +249,17 @@ class CompareTab:
         if "max_new_tokens" in wishes:
             wishes["max_new_tokens"] = min(wishes["max_new_tokens"], LONGEST_ANSWER)
         return {self.settings[name]: value for name, value in wishes.items()}
+
+
+def _played(run: Run) -> tuple[dict, dict]:
+    """A run as a browser plays it, and what the form said."""
+    return recording_of(run, ""), wishes_of(query_of(run.settings))
+
+
+@cache
+def _bundled(path: Path) -> tuple[dict, dict]:
+    """The same for a run that came with the page: everybody replays these."""
+    return _played(Run.load(path))
 
 
 def _uploaded(path: Path) -> Run:
