@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from llmq.cli import Parser, guarded  # noqa: E402
 from llmq.errors import UserError  # noqa: E402
+from llmq.machine.door import Machine  # noqa: E402
+from llmq.machine.thread import ComputeThread  # noqa: E402
 from llmq.terminal import as_typed, show_progress  # noqa: E402
 from llmq.ui.shell.access import ANYBODY, Access, is_open  # noqa: E402
 from llmq.ui.shell.address import DEFAULT_PORTS, free_address  # noqa: E402
@@ -24,7 +26,8 @@ from llmq.ui.shell.state import AppState, Jobs  # noqa: E402
 
 RUNS = Path(__file__).parent / "assets" / "runs"
 ANSWERS = Path(__file__).parent / "assets" / "answers"
-JOBS = Jobs()
+NICENESS = 10  # of what computes: a click that needs no device goes before it
+JOBS = Jobs(Machine(thread=ComputeThread(niceness=NICENESS)))
 AFTER_THE_PAGE = 2.0  # seconds left to the page before more is imported, which takes 3 while it is read
 HOSTS = ("SPACE_ID", "COLAB_RELEASE_TAG")  # somebody's machine for a while, with a public address by itself
 MCP_ADVICE = "install it with: pip install 'gradio[mcp]>=6.31,<7'"

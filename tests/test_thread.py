@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from queue import SimpleQueue
 
@@ -164,3 +166,23 @@ def test_a_thread_that_was_given_up_ends_when_its_step_returns(hang):
     hang.__closure__[0].cell_contents.set()
     worker.join(20)
     assert not worker.is_alive()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a niceness of its own on Linux only")
+def test_what_computes_stands_back_and_nobody_else_does():
+    def own() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def niceness():
+        found = []
+        child = threading.Thread(
+            target=lambda: found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        )
+        child.start()
+        child.join()
+        yield own(), *found
+
+    mine = own()
+    assert list(ComputeThread(niceness=mine + 3).run(niceness())) == [(mine + 3, mine + 3)]
+    assert list(ComputeThread().run(niceness())) == [(mine, mine)]
+    assert own() == mine

@@ -11,6 +11,8 @@ thread is given up, and what comes next runs in another.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 import weakref
@@ -33,16 +35,17 @@ class Stuck(UserError):
 
 
 class ComputeThread:
-    """Runs iterators in a thread of its own, which starts with the first and ends with this object."""
+    """Runs iterators in a thread of its own, which starts with the first and ends with this object. `niceness`: how
+    far it, and the threads it computes with, stand back for the process's others where cores are few (Linux)."""
 
-    def __init__(self, patience: float = PATIENCE, clock: Callable[[], float] = time.monotonic):
-        self.patience, self.given_up = patience, 0
+    def __init__(self, patience: float = PATIENCE, clock: Callable[[], float] = time.monotonic, niceness: int = 0):
+        self.patience, self.niceness, self.given_up = patience, niceness, 0
         self._clock, self._lock, self._heard = clock, threading.Lock(), None
         self._start_over()
 
     def _start_over(self) -> None:
         self._tasks: SimpleQueue = SimpleQueue()
-        self._worker = threading.Thread(target=_work, args=(self._tasks,), name="compute", daemon=True)
+        self._worker = threading.Thread(target=_work, args=(self._tasks, self.niceness), name="compute", daemon=True)
         weakref.finalize(self, self._tasks.put, None)
 
     @property
@@ -110,7 +113,9 @@ def _emptied(aside: SimpleQueue) -> Iterator[Any]:
         yield aside.get()
 
 
-def _work(tasks: SimpleQueue) -> None:
+def _work(tasks: SimpleQueue, niceness: int) -> None:
+    if niceness and sys.platform == "linux":  # where a thread has one of its own, which those it starts inherit
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
     while (task := tasks.get()) is not None:
         future, function, arguments = task
         if not future.set_running_or_notify_cancel():
