@@ -28,6 +28,7 @@ from llmq.machine.thread import ComputeThread, Stuck
 from llmq.methods import METHODS, Method
 from llmq.methods.calibrate import Calibration, save_statistics
 from llmq.methods.coverage import coverage
+from llmq.methods.swap import telling
 from llmq.models.opening import Model, open_model
 from llmq.models.reference_text import windows
 
@@ -176,7 +177,7 @@ class Lease:
                 raise OutOfMemory(shortage(contestant.label, prediction.total, free))
             self.loaded.append(key)
         with out_of_memory(lambda: shortage(contestant.label, prediction.total, telemetry.free_bytes(key.device))):
-            engine, seconds = self.pool.get(key, contestant.method)
+            engine, seconds = self._got(key, contestant.method, contestant.label)
         yield Loaded(
             contestant=contestant.label,
             weight_bytes=engine.weight_bytes,
@@ -191,7 +192,21 @@ class Lease:
         """An engine without events on the way; what a calibrated method still needs is collected first."""
         for _ in self.calibrate(key):
             self.check()
-        return self.pool.get(key, method)[0]
+        return self._got(key, method)[0]
+
+    def _got(self, key: Key, method: Method | None = None, label: str = "") -> tuple[Engine, float]:
+        """What the pool has or loads. Whoever waits for slow layers hears of them; a stop is heard between two."""
+        heard = self.clock()
+
+        def told(share: float) -> None:
+            nonlocal heard
+            self.check()
+            if label and self.clock() - heard >= POLL_SECONDS:
+                heard = self.clock()
+                self.aside.put(Loading(contestant=label, message=f"quantizing · {share:.0%}"))
+
+        with telling(told):
+            return self.pool.get(key, method)
 
     def calibrate(self, key: Key) -> Generator[Progress, None, None]:
         """Collect the statistics that a calibrated method needs of this checkpoint, once, in passes over the reference
@@ -204,7 +219,7 @@ class Lease:
         wanted, what = Key.of(key.model, dense, key.device), f"calibrating {key.method.name}"
         yield self.progress(what, 0.0)
         resident = wanted in self.pool
-        engine, _ = self.pool.get(wanted)
+        engine, _ = self._got(wanted)
         try:
             with Calibration(engine.model, key.method) as found, torch.inference_mode():
                 for number, ids in enumerate(texts := windows(key.model, CALIBRATION_WINDOWS), 1):

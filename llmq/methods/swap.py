@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from llmq.errors import BadChoice
@@ -15,6 +17,21 @@ if TYPE_CHECKING:
     from llmq.methods.base import Method
 
 
+Told = Callable[[float], None]  # with the share of the layers that are done, before each; what it raises ends the walk
+
+_told: ContextVar[Told] = ContextVar("told", default=lambda share: None)
+
+
+@contextmanager
+def telling(told: Told) -> Iterator[None]:
+    """While inside, `told` hears of every layer that is about to be replaced, whoever loads the model."""
+    before = _told.set(told)
+    try:
+        yield
+    finally:
+        _told.reset(before)
+
+
 def replace_(model: nn.Module, layers: list, quantize: Callable, statistics: Mapping[str, torch.Tensor]) -> None:
     """Put `quantize(layer, its statistics)` in the place of each of `layers`, (name, module). Raises BadChoice where
     there are none."""
@@ -22,7 +39,8 @@ def replace_(model: nn.Module, layers: list, quantize: Callable, statistics: Map
         owners = (m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
         kinds = ", ".join(sorted({type(module).__name__ for module in owners}))
         raise BadChoice(f"{type(model).__name__} keeps its weights in {kinds}: no linear layer to replace")
-    for name, layer in layers:
+    for number, (name, layer) in enumerate(layers):
+        _told.get()(number / len(layers))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantize(_as_linear(layer), statistics.get(name)))
 
