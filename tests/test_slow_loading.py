@@ -6,7 +6,6 @@ import itertools
 import threading
 
 import pytest
-
 from tiny_runs import key_of
 
 from llmq.contestant import Contestant
