@@ -438,6 +438,29 @@ def test_a_link_opens_the_form_as_it_was_before_anything_ran(page, address, brow
     other.close()
 
 
+def test_the_settings_of_a_method_are_fields_and_the_name_says_them(page, address):
+    from playwright.sync_api import expect
+
+    open_page(page, address, "?methods=gptq@bits%3D3,llm-int8")
+    page.locator("#settings > button").click()
+    group, left, right = (page.locator(id) for id in ("#method-settings-0-group", "#method-0 input", "#method-1 input"))
+    assert (page.locator("#method-settings-0-bits").input_value(), group.input_value()) == ("3", "128")
+    group.fill("64")
+    group.press("Tab")
+    page.locator("#method-settings-0-act_order").check()
+    expect(left).to_have_value("gptq@bits=3:group=64:act_order=on")
+    page.locator("#method-settings-1-outlier_weights").select_option("16")
+    expect(right).to_have_value("llm-int8@outlier_weights=16")
+    page.wait_for_function("document.querySelector('#link textarea, #link input').value.includes('outlier_weights')")
+    group.fill("-5")
+    group.press("Tab")
+    expect(left).to_have_value("gptq@bits=3:group=64:act_order=on")
+    left.fill("rtn@bits=8")
+    left.press("Enter")
+    expect(page.locator("#method-settings fieldset").first).to_have_attribute("data-method", "rtn")
+    assert page.locator("#method-settings-0-bits").input_value() == "8"
+
+
 def test_an_address_can_run_and_open_a_view(page, address):
     page.goto(f"{address}/?autorun=1&max_new_tokens=3&prompt=Hello&embed=1")
     page.wait_for_selector("#compare-view")

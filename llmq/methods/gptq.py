@@ -32,7 +32,9 @@ class Gptq(Grouped):
     """`act_order`: the inputs with the largest activations first; the groups' scales are then those of the weight as it
     was, so that a group stays together."""
 
-    act_order: Annotated[bool, Switch(help="Round the inputs with the largest activations first.")] = False
+    act_order: Annotated[
+        bool, Switch(help="Round the inputs with the largest activations first.", label="Largest activations first")
+    ] = False
     name, label = "gptq", "GPTQ"
     about = (
         "Weights of a few bits, rounded one input after the other so that later weights make up for the error of "

@@ -43,7 +43,15 @@ class LlmInt8(Int8Weights):
     `outlier_weights`: bits of the weights that outliers meet."""
 
     threshold: Annotated[float, THRESHOLD] = DEFAULT_THRESHOLD
-    outlier_weights: Annotated[str, Choice(("8", "16"), help="Bits of the weights that outlier columns meet.")] = "8"
+    outlier_weights: Annotated[
+        str,
+        Choice(
+            ("8", "16"),
+            ("8 bit", "16 bit"),
+            help="Bits of the weights that outlier columns meet.",
+            label="Outliers meet weights of",
+        ),
+    ] = "8"
     name, label = "llm-int8", "int8 · ours"
     about = (
         "The same codes, scales and outliers as bitsandbytes, in kernels that never wait for the host: an outlier "

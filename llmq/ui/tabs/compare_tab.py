@@ -19,6 +19,7 @@ from llmq.labs.compare import SCHEDULES
 from llmq.ui.parts.address import keep_in_address
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
+from llmq.ui.parts.method_settings import method_settings, wire_settings
 from llmq.ui.parts.result import result_view
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import query_of, wishes_of
@@ -85,7 +86,9 @@ class CompareTab:
         """What most people leave alone."""
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             free = "" if self.state.access.public else "A model may also be a hub id (owner/name) or a local folder. "
-            gr.Markdown(f"{free}A method may be typed with its settings: `bnb-int8@0`, `smoothquant@0.7`.")
+            gr.Markdown(f"{free}A method may be typed with its settings: `bnb-int8@0`, `gptq@bits=3:group=64`.")
+            chosen = [method.value for method in self.methods]
+            self.method_settings = method_settings(chosen, elem_id="method-settings")
             with gr.Row(equal_height=True):
                 self.max_new_tokens = gr.Slider(
                     1,
@@ -168,6 +171,7 @@ class CompareTab:
         self.upload.upload(self._replay_upload, self.upload, shown, **QUIET)
         self.result.stop(self._stop, None, None, queue=False, **QUIET)
         gr.on([part.change for part in form], None, form, self.link, js=script("link.js"), **QUIET)
+        wire_settings(self.method_settings, self.methods, **QUIET)
         keep_in_address(self.link)
         loaded = page.load(self._from_link, None, form, **QUIET)
         loaded.then(None, form, self.link, js=script("link.js"), **QUIET).then(None, js=script("opened.js"), **QUIET)
