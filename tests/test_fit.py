@@ -69,7 +69,7 @@ def test_the_page_says_what_the_command_line_says(context, batch, capsys):
         assert figures.keys() < mine["figures"].keys()
         assert {name: mine["figures"][name] for name in figures} == {n: format_bytes(v) for n, v in figures.items()}
         assert mine["fits"] == row["fits"] and mine["largest"] == f"{row['largest_context']:,} tokens"
-    assert len(shown["rows"]) == 3, "methods that weigh the same share a row"
+    assert len(shown["rows"]) == 4, "methods that weigh the same share a row"
 
 
 def linear_weights(hidden: int, ffn: int, layers: int, kv: int) -> tuple[int, int]:
@@ -146,10 +146,14 @@ def test_a_preset_described_weighs_what_its_transformers_model_weighs(name):
          "tokens; with int8 it does, up to 21,000 tokens."),
         ((LLAMA, "rtx-4090", "", 8192, 1), "fits an RTX 4090 (24 GB) in FP16 at 8,192 tokens, up to 24,000 tokens; "
          "with int8, up to 45,000 tokens."),
-        ((LLAMA, "rtx-3060", "", 16384, 1), "does not fit an RTX 3060 (12 GB) at 16,384 tokens: int8 fits up to 9,200 "
-         "tokens, FP16 not at all."),
-        ((LLAMA, OTHER, "8", 1, 1), "does not fit 8 GB of memory in FP16 or int8, however short the text: weights "
-         "alone take 8.04 GB."),
+        ((LLAMA, "rtx-3060", "", 16384, 1), "does not fit an RTX 3060 (12 GB) in FP16 at 16,384 tokens; with NF4 · "
+         "bitsandbytes it does, up to 18,000 tokens."),
+        ((LLAMA, "rtx-3060", "", 65536, 1), "does not fit an RTX 3060 (12 GB) at 65,536 tokens: NF4 · bitsandbytes fits up "
+         "to 18,000 tokens, FP16 not at all."),
+        ((LLAMA, OTHER, "8", 1, 1), "does not fit 8 GB of memory in FP16 at 1 token; with NF4 · bitsandbytes it does, "
+         "up to 4,600 tokens."),
+        ((LLAMA, OTHER, "4", 1, 1), "does not fit 4 GB of memory by any method here, however short the text: weights "
+         "alone take 6.03 GB."),
         ((LLAMA, OTHER, "9.5GB", 1, 1), "does not fit 9.5GB of memory in FP16 at 1 token; with int8 · ours, head too "
          "it does, up to 2,900 tokens."),
         (("llama-2-7b-chat", "t4", "", 8192, 1), "does not fit a T4 (16 GB) in FP16 at 4,096 tokens, the most it "

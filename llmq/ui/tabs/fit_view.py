@@ -36,7 +36,7 @@ def fit_view(result: Mapping, *, title: str, place: str, asked: int, by_driver: 
 
 
 def headline(result: Mapping, title: str, place: str, asked: int) -> str:
-    """One sentence: whether FP16 fits, whether int8 does, and up to which context."""
+    """One sentence: whether FP16 fits, whether int8 or another method does, and up to which context."""
     (dense, *_), *rounded = _alike(result["results"])
     rounded, limit = [row for row, *_ in rounded], result["model_context"]
     at = _at(result, asked)
@@ -61,12 +61,13 @@ def headline(result: Mapping, title: str, place: str, asked: int) -> str:
         alone = f", only {far}" if dense["largest_context"] else ""
         reach = _reach(best["largest_context"], limit)
         return f"{title} does not fit {place} in FP16 {at}{alone}; with {name} it does, {reach}."
-    if widest := next((row for row in rounded if row["largest_context"]), None):
+    widest = max(rounded, key=lambda row: row["largest_context"])
+    if widest["largest_context"]:
         fits = f"{_short(widest, rounded)} fits {_reach(widest['largest_context'], limit)}"
         alone = f", FP16 {far}" if dense["largest_context"] else ", FP16 not at all"
         return f"{title} does not fit {place} {at}: {fits}{alone}."
     weights = format_bytes(min(map(_weights, rounded)))
-    return f"{title} does not fit {place} in FP16 or int8, however short the text: weights alone take {weights}."
+    return f"{title} does not fit {place} by any method here, however short the text: weights alone take {weights}."
 
 
 def _at(result: Mapping, asked: int) -> str:
