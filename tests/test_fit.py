@@ -148,8 +148,8 @@ def test_a_preset_described_weighs_what_its_transformers_model_weighs(name):
          "with int8, up to 45,000 tokens."),
         ((LLAMA, "rtx-3060", "", 16384, 1), "does not fit an RTX 3060 (12 GB) in FP16 at 16,384 tokens; with NF4 · "
          "bitsandbytes it does, up to 18,000 tokens."),
-        ((LLAMA, "rtx-3060", "", 65536, 1), "does not fit an RTX 3060 (12 GB) at 65,536 tokens: NF4 · bitsandbytes fits up "
-         "to 18,000 tokens, FP16 not at all."),
+        ((LLAMA, "rtx-3060", "", 65536, 1), "does not fit an RTX 3060 (12 GB) at 65,536 tokens: NF4 · bitsandbytes "
+         "fits up to 18,000 tokens, FP16 not at all."),
         ((LLAMA, OTHER, "8", 1, 1), "does not fit 8 GB of memory in FP16 at 1 token; with NF4 · bitsandbytes it does, "
          "up to 4,600 tokens."),
         ((LLAMA, OTHER, "4", 1, 1), "does not fit 4 GB of memory by any method here, however short the text: weights "
