@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from queue import SimpleQueue
@@ -186,3 +187,23 @@ def test_what_computes_stands_back_and_nobody_else_does():
     assert list(ComputeThread(niceness=mine + 3).run(niceness())) == [(mine + 3, mine + 3)]
     assert list(ComputeThread().run(niceness())) == [(mine, mine)]
     assert own() == mine
+
+
+def test_the_thread_is_gone_before_the_interpreter_is():
+    code = """
+import sys, threading
+from llmq.machine.thread import ComputeThread
+
+class Kept:
+    def __del__(self):
+        print("finalizing" if sys.is_finalizing() else "in time", flush=True)
+
+def work():
+    local.kept = Kept()
+    yield
+
+local, thread = threading.local(), ComputeThread()
+list(thread.run(work()))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.split("\n")[0]) == (0, "in time"), ended.stderr

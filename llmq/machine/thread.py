@@ -11,6 +11,7 @@ thread is given up, and what comes next runs in another.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -27,7 +28,19 @@ Item = TypeVar("Item")
 
 _END = object()
 LOOK_SECONDS = 0.25  # between two looks at what was put aside, and whether the thread is still there
+END_SECONDS = 0.5  # that a thread which has nothing to do any more may take to end
 PATIENCE = 600.0  # seconds; loading 100 GB from a disk takes as long, and a prefill gives a sign at every layer
+
+
+_workers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _see_them_out() -> None:
+    """Wait for the threads that were told to end: what torch keeps for a thread goes with it, and where the interpreter
+    had gone before, the process would be aborted."""
+    for worker in [worker for worker in _workers if worker.is_alive()]:
+        worker.join(END_SECONDS)
 
 
 class Stuck(UserError):
@@ -47,6 +60,7 @@ class ComputeThread:
         self._tasks: SimpleQueue = SimpleQueue()
         self._worker = threading.Thread(target=_work, args=(self._tasks, self.niceness), name="compute", daemon=True)
         weakref.finalize(self, self._tasks.put, None)
+        _workers.add(self._worker)
 
     @property
     def silent_seconds(self) -> float:
