@@ -91,6 +91,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the most that one model may take from the hub for a visitor, such as 3GB (default: 0)",
     )  # fmt: skip
     parser.add_argument(
+        "--allow-frames", metavar="SITES", default="",
+        help="sites that may show the page in a frame, comma-separated: https://school.example",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-memory", metavar="SIZE", help="most that loaded models may take, 8GB (default: a share of what is free)"
     )
     parser.add_argument("--mcp", action="store_true", help="offer the questions as tools to MCP clients, too")
@@ -123,6 +127,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     from llmq.models.choice import choose_model
     from llmq.models.loading import quiet_libraries
     from llmq.models.opening import open_model
+    from llmq.ui.shell.guard import sites_in
 
     quiet_libraries()
     device = device_named(options.device)
@@ -139,6 +144,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
         stop=JOBS.stop,
         jobs=JOBS,
         access=access,
+        frames=sites_in(options.allow_frames),
         device=device,
         device_label=device_label(device),
         model=choice.model,

@@ -57,6 +57,28 @@ def test_every_answer_has_its_headers(client, path):
     assert ("sha256" in rules["script-src"]) == (path == "/")
 
 
+def ancestors(answer: httpx.Response) -> list[str]:
+    """Who may show an answer in a frame."""
+    rules = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
+    return rules["frame-ancestors"].split()
+
+
+def test_the_owner_names_sites_that_may_show_the_page(client):
+    named = ["https://school.example", "http://*.uni.example:8000"]
+    options = app.parse(["--model", "demo", "--device", "cpu", "--allow-frames", ", ".join(named)])
+    with served(app.make_state(options)) as address:
+        assert ancestors(httpx.get(address)) == [*ancestors(client.get("/")), *named]
+
+
+@pytest.mark.parametrize(
+    "site", ["school.example", "https://a b", "https://x; script-src *", "'none'", "*", "https://x/y"]
+)
+def test_what_is_no_site_is_refused_in_a_line(site, capsys):
+    assert app.main(["--allow-frames", f"https://school.example,{site}", "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--allow-frames is {site!r}; choose sites such as https://" in line
+
+
 def test_a_page_may_run_the_scripts_that_it_has_and_no_other():
     assert policy(b"<script>a</script><script type=module src=x></script>").count("sha256") == 1
     assert policy(b"<script>a</script>") != policy(b"<script>b</script>") != policy()

@@ -58,7 +58,7 @@ def launch(
         run_history=False,
         inbrowser=False,
         height=CELL_PIXELS,
-        app_kwargs=watched(server_options(page), state),
+        app_kwargs=watched(server_options(page, state.frames), state),
         mcp_server=mcp or None,
     )
     if block:

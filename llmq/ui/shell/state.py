@@ -31,6 +31,7 @@ class AppState:
     device: str
     device_label: str
     access: Access = ANYBODY
+    frames: tuple[str, ...] = ()  # sites that may show the page, besides those that every server's may
     model: str = "demo"
     model_reason: str = ""
     methods: tuple[str, ...] = ("fp16", "bnb-int8")
