@@ -113,6 +113,21 @@ def test_the_page_itself_and_whoever_serves_it_further_are_let_in(client, monkey
         assert client.post("/gradio_api/reset", headers={"Origin": origin}, json={}).status_code == 422
 
 
+def test_an_address_is_forwarded_by_a_trusted_proxy_only(monkeypatch):
+    """As docs/security.md says: the proxy's word counts, anybody else keeps his own address."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.1.0.0/16")
+    seen = []
+    kept = state()
+    kept.run = lambda job, owner: iter(seen.append(owner.address) or ())
+    with served(kept) as address:
+        for sender in ("127.1.0.5", "127.2.0.5"):
+            with httpx.Client(base_url=address, transport=httpx.HTTPTransport(local_address=sender)) as client:
+                said = {"X-Forwarded-For": "203.0.113.7"}
+                event = client.post("/gradio_api/call/v2/quality", json={}, headers=said).json()["event_id"]
+                client.get(f"/gradio_api/call/quality/{event}", timeout=60)
+    assert seen == ["203.0.113.7", "127.2.0.5"]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "sent", "status", "words"),
     [
