@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from test_api import served
 from tiny_runs import light
 
 import app
+from llmq.engine.base import Token
+from llmq.engine.hf import Generation
 from llmq.machine.jobs import Limits
 from llmq.ui import launch
 from llmq.ui.shell.owner import PASSWORD
@@ -156,6 +159,31 @@ def test_health_says_when_a_step_hangs(server, monkeypatch):
     monkeypatch.setattr(type(app.JOBS.machine.thread), "silent_seconds", 10**6)
     answer = httpx.get(f"{server}/healthz")
     assert (answer.status_code, answer.json()["state"]) == (503, "hangs")
+
+
+def test_a_c_call_that_never_returns_is_given_up_and_the_next_run_is_answered(server, monkeypatch):
+    """A read of a pipe that nobody writes to, in the compute thread and without the GIL, as a hung kernel is."""
+    assert Visitor(server).run("Hi").texts, "all is loaded"
+    (reads, writes), thread, forward = os.pipe(), app.JOBS.machine.thread, Generation._forward
+    calls, given_up, worker = [], thread.given_up, thread._worker
+
+    def hang(self, ids: list[int]) -> Token:
+        if len(calls) == 2:  # tokens are there
+            ctypes.CDLL(None).read(reads, ctypes.create_string_buffer(1), 1)
+        calls.append(ids)
+        return forward(self, ids)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Generation, "_forward", hang)
+        patched.setattr(thread, "patience", 3.0)
+        hung = Visitor(server, 2).run("Hi")
+    assert "Ended early: a step did not come back for 3 s and was given up" in hung.value["status"]
+    assert hung.texts and len(calls) == 2 and thread.given_up == given_up + 1
+    ended = Visitor(server, 3).run("Hi")
+    assert (ended.error, len(ended.texts)) == ("", 2)
+    os.write(writes, b"x")
+    worker.join(PATIENCE)
+    assert not worker.is_alive(), "the thread that was given up ends with its call"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
