@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmq.errors import BadChoice
+from llmq.errors import NO_ROOM, BadChoice
 from llmq.ui.shell.guesses import Guesses
 
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
@@ -146,7 +146,7 @@ def in_words(path: str, error: Exception) -> tuple[int, str]:
         return 404, f"no endpoint is called {path.rpartition('/')[2][:80]!r}"
     if called and isinstance(error, TypeError):  # gradio_client's words about parameters
         return 400, str(error).partition(". Please click")[0].partition("\n")[0]
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return 507, "the server's disk is full; tell whoever runs it"
     if isinstance(error, OSError) and error.errno in NO_SUCH_FILE:
         return 404, "there is no such file"
