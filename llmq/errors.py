@@ -22,6 +22,10 @@ class NoModel(ModelUnavailable):
     """Files of which a library makes no model; the message ends in the library's words."""
 
 
+class Ended(UserError):
+    """A job that was ended before it was done, by nobody's click; what it yielded stays."""
+
+
 class OutOfMemory(UserError):
     """Memory ran out, or would; the message gives predicted and free bytes."""
 

@@ -12,11 +12,12 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin
 
 import numpy as np
+
+from llmq.fields import types_of
 
 MOST_BYTES = 1 << 28  # of the arrays of one record
 PLAIN_NUMBER = re.compile(r"[<>|][biuf][1248]")  # a dtype as numpy spells it
@@ -70,9 +71,6 @@ def _array(entry: Mapping) -> np.ndarray:
     return np.frombuffer(data, np.dtype(entry["dtype"])).reshape(entry["shape"])
 
 
-_types = cache(get_type_hints)
-
-
 def _made(kind: Any, value: Any, arrays: list[np.ndarray]) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -80,7 +78,7 @@ def _made(kind: Any, value: Any, arrays: list[np.ndarray]) -> Any:
             return None
         return _made(next(choice for choice in arguments if choice is not NoneType), value, arrays)
     if is_dataclass(kind):
-        return kind(**{name: _made(_types(kind)[name], entry, arrays) for name, entry in value.items()})
+        return kind(**{name: _made(types_of(kind)[name], entry, arrays) for name, entry in value.items()})
     if kind is np.ndarray:
         return arrays[value["array"]]
     if origin in (tuple, list):

@@ -19,7 +19,7 @@ from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from llmq.errors import UserError
+from llmq.errors import Ended
 
 Item = TypeVar("Item")
 
@@ -28,7 +28,7 @@ LOOK_SECONDS = 0.25  # between two looks at what was put aside, and whether the 
 PATIENCE = 600.0  # seconds; loading 100 GB from a disk takes as long, and a prefill gives a sign at every layer
 
 
-class Stuck(UserError):
+class Stuck(Ended):
     """A step did not return, and its thread was given up."""
 
 
