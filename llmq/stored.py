@@ -13,11 +13,12 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from llmq.fields import types_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MOST_BYTES = 1 << 28  # of the arrays of one record
 PLAIN_NUMBER = re.compile(r"[<>|][biuf][1248]")  # a dtype as numpy spells it
@@ -39,6 +40,8 @@ def from_stored(cls: type, stored: Mapping) -> Any:
 
 
 def _plain(value: Any, arrays: dict[int, dict]) -> Any:
+    import numpy as np
+
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name), arrays) for f in fields(value)}
     if isinstance(value, np.ndarray):
@@ -59,10 +62,12 @@ def _size(entry: Mapping) -> int:
     dtype, shape = entry["dtype"], entry["shape"]
     if not PLAIN_NUMBER.fullmatch(dtype) or not all(type(length) is int and length >= 0 for length in shape):
         raise ValueError(f"an array cannot be of {dtype!r:.20} and {shape!r:.40}")
-    return np.dtype(dtype).itemsize * math.prod(shape)
+    return int(dtype[2]) * math.prod(shape)
 
 
 def _array(entry: Mapping) -> np.ndarray:
+    import numpy as np
+
     most = _size(entry) + 1  # a few bytes can unpack to gigabytes
     try:
         data = zlib.decompressobj().decompress(base64.b64decode(entry["data"]), most)
@@ -72,6 +77,8 @@ def _array(entry: Mapping) -> np.ndarray:
 
 
 def _made(kind: Any, value: Any, arrays: list[np.ndarray]) -> Any:
+    import numpy as np
+
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         if value is None and NoneType in arguments:
