@@ -25,6 +25,7 @@ from llmq.ui.shell.state import AppState, Jobs  # noqa: E402
 RUNS = Path(__file__).parent / "assets" / "runs"
 ANSWERS = Path(__file__).parent / "assets" / "answers"
 JOBS = Jobs()
+UNOPENED = 30.0  # seconds until what the first run needs is imported though nobody has opened the page
 AFTER_THE_PAGE = 2.0  # seconds left to the page before more is imported, which takes 3 while it is read
 HOSTS = ("SPACE_ID", "COLAB_RELEASE_TAG")  # somebody's machine for a while, with a public address by itself
 MCP_ADVICE = "install it with: pip install 'gradio[mcp]>=6.31,<7'"
@@ -182,7 +183,7 @@ def run(arguments: list[str] | None) -> int:
 
         JOBS.machine = LentMachine(lend)
     state = make_state(options)
-    fetch(state.model, state.methods)
+    fetch(state)
     serve(state, host=host, port=port, share=options.share, auth=auth, mcp=options.mcp)
     return 0
 
@@ -200,27 +201,29 @@ def serve(state: AppState, *, host: str, port: int, **options) -> None:
         raise UserError(f"cannot serve at {host}:{port}: {error.strerror or error}") from error
 
 
-def fetch(model: str, methods: tuple[str, ...]) -> None:
+def fetch(state: AppState) -> None:
     """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries. Where runs
     are forks of this process that is over before the first: one made during an import would wait for its end for ever.
     """
     from llmq.models.opening import open_model
 
-    show_progress(open_model(model).prepare())
+    show_progress(open_model(state.model).prepare())
     if gpu_is_lent():
         import_everything()
-        open_model(model).read_ahead()
+        open_model(state.model).read_ahead()
     else:
-        threading.Thread(target=warm_up, args=(model, methods), name="warm-up", daemon=True).start()
+        threading.Thread(target=warm_up, args=(state,), name="warm-up", daemon=True).start()
 
 
-def warm_up(model: str, methods: tuple[str, ...]) -> None:
-    """Import and open what the first run needs (seconds) while the visitor reads the page."""
+def warm_up(state: AppState) -> None:
+    """Import and open what the first run needs (seconds) while the visitor reads the page: earlier it would hold up the
+    imports of the page itself."""
     from llmq.models.opening import open_model
 
+    state.opened.wait(UNOPENED)
     with suppress(UserError):  # the first run says it where it is read
-        open_model(model).tokenizer  # noqa: B018
-    if not any(method.startswith("bnb-") for method in methods):
+        open_model(state.model).tokenizer  # noqa: B018
+    if not any(method.startswith("bnb-") for method in state.methods):
         from llmq.engine import llama_cpu  # noqa: F401
 
         time.sleep(AFTER_THE_PAGE)
