@@ -7,7 +7,8 @@ RUN apt-get update \
     && apt-get install --no-install-recommends -y gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
-# Where torch is taken from: an index of its CPU builds makes a small image; empty is pip's own, whose builds bring CUDA.
+# The one build argument, where torch is taken from. Empty: pip's own builds, with CUDA. An index of CPU builds: a small
+# image for a CPU (docs/deploy.md). --build-arg TORCH_INDEX=ADDRESS
 ARG TORCH_INDEX=""
 WORKDIR /app
 COPY requirements.txt .

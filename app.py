@@ -28,6 +28,7 @@ RUNS = Path(__file__).parent / "assets" / "runs"
 ANSWERS = Path(__file__).parent / "assets" / "answers"
 NICENESS = 10  # of what computes: a click that needs no device goes before it
 JOBS = Jobs(Machine(thread=ComputeThread(niceness=NICENESS)))
+UNOPENED = 30.0  # seconds until what the first run needs is imported though nobody has opened the page
 AFTER_THE_PAGE = 2.0  # seconds left to the page before more is imported, which takes 3 while it is read
 HOSTS = ("SPACE_ID", "COLAB_RELEASE_TAG")  # somebody's machine for a while, with a public address by itself
 MCP_ADVICE = "install it with: pip install 'gradio[mcp]>=6.31,<7'"
@@ -94,6 +95,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the most that one model may take from the hub for a visitor, such as 3GB (default: 0)",
     )  # fmt: skip
     parser.add_argument(
+        "--allow-frames", metavar="SITES", default="",
+        help="sites that may show the page in a frame, comma-separated: https://school.example",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-memory", metavar="SIZE", help="most that loaded models may take, 8GB (default: a share of what is free)"
     )
     parser.add_argument("--mcp", action="store_true", help="offer the questions as tools to MCP clients, too")
@@ -126,6 +131,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     from llmq.models.choice import choose_model
     from llmq.models.loading import quiet_libraries
     from llmq.models.opening import open_model
+    from llmq.ui.shell.guard import sites_in
 
     quiet_libraries()
     device = device_named(options.device)
@@ -142,6 +148,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
         stop=JOBS.stop,
         jobs=JOBS,
         access=access,
+        frames=sites_in(options.allow_frames),
         device=device,
         device_label=device_label(device),
         model=choice.model,
@@ -179,7 +186,7 @@ def run(arguments: list[str] | None) -> int:
 
         JOBS.machine = LentMachine(lend)
     state = make_state(options)
-    fetch(state.model, state.methods)
+    fetch(state)
     serve(state, host=host, port=port, share=options.share, auth=auth, mcp=options.mcp)
     return 0
 
@@ -197,27 +204,29 @@ def serve(state: AppState, *, host: str, port: int, **options) -> None:
         raise UserError(f"cannot serve at {host}:{port}: {error.strerror or error}") from error
 
 
-def fetch(model: str, methods: tuple[str, ...]) -> None:
+def fetch(state: AppState) -> None:
     """Make the first model ready before the page opens, with a bar in the terminal; then warm the libraries. Where runs
     are forks of this process that is over before the first: one made during an import would wait for its end for ever.
     """
     from llmq.models.opening import open_model
 
-    show_progress(open_model(model).prepare())
+    show_progress(open_model(state.model).prepare())
     if gpu_is_lent():
         import_everything()
-        open_model(model).read_ahead()
+        open_model(state.model).read_ahead()
     else:
-        threading.Thread(target=warm_up, args=(model, methods), name="warm-up", daemon=True).start()
+        threading.Thread(target=warm_up, args=(state,), name="warm-up", daemon=True).start()
 
 
-def warm_up(model: str, methods: tuple[str, ...]) -> None:
-    """Import and open what the first run needs (seconds) while the visitor reads the page."""
+def warm_up(state: AppState) -> None:
+    """Import and open what the first run needs (seconds) while the visitor reads the page: earlier it would hold up the
+    imports of the page itself."""
     from llmq.models.opening import open_model
 
+    state.opened.wait(UNOPENED)
     with suppress(UserError):  # the first run says it where it is read
-        open_model(model).tokenizer  # noqa: B018
-    if not any(method.startswith("bnb-") for method in methods):
+        open_model(state.model).tokenizer  # noqa: B018
+    if not any(method.startswith("bnb-") for method in state.methods):
         from llmq.engine import llama_cpu  # noqa: F401
 
         time.sleep(AFTER_THE_PAGE)

@@ -17,7 +17,7 @@ from llmq import actions
 from llmq.cards import CARDS
 from llmq.errors import UserError
 from llmq.fields import Field, Switch, Text, fields_of
-from llmq.labs import lab_classes
+from llmq.labs import Lab, lab_classes
 from llmq.terminal import accept_any_output, as_typed
 
 EXIT_USAGE = 2
@@ -68,32 +68,47 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses in one line, without the usage in front of it."""
+    """Refuses in one line, without the usage in front of it. `fill` adds its options when it is first asked for: those
+    of all commands take a quarter of the time of one that needs none of them."""
+
+    def __init__(self, *given, fill: Callable[[argparse.ArgumentParser], None] | None = None, **named):
+        super().__init__(*given, **named)
+        self._fill = fill
+
+    def fill(self) -> None:
+        fill, self._fill = self._fill, None
+        if fill:
+            fill(self)
+
+    def parse_known_args(self, args=None, namespace=None):
+        self.fill()
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     parser = Parser(prog="llmq", description="What 8-bit quantization does to a LLaMA.")
     commands = parser.add_subparsers(metavar="COMMAND")
     parser.set_defaults(run=lambda _: parser.error(f"give a COMMAND; choose from {', '.join(commands.choices)}"))
-    _add_compare(commands)
-    replay = _command(commands, "replay", actions.run_replay, "show a saved run or answer again")
-    replay.add_argument("file", type=Path, metavar="FILE")
-    _add(replay, *FILES)
+    _command(commands, "compare", actions.run_compare, "one prompt through two or three methods", _compare)
+    _command(commands, "replay", actions.run_replay, "show a saved run or answer again", _replay)
     _add_labs(commands)
-    _add_bench(commands)
-    _add_memory(commands)
-    _add_models(commands)
+    repeatable = "repeatable speed and memory figures, one method after the other"
+    _command(commands, "bench", actions.run_bench, repeatable, _bench)
+    predicted = "predicted bytes before anything is loaded, and whether they fit"
+    _command(commands, "memory", actions.run_memory, predicted, _memory)
+    _command(commands, "models", actions.run_models, "the models that have names, and the methods", _models)
     return parser
 
 
-def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(run=run)
-    _add(parser, "--json")
-    return parser
+def _command(commands, name: str, run, summary: str, add_options: Callable[[argparse.ArgumentParser], None]) -> None:
+    def fill(parser: argparse.ArgumentParser) -> None:
+        _add(parser, "--json")
+        add_options(parser)
+
+    commands.add_parser(name, help=summary, description=summary, fill=fill).set_defaults(run=run)
 
 
 def _add(parser: argparse.ArgumentParser, *options: str) -> None:
@@ -101,8 +116,7 @@ def _add(parser: argparse.ArgumentParser, *options: str) -> None:
         parser.add_argument(option, **OPTIONS[option])
 
 
-def _add_compare(commands) -> None:
-    parser = _command(commands, "compare", actions.run_compare, "one prompt through two or three methods")
+def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt")
     _add(parser, *MODEL, "--methods")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -112,6 +126,11 @@ def _add_compare(commands) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--schedule", default="interleave", help="interleave or in-turn")
     _add(parser, "--engine", "--random-weights", *FILES)
+
+
+def _replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE")
+    _add(parser, *FILES)
 
 
 def _add_labs(commands) -> None:
@@ -124,10 +143,14 @@ def _add_labs(commands) -> None:
         if tuple(first) not in groups:
             group = commands.add_parser(first[0], help="change one thing and measure again")
             groups[tuple(first)] = group.add_subparsers(metavar="WHAT", required=True)
-        parser = _command(groups[tuple(first)], name, partial(actions.run_lab, cls), cls.about or cls.title)
-        for field in fields_of(cls):
-            _add_field(parser, field)
-        _add(parser, *MODEL, *FILES)
+        run, summary = partial(actions.run_lab, cls), cls.about or cls.title
+        _command(groups[tuple(first)], name, run, summary, partial(_lab, cls))
+
+
+def _lab(cls: type[Lab], parser: argparse.ArgumentParser) -> None:
+    for field in fields_of(cls):
+        _add_field(parser, field)
+    _add(parser, *MODEL, *FILES)
 
 
 def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
@@ -144,9 +167,7 @@ def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
         parser.add_argument(field.flag, dest=field.name, metavar=field.name.upper(), help=told)
 
 
-def _add_bench(commands) -> None:
-    summary = "repeatable speed and memory figures, one method after the other"
-    parser = _command(commands, "bench", actions.run_bench, summary)
+def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["decode", "prefill", "load", "peers", "hooks"])
     _add(parser, *MODEL, "--methods", "--engine", "--random-weights")
     parser.add_argument("--prompt-tokens", type=int, default=64)
@@ -156,9 +177,7 @@ def _add_bench(commands) -> None:
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
 
 
-def _add_memory(commands) -> None:
-    summary = "predicted bytes before anything is loaded, and whether they fit"
-    parser = _command(commands, "memory", actions.run_memory, summary)
+def _memory(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--model", "--methods")
     parser.add_argument("--threshold", type=float, default=6.0, help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, default=2048, help="tokens, prompt and answer (default: 2048)")
@@ -170,8 +189,7 @@ def _add_memory(commands) -> None:
     )
 
 
-def _add_models(commands) -> None:
-    parser = _command(commands, "models", actions.run_models, "the models that have names, and the methods")
+def _models(parser: argparse.ArgumentParser) -> None:
     about = "write a model with int8 weights, as bitsandbytes stores them"
     parser.add_argument("--save-int8", nargs=2, metavar=("M", "FOLDER"), help=about)
     parser.add_argument("--fetch", metavar="M", help="make this model ready, so that later starts need no network")

@@ -1,6 +1,9 @@
 """What a user may be shown. The library raises these; only `ui/` and `cli.py` translate them for their audience."""
 
+import errno
+
 NOT_A_NUMBER = "the model's output is not a number (an overflow in 16 bit?); try bf16 or fp32"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, of a share of it, of what a process may write
 
 
 class UserError(Exception):
@@ -17,6 +20,10 @@ class ModelUnavailable(UserError):
 
 class NoModel(ModelUnavailable):
     """Files of which a library makes no model; the message ends in the library's words."""
+
+
+class Ended(UserError):
+    """A job that was ended before it was done, by nobody's click; what it yielded stays."""
 
 
 class OutOfMemory(UserError):

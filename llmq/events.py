@@ -16,9 +16,10 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_type_hints
+from typing import get_args
 
 from llmq.errors import UserError
+from llmq.fields import types_of
 from llmq.files import parse_json, read_text, write_text
 
 FORMAT = "llmq-run"
@@ -263,7 +264,7 @@ def _event(row: dict, name: str, number: int) -> TimedEvent:
         raise UserError(f"{name}, line {number}: unknown event {kind!r:.80}")
     if not _is(row.get("time"), float):
         raise UserError(f"{name}, line {number}: 'time' must be a number of seconds, not {row.get('time')!r:.80}")
-    types = _types(cls)
+    types = types_of(cls)
     values = {key: value for key, value in row.items() if key in types}
     if "logprob" in values and values["logprob"] is None:
         values["logprob"] = -math.inf
@@ -276,7 +277,6 @@ def _event(row: dict, name: str, number: int) -> TimedEvent:
         raise UserError(f"{name}, line {number}: {error}") from error
 
 
-_types = cache(get_type_hints)
 _parts = cache(get_args)
 
 

@@ -172,6 +172,9 @@ class Field:
         return self.kind.flag or "--" + self.name.replace("_", "-")
 
 
+types_of = cache(get_type_hints)  # of a dataclass's fields, by name: found once, since files of strangers ask often
+
+
 @cache
 def fields_of(cls: type) -> tuple[Field, ...]:
     """The annotated fields of a dataclass, in the order of their definition."""

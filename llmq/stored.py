@@ -12,11 +12,13 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
-import numpy as np
+from llmq.fields import types_of
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MOST_BYTES = 1 << 28  # of the arrays of one record
 PLAIN_NUMBER = re.compile(r"[<>|][biuf][1248]")  # a dtype as numpy spells it
@@ -38,6 +40,8 @@ def from_stored(cls: type, stored: Mapping) -> Any:
 
 
 def _plain(value: Any, arrays: dict[int, dict]) -> Any:
+    import numpy as np
+
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name), arrays) for f in fields(value)}
     if isinstance(value, np.ndarray):
@@ -58,10 +62,12 @@ def _size(entry: Mapping) -> int:
     dtype, shape = entry["dtype"], entry["shape"]
     if not PLAIN_NUMBER.fullmatch(dtype) or not all(type(length) is int and length >= 0 for length in shape):
         raise ValueError(f"an array cannot be of {dtype!r:.20} and {shape!r:.40}")
-    return np.dtype(dtype).itemsize * math.prod(shape)
+    return int(dtype[2]) * math.prod(shape)
 
 
 def _array(entry: Mapping) -> np.ndarray:
+    import numpy as np
+
     most = _size(entry) + 1  # a few bytes can unpack to gigabytes
     try:
         data = zlib.decompressobj().decompress(base64.b64decode(entry["data"]), most)
@@ -70,17 +76,16 @@ def _array(entry: Mapping) -> np.ndarray:
     return np.frombuffer(data, np.dtype(entry["dtype"])).reshape(entry["shape"])
 
 
-_types = cache(get_type_hints)
-
-
 def _made(kind: Any, value: Any, arrays: list[np.ndarray]) -> Any:
+    import numpy as np
+
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         if value is None and NoneType in arguments:
             return None
         return _made(next(choice for choice in arguments if choice is not NoneType), value, arrays)
     if is_dataclass(kind):
-        return kind(**{name: _made(_types(kind)[name], entry, arrays) for name, entry in value.items()})
+        return kind(**{name: _made(types_of(kind)[name], entry, arrays) for name, entry in value.items()})
     if kind is np.ndarray:
         return arrays[value["array"]]
     if origin in (tuple, list):

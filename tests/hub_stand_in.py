@@ -5,21 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
+
+PIECE = 100  # bytes
+PIECE_SECONDS = 0.5
 
 
 class Hub:
     """Serves `repositories`: id -> folder, and (id, revision) -> folder. `refusals`: id -> (status, X-Error-Code), for
     the question after the repository; `file_refusals`: for its files only, as a gated repository has. `broken`:
-    ids whose answer breaks off. `requests` lists (method, path), `tokens` what each was signed with."""
+    ids whose answer breaks off. `requests` lists (method, path), `tokens` what each was signed with. While `slow` is
+    set files come a piece at a time; `trickled` counts those pieces."""
 
     def __init__(self, repositories=None, refusals=None, file_refusals=None, broken=()):
         self.repositories, self.refusals = repositories or {}, refusals or {}
         self.file_refusals, self.broken = file_refusals or {}, broken
         self.requests: list[tuple[str, str]] = []
         self.tokens: list[str | None] = []
+        self.slow, self.trickled = threading.Event(), 0
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -81,7 +89,14 @@ class Hub:
         if not (folder / name).is_file():
             return _send(request, b"", 404, {"X-Error-Code": "EntryNotFound"} | commit)
         data = (folder / name).read_bytes()
-        _send(request, data, 200, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'} | commit)
+        _send(request, data, 200, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'} | commit, self._pieces)
+
+    def _pieces(self, data: bytes) -> Iterator[bytes]:
+        while data and self.slow.is_set():
+            yield data[:PIECE]
+            data, self.trickled = data[PIECE:], self.trickled + 1
+            time.sleep(PIECE_SECONDS)
+        yield data
 
 
 def commit_of(folder) -> str:
@@ -98,7 +113,7 @@ def _entry(folder: Path, file: Path) -> dict:
     return {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
 
 
-def _send(request, data: bytes, status: int = 200, headers: dict | None = None) -> None:
+def _send(request, data: bytes, status=200, headers: dict | None = None, pieces=lambda data: [data]) -> None:
     request.send_response(status)
     for name, value in (
         {"Content-Length": str(len(data)), "Content-Type": "application/json"} | (headers or {})
@@ -106,4 +121,6 @@ def _send(request, data: bytes, status: int = 200, headers: dict | None = None) 
         request.send_header(name, value)
     request.end_headers()
     if request.command != "HEAD":
-        request.wfile.write(data)
+        with suppress(ConnectionError):  # whoever asked has gone
+            for piece in pieces(data):
+                request.wfile.write(piece)

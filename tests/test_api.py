@@ -22,10 +22,10 @@ from tiny_runs import PROMPT, light
 
 import app
 from llmq.cli import build_parser
+from llmq.errors import Ended
 from llmq.events import Progress, Step, Waiting
 from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
-from llmq.machine.jobs import Ended
 from llmq.ui.launch import launch
 from llmq.ui.shell.state import AppState
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
+import subprocess
 import sys
 import types
 
@@ -72,7 +74,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(flags, words, capsys, monkeypatch
 
 def assert_refused(flags, words, capsys, monkeypatch):
     """Before anything is fetched."""
-    monkeypatch.setattr(app, "fetch", lambda model, methods: pytest.fail("nothing is to be fetched"))
+    monkeypatch.setattr(app, "fetch", lambda state: pytest.fail("nothing is to be fetched"))
     assert app.main(flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert [word for word in words if word not in line] == []
@@ -192,6 +194,29 @@ def test_an_interrupt_while_the_model_is_fetched_is_no_traceback(capsys, monkeyp
 
     monkeypatch.setattr(app, "make_state", interrupted)
     assert (app.main(["--port", "0"]), capsys.readouterr().err) == (130, "llmq: stopped\n")
+
+
+def test_what_the_first_run_needs_is_imported_once_the_page_has_been_opened(demo):
+    """Not before: the page would wait for it."""
+    code = """
+import sys, threading, httpx, app
+from llmq.ui.launch import launch
+state = app.make_state(app.parse(["--model", "demo", "--device", "cpu"]))
+app.fetch(state)
+host, port = app.free_address("127.0.0.1", "0")
+launch(state, host=host, port=port, block=False)
+print("transformers" in sys.modules, state.opened.is_set())
+httpx.get(f"http://{host}:{port}/healthz")
+httpx.get(f"http://{host}:{port}/")
+print(state.opened.wait(60))
+(warm,) = (thread for thread in threading.enumerate() if thread.name == "warm-up")
+warm.join(120)
+from transformers.utils import logging
+print("transformers.models.llama" in sys.modules, logging.is_progress_bar_enabled(), logging.get_verbosity())
+app.leave(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=app.RUNS.parents[1], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False", "True", "True", "False", str(logging.ERROR)], done.stderr
 
 
 def test_auth_is_a_name_and_a_password():

@@ -17,6 +17,8 @@ from gradio_client import Client
 
 from llmq.models.demo import demo_folder
 
+DEPLOY = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+
 
 def test_hadolint_finds_nothing():
     linter = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -35,6 +37,23 @@ def test_compose_serves_what_the_image_offers_and_gives_away_nothing_more():
     assert not {"privileged", "user", "network_mode"} & service.keys()
     user, group = map(int, last("USER").split(":"))
     assert user > 1000 and group > 1000
+
+
+@pytest.mark.parametrize(
+    ("index", "asked"), [("", []), ("https://x.example/cpu", ["--index-url", "https://x.example/cpu"])]
+)
+def test_the_one_build_argument_says_where_torch_comes_from(index, asked, tmp_path):
+    """A pip that writes down what it is asked stands in for pip."""
+    (tmp_path / "pip").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "pip").chmod(0o755)
+    (command,) = (line for line in all_of("RUN") if "pip install" in line)
+    placed = command.replace("/tmp/torch.txt", f"{tmp_path}/torch.txt")
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH_INDEX": index}
+    subprocess.run(["sh", "-ec", placed], cwd=ROOT, env=path, check=True)
+    torch, rest = (tmp_path / "asked").read_text().splitlines()
+    assert torch.split()[2:] == [*asked, "-r", f"{tmp_path}/torch.txt"]
+    assert rest.split()[2:] == ["-r", "requirements.txt"]
+    assert all_of("ARG") == ['TORCH_INDEX=""'] and "`TORCH_INDEX` is the one build argument" in DEPLOY
 
 
 @pytest.fixture

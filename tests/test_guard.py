@@ -57,6 +57,28 @@ def test_every_answer_has_its_headers(client, path):
     assert ("sha256" in rules["script-src"]) == (path == "/")
 
 
+def ancestors(answer: httpx.Response) -> list[str]:
+    """Who may show an answer in a frame."""
+    rules = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
+    return rules["frame-ancestors"].split()
+
+
+def test_the_owner_names_sites_that_may_show_the_page(client):
+    named = ["https://school.example", "http://*.uni.example:8000"]
+    options = app.parse(["--model", "demo", "--device", "cpu", "--allow-frames", ", ".join(named)])
+    with served(app.make_state(options)) as address:
+        assert ancestors(httpx.get(address)) == [*ancestors(client.get("/")), *named]
+
+
+@pytest.mark.parametrize(
+    "site", ["school.example", "https://a b", "https://x; script-src *", "'none'", "*", "https://x/y"]
+)
+def test_what_is_no_site_is_refused_in_a_line(site, capsys):
+    assert app.main(["--allow-frames", f"https://school.example,{site}", "--port", "0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--allow-frames is {site!r}; choose sites such as https://" in line
+
+
 def test_a_page_may_run_the_scripts_that_it_has_and_no_other():
     assert policy(b"<script>a</script><script type=module src=x></script>").count("sha256") == 1
     assert policy(b"<script>a</script>") != policy(b"<script>b</script>") != policy()
@@ -89,6 +111,21 @@ def test_the_page_itself_and_whoever_serves_it_further_are_let_in(client, monkey
     monkeypatch.setenv("GRADIO_ROOT_PATH", "https://school.example/llmq")
     for origin in ("https://me-llmq.hf.space", "https://school.example"):
         assert client.post("/gradio_api/reset", headers={"Origin": origin}, json={}).status_code == 422
+
+
+def test_an_address_is_forwarded_by_a_trusted_proxy_only(monkeypatch):
+    """As docs/security.md says: the proxy's word counts, anybody else keeps his own address."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "127.1.0.0/16")
+    seen = []
+    kept = state()
+    kept.run = lambda job, owner: iter(seen.append(owner.address) or ())
+    with served(kept) as address:
+        for sender in ("127.1.0.5", "127.2.0.5"):
+            with httpx.Client(base_url=address, transport=httpx.HTTPTransport(local_address=sender)) as client:
+                said = {"X-Forwarded-For": "203.0.113.7"}
+                event = client.post("/gradio_api/call/v2/quality", json={}, headers=said).json()["event_id"]
+                client.get(f"/gradio_api/call/quality/{event}", timeout=60)
+    assert seen == ["203.0.113.7", "127.2.0.5"]
 
 
 @pytest.mark.parametrize(

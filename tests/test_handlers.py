@@ -16,13 +16,13 @@ from test_compare_view import NAMES, script
 from test_observatory_views import SILENCED, cause, read, report
 
 from llmq import files
-from llmq.errors import UserError
+from llmq.errors import Ended, UserError
 from llmq.events import Finished, Loading, Progress, Run
 from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
 from llmq.labs.outliers import ReportAnswer
 from llmq.labs.rows import RowAnswer
-from llmq.machine.jobs import Ended
+from llmq.machine.thread import Stuck
 from llmq.ui.shell import state as shell_state
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import UNSAVED, CompareTab
@@ -227,12 +227,12 @@ class Case:
 
 def words(value) -> str:
     """Everything that a line says."""
-    return value if isinstance(value, str) else " ".join(str(value.get(name, "")) for name in ("text", "note"))
+    return value if isinstance(value, str) else " ".join(str(value.get(name, "")) for name in ("text", "note", "doing"))
 
 
 def progress(value) -> tuple | None:
     """What a line says is going on, and how far it is."""
-    return None if isinstance(value, str) else (value.get("doing", value["text"]), value.get("fraction"))
+    return None if isinstance(value, str) else (value.get("doing", value.get("text")), value.get("fraction"))
 
 
 def experiment(kind: str, *inputs) -> Case:
@@ -271,6 +271,11 @@ CASES = {
         "Stopped before anything was found.", "Not explained",
         lambda page, seen: bool(seen[page.outliers.agreement.layers]["data"]),
     ),
+    "card": Case(
+        lambda page: page.outliers.card.silence("demo", PROMPT, ANN), outcome("silencing"),
+        lambda page: page.outliers.map.card, "Measured on 3 tokens", "Stopped before anything was measured.", "Not run",
+        lambda page, seen: seen[section_of(page, "silencing").finding],
+    ),
     "ablation": experiment("ablation"),
     "silencing": experiment("silencing", 1),
     "amplifying": experiment("amplifying", 4, "3"),
@@ -303,6 +308,19 @@ def test_a_job_that_fails_says_why_where_it_speaks_and_in_a_notice(name):
 def test_a_job_stopped_before_it_found_anything_says_so(name):
     case, page = CASES[name], Page(*WORKING)
     assert words(shown(case.call(page))[case.status(page)]).strip() == case.stopped
+
+
+@pytest.mark.parametrize("kind", [Ended, Stuck])
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_found_stays_where_a_job_is_ended_early_and_its_line_says_why(name, found, kind):
+    case = CASES[name]
+    page = Page(*WORKING, *([case.found] if found else []), kind("its <2> minutes were over"))
+    seen = shown(case.call(page))
+    told = words(seen[case.status(page)])
+    whole = found and name == "read"  # there is no half of it
+    assert whole or "Ended early: its <2> minutes were over." in told
+    assert not found or (case.good in told and case.shows(page, seen))
 
 
 @pytest.mark.parametrize("panel", ["map", "moments", "figures"])
@@ -435,18 +453,6 @@ def test_what_is_no_longer_kept_is_not_saved():
     page = Page()
     with pytest.raises(gr.Error, match="no longer kept"):
         page.outliers.keeping._write("run-99")
-
-
-@pytest.mark.parametrize("found", [True, False])
-def test_what_was_found_stays_where_a_job_is_ended_early_and_a_notice_says_why(found, monkeypatch):
-    told = []
-    monkeypatch.setattr(gr, "Warning", lambda message, **_: told.append(message))
-    page = Page(*WORKING, *([outcome("ablation")] if found else []), Ended("its <2> minutes were over"))
-    section = section_of(page, "ablation")
-    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN))
-    assert told == ["its &lt;2&gt; minutes were over"]
-    assert seen[section.status].startswith("Measured on" if found else "Stopped before anything")
-    assert (section.keeping.key in seen) == found
 
 
 def test_the_card_silences_one_channel_through_the_labs_own_section():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
-from hub_stand_in import Hub, commit_of
+from hub_stand_in import PIECE, Hub, commit_of
 from huggingface_hub import constants
 
 from llmq.contestant import Contestant
@@ -214,7 +214,7 @@ def test_a_large_download_says_its_size(monkeypatch):
         hub_module, "_missing", lambda repo, revision, token=None: {"model.safetensors": 13_476_000_000}
     )
     monkeypatch.setattr(hub_module, "_free_bytes", lambda: 200 * 10**9)
-    monkeypatch.setattr(hub_module, "_fetch", lambda repo, revision, names, token=None: gate.wait(20))
+    monkeypatch.setattr(hub_module, "_fetch", lambda *_: gate.wait(20))
     progress = prepare(resolve("owner/tiny"))
     assert next(progress).message.startswith("fetching owner/tiny from the hub, 13.5 GB of 200 GB that are free")
     gate.set()
@@ -288,7 +288,7 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch):
 def test_a_download_tells_how_long_it_has_been_going(monkeypatch):
     gate = threading.Event()
     monkeypatch.setattr(hub_module, "_missing", lambda repo, revision, token=None: {})
-    monkeypatch.setattr(hub_module, "_fetch", lambda repo, revision, names, token=None: gate.wait(20))
+    monkeypatch.setattr(hub_module, "_fetch", lambda *_: gate.wait(20))
     progress = prepare(resolve("owner/tiny"))
     first = next(progress)
     gate.set()
@@ -323,6 +323,53 @@ def test_a_stopped_download_does_not_hold_up_the_end_of_the_program():
             assert program.wait(timeout=3) == 0
         finally:
             program.kill()
+
+
+def downloads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "hub-download"]
+
+
+def begun(name: str, hub: Hub):
+    """A download of `name` whose weights are on their way."""
+    progress = prepare(resolve(name))
+    while not hub.trickled:
+        next(progress)
+    return progress
+
+
+@pytest.fixture
+def slow_hub(hub, monkeypatch):
+    """A hub whose files come in pieces, for minutes where nobody hurries it; the client hears of each."""
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", PIECE)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    hub.slow.set()
+    yield hub
+    hub.slow.clear()
+
+
+def test_a_stopped_download_ends(slow_hub):
+    progress = begun("owner/tiny", slow_hub)
+    (thread,) = downloads()
+    progress.close()
+    thread.join(20)
+    assert not thread.is_alive() and slow_hub.slow.is_set()
+
+
+def test_whoever_asks_for_a_download_that_goes_on_waits_for_it(slow_hub):
+    first, second = begun("owner/tiny", slow_hub), prepare(resolve("owner/tiny"))
+    while not next(second).message.startswith("fetching owner/tiny"):
+        pass
+    first.close()
+    slow_hub.slow.clear()
+    list(second)
+    asked = [path for command, path in slow_hub.requests if command == "GET" and path.endswith(".safetensors")]
+    assert len(asked) == 1 and folder_of(resolve("owner/tiny")).is_dir()
+
+
+def test_a_download_that_was_stopped_is_begun_again(slow_hub):
+    begun("owner/tiny", slow_hub).close()
+    slow_hub.slow.clear()
+    assert folder_of(fetched("owner/tiny")).is_dir()
 
 
 def test_an_offline_machine_asks_nobody(hub, monkeypatch):

@@ -10,9 +10,10 @@ import pytest
 from scripted import Clock
 
 from llmq.engine.loading import Key
+from llmq.errors import Ended
 from llmq.events import Progress, Waiting
 from llmq.machine.door import Lease, Machine
-from llmq.machine.jobs import BY_END, BY_OWNER, UNHEARD, Busy, Ended, Jobs, Limits, Visitor
+from llmq.machine.jobs import BY_END, BY_OWNER, UNHEARD, Busy, Jobs, Limits, Visitor
 from llmq.machine.thread import ComputeThread, Stuck
 from llmq.methods import METHODS
 

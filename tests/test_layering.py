@@ -16,9 +16,9 @@ SOURCES = {
 }
 # From the ground up: a package, or a module beside them, imports only from floors below its own.
 FLOORS = [
-    "llmq llmq.cgroup llmq.errors llmq.formatting llmq.hooks llmq.stored",
+    "llmq llmq.cgroup llmq.errors llmq.formatting llmq.hooks",
     "llmq.cache llmq.cards llmq.fields llmq.files llmq.scores llmq.terminal",
-    "llmq.events llmq.kernels",
+    "llmq.events llmq.kernels llmq.stored",
     "llmq.methods llmq.telemetry",
     "llmq.contestant llmq.models",
     "llmq.engine llmq.environment llmq.memory",

@@ -8,10 +8,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import pytest
+from browser_support import PATIENCE, new_tab
 from notebook_session import GET, INSTALL, ROOT, START, CellFailed, address_in, filled, pack, session
 from packaging.requirements import Requirement
 
@@ -39,6 +44,44 @@ def test_every_cell_runs_as_shipped_also_after_a_restart(kernel, tiny_folder):
             address = address_in(printed)
             assert httpx.get(address).status_code == 200
             assert f'<iframe src="{address}"' in shown and 'height="900"' in shown
+
+
+@contextmanager
+def notebook_page(shown: str) -> Iterator[str]:
+    """A page of another origin, as a notebook's is, that shows what a cell shows; yields its address."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(shown.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}/"
+        server.shutdown()
+
+
+def test_the_page_in_the_cell_gives_a_verdict_after_the_restart(kernel, tiny_folder, browser):
+    """Generate is pressed where people see it: in the frame that the third cell shows."""
+    for cell in (GET, INSTALL):
+        kernel.run(cell)
+    kernel.restart()
+    _, shown = kernel.run(filled(START, MODEL=str(tiny_folder), METHODS="fp16,llm-int8", SHARE=False))
+    tab = new_tab(browser, viewport={"width": 1000, "height": 1000})
+    with notebook_page(shown) as address:
+        tab.goto(address)
+        cell = tab.frame_locator("iframe")
+        cell.locator("#prompt textarea").fill("Name three colours.")
+        cell.locator("#generate").click()
+        verdict = cell.locator("#status").filter(has_text="memory")
+        verdict.wait_for(timeout=PATIENCE)
+        assert verdict.inner_text().startswith("int8 · ours needs")
+    tab.close()
 
 
 def test_without_the_model_the_page_plays_its_recorded_runs(kernel):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import httpx
 import load_server
@@ -20,10 +24,13 @@ from test_api import served
 from tiny_runs import light
 
 import app
+from llmq.engine.base import Token
+from llmq.engine.hf import Generation
 from llmq.machine.jobs import Limits
 from llmq.ui import launch
 from llmq.ui.shell.owner import PASSWORD
 from llmq.ui.shell.state import FOLDER
+from llmq.ui.tabs.compare_tab import UNSAVED
 
 PATIENCE = 60  # seconds until what does not come is a failure
 ENDLESS = "Tell me everything about the sea."
@@ -158,17 +165,51 @@ def test_health_says_when_a_step_hangs(server, monkeypatch):
     assert (answer.status_code, answer.json()["state"]) == (503, "hangs")
 
 
+def test_a_c_call_that_never_returns_is_given_up_and_the_next_run_is_answered(server, monkeypatch):
+    """A read of a pipe that nobody writes to, in the compute thread and without the GIL, as a hung kernel is."""
+    assert Visitor(server).run("Hi").texts, "all is loaded"
+    (reads, writes), thread, forward = os.pipe(), app.JOBS.machine.thread, Generation._forward
+    calls, given_up, worker = [], thread.given_up, thread._worker
+
+    def hang(self, ids: list[int]) -> Token:
+        if len(calls) == 2:  # tokens are there
+            ctypes.CDLL(None).read(reads, ctypes.create_string_buffer(1), 1)
+        calls.append(ids)
+        return forward(self, ids)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Generation, "_forward", hang)
+        patched.setattr(thread, "patience", 3.0)
+        hung = Visitor(server, 2).run("Hi")
+    assert "Ended early: a step did not come back for 3 s and was given up" in hung.value["status"]
+    assert hung.texts and len(calls) == 2 and thread.given_up == given_up + 1
+    ended = Visitor(server, 3).run("Hi")
+    assert (ended.error, len(ended.texts)) == ("", 2)
+    os.write(writes, b"x")
+    worker.join(PATIENCE)
+    assert not worker.is_alive(), "the thread that was given up ends with its call"
+
+
+@contextmanager
+def server_process(folder: Path, log: IO[str], *flags: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The app in a process of its own, whose temporary files are in `folder`; yields its address and the process."""
+    port = app.free_address("127.0.0.1", "0")[1]
+    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu", *flags]
+    ours = os.environ | {"TMPDIR": str(folder)}
+    server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=ours)
+    try:
+        wait_for(f"http://127.0.0.1:{port}", server, log)
+        yield f"http://127.0.0.1:{port}", server
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_is_ended_tells_its_visitors_and_leaves_nothing(number, demo, tmp_path):
-    command = [sys.executable, str(ROOT / "app.py"), "--port", "0", "--device", "cpu"]
-    port = app.free_address("127.0.0.1", "0")[1]
-    command[3] = str(port)
-    address, said = f"http://127.0.0.1:{port}", []
+    said = []
     with tempfile.TemporaryFile("w+") as log:
-        ours = os.environ | {"TMPDIR": str(tmp_path)}
-        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=ours)
-        try:
-            wait_for(address, server, log)
+        with server_process(tmp_path, log) as (address, server):
             assert len(list(tmp_path.glob(f"{FOLDER}*"))) == 1
             monkeyed = Visitor(address)
             monkeyed.model, monkeyed.methods = "demo", ("fp16", "llm-int8")
@@ -181,9 +222,28 @@ def test_a_server_that_is_ended_tells_its_visitors_and_leaves_nothing(number, de
             ended = monkeyed.run(ENDLESS, 512, end)
             assert ended.value["status"] == "Ended early: the server is ending"
             assert server.wait(PATIENCE) == 0
-        finally:
-            server.kill()
-            server.wait()
         log.seek(0)
         assert "Traceback" not in log.read()
     assert not list(Path(tmp_path).glob(f"{FOLDER}*"))
+
+
+def test_where_no_file_can_grow_the_result_is_shown_and_the_rest_refused_in_a_sentence(tiny_folder, tmp_path):
+    """The kernel refuses every write to a file of the server's, as a full disk does."""
+    model, methods = str(tiny_folder), ("fp16", "int8-weight-only")
+    flags = ("--model", model, "--methods", ",".join(methods))
+
+    def upload(address: str) -> httpx.Response:
+        return httpx.post(f"{address}/gradio_api/upload", files={"files": ("run.jsonl", b"x" * 1000)})
+
+    with tempfile.TemporaryFile("w+") as log, server_process(tmp_path, log, *flags) as (address, server):
+        visitor = Visitor(address)
+        visitor.model, visitor.methods = model, methods
+        assert visitor.run("Hi").value["status"] == "Finished."
+        before = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (0, before[1]))
+        full = visitor.run("Hi")
+        assert (full.error, len(full.texts), full.value["status"]) == ("", 2, f"Finished. {UNSAVED}")
+        refused = upload(address)
+        assert (refused.status_code, refused.json()["error"].partition(";")[0]) == (507, "the server's disk is full")
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, before)
+        assert visitor.run("Hi").value["status"] == "Finished." and upload(address).status_code == 200

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import llmq
-from llmq.cli import build_parser
+from llmq.cli import Parser, build_parser
 
 PROGRAM = """
 import json, sys
@@ -65,13 +64,14 @@ def choices(parser) -> dict:
     return next((action.choices for action in parser._actions if isinstance(action.choices, dict)), {})
 
 
-def parser_of(words: tuple) -> argparse.ArgumentParser:
+def parser_of(words: tuple) -> Parser:
     """The parser that reads the options after these words."""
     parser = build_parser()
     for word in words:
         if word not in (below := choices(parser)):
             break
         parser = below[word]
+    parser.fill()
     return parser
 
 

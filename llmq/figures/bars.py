@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from llmq.figures.palette import named
 from llmq.figures.style import escape, new_figure, style
 from llmq.inspect.cause import Cause
-from llmq.inspect.report import OutlierReport, columns_at
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from llmq.inspect.report import OutlierReport
 
 MOST_DOTS = 6000  # of each kind in one figure
 
@@ -22,6 +23,8 @@ MOST_DOTS = 6000  # of each kind in one figure
 def columns_figure(report: OutlierReport, kind: str, moment: int, threshold: float) -> go.Figure:
     """The columns sent to 16 bit at one moment (0: the prompt, n: the n-th generated token) by layer and channel, as
     the layer itself says and as the hooks found; below, how many there are at every moment."""
+    from llmq.inspect.report import columns_at
+
     modules = list({module.layer: module for module in report.modules if module.kind == kind}.values())
     hooked = [(m, channel) for m in modules for channel in columns_at(m, moment, threshold)][:MOST_DOTS]
     figure = new_figure()
@@ -62,6 +65,8 @@ def _dots(figure: go.Figure, name: str, entries: list, number: int, **marker) ->
 
 
 def _counts(modules: list, generated: int, threshold: float) -> list[int]:
+    from llmq.inspect.report import columns_at
+
     return [sum(len(columns_at(module, moment, threshold)) for module in modules) for moment in range(generated + 1)]
 
 

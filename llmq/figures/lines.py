@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from llmq.figures.palette import named
 from llmq.figures.style import DASHES, MARKS, decades, escape, new_figure, style
-from llmq.inspect.emergence import LAYER_SHARE, POSITION_SHARE, Emergence
-from llmq.inspect.report import OutlierReport
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from llmq.inspect.emergence import Emergence
+    from llmq.inspect.report import OutlierReport
 
 
 def peaks_figure(report: OutlierReport) -> go.Figure:
@@ -38,6 +39,8 @@ def peaks_figure(report: OutlierReport) -> go.Figure:
 def features_figure(found: Emergence) -> go.Figure:
     """Every dimension that reaches 6.0: in which share of layers, at which share of positions; the paper's criterion is
     the upper right corner."""
+    from llmq.inspect.emergence import LAYER_SHARE, POSITION_SHARE
+
     figure = new_figure()
     for name, number, meets in (("outlier feature by the paper's criterion", 1, True), ("reaches 6.0", 0, False)):
         some = [feature for feature in found.features if feature.meets_criterion == meets]

@@ -105,7 +105,7 @@ class _Lane:
         self.generation = self.tokens = None
 
 
-class _Asked:
+class _PromptProgress:
     """Whether to stop. Asked while a prompt is read, it tells how much of it is, as far as the engine makes that known:
     nothing of the computation changes."""
 
@@ -206,7 +206,7 @@ class _Race:
         lane.engine.warm_up(self.prompt_ids)
 
     def _prefill(self, lane: _Lane) -> Iterator[Event]:
-        sampling, stopped = self.comparison.sampling, _Asked(lane, self.lease)
+        sampling, stopped = self.comparison.sampling, _PromptProgress(lane, self.lease)
         lane.text = TextStream(self.model.tokenizer)
         lane.generation = lane.engine.start(self.prompt_ids, sampling)
         lane.tokens = tokens_of(lane.generation, lane.engine, len(self.prompt_ids), sampling, stopped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from llmq.contestant import Contestant, OneContestant
 from llmq.engine.loading import Key
@@ -13,17 +13,17 @@ from llmq.events import Event, Progress
 from llmq.fields import Number, Text
 from llmq.figures.bars import columns_figure
 from llmq.figures.blocks import Block, Drawing, Table
-from llmq.figures.heatmaps import map_figure
 from llmq.figures.lines import features_figure, peaks_figure
 from llmq.formatting import format_share
-from llmq.inspect.emergence import Emergence, emergence, massive_activations
-from llmq.inspect.report import OutlierReport, agreement_with_kernel
-from llmq.inspect.views import shares_table, strongest_table
 from llmq.labs.base import Lab
 from llmq.labs.emergence import Sweep
 from llmq.machine.door import Lease
 from llmq.methods.base import DEFAULT_THRESHOLD
 from llmq.stored import from_stored, to_stored
+
+if TYPE_CHECKING:  # numpy comes with them: half the time that `llmq --help` takes
+    from llmq.inspect.emergence import Emergence
+    from llmq.inspect.report import OutlierReport
 
 MAX_NEW_TOKENS = 64
 MASSIVE = 10
@@ -86,6 +86,8 @@ class Inspection(Lab):
 
     @classmethod
     def restore(cls, stored: dict[str, Any]) -> ReportAnswer:
+        from llmq.inspect.report import OutlierReport
+
         report = from_stored(OutlierReport, stored["report"])
         return ReportAnswer(report, float(stored["threshold"]), str(stored.get("prompt", "")))
 
@@ -105,6 +107,9 @@ class ReportAnswer:
 
     def blocks(self) -> Iterator[Block]:
         """What was sent to 16 bit, the paper's figures, every heatmap."""
+        from llmq.inspect.emergence import emergence
+        from llmq.inspect.views import shares_table, strongest_table
+
         report, threshold, found = self.report, self.threshold, emergence(self.report)
         yield account_line(report, threshold)
         yield emergence_line(found)
@@ -118,6 +123,8 @@ class ReportAnswer:
         yield from self._drawings(found)
 
     def _drawings(self, found: Emergence) -> Iterator[Block]:
+        from llmq.figures.heatmaps import map_figure
+
         report, threshold = self.report, self.threshold
         yield Drawing.of(features_figure, found)
         yield Drawing.of(peaks_figure, report)
@@ -150,6 +157,8 @@ class Preparation(Lab):
 
 def account_line(report: OutlierReport, threshold: float) -> str:
     """Whether hooks and layers agree, in a sentence."""
+    from llmq.inspect.report import agreement_with_kernel
+
     found = agreement_with_kernel(report)
     if found is None:
         return f"{report.method} sends no columns to 16 bit apart, so only the hooks' rings are drawn."
@@ -179,6 +188,8 @@ def emergence_line(found: Emergence) -> str:
 
 def massive_rows(report: OutlierReport) -> list[list[str]]:
     """The table of massive activations."""
+    from llmq.inspect.emergence import massive_activations
+
     return [
         [
             found.where if found.where == "residual stream" else f"input of {found.where}",

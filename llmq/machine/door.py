@@ -86,7 +86,7 @@ class Machine:
     def compute(self, question: Question, stop: Stop) -> Iterator[object]:
         """Yield what a question whose turn it is yields. Raises Stuck when it hangs: what was loaded is let go then."""
         self.pool.begin()
-        lease = Lease(self, question.device, _Asked(stop, self.thread))
+        lease = Lease(self, question.device, _WatchedStop(stop, self.thread))
         try:
             yield from self.thread.run(self._answer(question, lease), lease.aside)
         except Stuck:
@@ -118,7 +118,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _WatchedStop:
     """A stop that takes being asked for a sign of life: a long prefill asks at every layer."""
 
     stop: Stop

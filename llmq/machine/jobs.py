@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
-from llmq.errors import UserError
+from llmq.errors import Ended, UserError
 from llmq.events import Waiting
 from llmq.machine.door import Machine, Question, Stop
 
@@ -54,10 +54,6 @@ class Visitor(str):
 
 class Busy(UserError):
     """A question that is not let in now."""
-
-
-class Ended(UserError):
-    """A job that was ended before it was done, by nobody's click; what it yielded stays."""
 
 
 class Listeners:

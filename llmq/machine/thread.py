@@ -22,7 +22,7 @@ from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from llmq.errors import UserError
+from llmq.errors import Ended
 
 Item = TypeVar("Item")
 
@@ -43,7 +43,7 @@ def _see_them_out() -> None:
         worker.join(END_SECONDS)
 
 
-class Stuck(UserError):
+class Stuck(Ended):
     """A step did not return, and its thread was given up."""
 
 

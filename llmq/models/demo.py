@@ -7,7 +7,6 @@ converted folder appears in one rename, so a reader never sees half a model; aft
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmq.cache import cache_folder, require_space, sweep, workplace
-from llmq.errors import ModelUnavailable, UserError
+from llmq.errors import NO_ROOM, ModelUnavailable, UserError
 from llmq.events import Progress
 from llmq.models.checkpoint import stamps
 from llmq.models.gguf_convert import convert_gguf
@@ -83,7 +82,7 @@ def prepare_demo() -> Iterator[Progress]:
             with workplace(folder.parent, WORK) as work:
                 yield from _build(work, folder)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in NO_ROOM:
             raise UserError(f"the disk of {folder.parent} is full; the demo model needs 600 MB there") from error
         raise UserError(
             f"cannot build the demo model in {folder.parent}: {error}. Set LLMQ_CACHE to a folder you can write to."

@@ -6,9 +6,7 @@ import glob
 import re
 import shutil
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from urllib.parse import unquote
 from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.events import Progress
 from llmq.models.checkpoint import require_model, weight_files
+from llmq.models.shared_work import Abandoned, shared_work
 
 SETTINGS = re.compile(r"[^/]+\.(json|jinja|model)|merges\.txt|vocab\.txt|additional_chat_templates/[^/]+\.jinja")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -70,16 +69,17 @@ def plan(repo: str, revision: str | None = None) -> Download:
 
 
 def download(repo: str, revision: str | None = None, fetching: Fetching = ANYTHING) -> Iterator[Progress]:
-    """Fetch what a repository's model needs in a thread, reporting how long that has been going on. A hub that does not
-    answer is no failure where all is here already, and where nothing may be fetched none is asked. Raises UserError,
-    where it is too much or the disk has no room before it fetches."""
+    """Fetch what a repository's model needs in a thread, reporting how long that has been going on; whoever asks for
+    the same meanwhile waits for the same, and once nobody waits it ends. A hub that does not answer is no failure where
+    all is here already, and where nothing may be fetched none is asked. Raises UserError, where it is too much or the
+    disk has no room before it fetches."""
     if fetching.most_bytes == 0:
         if is_cached(repo, revision):
             return
         raise ModelUnavailable(_NOT_HERE % repo)
+    patiently, asked = shared_work().patiently, (repo, revision, fetching.token)
     try:
-        asked = f"asking the hub for {repo}"
-        missing = yield from _patiently(lambda: _missing(repo, revision, fetching.token), asked)
+        missing = yield from patiently(("files", *asked), lambda _: _missing(*asked), f"asking the hub for {repo}")
     except ModelUnavailable:
         if is_cached(repo, revision):
             return
@@ -93,7 +93,7 @@ def download(repo: str, revision: str | None = None, fetching: Fetching = ANYTHI
         raise UserError(f"{repo} needs {sizes}: make room, or set HF_HOME to a folder on another disk")
     size = f", {needed / 1e9:.1f} GB of {free / 1e9:.0f} GB that are free on the disk" if needed > LARGE_BYTES else ""
     work = f"fetching {repo} from the hub{size}"
-    yield from _patiently(lambda: _fetch(repo, revision, list(missing), fetching.token), work)
+    yield from patiently(asked, lambda stop: _fetch(*asked, list(missing), stop), work)
 
 
 def is_cached(repo: str, revision: str | None = None) -> bool:
@@ -143,12 +143,25 @@ def _missing(repo: str, revision: str | None, token: bool | None = None) -> dict
     return {name: 0 if name in here else sizes[name] for name in names}
 
 
-def _fetch(repo: str, revision: str | None, names: list[str], token: bool | None) -> None:
+def _fetch(repo: str, revision: str | None, token: bool | None, names: list[str], stop: threading.Event) -> None:
     from huggingface_hub import snapshot_download
 
     with _explained(repo, revision):
         patterns = [glob.escape(name) for name in names]
-        snapshot_download(repo, revision=revision, allow_patterns=patterns, token=token)
+        snapshot_download(repo, revision=revision, allow_patterns=patterns, token=token, tqdm_class=_bar_until(stop))
+
+
+def _bar_until(stop: threading.Event) -> type:
+    """The hub client's progress bar, which hears of every piece and ends the download at the next one after `stop`."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            if stop.is_set():
+                raise Abandoned
+            return super().update(n)
+
+    return Bar
 
 
 def _free_bytes() -> int:
@@ -158,30 +171,12 @@ def _free_bytes() -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
 
 
-def _patiently(work: Callable[[], dict | None], what: str) -> Generator[Progress, None, dict | None]:
-    """Run `work` in a thread, reporting how long that has been going on; returns its result."""
-    started = time.monotonic()
-    done: Future = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:  # handed to whoever waits
-            done.set_exception(error)
-
-    # A daemon: neither a stop nor the end of the program waits for gigabytes; what has arrived serves the next try.
-    threading.Thread(target=run, name="hub-download", daemon=True).start()
-    while wait([done], timeout=0.5).not_done:
-        yield Progress(f"{what} ({time.monotonic() - started:.0f} s)", 0.0)
-    return done.result()
-
-
 @contextmanager
 def _explained(repo: str, revision: str | None) -> Iterator[None]:
     """Turn what the hub's client raises inside into ModelUnavailable that says what to do."""
     try:
         yield
-    except UserError:
+    except (UserError, Abandoned):
         raise
     except Exception as error:  # its transport's own errors too, and it changes transports
         raise ModelUnavailable(_explanation(error, repo, revision)) from error

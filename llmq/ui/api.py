@@ -21,13 +21,12 @@ from llmq.cards import device_bytes
 from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import device_named
-from llmq.errors import BadChoice, UserError
+from llmq.errors import BadChoice, Ended, UserError
 from llmq.events import Event, Progress, Run
 from llmq.fields import Choice, Field, Number, Switch, Text
 from llmq.labs import Answer, Lab, lab_classes
 from llmq.labs.compare import Comparison
 from llmq.machine.door import Question
-from llmq.machine.jobs import Ended
 from llmq.memory import forecast
 from llmq.methods.base import THRESHOLD
 from llmq.summary import RunAnswer, Summary

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import gradio as gr
+from gradio.routes import App
 
 from llmq.ui.layout import build
 from llmq.ui.shell.ending import serve_until_told
@@ -17,6 +20,18 @@ CELL_PIXELS = 900  # of the page inside a notebook's cell
 THREADS = 160  # all who wait for the machine have one, and clicks that need no device have the rest
 KEPT_SESSIONS = 100  # of visitors' pages, 0.3 MB each; one who is forgotten goes on with a new one
 QUEUE_POLL_SECONDS = 0.05  # Gradio's 0.001 keeps its idle loop on the GIL a tenth of the time (profiled)
+
+
+@contextmanager
+def without_spare_servers() -> Iterator[None]:
+    """While inside, Gradio makes no web server: it would make two of a page that is being laid out, a tenth of the time
+    until that is open (measured), and a third one to serve it."""
+    original = App.create_app
+    App.create_app = staticmethod(lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        App.create_app = staticmethod(original)
 
 
 def launch(
@@ -36,7 +51,8 @@ def launch(
         "GRADIO_DEFAULT_CONCURRENCY_LIMIT": "16",  # of each kind of click that needs no device
         "GRADIO_ANALYTICS_MAX_EVENTS": "1",  # Gradio sums up as many after every event (pandas, holding the GIL)
     }
-    page = build(state)
+    with without_spare_servers():
+        page = build(state)
     page._queue.sleep_when_free = QUEUE_POLL_SECONDS  # no public setting
     fail_briefly(page)
     describe_once(page)
@@ -59,7 +75,7 @@ def launch(
         run_history=False,
         inbrowser=False,
         height=CELL_PIXELS,
-        app_kwargs=watched(server_options(page), state),
+        app_kwargs=watched(server_options(page, state.frames), state),
         mcp_server=mcp or None,
     )
     if block:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import gradio as gr
 
+from llmq.errors import Ended
 from llmq.machine.door import Question
-from llmq.machine.jobs import Ended
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import owner_of
 
@@ -18,9 +18,15 @@ def notice(error: Exception | str) -> gr.Error:
     return gr.Error(html.escape(str(error)), duration=8, print_exception=False)
 
 
-def answers(state: AppState, question: Question, request: gr.Request) -> Iterator[object]:
-    """What the machine yields. Where that was ended early, what was found stays, and a notice says why it is all."""
-    try:
-        yield from state.run(question, owner_of(request))
-    except Ended as ended:
-        gr.Warning(html.escape(str(ended)), title="Ended early", duration=8)
+class Answers:
+    """What the machine yields for a question. Where that was ended early, what was found stays; `early` then says why
+    it is all, in a sentence for the line that says what is going on."""
+
+    def __init__(self, state: AppState, question: Question, request: gr.Request):
+        self._items, self.early = state.run(question, owner_of(request)), ""
+
+    def __iter__(self) -> Iterator[object]:
+        try:
+            yield from self._items
+        except Ended as ended:
+            self.early = f"Ended early: {ended}."

@@ -28,8 +28,9 @@ FAILED = "the server could not make sense of this; its log says more"
 log = logging.getLogger(__name__)
 
 
-def server_options(page: gr.Blocks) -> dict:
-    """What the web server is told: what stands in front of it, and JSON for MCP clients."""
+def server_options(page: gr.Blocks, frames: tuple[str, ...]) -> dict:
+    """What the web server is told: what stands in front of it, the sites that may show it in a frame, and JSON for MCP
+    clients."""
 
     def own_hosts() -> list[str | None]:
         named = [page.share_url, os.environ.get("GRADIO_ROOT_PATH")]
@@ -42,7 +43,7 @@ def server_options(page: gr.Blocks) -> dict:
             _as_json_text(page.mcp_server_obj)
         yield
 
-    return {"middleware": [Middleware(Answers)], "lifespan": lifespan}
+    return {"middleware": [Middleware(Answers, frames=frames)], "lifespan": lifespan}
 
 
 def name_wrong_values(page: gr.Blocks) -> None:

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llmq.errors import NO_ROOM, BadChoice
 from llmq.ui.shell.guesses import Guesses
 
 INLINE_SCRIPT = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
@@ -27,6 +28,7 @@ MAY_SHOW_US = (  # in a frame: a Space's page, a notebook's cell, and pages of t
     "'self' https://huggingface.co https://*.hf.space https://colab.research.google.com "
     "https://*.googleusercontent.com http://localhost:* http://127.0.0.1:*"
 )
+SITE = re.compile(r"https?://(?:\*\.)?[a-z0-9-]+(?:\.[a-z0-9-]+)*(?::(?:\d+|\*))?", re.IGNORECASE)
 POLICY = {
     "default-src": "'self'",
     "script-src": "'self' 'unsafe-eval'",  # Gradio makes functions of the text of its events
@@ -38,7 +40,6 @@ POLICY = {
     "object-src": "'none'",
     "base-uri": "'self'",
     "form-action": "'self'",
-    "frame-ancestors": MAY_SHOW_US,
 }
 FOREIGN = "this page may be used from its own address only; a proxy in front of it must pass the Host header on"
 TOO_MANY = "too many wrong passwords from your address; try again in {:.0f} s"
@@ -50,11 +51,26 @@ MISTAKES = (LookupError, ValueError, TypeError, AttributeError, AssertionError, 
 log = logging.getLogger(__name__)
 
 
-def policy(page: bytes = b"") -> str:
-    """The content security policy of an answer: of scripts within `page` exactly those that it has."""
+def sites_in(text: str) -> tuple[str, ...]:
+    """The sites of a comma-separated list. Raises BadChoice for what a browser would not take for one."""
+    sites = tuple(filter(None, (part.strip() for part in text.split(","))))
+    for site in sites:
+        if not SITE.fullmatch(site):
+            raise BadChoice(
+                f"--allow-frames is {site!r}; choose sites such as https://school.example or https://*.school.example"
+            )
+    return sites
+
+
+def policy(page: bytes = b"", frames: tuple[str, ...] = ()) -> str:
+    """The content security policy of an answer: of scripts within `page` exactly those that it has; `frames`: the sites
+    that may show it beside MAY_SHOW_US."""
     digests = (base64.b64encode(hashlib.sha256(text).digest()).decode() for text in INLINE_SCRIPT.findall(page))
     scripts = " ".join(f"'sha256-{digest}'" for digest in dict.fromkeys(digests))
-    rules = POLICY | {"script-src": f"{POLICY['script-src']} {scripts}".strip()}
+    rules = POLICY | {
+        "script-src": f"{POLICY['script-src']} {scripts}".strip(),
+        "frame-ancestors": " ".join((MAY_SHOW_US, *frames)),
+    }
     return "; ".join(f"{name} {value}" for name, value in rules.items())
 
 
@@ -64,13 +80,13 @@ HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "same-origin"
 class Answers:
     """Gives every answer its headers, and makes one line of JSON of whatever fails inside."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, frames: tuple[str, ...] = ()):
+        self.app, self.frames = app, frames
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        answer = _Answer(scope["path"], send)
+        answer = _Answer(scope["path"], send, self.frames)
         try:
             await self.app(scope, receive, answer.send)
         except ClientDisconnect:
@@ -86,6 +102,7 @@ class _Answer:
 
     path: str
     out: Send
+    frames: tuple[str, ...]
     start: Message | None = None
     begun: bool = False
     body: list[bytes] = field(default_factory=list)
@@ -104,7 +121,7 @@ class _Answer:
             if message.get("more_body"):
                 return
             page = b"".join(self.body)
-            MutableHeaders(scope=self.start)["Content-Security-Policy"] = policy(page)
+            MutableHeaders(scope=self.start)["Content-Security-Policy"] = policy(page, self.frames)
             begin, self.start, message = self.start, None, {"type": "http.response.body", "body": page}
             await self.out(begin)
         self.begun = True
@@ -129,7 +146,7 @@ def in_words(path: str, error: Exception) -> tuple[int, str]:
         return 404, f"no endpoint is called {path.rpartition('/')[2][:80]!r}"
     if called and isinstance(error, TypeError):  # gradio_client's words about parameters
         return 400, str(error).partition(". Please click")[0].partition("\n")[0]
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return 507, "the server's disk is full; tell whoever runs it"
     if isinstance(error, OSError) and error.errno in NO_SUCH_FILE:
         return 404, "there is no such file"

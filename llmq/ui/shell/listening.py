@@ -20,7 +20,7 @@ BY_NAME = re.compile(r".*/gradio_api/call/(?:v2/)?[^/]+/(?P<session>[^/]+)/?")
 def watched(options: dict, state: AppState) -> dict:
     """`options` of the web server, with what watches over the jobs of `state`."""
     listeners = state.jobs.listeners if state.jobs else Listeners()
-    ears = Middleware(Ears, listeners=listeners, left=state.stop, uploaded=state.prune)
+    ears = Middleware(Ears, listeners=listeners, left=state.stop, uploaded=state.prune, opened=state.opened.set)
     return options | {
         "middleware": [*options.get("middleware", ()), ears],
         "routes": [*options.get("routes", ()), *(routes_of(state.jobs) if state.jobs else ())],
@@ -28,11 +28,14 @@ def watched(options: dict, state: AppState) -> dict:
 
 
 class Ears:
-    """Stands in front of the server: counts the streams of answers, and calls `left(session)` when a page is closed and
-    `uploaded()` after an upload."""
+    """Stands in front of the server: counts the streams of answers, and calls `left(session)` when a page is closed,
+    `opened()` after one was sent, and `uploaded()` after an upload."""
 
-    def __init__(self, app, listeners: Listeners, left: Callable[[str], object], uploaded: Callable[[], object]):
-        self.app, self.listeners, self.left, self.uploaded = app, listeners, left, uploaded
+    def __init__(
+        self, app, listeners: Listeners, left: Callable[[str], object], uploaded: Callable[[], object],
+        opened: Callable[[], object],
+    ):  # fmt: skip
+        self.app, self.listeners, self.left, self.uploaded, self.opened = app, listeners, left, uploaded, opened
         listeners.told = True
 
     async def __call__(self, scope, receive, send) -> None:
@@ -45,6 +48,8 @@ class Ears:
                 self.left(page)
             if scope.get("method") == "POST" and scope["path"].endswith("/gradio_api/upload"):
                 self.uploaded()
+            if scope.get("method") == "GET" and scope["path"] in ("/", "/config"):  # a browser's, a program's
+                self.opened()
 
 
 def page_of(scope) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -31,11 +32,13 @@ class AppState:
     device: str
     device_label: str
     access: Access = ANYBODY
+    frames: tuple[str, ...] = ()  # sites that may show the page, besides those that every server's may
     model: str = "demo"
     model_reason: str = ""
     methods: tuple[str, ...] = ("fp16", "bnb-int8")
     recorded_runs: dict[str, Path] = field(default_factory=dict)
     recorded_answers: dict[str, Path] = field(default_factory=dict)  # of labs, by kind
+    opened: threading.Event = field(default_factory=threading.Event)  # set once somebody has opened the page
     jobs: Jobs | None = None  # those that `run` runs, where the server is to watch over them
 
     def __post_init__(self):

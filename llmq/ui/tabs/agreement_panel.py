@@ -16,7 +16,7 @@ from llmq.ui.parts.controls import whole
 from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.keeping import Keeping
-from llmq.ui.parts.notices import answers, notice
+from llmq.ui.parts.notices import Answers, notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.reading_view import reading_view
 from llmq.ui.parts.status import status_line, working
@@ -113,7 +113,7 @@ class AgreementPanel:
                 device=self.state.device,
             )
             yield {self.status: working("Starting"), self.reading: {}, self.drift: gr.Textbox(visible=False)}
-            for item in answers(self.state, reading, request):
+            for item in (items := Answers(self.state, reading, request)):
                 if isinstance(item, Read):
                     read = item
                 elif line := progress_of(item):
@@ -122,7 +122,7 @@ class AgreementPanel:
             yield {self.status: f"Not read: {error}"}
             raise notice(error) from error
         if read is None:
-            yield {self.status: "Stopped before both had read the text."}
+            yield {self.status: items.early or "Stopped before both had read the text."}
             return
         yield self._read_frame(read)
 
@@ -162,7 +162,7 @@ class AgreementPanel:
         cause = None
         try:
             explanation = Explanation.of(read, whole("token", event.position), bool(patch))
-            for item in answers(self.state, explanation, request):
+            for item in (items := Answers(self.state, explanation, request)):
                 if isinstance(item, Cause):
                     cause = item
                     yield self._shown(cause, read)
@@ -173,10 +173,11 @@ class AgreementPanel:
             yield {self.cause_status: f"Not explained: {error}"}
             raise notice(error) from error
         if cause is None:
-            yield {self.cause_status: "Stopped before anything was found."}
+            yield {self.cause_status: items.early or "Stopped before anything was found."}
         else:
-            said = ("Stopped early. " if cause.stopped else "") + cause_line(cause, read)
-            yield {self.cause_status: said} | self.keeping.kept(CauseAnswer(cause, read))
+            early = items.early or ("Stopped early." if cause.stopped else "")
+            said, kept = f"{early} {cause_line(cause, read)}".strip(), self.keeping.kept(CauseAnswer(cause, read))
+            yield {self.cause_status: said} | kept
 
     def _shown(self, cause: Cause, read: Read) -> dict:
         return {

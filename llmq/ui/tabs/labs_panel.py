@@ -18,7 +18,7 @@ from llmq.ui.parts.controls import control, value_of
 from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.keeping import Keeping
-from llmq.ui.parts.notices import answers, notice
+from llmq.ui.parts.notices import Answers, notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
@@ -113,7 +113,7 @@ class LabsPanel:
         try:
             question = make()
             yield {section.status: working("Starting")}
-            for item in answers(self.state, question, request):
+            for item in (items := Answers(self.state, question, request)):
                 if isinstance(item, RowAnswer):
                     answer = item
                     rows = self._rows(section, answer, kept)
@@ -123,7 +123,7 @@ class LabsPanel:
         except (UserError, ValueError, TypeError) as error:
             yield {section.status: f"Not run: {error}"}
             raise notice(error) from error
-        yield {section.status: _ended(answer)} | (self._kept(section, answer, rows) if answer else {})
+        yield {section.status: _ended(answer, items.early)} | (self._kept(section, answer, rows) if answer else {})
 
     def opener(self, section: Section):
         """What shows a saved answer of the section."""
@@ -162,8 +162,8 @@ def _named(row: dict) -> dict:
     return row | {"method": shown_name(row["method"])} if "method" in row else row
 
 
-def _ended(answer: RowAnswer | None) -> str:
+def _ended(answer: RowAnswer | None, early: str = "") -> str:
     if answer is None:
-        return "Stopped before anything was measured."
-    tokens = f"{answer.result['tokens']} tokens of {answer.result['text']}"
-    return f"{'Stopped early; what was measured stays. ' if answer.result['stopped'] else ''}Measured on {tokens}."
+        return early or "Stopped before anything was measured."
+    stopped = early or ("Stopped early; what was measured stays." if answer.result["stopped"] else "")
+    return f"{stopped} Measured on {answer.result['tokens']} tokens of {answer.result['text']}.".strip()

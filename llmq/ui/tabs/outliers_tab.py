@@ -16,7 +16,7 @@ from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
 from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.keeping import Keeping
-from llmq.ui.parts.notices import answers, notice
+from llmq.ui.parts.notices import Answers, notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.story import asked_of, headline, watched_line
 from llmq.ui.parts.watched import refused, watched_view
@@ -167,7 +167,7 @@ class OutliersTab:
             )
             told |= {"asked": asked_of(model, contestant.label, prompt)}
             yield {self.status: told}
-            for item in answers(self.state, inspection, request):
+            for item in (items := Answers(self.state, inspection, request)):
                 if isinstance(item, ReportAnswer):
                     answer = item
                     if answer.report.generated_tokens < new_tokens and not answer.report.stopped:
@@ -180,10 +180,14 @@ class OutliersTab:
         except (UserError, ValueError, TypeError) as error:
             yield {self.status: self._refused(f"Not run: {error}")}
             raise notice(error) from error
-        yield self._shown(answer) if answer else {self.status: self._refused("Stopped before anything ran.")}
+        if answer:
+            yield self._shown(answer, early=items.early)
+        else:
+            yield {self.status: self._refused(items.early or "Stopped before anything ran.")}
 
-    def _shown(self, answer: ReportAnswer, banner: str = "") -> dict:
-        """A watched run, `banner` above it; the panels draw it when they hear that there is another."""
+    def _shown(self, answer: ReportAnswer, banner: str = "", early: str = "") -> dict:
+        """A watched run, `banner` above it; `early`: why it is not whole. The panels draw it when they hear that it is
+        another."""
         report = answer.report
         frame = {
             self.status: {
@@ -191,7 +195,7 @@ class OutliersTab:
                 "asked": asked_of(report.model, report.method, answer.prompt),
                 "text": headline(report, answer.threshold),
                 "doing": "",
-                "note": f"{watched_line(report)} Moving the threshold needs no new run.",
+                "note": f"{early} {watched_line(report)} Moving the threshold needs no new run.".strip(),
                 "banner": banner,
             }
         }
