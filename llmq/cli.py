@@ -135,7 +135,8 @@ def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
     kind, shown = field.kind, field.kind.spell(field.default) if field.default is not None else ""
     told = (kind.help or field.named) + (f" (default: {shown})" if shown else "")
     if isinstance(kind, Text) and kind.file:
-        parser.add_argument(kind.file, type=Path, dest=f"{field.name}_file", metavar="FILE", help="take it from a file")
+        about = "take it from a file" if kind.positional or not kind.help else kind.help
+        parser.add_argument(kind.file, type=Path, dest=f"{field.name}_file", metavar="FILE", help=about)
     if isinstance(kind, Text) and kind.positional:
         parser.add_argument(field.name, nargs="?", help=kind.help)
     elif isinstance(kind, Switch):

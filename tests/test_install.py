@@ -55,7 +55,7 @@ def away(installed, tmp_path):
 
 def test_every_file_of_the_package_goes_along(installed):
     own = files_of(ROOT / "llmq")
-    assert {".c", ".h", ".js", ".css", ".py"} == {file.suffix for file in own}
+    assert {".c", ".h", ".js", ".css", ".py", ".txt", ".md"} == {file.suffix for file in own}
     assert files_of(installed / "llmq") == own
     assert {path.name for path in installed.iterdir()} == {"bin", "llmq", f"llmq-{llmq.__version__}.dist-info"}
 

@@ -99,7 +99,7 @@ def test_every_figure_is_computed_once_more(folder, capsys):
 
 def test_the_baseline_differs_from_itself_in_nothing(folder, capsys):
     result = quality(capsys, folder, "--methods", "fp16,llm-int8")
-    row, other = result["results"]
+    row, other, _ = result["results"]
     assert (row["kl_to_fp16"], row["perplexity_change"], row["top1_agreement"]) == (0, 0, 1)
     assert other["kl_to_fp16"] > 0 and other["method"] == "llm-int8"
     assert (result["tokens"], result["conditions"]["windows"]) == (WINDOWS * (WINDOW - 1), WINDOWS)
