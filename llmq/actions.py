@@ -91,6 +91,16 @@ def run_bench(options) -> int:
     return _print(options, result, _columns(result["results"], bench.columns))
 
 
+def run_tasks(options) -> int:
+    from llmq.tasks import COLUMNS, Tasks
+
+    given = {name: getattr(options, name) for name in ("model", "include", "limit", "shots")}
+    names = tuple(name.strip() for name in options.tasks.split(","))
+    asked = Tasks(tasks=names, contestants=_contestants(options), device=device_for(options.device), **given)
+    result = answer_to(asked, verbose=True)
+    return _print(options, result, _columns(result["results"], COLUMNS))
+
+
 def _columns(rows: list[dict], names: tuple[str, ...]) -> Iterator[str]:
     yield "  ".join(f"{name:>20}" for name in names)
     for row in rows:

@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(replay, *FILES)
     _add_labs(commands)
     _add_bench(commands)
+    _add_tasks(commands)
     _add_memory(commands)
     _add_models(commands)
     return parser
@@ -155,6 +156,16 @@ def _add_bench(commands) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--busy", action="store_true", help="peers: while another process takes a core")
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
+
+
+def _add_tasks(commands) -> None:
+    summary = "tasks with right answers, through lm-eval (pip install '.[tasks]')"
+    parser = _command(commands, "tasks", actions.run_tasks, summary)
+    parser.add_argument("tasks", metavar="TASKS", help="names of lm-eval's tasks, with commas between them")
+    _add(parser, *MODEL, "--methods")
+    parser.add_argument("--include", metavar="FOLDER", help="of further tasks, as lm-eval describes them")
+    parser.add_argument("--limit", type=int, metavar="N", help="items of each task (default: all)")
+    parser.add_argument("--shots", type=int, metavar="N", help="solved examples in front of each item")
 
 
 def _add_memory(commands) -> None:
