@@ -146,7 +146,8 @@ def quality(methods: Methods = ("fp16", "llm-int8"), **settings: Any) -> Finding
 
     `text`: 'english' (the default), 'french' or 'code', which ship with the package, or a text; `tokens` (4096; at
     least 1024): how much of it is read; `reading`: 'pooled' (a window in one call) or 'decode' (token by token);
-    `other`: a second checkpoint of the same tokenizer; `engine` ('auto'), `model`, `device`, `verbose`.
+    `floor` ('on'): FP16 with its sums in another order beside them; `engine` ('auto'), `model`, `device`, `verbose`.
+    `checkpoint`, `other`: two checkpoints of one tokenizer, the second measured against the first.
 
         llmq.quality(["llm-int8", "int8-weight-only"], tokens=1024)
     """

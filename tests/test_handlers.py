@@ -240,7 +240,7 @@ def experiment(kind: str, *inputs) -> Case:
         return next(part for part in page.outliers.what_if.sections if part.lab.kind == kind)
 
     def ask(page: Page) -> Iterator[dict]:
-        return page.outliers.what_if.handler(section(page))("demo", PROMPT, [], ANN, *inputs)
+        return page.outliers.what_if.handler(section(page))("demo", PROMPT, [], ANN, "english", *inputs)
 
     def shows(page: Page, seen: dict) -> bool:
         drawn = "data" in seen[section(page).figure]
@@ -375,7 +375,7 @@ def test_a_labs_answer_opens_again_and_other_files_are_refused_by_name(kind, tmp
     page = Page(*WORKING, outcome(kind))
     section = section_of(page, kind)
     inputs = {"ablation": (), "silencing": (1,), "amplifying": (4, "3"), "thresholds": ("llm-int8",)}[kind]
-    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN, *inputs))
+    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN, "english", *inputs))
     path = saved(page, section.keeping, seen)
     again = shown([page.outliers.what_if.opener(section)(path)])
     for part in (section.finding, section.table, section.rows, section.figure):
@@ -443,7 +443,7 @@ def test_what_was_found_stays_where_a_job_is_ended_early_and_a_notice_says_why(f
     monkeypatch.setattr(gr, "Warning", lambda message, **_: told.append(message))
     page = Page(*WORKING, *([outcome("ablation")] if found else []), Ended("its <2> minutes were over"))
     section = section_of(page, "ablation")
-    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN))
+    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN, "english"))
     assert told == ["its &lt;2&gt; minutes were over"]
     assert seen[section.status].startswith("Measured on" if found else "Stopped before anything")
     assert (section.keeping.key in seen) == found
