@@ -55,7 +55,8 @@ def score_tokens(
     for p, q, targets in pairs(baseline, own, ids, allow_overflow=allow_overflow):
         same = (p.argmax(-1) == q.argmax(-1)) & (q.amax(-1) > -math.inf)
         loss = -q.gather(1, targets[:, None])[:, 0]
-        found.append(torch.stack((loss, kl_divergence(p, q), kl_divergence(q, p), same.double())).cpu())
+        kls = (torch.zeros_like(loss),) * 2 if q is p else (kl_divergence(p, q), kl_divergence(q, p))
+        found.append(torch.stack((loss, *kls, same.double())).cpu())
     return torch.cat(found, 1)
 
 
@@ -69,7 +70,8 @@ def pairs(
     for start in range(first - 1, len(ids) - 1, ROWS):
         stop = min(start + ROWS, len(ids) - 1)
         p = log_probabilities(baseline[start:stop])
-        q = log_probabilities(own[start:stop], allow_overflow=allow_overflow).to(p.device)
+        same = own is baseline
+        q = p if same else log_probabilities(own[start:stop], allow_overflow=allow_overflow).to(p.device)
         yield p, q, torch.tensor(ids[start + 1 : stop + 1], device=p.device)
 
 
