@@ -231,6 +231,12 @@ def test_checkpoints_of_different_vocabularies_are_refused(folder, capsys, tmp_p
     assert status == 2 and "have different vocabularies; only bits per byte can be compared" in err[-1]
 
 
+def test_a_checkpoint_and_another_model_exclude_each_other():
+    with pytest.raises(BadChoice, match="give either 'a' or --model 'b'"):
+        Quality(checkpoint="a", model="b")
+    assert Quality(checkpoint="a").names == ["a"] and Quality(model="b", other="c").names == ["b", "c"]
+
+
 def test_one_window_and_one_token_have_no_interval():
     with pytest.raises(BadChoice, match="tokens is 512"):
         Quality(tokens=WINDOW)

@@ -87,6 +87,11 @@ class Quality(TableLab):
         "Same first choice": share_of("top1_agreement"),
     }
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.checkpoint and self.model not in (type(self).model, self.checkpoint):
+            raise BadChoice(f"give either {self.checkpoint!r:.80} or --model {self.model!r:.80}")
+
     def run(self, lease: Lease) -> Iterator[Event | Progress | RowAnswer]:
         """Let every method and FP16 read the text; last comes the result with the stable keys of `quality --json`."""
         models = []
