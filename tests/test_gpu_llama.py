@@ -253,6 +253,7 @@ def test_reading_by_the_decode_step_is_reading_in_one_call(loop, demo, machine):
     assert (pooled.softmax(-1) - decode.softmax(-1)).abs().max() < 0.05
 
 
+@pytest.mark.demo
 def test_decode_steps_agree_with_the_prompt_path(demo, machine):
     """Step by step through DP4A and split attention, or all at once: the same distributions up to rounding."""
     ids, lean = reference_ids(demo, 300), engine(machine, demo, "fp16", "lean")
