@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import threading
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from conftest import byte_tokenizer, tiny_llama
 from tiny_runs import light, run_cli
 from transformers import AutoModelForCausalLM
 
+from llmq.contestant import Contestant
 from llmq.errors import BadChoice
+from llmq.events import Progress
 from llmq.labs import load_answer
 from llmq.labs.quality import FLOOR, Quality, summarised
+from llmq.labs.rows import RowAnswer
+from llmq.machine.door import Machine
 from llmq.models.reference_text import TEXTS, WINDOW, reference_text
 
 WINDOWS = 3
@@ -229,6 +234,21 @@ def test_checkpoints_of_different_vocabularies_are_refused(folder, capsys, tmp_p
     other = saved(tmp_path / "wide", tiny_llama(max_position_embeddings=2 * WINDOW, vocab_size=300))
     status, _, err = run_cli(capsys, "quality", folder, other, "--device", "cpu", "--methods", "fp16")
     assert status == 2 and "have different vocabularies; only bits per byte can be compared" in err[-1]
+
+
+@pytest.mark.parametrize(("whole", "kept"), [(1, None), (2, 2)])
+def test_stopped_early_what_all_have_read_stays(folder, whole, kept):
+    stop, answer, seen = threading.Event(), None, 0
+    question = Quality(model=folder, contestants=Contestant.parse_all("fp16,bf16"), engine="hf", tokens=4 * WINDOW)
+    for item in Machine().run(question, stop):
+        seen += isinstance(item, Progress)
+        answer = item if isinstance(item, RowAnswer) else answer
+        if seen == whole:
+            stop.set()
+    assert (answer is None) == (kept is None)
+    if kept:
+        assert answer.result["stopped"] and answer.result["conditions"]["windows"] == kept
+        assert [len(row["window_kls"]) for row in answer.rows] == [kept] * 3
 
 
 def test_a_checkpoint_and_another_model_exclude_each_other():

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from llmq.contestant import Contestant, Contestants
-from llmq.engine.base import Engine
+from llmq.engine.base import Engine, Interrupted
 from llmq.engine.choice import ENGINES, choose_engines
 from llmq.engine.loading import Key
 from llmq.environment import describe
@@ -93,12 +93,23 @@ class Quality(TableLab):
             raise BadChoice(f"give either {self.checkpoint!r:.80} or --model {self.model!r:.80}")
 
     def run(self, lease: Lease) -> Iterator[Event | Progress | RowAnswer]:
-        """Let every method and FP16 read the text; last comes the result with the stable keys of `quality --json`."""
+        """Let every method and FP16 read the text; last comes the result with the stable keys of `quality --json`.
+        Stopped early, the windows that all have read stay, if they are two."""
         models = []
         for name in self.names:
             models.append((yield from lease.open(name)))
         windows = self._windows(models)
         readers, missing = yield from self._load(lease, models)
+        try:
+            yield from self._read(lease, windows, readers)
+        except Interrupted:
+            windows = windows[: min(len(reader.scores) for reader in readers)]
+            if len(windows) < 2:
+                raise
+            missing |= {"stopped": True}
+        yield RowAnswer(type(self), self._result(models[0], windows, readers) | missing)
+
+    def _read(self, lease: Lease, windows: list[list[int]], readers: list[Reader]) -> Iterator[Progress]:
         for number, ids in enumerate(windows, 1):
             baseline = None
             for reader in readers:
@@ -106,7 +117,6 @@ class Quality(TableLab):
                 baseline = logits if baseline is None else baseline
                 reader.scores.append(score_tokens(logits, baseline, ids))
             yield lease.progress(f"window {number} of {len(windows)}", number / len(windows))
-        yield RowAnswer(type(self), self._result(models[0], windows, readers) | missing)
 
     @property
     def names(self) -> list[str]:
@@ -151,7 +161,8 @@ class Quality(TableLab):
         named = {self._label(0, c) for c in self.contestants}
         told = [reader for number, reader in enumerate(readers) if number or reader.label in named]
         bytes_read = sum(len(model.tokenizer.decode(ids[1:]).encode()) for ids in windows)
-        settings = {"window": WINDOW, "windows": len(windows), "reading": self.reading, "command": self.typed()}
+        read, base = len(windows), readers[0].scores
+        settings = {"window": WINDOW, "windows": read, "reading": self.reading, "command": self.typed()}
         return {
             "kind": self.kind,
             "text": TEXTS.get(self.text or "english", "a given text"),
@@ -160,7 +171,7 @@ class Quality(TableLab):
             "model": self.names[0],
             "conditions": settings | describe(self.device, model.source),
             "results": [
-                {"method": r.label, "engine": r.engine.name, **summarised(r.scores, readers[0].scores, bytes_read)}
+                {"method": r.label, "engine": r.engine.name, **summarised(r.scores[:read], base[:read], bytes_read)}
                 for r in told
             ],
         }
