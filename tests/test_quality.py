@@ -254,6 +254,7 @@ def test_stopped_early_what_all_have_read_stays(folder, whole, kept):
 def test_a_checkpoint_and_another_model_exclude_each_other():
     with pytest.raises(BadChoice, match="give either 'a' or --model 'b'"):
         Quality(checkpoint="a", model="b")
+    assert Quality(model="b", other="c d").typed() == "python -m llmq quality b 'c d' --device cpu"
     assert Quality(checkpoint="a").names == ["a"] and Quality(model="b", other="c").names == ["b", "c"]
 
 

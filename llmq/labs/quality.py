@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from llmq.contestant import Contestant, Contestants
@@ -28,6 +28,7 @@ from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number, Switch, Text
 from llmq.formatting import MISSING
+from llmq.labs.base import Lab
 from llmq.labs.rows import BASELINE, RowAnswer, TableLab, share_of
 from llmq.machine.door import Lease
 from llmq.models.architecture import Unsupported, architecture_of
@@ -122,6 +123,9 @@ class Quality(TableLab):
     def names(self) -> list[str]:
         """Of the checkpoints; the first is the baseline's."""
         return [self.checkpoint or self.model, *([self.other] if self.other else [])]
+
+    def typed(self) -> str:
+        return Lab.typed(replace(self, checkpoint=self.names[0]) if self.other else self)
 
     def _windows(self, models: list[Model]) -> list[list[int]]:
         """Raises BadChoice for a text of fewer than two windows, and for checkpoints that read it in other tokens."""
