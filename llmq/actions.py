@@ -50,13 +50,17 @@ def _given(field: Field, options) -> str | bool | None:
 def _text(field: Field, given: str | None, options) -> str:
     """A text given as it is or in a file. Raises BadChoice where a positional one is missing, or both are given."""
     file = getattr(options, f"{field.name}_file", None)
-    missing = given is None and file is None
+    missing = given is None and file is None and not field.kind.optional
     if field.kind.positional and missing and not getattr(options, field.kind.unless or "json", None):
         other = f"--{field.kind.unless}" if field.kind.unless else f"{field.kind.file} FILE"
         raise BadChoice(f"no {field.named} is given; give one, or {other}")
     if given is not None and file is not None:
         raise BadChoice(f"give either a {field.named} or {field.kind.file} FILE")
-    return read_text(file) if file is not None else given or ""
+    if file is None or str(file) in field.kind.names:
+        return given or str(file or "")
+    if field.kind.names and not file.exists():
+        raise BadChoice(f"{field.named} is {str(file)!r}; choose {', '.join(field.kind.names)} or a file")
+    return read_text(file)
 
 
 def show(finding: Finding, options) -> int:
@@ -85,6 +89,16 @@ def run_bench(options) -> int:
     if options.save:
         write_text(options.save, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return _print(options, result, _columns(result["results"], bench.columns))
+
+
+def run_tasks(options) -> int:
+    from llmq.tasks import COLUMNS, Tasks
+
+    given = {name: getattr(options, name) for name in ("model", "include", "limit", "shots")}
+    names = tuple(name.strip() for name in options.tasks.split(","))
+    asked = Tasks(tasks=names, contestants=_contestants(options), device=device_for(options.device), **given)
+    result = answer_to(asked, verbose=True)
+    return _print(options, result, _columns(result["results"], COLUMNS))
 
 
 def _columns(rows: list[dict], names: tuple[str, ...]) -> Iterator[str]:

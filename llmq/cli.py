@@ -97,6 +97,8 @@ def build_parser() -> Parser:
     _add_labs(commands)
     repeatable = "repeatable speed and memory figures, one method after the other"
     _command(commands, "bench", actions.run_bench, repeatable, _bench)
+    answered = "tasks with right answers, through lm-eval (pip install '.[tasks]')"
+    _command(commands, "tasks", actions.run_tasks, answered, _tasks)
     predicted = "predicted bytes before anything is loaded, and whether they fit"
     _command(commands, "memory", actions.run_memory, predicted, _memory)
     _command(commands, "models", actions.run_models, "the models that have names, and the methods", _models)
@@ -158,7 +160,8 @@ def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
     kind, shown = field.kind, field.kind.spell(field.default) if field.default is not None else ""
     told = (kind.help or field.named) + (f" (default: {shown})" if shown else "")
     if isinstance(kind, Text) and kind.file:
-        parser.add_argument(kind.file, type=Path, dest=f"{field.name}_file", metavar="FILE", help="take it from a file")
+        about = "take it from a file" if kind.positional or not kind.help else kind.help
+        parser.add_argument(kind.file, type=Path, dest=f"{field.name}_file", metavar="FILE", help=about)
     if isinstance(kind, Text) and kind.positional:
         parser.add_argument(field.name, nargs="?", help=kind.help)
     elif isinstance(kind, Switch):
@@ -175,6 +178,14 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--busy", action="store_true", help="peers: while another process takes a core")
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
+
+
+def _tasks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("tasks", metavar="TASKS", help="names of lm-eval's tasks, with commas between them")
+    _add(parser, *MODEL, "--methods")
+    parser.add_argument("--include", metavar="FOLDER", help="of further tasks, as lm-eval describes them")
+    parser.add_argument("--limit", type=int, metavar="N", help="items of each task (default: all)")
+    parser.add_argument("--shots", type=int, metavar="N", help="solved examples in front of each item")
 
 
 def _memory(parser: argparse.ArgumentParser) -> None:

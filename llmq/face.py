@@ -144,8 +144,10 @@ def agreement(prompt: str, **settings: Any) -> Finding:
 def quality(methods: Methods = ("fp16", "llm-int8"), **settings: Any) -> Finding:
     """Measure perplexity, KL to FP16 in nats and shared first choices, with 95 % intervals, on a text all methods read.
 
-    `text`: CPython's topics where none is given; `tokens` (4096; at least 1024): how much of it is read; `engine`
-    ('auto'), `model`, `device`, `verbose`.
+    `text`: 'english' (the default), 'french' or 'code', which ship with the package, or a text; `tokens` (4096; at
+    least 1024): how much of it is read; `reading`: 'pooled' (a window in one call) or 'decode' (token by token);
+    `floor` ('on'): FP16 with its sums in another order beside them; `engine` ('auto'), `model`, `device`, `verbose`.
+    `checkpoint`, `other`: two checkpoints of one tokenizer, the second measured against the first.
 
         llmq.quality(["llm-int8", "int8-weight-only"], tokens=1024)
     """

@@ -132,10 +132,13 @@ class Numbers(Kind):
 @dataclass(frozen=True)
 class Text(Kind):
     """Free text. `positional`: it stands without a flag; `file`: the option that reads it from a file; `unless`: the
-    field that may be given instead of it."""
+    field that may be given instead of it; `optional`: a positional one may be left out; `names`: words that stand for a
+    text of their own, also where a file is asked for."""
 
     positional: bool = False
+    optional: bool = False
     file: str = ""
+    names: tuple[str, ...] = ()
     unless: str = ""
     holds: ClassVar[Any] = str | None  # an empty box of a page
 

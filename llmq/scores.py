@@ -42,14 +42,22 @@ def score_text(
     Raises UserError where logits are not numbers. With `allow_overflow` such a row of `own` predicts nothing: its loss
     and divergence are infinite and it agrees with nothing.
     """
+    return TextScore(*score_tokens(own, baseline, ids, allow_overflow=allow_overflow).mean(1).tolist())
+
+
+def score_tokens(
+    own: torch.Tensor, baseline: torch.Tensor, ids: Sequence[int], *, allow_overflow: bool = False
+) -> torch.Tensor:
+    """As `score_text`, for each scored token: (4, tokens - 1) float64 on the host, in the order of TextScore."""
     import torch
 
     found = []
     for p, q, targets in pairs(baseline, own, ids, allow_overflow=allow_overflow):
         same = (p.argmax(-1) == q.argmax(-1)) & (q.amax(-1) > -math.inf)
         loss = -q.gather(1, targets[:, None])[:, 0]
-        found.append(torch.stack((loss, kl_divergence(p, q), kl_divergence(q, p), same.double())).cpu())
-    return TextScore(*torch.cat(found, 1).mean(1).tolist())
+        kls = (torch.zeros_like(loss),) * 2 if q is p else (kl_divergence(p, q), kl_divergence(q, p))
+        found.append(torch.stack((loss, *kls, same.double())).cpu())
+    return torch.cat(found, 1)
 
 
 def pairs(
@@ -62,7 +70,8 @@ def pairs(
     for start in range(first - 1, len(ids) - 1, ROWS):
         stop = min(start + ROWS, len(ids) - 1)
         p = log_probabilities(baseline[start:stop])
-        q = log_probabilities(own[start:stop], allow_overflow=allow_overflow).to(p.device)
+        same = own is baseline
+        q = p if same else log_probabilities(own[start:stop], allow_overflow=allow_overflow).to(p.device)
         yield p, q, torch.tensor(ids[start + 1 : stop + 1], device=p.device)
 
 
@@ -94,13 +103,26 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < LARGEST_LOSS else math.inf
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % t-interval of the mean of independent `values`, at least two (windows of a text, not its tokens: the
-    tokens of one window are not independent)."""
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The t-interval of the mean of independent `values`, at least two (windows of a text, not its tokens: the tokens
+    of one window are not independent)."""
     mean, n = sum(values) / len(values), len(values)
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    reach = t_quantile(n - 1) * error
+    reach = t_quantile(n - 1, level) * error
     return mean - reach, mean + reach
+
+
+def equivalence_margin(differences: Sequence[float], alpha: float = 0.05) -> float:
+    """The smallest margin within which two one-sided t-tests at `alpha` find the mean difference to be: the end of its
+    1 - 2·alpha interval that lies farther from 0 (Schuirmann 1987)."""
+    return max(map(abs, mean_interval(differences, 1 - 2 * alpha)))
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of `values` lie, linear between two neighbours."""
+    ordered, place = sorted(values), share * (len(values) - 1)
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return low if low == high else low + (high - low) * (place - math.floor(place))
 
 
 def t_quantile(degrees: int, level: float = 0.95) -> float:

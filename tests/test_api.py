@@ -33,20 +33,24 @@ MCP = find_spec("mcp") is not None
 needs_mcp = pytest.mark.skipif(not MCP, reason="needs the package mcp")
 PATIENCE = 60  # seconds until what does not come is a failure
 WHERE = {"model": "demo", "device": None, "threshold": 6.0}
+WINDOWS = {"windows": 1, "text": "english"}
 READ = {"prompt": ..., "read": "continuation", "baseline": "fp16", "method": "bnb-int8", "new_tokens": 32}
 TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be given
     "compare": {
         "prompt": ..., **WHERE, "methods": "fp16,bnb-int8", "max_new_tokens": 128, "temperature": 0.0, "top_k": 0,
         "top_p": 1.0, "seed": 0, "schedule": "interleave", "engine": "auto", "random_weights": False,
     },
-    "ablation": {"windows": 1, **WHERE},
+    "ablation": {**WINDOWS, **WHERE},
     "agreement": READ | WHERE,
-    "amplifying": {"windows": 1, "factors": "1,4,16,64", "channels": "", "spread": 3, **WHERE},
+    "amplifying": {**WINDOWS, "factors": "1,4,16,64", "channels": "", "spread": 3, **WHERE},
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
     "outliers": {"prompt": "", "method": "bnb-int8", "new_tokens": 8, "sweep": "", **WHERE},
-    "quality": {"methods": "fp16,bnb-int8", "engine": "auto", "text": "", "tokens": 4096, **WHERE},
-    "silencing": {"windows": 1, "prompt": "", "counts": "1,2,4,8", "draws": 3, **WHERE},
-    "thresholds": {"windows": 1, "method": "llm-int8", "thresholds": "0,2,4,6,8,inf", **WHERE},
+    "quality": {
+        "checkpoint": "", "other": "", "methods": "fp16,bnb-int8", "engine": "auto", "text": "", "tokens": 4096,
+        "reading": "pooled", "floor": True, **WHERE,
+    },
+    "silencing": {**WINDOWS, "prompt": "", "counts": "1,2,4,8", "draws": 3, **WHERE},
+    "thresholds": {**WINDOWS, "method": "llm-int8", "thresholds": "0,2,4,6,8,inf", **WHERE},
     "memory": {
         "model": "demo", "methods": "fp16,bnb-int8", "threshold": 6.0, "context": 2048, "batch": 1,
         "device_memory": None,

@@ -12,7 +12,7 @@ from tiny_runs import key_of
 from llmq.errors import BadChoice
 from llmq.machine.door import Machine
 from llmq.methods import METHODS
-from llmq.models.edits import Amplify, EditedTensors, Silence, edit_model_
+from llmq.models.edits import Amplify, EditedTensors, Reorder, Silence, edit_model_
 from llmq.models.loading import load_model, resolve
 
 IDS = list(b"The quick brown fox")
@@ -49,6 +49,21 @@ def test_silencing_is_zeroing_the_inputs():
         hook.remove()
     assert not torch.allclose(logits(model), expected, atol=1e-4)
     assert torch.allclose(logits(edit_model_(model, Silence((2, 5)))), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}])
+def test_another_order_of_the_channels_is_the_same_function_rounded_differently(changes):
+    """In FP32 to rounding and not bit by bit; of the 32 channels every reader and writer of them is moved."""
+    model = tiny_llama(**changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            parameter.data = 1 + torch.rand_like(parameter)
+    before, order = logits(model), Reorder.shuffled(32)
+    weight = model.model.layers[1].mlp.down_proj.weight.clone()
+    after = logits(edit_model_(model, order))
+    assert torch.allclose(before, after, atol=1e-5) and not torch.equal(before, after)
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, weight[list(order.channels)])
+    assert sorted(order.channels) == list(range(32)) and order == Reorder.shuffled(32) != Reorder.shuffled(32, seed=1)
 
 
 def test_an_edit_leaves_the_source_alone():

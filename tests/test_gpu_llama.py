@@ -243,6 +243,17 @@ def test_fp16_agrees_with_transformers_under_teacher_forcing(demo, machine):
 
 
 @pytest.mark.demo
+@pytest.mark.parametrize("loop", ["lean", "hf"])
+def test_reading_by_the_decode_step_is_reading_in_one_call(loop, demo, machine):
+    """Also after a generation has used the graph."""
+    ids, found = reference_ids(demo, 128), engine(machine, demo, "fp16", loop)
+    generate(found, ids[:32], 8)
+    pooled, decode = found.logits(ids).float(), found.decode_logits(ids).float()
+    assert pooled.shape == decode.shape and (pooled.argmax(-1) == decode.argmax(-1)).float().mean() > 0.97
+    assert (pooled.softmax(-1) - decode.softmax(-1)).abs().max() < 0.05
+
+
+@pytest.mark.demo
 def test_decode_steps_agree_with_the_prompt_path(demo, machine):
     """Step by step through DP4A and split attention, or all at once: the same distributions up to rounding."""
     ids, lean = reference_ids(demo, 300), engine(machine, demo, "fp16", "lean")

@@ -240,7 +240,7 @@ def experiment(kind: str, *inputs) -> Case:
         return next(part for part in page.outliers.what_if.sections if part.lab.kind == kind)
 
     def ask(page: Page) -> Iterator[dict]:
-        return page.outliers.what_if.handler(section(page))("demo", PROMPT, [], ANN, *inputs)
+        return page.outliers.what_if.handler(section(page))("demo", PROMPT, [], ANN, "english", *inputs)
 
     def shows(page: Page, seen: dict) -> bool:
         drawn = "data" in seen[section(page).figure]
@@ -393,7 +393,7 @@ def test_a_labs_answer_opens_again_and_other_files_are_refused_by_name(kind, tmp
     page = Page(*WORKING, outcome(kind))
     section = section_of(page, kind)
     inputs = {"ablation": (), "silencing": (1,), "amplifying": (4, "3"), "thresholds": ("llm-int8",)}[kind]
-    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN, *inputs))
+    seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN, "english", *inputs))
     path = saved(page, section.keeping, seen)
     again = shown([page.outliers.what_if.opener(section)(path)])
     for part in (section.finding, section.table, section.rows, section.figure):

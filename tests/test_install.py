@@ -55,7 +55,7 @@ def away(installed, tmp_path):
 
 def test_every_file_of_the_package_goes_along(installed):
     own = files_of(ROOT / "llmq")
-    assert {".c", ".h", ".js", ".css", ".py"} == {file.suffix for file in own}
+    assert {".c", ".h", ".js", ".css", ".py", ".txt", ".md"} == {file.suffix for file in own}
     assert files_of(installed / "llmq") == own
     assert {path.name for path in installed.iterdir()} == {"bin", "llmq", f"llmq-{llmq.__version__}.dist-info"}
 
@@ -64,8 +64,9 @@ def test_version_and_requirements_are_said_once(installed):
     found = Distribution.at(installed / f"llmq-{llmq.__version__}.dist-info")
     assert found.version == llmq.__version__ and found.metadata["Requires-Python"] == ">=3.11"
     wanted = {*map(Requirement, (ROOT / "requirements.txt").read_text().split())}
-    (extra,) = (more for more in map(Requirement, found.requires) if more.marker)
-    assert {*map(Requirement, found.requires)} - {extra} == wanted and len(wanted) > 5
+    extra, tasks = sorted((more for more in map(Requirement, found.requires) if more.marker), key=lambda one: one.name)
+    assert {*map(Requirement, found.requires)} - {extra, tasks} == wanted and len(wanted) > 5
+    assert (tasks.name, str(tasks.marker)) == ("lm-eval", 'extra == "tasks"')
     (gradio,) = (requirement for requirement in wanted if requirement.name == "gradio")
     assert (extra.name, extra.extras, extra.specifier) == ("gradio", {"mcp"}, gradio.specifier)
 

@@ -240,7 +240,7 @@ def test_channels_are_spread_evenly(spread):
 def test_thresholds_that_nothing_reaches_are_equal_and_lower_ones_nearer(folder, machine):
     thresholds = (0.0, 1.0, 6.0, math.inf)
     for method in ("llm-int8", "bnb-int8"):
-        rows = run(Thresholds(model=folder, method=method, thresholds=thresholds), machine)["results"]
+        rows = run(Thresholds(model=folder, method=method, windows=4, thresholds=thresholds), machine)["results"]
         assert [row["threshold"] for row in rows] == ["off", "1", "6", "∞"] == [name_of(t) for t in thresholds]
         off, low, usual, never = rows
         assert {key: off[key] for key in SCORES} == {key: never[key] for key in SCORES}

@@ -305,6 +305,14 @@ def test_a_decoded_token_is_a_prefilled_token():
     assert longer.prefill().token_id == tokens[3]
 
 
+@pytest.mark.parametrize("method", ["fp16", "int8-weight-only"])
+def test_reading_by_the_decode_step_is_reading_in_one_call(method):
+    engine = tiny(method)
+    assert difference(engine.decode_logits(PROMPT), engine.logits(PROMPT)) < 1e-3
+    with pytest.raises(Interrupted):
+        engine.decode_logits(PROMPT, lambda: True)
+
+
 def test_sampling_repeats_with_its_seed():
     native = tiny("fp16")
     drawn = [generate(native, 12, temperature=0.9, top_k=40, top_p=0.9, seed=seed) for seed in (1, 1, 2)]

@@ -292,3 +292,14 @@ def test_a_bf16_checkpoint_in_fp16_says_what_that_means(tmp_path):
     notes = {event.contestant: event.message for event in events if isinstance(event, Loading) and event.contestant}
     assert not any(isinstance(event, Failed) for event in events)
     assert notes["bf16"] == "" and "65,504" in notes["fp16"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_by_the_decode_step_is_reading_in_one_call(kind):
+    """In both loops, also twice: the second time in a workspace that has been used."""
+    for engine in pair(**KINDS[kind]):
+        for ids in (PROMPT, PROMPT[5:]):
+            torch.testing.assert_close(engine.decode_logits(ids), engine.logits(ids), rtol=1e-4, atol=1e-4)
+        with pytest.raises(Interrupted):
+            engine.decode_logits(PROMPT, lambda: True)
+        assert len(generate(engine)) == 12

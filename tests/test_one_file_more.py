@@ -131,7 +131,7 @@ def test_a_method_is_listed_forecast_measured_and_refused(started, tiny_folder):
     assert row["method"] == "coarse@3" and row["weights"] > 0
     where = ("--model", tiny_folder, "--device", "cpu")
     found = command(started, "quality", "--methods", "coarse,coarse@codes=1", "--tokens", 1024, *where)
-    fine, rough = found["results"]
+    fine, rough, _ = found["results"]
     assert (fine["method"], rough["method"]) == ("coarse", "coarse@1") and 0 < fine["kl_to_fp16"] < rough["kl_to_fp16"]
     status, out, err = started("-m", "llmq", "compare", "Hi", "--methods", "coarse@128", *where)
     assert (status, out) == (2, []) and err == "llmq: codes is 128; choose a whole number from 1 to 127\n"
@@ -155,7 +155,14 @@ def test_both_are_on_the_page(started, tiny_folder):
     found = json.loads(out[-1])
     assert {"coarser-run", "coarser-most", "coarser-table"} <= set(found["parts"])
     assert found["coarse"] == found["fp16"] > 0
-    assert found["asked"] == {"windows": 1, "most": 8, "model": "demo", "device": None, "threshold": 6.0}
+    assert found["asked"] == {
+        "windows": 1,
+        "text": "english",
+        "most": 8,
+        "model": "demo",
+        "device": None,
+        "threshold": 6.0,
+    }
 
 
 def test_both_are_there_for_python(started, tiny_folder):

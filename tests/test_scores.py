@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from llmq.errors import UserError
-from llmq.scores import ROWS, kl_divergence, log_probabilities, mean_interval, perplexity, score_text, t_quantile
+from llmq.scores import (
+    ROWS,
+    equivalence_margin,
+    kl_divergence,
+    log_probabilities,
+    mean_interval,
+    perplexity,
+    quantile,
+    score_text,
+    score_tokens,
+    t_quantile,
+)
 
 TOKENS, VOCABULARY = ROWS + 9, 23  # more rows than are computed at a time
 
@@ -45,6 +56,15 @@ def test_every_score_is_its_formula_and_both_directions_of_kl_differ(texts):
     assert abs(found.kl - found.reverse_kl) > 0.01 * found.kl
     same = score_text(own, own, ids)
     assert (same.kl, same.reverse_kl, same.top1) == (0, 0, 1)
+
+
+def test_scores_of_tokens_are_the_texts_before_the_mean(texts):
+    own, baseline, ids = texts
+    tokens, whole = score_tokens(own, baseline, ids), score_text(own, baseline, ids)
+    assert tokens.shape == (4, TOKENS - 1) and tokens.dtype == torch.float64
+    assert tokens.mean(1).tolist() == [whole.loss, whole.kl, whole.reverse_kl, whole.top1]
+    part = score_tokens(own[:3], baseline[:3], ids[:3])
+    assert torch.equal(part, tokens[:, :2])
 
 
 def test_the_last_row_predicts_nothing_that_is_scored(texts):
@@ -108,3 +128,40 @@ def test_an_interval_is_the_mean_and_quantile_standard_errors_to_either_side():
     error = statistics.stdev(values) / 2
     assert mean_interval(values) == pytest.approx((4 - 3.18245 * error, 4 + 3.18245 * error), rel=1e-4)
     assert mean_interval([5.0, 5.0]) == (5, 5)
+
+
+def beyond(t: float, degrees: int, steps: int = 200_000) -> float:
+    """P(T > t) for Student's t: its density, summed over trapezia of the angle whose tangent is t/√degrees."""
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
+    start = math.atan(t / math.sqrt(degrees))
+    width = (math.pi / 2 - start) / steps
+    heights = [math.cos(start + i * width) ** (degrees - 1) for i in range(steps + 1)]
+    return scale * width * (math.fsum(heights) - (heights[0] + heights[-1]) / 2)
+
+
+@pytest.mark.parametrize("values", [[0.01, 0.03, 0.02, 0.05], [-0.3, 0.1, 0.05], [0.2] * 5 + [0.1] * 4])
+def test_at_the_margin_the_weaker_of_two_one_sided_tests_is_at_five_per_cent(values):
+    margin, degrees = equivalence_margin(values), len(values) - 1
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+    def p(m: float) -> float:
+        return max(beyond((m + mean) / error, degrees), beyond((m - mean) / error, degrees))
+
+    assert p(margin) == pytest.approx(0.05, rel=1e-5)
+    assert p(0.9 * margin) > 0.05 > p(1.1 * margin)
+    assert abs(mean) < margin < max(map(abs, mean_interval(values))), "one-sided at 5 % is inside the 95 % interval"
+    assert equivalence_margin([-value for value in values]) == pytest.approx(margin)
+
+
+def test_what_does_not_differ_is_equal_within_nothing():
+    assert equivalence_margin([0.0, 0.0, 0.0]) == 0 and mean_interval([0.0, 0.0]) == (0, 0)
+
+
+def test_quantiles_lie_between_neighbours():
+    values = [4.0, 1.0, 2.0, 8.0, 16.0]
+    assert [quantile(values, share) for share in (0, 0.25, 0.5, 0.75, 1)] == [1, 2, 4, 8, 16]
+    assert quantile(values, 0.9) == pytest.approx(8 + 0.6 * 8) and quantile([3.0], 0.99) == 3
+    assert quantile([1.0, 2.0, math.inf], 0.5) == 2 and quantile([1.0, math.inf, math.inf], 0.99) == math.inf
+    drawn = torch.randn(997, dtype=torch.float64)
+    for share in (0.5, 0.9, 0.99):
+        assert quantile(drawn.tolist(), share) == pytest.approx(torch.quantile(drawn, share).item(), rel=1e-12)

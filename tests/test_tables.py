@@ -116,14 +116,40 @@ def test_loading_and_prompts_have_a_row_a_method_and_a_column_a_length(made):
     assert lines[2:4] == ["| `fp16` | 10.0 ms | 20.0 ms | 40.0 ms |", "| `bf16` | 20.0 ms | 40.0 ms | 80.0 ms |"]
 
 
-def test_quality_of_every_device_stands_in_one_table(made):
-    row = {"method": "bnb-int8", "perplexity": 14.944, "perplexity_interval": [11.9, 18.6]}
-    row |= {"kl_to_fp16": 0.01734, "top1_agreement": 0.9231}
-    one, other = (result("quality", row, tokens=tokens) for tokens in (4088, 1022))
-    line = "| Abacus, Python 3.12.3 | `bnb-int8` | 14.94 (11.90–18.60) | 0.0173 | 92.3% |"
-    lines = made("quality", cpu_quality=one, gpu_quality=other)
-    assert lines[2:4] == [line, line] and "1,022, 4,088 scored tokens" in lines[-1]
-    assert made("cpu-quality")[2:4] == [line, ""]
+def scored(method: str, **more) -> dict:
+    row = {"method": method, "engine": "lean", "perplexity": 14.944, "perplexity_interval": [11.9, 18.6]}
+    return row | {"kl_to_fp16": 0.01734, "top1_agreement": 0.9231, **more}
+
+
+NEW = {"perplexity_change": 0.0204, "perplexity_change_interval": [0.0151, 0.0257], "equivalent_within": 0.02488}
+NEW |= {"kl_median": 0.008, "kl_p99": 0.14, "kl_max": 2.5}
+
+
+def test_quality_of_every_device_stands_in_one_table_and_each_method_once(made):
+    old = result("quality", scored("bnb-int8"), text="CPython pydoc_data.topics")
+    new = result("quality", scored("llm-int8", **NEW), scored("fp16"), text="English prose")
+    lines = made("quality", cpu_quality=new, cpu_two_quality=new, gpu_quality=old)
+    assert lines[0].startswith("| Device and text | Method | Loop |")
+    assert lines[2] == (
+        "| Abacus: English prose, 8 windows | `llm-int8` | lean | 14.94 (11.90–18.60) | +2.0 % (+1.5 to +2.6) | ±2.5 % "
+        "| 0.0173 | 0.008, 0.14, 2.5 | 92% |"
+    )
+    assert lines[4] == (
+        "| Abacus: CPython pydoc_data.topics of 3.12.3, 8 windows | `bnb-int8` | lean | 14.94 (11.90–18.60) | – | – "
+        "| 0.0173 | – | 92% |"
+    )
+    assert len(lines) == 7 and made("gpu-quality")[2] == lines[4]
+
+
+def test_the_headline_is_of_many_windows_and_known_methods(made):
+    conditions = CONDITIONS | {"windows": 64}
+    many = result("quality", scored("llm-int8", **NEW), scored("absmax", **NEW), text="English prose")
+    few = result("quality", scored("bnb-int8", **NEW), text="English prose")
+    lines = made("headline", cpu_quality=many | {"conditions": conditions}, gpu_quality=few)
+    assert lines[2:4] == [
+        "| `llm-int8` | +2.0 % (+1.5 to +2.6) | ±2.5 % | 0.0173 | 92.3% | Abacus: English prose, 64 windows |",
+        "",
+    ]
 
 
 def test_what_watching_costs(made):
@@ -161,13 +187,11 @@ def test_an_experiment_is_its_rows_without_texts_and_what_they_say(made):
         {"silenced": "strongest", "count": 1, "channels": [7], "perplexity": 50.0, "kl_to_fp16": 2.0, "text": "b"},
         {"silenced": "random", "count": 1, "channels": [3], "perplexity": 12.0, "kl_to_fp16": 0.25, "text": "c"},
     ]
-    lines = made("silencing", silencing=result("silencing", *rows, tokens=2044))
+    lines = made("silencing", silencing=result("silencing", *rows, tokens=2044, text="Python code"))
     assert lines[0] == "| Silenced | Channels | Perplexity | KL to FP16 |"
     assert lines[3:5] == ["| 1 strongest | 7 | 50.00 | 2 |", "| 1 random | 3 | 12.00 | 0.25 |"]
     assert lines[-1].startswith("*Silencing the strongest channel raises perplexity by 40, 20 times as much; a random")
-    assert lines[-1].endswith(
-        "Abacus, Python 3.12.3, demo model; 2,044 tokens of CPython's `pydoc_data.topics`; 2026-11-22.*"
-    )
+    assert lines[-1].endswith("Abacus, Python 3.12.3, demo model; 2,044 tokens of Python code; 2026-11-22.*")
 
 
 def test_a_judged_text_counts_its_slips(made):

@@ -136,10 +136,10 @@ def require_whole(name: str, value, lowest: int) -> None:
 
 
 def fixed_prompt(model: Model, tokens: int) -> list[int]:
-    """The first `tokens` token ids of the reference text."""
+    """The first `tokens` token ids of the English text."""
     ids = model.tokenize(reference_text()[: 20 * tokens + 200])
     if len(ids) < tokens:
-        raise BadChoice(f"prompt_tokens is {tokens}; the reference text gives {len(ids)}")
+        raise BadChoice(f"prompt_tokens is {tokens}; the English text gives {len(ids)}")
     return ids[:tokens]
 
 

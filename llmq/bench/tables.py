@@ -1,7 +1,7 @@
 """README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
-or 'quality', 'lean', 'load', 'prompts' or 'peers', which join several of them.
+or 'headline', 'quality', 'lean', 'load', 'prompts' or 'peers', which join several of them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from pathlib import Path
 
 from llmq.formatting import format_bytes, format_seconds
 from llmq.labs import lab_classes
+from llmq.labs.quality import FLOOR, shown_change, shown_margin
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "assets" / "results"
 DOCUMENTS = ("README.md", "REPORT.md")
+HEADLINE, HEADLINE_WINDOWS = ("llm-int8", "int8-weight-only", "bnb-int8", FLOOR), 64
+OLD_TEXT = "CPython pydoc_data.topics"
 _MARKED = re.compile(r"(<!-- table:([\w-]+) -->).*?(<!-- /table -->)", re.DOTALL)
 
 
@@ -164,7 +167,13 @@ def _peers_table() -> str:
     return "\n".join([*rows, "", note])
 
 
-_JOINED = {"lean": _lean_table, "load": _load_table, "peers": _peers_table, "prompts": _prompts_table}
+_JOINED = {
+    "headline": lambda: _headline_table(),
+    "lean": _lean_table,
+    "load": _load_table,
+    "peers": _peers_table,
+    "prompts": _prompts_table,
+}
 
 
 def _conditions(result: dict) -> str:
@@ -180,26 +189,46 @@ def _conditions(result: dict) -> str:
 
 
 def _quality_table(results: list[dict]) -> str:
-    rows = ["| device, text | method | perplexity (95 %) | KL to FP16, nats per token | same top token as FP16 |"]
-    rows.append("|---|---|---:|---:|---:|")
+    """One row for each method on each device, text and loop: of several results that have it, the first."""
+    lab, rows = lab_classes()["quality"], {}
     for result in results:
         for row in result["results"]:
-            low, high = row["perplexity_interval"]
-            cells = [
-                f"{result['conditions']['device_name']}, Python {result['conditions']['python']}",
-                f"`{row['method']}`",
-                f"{row['perplexity']:.2f} ({low:.2f}–{high:.2f})",
-                f"{row['kl_to_fp16']:.4f}",
-                f"{row['top1_agreement']:.1%}",
-            ]
-            rows.append(f"| {' | '.join(cells)} |")
-    tokens = ", ".join(sorted({f"{result['tokens']:,}" for result in results}))
-    windows = ", ".join(sorted({str(result["conditions"]["windows"]) for result in results}))
+            named = row | {"method": f"`{row['method']}`"}
+            rows.setdefault((_read_by(result), row["method"], row["engine"]), [_read_by(result), *lab.row(named)])
+    headers = ["Device and text", *lab.headers()]
+    lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
+    lines += [f"| {' | '.join(row)} |" for row in rows.values()]
     note = (
-        f"*demo model; {tokens} scored tokens of CPython's `pydoc_data.topics` in {windows} windows of 512. The topics "
-        "differ between versions of Python, so compare methods within one device, not perplexities across.*"
+        "*demo model; windows of 512 tokens, each read in one call. Change: of the perplexity against FP16, paired by "
+        "window; equal within: the smallest margin of two one-sided tests at 5 %. KL in nats per token: the mean, then "
+        "its spread over tokens.*"
     )
-    return "\n".join([*rows, "", note])
+    return "\n".join([*lines, "", note])
+
+
+def _read_by(result: dict) -> str:
+    """The device and what was read on it. The topics of pydoc differ between versions of Python."""
+    c, text = result["conditions"], result["text"]
+    text += f" of {c['python']}" if text == OLD_TEXT else ""
+    return f"{c['device_name']}: {text}, {c['windows']} windows"
+
+
+def _headline_table() -> str:
+    """What the best known methods cost, from results of many windows alone."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-quality.json"))]
+    lines = ["| | costs in perplexity (95 %) | equal within | KL to FP16, nats | same first choice | measured on |"]
+    lines.append("|---|---:|---:|---:|---:|---|")
+    for result in results:
+        for row in result["results"] if result["conditions"]["windows"] >= HEADLINE_WINDOWS else ():
+            if row["method"] in HEADLINE:
+                cells = [
+                    shown_change(row),
+                    shown_margin(row),
+                    f"{row['kl_to_fp16']:.4f}",
+                    f"{row['top1_agreement']:.1%}",
+                ]
+                lines.append(f"| `{row['method']}` | {' | '.join(cells)} | {_read_by(result)} |")
+    return "\n".join([*lines, "", "*The 135M demo model; differences paired by window of 512 tokens.*"])
 
 
 def _judged_table(result: dict) -> str:
@@ -223,7 +252,7 @@ def _lab_table(result: dict) -> str:
     conditions = result["conditions"]
     sweep = "device_name" not in conditions  # of several models, each with its own
     conditions = next(iter(conditions.values())) if sweep else conditions
-    text = f"; {result['tokens']:,} tokens of CPython's `pydoc_data.topics`" if "tokens" in result else ""
+    text = f"; {result['tokens']:,} tokens of {result['text']}" if "tokens" in result else ""
     where = f"{conditions['device_name']}, Python {conditions['python']}"
     said = f"{lab.finding(answer.rows)} " if lab.finding(answer.rows) else ""
     model = "" if sweep else f", {result['model']} model"

@@ -103,6 +103,9 @@ class Engine(Writer, Protocol):
     def logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
         """Return (tokens, vocab_size) next-token logits after each of `ids`, in one call. `stopped` as in `prefill`."""
 
+    def decode_logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
+        """As `logits`, through the decode step with its KV cache: a call a token, each fed the text's own."""
+
 
 def generate(
     engine: Writer, prompt_ids: list[int], settings: SamplingSettings, stopped: Callable[[], bool] | None = None

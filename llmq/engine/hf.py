@@ -97,6 +97,19 @@ class HFEngine:
         with torch.inference_mode(), _interruptible(self.model, stopped):
             return self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0]
 
+    def decode_logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
+        """As `logits`, through the decode step with its KV cache: a call a token, each fed the text's own."""
+        import torch
+
+        generation, rows = self.start(ids[:1], SamplingSettings()), []
+        for token in ids:
+            if stopped and stopped():
+                raise Interrupted
+            generation.feed(token)
+            rows.append(generation.logits)
+        generation.close()
+        return torch.stack(rows)
+
     def outlier_share(self, ids: list[int]) -> float:
         """Return the mean share of input columns that a linear layer says it multiplied in 16 bit while the model read
         `ids` in one call; over the layers that can say, 0 if none can."""
@@ -157,7 +170,11 @@ class Generation:
     def step(self) -> Token:
         """Feed the last token, sample the next."""
         assert self._last is not None, "prefill before the first step"
-        return self._forward([self._last])
+        return self.feed(self._last)
+
+    def feed(self, token_id: int) -> Token:
+        """Feed this token, whatever was sampled before, and sample the next."""
+        return self._forward([token_id])
 
     def _forward(self, ids: list[int]) -> Token:
         import torch

@@ -173,6 +173,16 @@ class CpuLlama(LlamaEngine):
         workspace.read(ids, logits, every=True, stopped=stopped)
         return logits[:, : self.architecture.vocab_size]
 
+    def decode_logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
+        """As `logits`, through the decode step with its KV cache: a call a token, each fed the text's own."""
+        workspace, logits = _CpuWorkspace(self, len(ids)), torch.empty(len(ids), self.architecture.vocab_size)
+        for position, token in enumerate(ids):
+            if stopped and stopped():
+                raise Interrupted
+            workspace.step(token, position)
+            logits[position] = workspace.logits[: self.architecture.vocab_size]
+        return logits
+
     def outlier_columns(self, ids: list[int]) -> list[set[int]]:
         """Return the columns that the library multiplies in 16 bit while it reads `ids`: of the inputs of qkv, output,
         gate_up and down of each layer in turn."""

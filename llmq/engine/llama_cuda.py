@@ -115,6 +115,21 @@ class CudaLlama(LlamaEngine):
 
         return self.take((capacity, draw_of(settings), threshold), make)
 
+    def decode_logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
+        """As `logits`, through the decode step with its KV cache: a call a token, each fed the text's own."""
+        logits = torch.empty(len(ids), self.architecture.vocab_size, device=self.device)
+        with self.here:
+            graph = self.workspace(len(ids), SamplingSettings())
+            graph.decoder.position.zero_()
+            for position, token in enumerate(ids):
+                if stopped and stopped():
+                    raise Interrupted
+                graph.decoder.token.fill_(token)
+                graph.step()
+                logits[position] = graph.decoder.logits
+        self.spare.append(graph)
+        return logits
+
     def outlier_counts(self, ids: list[int]) -> list[int]:
         """Return how many columns of each input are outliers; see `LlamaEngine`."""
         outlier_marks = outlier_marks_for(self.architecture, self.device)

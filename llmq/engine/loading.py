@@ -17,12 +17,12 @@ from llmq.methods import Method
 from llmq.methods.calibrate import FOLDER, file_name
 from llmq.models.loading import folder_of, load_model, require_method
 from llmq.models.opening import Model
-from llmq.models.reference_text import WINDOW
+from llmq.models.reference_text import CALIBRATION, WINDOW, fingerprint
 
 log = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-CALIBRATION_WINDOWS = 4  # of the reference text
+CALIBRATION_WINDOWS = 4  # of the text for it
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def statistics_file(key: Key) -> Path:
         brought = folder_of(key.model.source) / FOLDER / file_name(key.method)
         if brought.is_file():
             return brought
-    return cache_folder() / FOLDER / f"{key.model.fingerprint}-{CALIBRATION_WINDOWS}x{WINDOW}" / file_name(key.method)
+    text = f"{fingerprint(CALIBRATION)}-{CALIBRATION_WINDOWS}x{WINDOW}"
+    return cache_folder() / FOLDER / f"{key.model.fingerprint}-{text}" / file_name(key.method)
 
 
 def _load_lean(key: Key) -> Engine:

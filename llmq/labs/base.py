@@ -8,12 +8,13 @@ knows a lab by name.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from llmq.events import Event, Progress
-from llmq.fields import check_fields
+from llmq.fields import Field, Switch, Text, check_fields, fields_of
 from llmq.figures.blocks import Block
 
 if TYPE_CHECKING:
@@ -60,7 +61,26 @@ class Lab:
         """Yield events, progress and answers."""
         raise NotImplementedError
 
+    def typed(self) -> str:
+        """The words that ask this question at the command line."""
+        words = ["python", "-m", "llmq", *self.command]
+        words += [] if getattr(self, "checkpoint", "") else ["--model", self.model]
+        for field in fields_of(type(self)):
+            if (value := getattr(self, field.name)) != field.default:
+                words += _option(field, value)
+        return shlex.join([*words, "--device", self.device])
+
     @classmethod
     def restore(cls, stored: dict[str, Any]) -> Answer:
         """The answer that `stored` was made of. Raises UserError for what cannot be one."""
         raise NotImplementedError
+
+
+def _option(field: Field, value: Any) -> list[str]:
+    """One field as the command line takes it; a text of one's own is a file there."""
+    kind = field.kind
+    if isinstance(kind, Switch):
+        return [f"--no-{field.name}"]
+    if isinstance(kind, Text) and kind.file and not kind.positional:
+        return [kind.file, value if value in kind.names else "FILE"]
+    return [value] if isinstance(kind, Text) and kind.positional else [field.flag, kind.spell(value)]

@@ -1,6 +1,6 @@
 """The paper's figures of emergence over one model or several: how far outlier features spread, by size and perplexity.
 
-Dettmers et al. 2022, arXiv 2208.07339, figures 3 and 4. Each model reads the first window of the reference text in
+Dettmers et al. 2022, arXiv 2208.07339, figures 3 and 4. Each model reads the first window of the English text in
 FP16; perplexity is of the same window.
 """
 

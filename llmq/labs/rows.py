@@ -1,6 +1,7 @@
 """Labs whose answer is a table: rows measured one after the other on a text, each shown as soon as it is there.
 
-Perplexity is of windows of 512 tokens of the reference text, each one call, the first token of each not scored.
+Perplexity is of windows of 512 tokens of a text that ships with the package, each one call, the first token of each not
+scored.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe
 from llmq.events import Event, Progress
-from llmq.fields import Number
+from llmq.fields import Choice, Number
 from llmq.figures.blocks import Block, Drawing, Table
 from llmq.formatting import format_share, plain_json
 from llmq.labs.base import Lab
 from llmq.models.edits import Edit
 from llmq.models.opening import Model
-from llmq.models.reference_text import windows
+from llmq.models.reference_text import TEXTS, windows
 from llmq.scores import perplexity, score_text
 
 if TYPE_CHECKING:
@@ -81,12 +82,13 @@ class TableLab(Lab):
 
 @dataclass(frozen=True, kw_only=True)
 class RowLab(TableLab):
-    """A lab that measures rows on windows of the reference text. `prompt`: what the models continue, '' for none.
+    """A lab that measures rows on windows of a shipped text. `prompt`: what the models continue, '' for none.
 
     A subclass yields its rows from `measure`.
     """
 
-    windows: Annotated[int, Number(1, 16, whole=True, help="windows of 512 tokens of the reference text")] = 1
+    windows: Annotated[int, Number(1, 16, whole=True, help="windows of 512 tokens of the text")] = 1
+    text: Annotated[str, Choice(tuple(TEXTS), tuple(TEXTS.values()), help="what is read", label="Text")] = "english"
     prompt: str = ""
 
     def measure(self, bench: Workbench) -> Rows:
@@ -118,7 +120,7 @@ class RowLab(TableLab):
             "kind": self.kind,
             "model": self.model,
             "device": self.device,
-            "text": "CPython pydoc_data.topics",
+            "text": TEXTS[self.text],
             "tokens": sum(len(ids) - 1 for ids in bench.texts),
             "stopped": stopped,
             "conditions": read | self.conditions() | bench.environment,
@@ -172,7 +174,7 @@ class Workbench:
     lease: Lease
 
     def __post_init__(self):
-        self.texts = windows(self.model, self.lab.windows)
+        self.texts = windows(self.model, self.lab.windows, self.lab.text)
         self.environment = describe(self.lab.device, self.model.source)
 
     @property

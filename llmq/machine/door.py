@@ -30,7 +30,7 @@ from llmq.methods.calibrate import Calibration, save_statistics
 from llmq.methods.coverage import coverage
 from llmq.methods.swap import telling
 from llmq.models.opening import Model, open_model
-from llmq.models.reference_text import windows
+from llmq.models.reference_text import CALIBRATION, windows
 
 if TYPE_CHECKING:
     from llmq.memory import Prediction
@@ -209,8 +209,8 @@ class Lease:
             return self.pool.get(key, method)
 
     def calibrate(self, key: Key) -> Generator[Progress, None, None]:
-        """Collect the statistics that a calibrated method needs of this checkpoint, once, in passes over the reference
-        text by the dense model of the method's type."""
+        """Collect the statistics that a calibrated method needs of this checkpoint, once, in passes over the text for
+        it by the dense model of the method's type."""
         if not key.method.calibrated or (file := statistics_file(key)).exists():
             return
         import torch
@@ -222,7 +222,7 @@ class Lease:
         engine, _ = self._got(wanted)
         try:
             with Calibration(engine.model, key.method) as found, torch.inference_mode():
-                for number, ids in enumerate(texts := windows(key.model, CALIBRATION_WINDOWS), 1):
+                for number, ids in enumerate(texts := windows(key.model, CALIBRATION_WINDOWS, CALIBRATION), 1):
                     engine.logits(ids, self.stop.is_set)
                     yield self.progress(f"{what}: window {number} of {len(texts)}", number / len(texts))
             save_statistics(found.statistics, file)

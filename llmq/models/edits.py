@@ -1,11 +1,12 @@
 """Weights changed on their way out of a checkpoint, by name: so every loop and every method sees the same other model.
 
-Both edits speak of channels of the residual stream, as the linear layers behind a norm read them: q, k and v behind the
+The edits speak of channels of the residual stream, as the linear layers behind a norm read them: q, k and v behind the
 first norm of a layer, gate and up behind the second. Names are LLaMA's.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 READERS = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up"))
+ENDS = ("embed_tokens.weight", "lm_head.weight", ".norm.weight")
+WRITERS = tuple(f"{name}_proj.{part}" for name in ("o", "down") for part in ("weight", "bias"))
 LARGEST_FACTOR = 64.0
 
 
@@ -60,6 +63,27 @@ class Silence:
         return _scaled(tensor, self.channels, 0.0) if name.endswith(READERS) else tensor
 
 
+@dataclass(frozen=True)
+class Reorder:
+    """Put the channels in another order, in every weight that reads or writes them: in exact arithmetic the same model,
+    with every sum over channels added up in another order. What it changes is rounding and nothing else.
+
+    `channels`: the old place of each new channel.
+    """
+
+    channels: tuple[int, ...]
+
+    @classmethod
+    def shuffled(cls, width: int, seed: int = 0) -> Reorder:
+        """A random order of `width` channels."""
+        return cls(tuple(random.Random(seed).sample(range(width), width)))
+
+    def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name.endswith(WRITERS):
+            return tensor[list(self.channels)].contiguous()
+        return tensor[..., list(self.channels)].contiguous() if name.endswith((*NORMS, *READERS, *ENDS)) else tensor
+
+
 def require_channels(channels: tuple[int, ...], width: int) -> None:
     """Raises BadChoice for a channel that a stream of `width` channels does not have."""
     for channel in channels:
@@ -93,9 +117,8 @@ class EditedTensors:
 
 def edit_model_(model, edit: Edit):
     """Edit a dense transformers model in place, and return it. Raises BadChoice where no weight has a LLaMA's name."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if name.endswith((*NORMS, *READERS))]
-    if not named:
+    if not any(name.endswith((*NORMS, *READERS)) for name, _ in model.named_parameters()):
         raise BadChoice("the edit needs a LLaMA's layers; this model names none of its weights like them")
-    for name, parameter in named:
+    for name, parameter in model.named_parameters():
         parameter.data = edit(name, parameter.data)
     return model

@@ -209,6 +209,6 @@ def _hint(field: Field) -> Any:
 def _default(field: Field) -> Any:
     """What the parameter holds where nothing is given; a text that must be given has none."""
     kind = field.kind
-    if isinstance(kind, Text) and kind.positional and not kind.unless:
+    if isinstance(kind, Text) and kind.positional and not (kind.unless or kind.optional):
         return inspect.Parameter.empty
     return field.default if isinstance(kind, Number | Choice | Switch | Text) else kind.spell(field.default)
