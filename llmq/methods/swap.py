@@ -66,7 +66,7 @@ def opened_int8(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def replaced_layers(meta_model: nn.Module, method: Method) -> list[nn.Module]:
     """The layers of a dense model whose weights `method` stores in a form of its own."""
-    layers = [] if method.dense else [layer for _, layer in linear_layers(meta_model)]
+    layers = [] if method.dense else [layer for _, layer in method.layers(meta_model)]
     if method.int8_head:
         layers += [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
     return layers
