@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 def replace_(model: nn.Module, layers: list, quantize: Callable, statistics: Mapping[str, torch.Tensor]) -> None:
     """Put `quantize(layer, its statistics)` in the place of each of `layers`, (name, module). Raises BadChoice where
     there are none."""
+    require_layers(model, layers)
+    for name, layer in layers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantize(as_linear(layer), statistics.get(name)))
+
+
+def require_layers(model: nn.Module, layers: list) -> None:
+    """Raises BadChoice where there are none, telling what the model has instead."""
     if not layers:
         owners = (m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
         kinds = ", ".join(sorted({type(module).__name__ for module in owners}))
         raise BadChoice(f"{type(model).__name__} keeps its weights in {kinds}: no linear layer to replace")
-    for name, layer in layers:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantize(_as_linear(layer), statistics.get(name)))
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -43,7 +48,8 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and module.weight.ndim == 2
 
 
-def _as_linear(layer: nn.Module) -> nn.Linear:
+def as_linear(layer: nn.Module) -> nn.Linear:
+    """A linear layer with its weight as (out, in)."""
     from torch import nn
 
     if not is_conv1d(layer):
