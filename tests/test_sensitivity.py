@@ -293,7 +293,7 @@ def test_the_answer_says_it_in_a_sentence_and_is_there_to_copy(answer, tmp_path)
     recipe = answer.rows[-1]
     said, *_, copied = answer.blocks()
     worst = max(answer.rows[4:32], key=lambda one: one["kl_to_fp16"])
-    assert said.startswith(f"Of 28 modules {worst['place']} hurts most: quantized alone it costs KL ")
+    assert said.startswith(f"Of 28 modules measured {worst['place']} hurts most: quantized alone it costs KL ")
     assert f"{recipe['kl_to_fp16']:.3g}" in said and f"{recipe['sum_of_parts']:.3g}" in said and said.count(". ") == 0
     spelled, listed = copied.split("\nllm_int8_skip_modules=")
     assert spelled == recipe["place"] and json.loads(listed.replace("'", '"')) == recipe["skip_modules"]

@@ -28,20 +28,22 @@ def sensitivity_figure(rows: Sequence[dict], kept: Collection[str] = ()) -> go.F
         "type": "heatmap", "x": list(layers), "y": [escape(module) for module in modules],
         "z": [[_level(cells.get((module, layer)), low, high) for layer in layers] for module in modules],
         "text": [[_told(cells.get((module, layer))) for layer in layers] for module in modules],
-        "hovertemplate": "layer %{x}, %{y}<br>%{text}<extra></extra>", "hoverongaps": False, "xgap": 1, "ygap": 1,
+        "hovertemplate": "layer %{x}, %{y}<br>%{text}<extra></extra>", "hoverongaps": False, "ygap": 1,
         "colorscale": [(step / (STEPS - 1), named(f"harm-{step}")) for step in range(STEPS)],
         "zmin": low, "zmax": high, "colorbar": _color_bar(low, high),
     })  # fmt: skip
     chosen = [place for place, row in cells.items() if row.get("name") in kept]
     figure.add_scatter(
         x=[layer for _, layer in chosen], y=[escape(module) for module, _ in chosen], mode="markers",
-        name="stays in 16 bit", hoverinfo="skip", showlegend=bool(chosen),
-        marker={"symbol": "circle-open", "size": 9, "color": named("ink"), "line": {"width": 2}},
+        name="kept by the recipe", hoverinfo="skip", showlegend=bool(chosen),
+        marker={"size": 7, "color": named("surface"), "line": {"width": 2, "color": named("ink")}},
     )  # fmt: skip
-    style(figure, "KL to FP16 with only this part quantized", height=150 + 30 * len(modules))
+    style(figure, "KL to FP16 with only this part quantized", height=210 + 28 * len(modules))
     plain = {"showgrid": False, "zeroline": False}
     figure.update_layout(
-        xaxis={"title": {"text": "layer"}, **plain}, yaxis={"autorange": "reversed", "type": "category", **plain}
+        xaxis={"title": {"text": "layer"}, "range": [-0.5, len(layers) - 0.5], **plain},
+        yaxis={"autorange": "reversed", "type": "category", **plain},
+        margin={"b": 116},
     )
     return figure
 
@@ -78,6 +80,7 @@ def _color_bar(low: float, high: float) -> dict:
     exponents = range(math.floor(low), math.ceil(high) + 1)
     ticks = [step * 10.0**e for e in exponents for step in steps if low <= math.log10(step * 10.0**e) <= high]
     return {
-        "title": {"text": "KL", "side": "top"}, "thickness": 14, "outlinewidth": 0, "ticks": "outside",
+        "orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "thickness": 12, "outlinewidth": 0,
+        "ticks": "outside",
         "tickvals": [math.log10(tick) for tick in ticks], "ticktext": [format_number(tick) for tick in ticks],
     }  # fmt: skip

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llmq.inspect.sensitivity import Part, PartByPart
 
 WORST = 20  # modules and layers that are listed; the figure and the file hold all
+QUANTIZED = {"layer": "layer {place}", "module": "{place}", "method": "all modules", "recipe": "all but those kept"}
 ROOM = Number(
     0.1, 100, help="per cent of memory that the recipe may add", label="Room for the recipe (% of memory)", shown=20,
     step=0.1, named="room for the recipe",
@@ -50,12 +51,12 @@ class Sensitivity(RowLab):
     about = (
         "Every layer, then every module, is quantized **alone**: how far the predictions move (KL), how clean its "
         "output is (SQNR), what it saves. Then the modules that cost most for a byte stay in 16 bit, and that recipe "
-        "is measured. A method runs with a recipe by its name alone, here and in every field for a method."
+        "is measured. It is a part of the method's name, which every field for a method takes."
     )
     contestant: Annotated[Contestant, METHOD] = Contestant.parse("llm-int8")
     room: Annotated[float, ROOM] = 3.0
     columns = {
-        "Quantized": lambda row: f"layer {row['place']}" if row["part"] == "layer" else row["place"],
+        "Quantized": lambda row: QUANTIZED[row["part"]].format_map(row),
         "KL to FP16": "{kl_to_fp16:.3g}",
         "Sum of its parts": lambda row: f"{row['sum_of_parts']:.3g}" if "sum_of_parts" in row else "",
         "SQNR": lambda row: f"{row['sqnr_db']:.1f} dB" if "sqnr_db" in row else "",
@@ -130,7 +131,7 @@ class Sensitivity(RowLab):
         worst = max(modules, key=lambda row: row["kl_to_fp16"])
         share = worst["kl_to_fp16"] / (math.fsum(row["kl_to_fp16"] for row in modules) or 1)
         said = (
-            f"Of {len(modules)} modules {worst['place']} hurts most: quantized alone it costs KL "
+            f"Of {len(modules)} modules measured {worst['place']} hurts most: quantized alone it costs KL "
             f"{worst['kl_to_fp16']:.3g}, {format_share(share)} of the sum over all"
         )
         found = {row["part"]: row for row in _of(rows, "method", "recipe")}
