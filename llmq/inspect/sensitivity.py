@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +50,10 @@ class Part:
     name: str
     layer: int | None
     modules: tuple[str, ...]
+
+    @property
+    def single(self) -> bool:
+        return self.modules == (self.name,)
 
 
 class PartByPart:
@@ -101,29 +105,29 @@ class PartByPart:
         """Quantize `part`, and only that, and read the windows again: `kl_to_fp16` and `sqnr_db` over the windows so
         far, after every one of them. The part's own modules are back when the iterator ends or is closed."""
         error, divergences = Error(), []
-        with self._quantized(part, error) as probed:
+        with self._quantized(part, error):
             for window in self.windows:
-                with ExitStack() as hooks:
-                    if not probed:
-                        block, truth = self.model.get_submodule(part.name), window.stream[part.layer + 1]
-                        compare = lambda n, m, y, truth=truth: error.add(truth, y)  # noqa: E731
-                        hooks.enter_context(Watched({part.name: block}, on_output=compare))
+                with self._compared(part, window, error):
                     logits = window.again(part.layer)
                 divergences.append(divergence(logits, window.logits, window.ids))
                 yield {"kl_to_fp16": math.fsum(divergences) / len(divergences), "sqnr_db": error.sqnr_db}
 
     @contextmanager
-    def _quantized(self, part: Part, error: Error) -> Iterator[bool]:
-        """Put the quantized modules of `part` in place inside the `with` block. Yields whether `error` is filled: it is
-        for a single module."""
-        single = part.modules == (part.name,)
+    def _quantized(self, part: Part, error: Error) -> Iterator[None]:
+        """Put the quantized modules of `part` in place inside the `with` block; a single one fills `error` itself."""
         with ExitStack() as places:
             for name in part.modules:
                 parent, _, child = name.rpartition(".")
-                made = self._made(name)
-                probe = Probe(self._layers[name], made, self._dtype, error if single else None)
+                probe = Probe(self._layers[name], self._made(name), self._dtype, error if part.single else None)
                 places.enter_context(replaced(self.model.get_submodule(parent), child, probe))
-            yield single
+            yield
+
+    def _compared(self, part: Part, window: Window, error: Error) -> AbstractContextManager:
+        """A `with` block in which a layer's output is held against the dense one's."""
+        if part.single:
+            return nullcontext()
+        block = {part.name: self.model.get_submodule(part.name)}
+        return Watched(block, on_output=lambda name, module, y: error.add(window.stream[part.layer + 1], y))
 
     def _made(self, name: str) -> nn.Module:
         """The quantized module, out of a copy: a method may change what it is given."""

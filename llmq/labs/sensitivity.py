@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from llmq.inspect.sensitivity import Part, PartByPart
 
-WORST = 20  # modules and layers that are listed; the figure and the file hold all
+WORST = 12  # modules and layers that are listed; the figure and the file hold all
 QUANTIZED = {"layer": "layer {place}", "module": "{place}", "method": "all modules", "recipe": "all but those kept"}
 ROOM = Number(
     0.1, 100, help="per cent of memory that the recipe may add", label="Room for the recipe (% of memory)", shown=20,

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from llmq.errors import BadChoice
 from llmq.fields import Kind
@@ -54,18 +54,18 @@ class Mixed:
     """What a method that keeps `keep` does otherwise than the same method without: mixed into its class by `mixed`."""
 
     keep: Annotated[tuple[str, ...], Places(help="Layers and modules that are not quantized.")] = ()
+    plain: ClassVar[type[Method]]
     opens_int8 = False  # what is int8 already cannot be kept
 
     @property
     def base(self) -> Method:
         """The method without exceptions."""
-        cls = type(self).__mro__[2]
-        return cls(**{field.name: getattr(self, field.name) for field in fields(cls)})
+        return self.plain(**{field.name: getattr(self, field.name) for field in fields(self.plain)})
 
     @property
     def spelled(self) -> str:
-        plain = self.base.spelled
-        return f"{plain}{':' if '@' in plain else '@'}{SETTING}{'+'.join(self.keep)}"
+        base = self.base.spelled
+        return f"{base}{':' if '@' in base else '@'}{SETTING}{'+'.join(self.keep)}"
 
     @property
     def calibration(self) -> str:
@@ -96,15 +96,15 @@ def mixed(method: Method, keep: str | tuple[str, ...]) -> Method:
     what names no layer, and for a method that quantizes none."""
     if method.dense:
         raise BadChoice(f"{method.name} quantizes no layer, so there is none to keep; choose another method")
-    plain = method.base if isinstance(method, Mixed) else method
-    given = {field.name: getattr(plain, field.name) for field in fields(plain)}
-    return _mixed_class(type(plain))(**given, keep=Places().parse("keep", keep) if isinstance(keep, str) else keep)
+    base = method.base if isinstance(method, Mixed) else method
+    given = {field.name: getattr(base, field.name) for field in fields(base)}
+    return _mixed_class(type(base))(**given, keep=Places().parse("keep", keep) if isinstance(keep, str) else keep)
 
 
 @cache
 def _mixed_class(cls: type[Method]) -> type[Method]:
     """`cls` with what `Mixed` does otherwise; its fields, then `keep`."""
-    return dataclass(frozen=True)(type(f"Mixed{cls.__name__}", (Mixed, cls), {"__module__": __name__}))
+    return dataclass(frozen=True)(type(f"Mixed{cls.__name__}", (Mixed, cls), {"__module__": __name__, "plain": cls}))
 
 
 def is_at(name: str, place: str) -> bool:
