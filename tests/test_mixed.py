@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,12 @@ from torch import nn
 from llmq.contestant import Contestant
 from llmq.engine.choice import choose_engines, why_not_lean
 from llmq.engine.hf import HFEngine
+from llmq.engine.llama_cuda import CudaLlama
+from llmq.engine.llama_weights import load_weights
 from llmq.errors import BadChoice
 from llmq.hooks import is_quantized, linear_modules
+from llmq.kernels import reference
+from llmq.kernels.primitives import Int8Weight
 from llmq.methods import METHODS, mixed, parse_method
 from llmq.methods.coverage import coverage, predicted_coverage
 from llmq.methods.mixed import is_at, places, skip_modules
@@ -144,7 +149,7 @@ def test_every_method_leaves_alone_what_is_kept_and_nothing_else(name):
     assert engine.logits(PROMPT).isfinite().all()
 
 
-@pytest.mark.parametrize("base", ["llm-int8", "llm-int8@2", "int8-weight-only", "llm-int8-head"])
+@pytest.mark.parametrize("base", ["llm-int8@0.01", "llm-int8@2", "int8-weight-only", "llm-int8-head"])
 @pytest.mark.parametrize("keep", ["0", "qkv_proj", "0.o_proj+1.gate_up_proj", "1.down_proj", "0.qkv_proj+1"])
 def test_our_own_loops_compute_it(base, keep):
     """Packed for the CPU, and as on a GPU with the reference operations: the same tokens, the same bytes."""
@@ -163,6 +168,27 @@ def test_our_own_loops_compute_it(base, keep):
     assert coverage(native.model).shares == pytest.approx(coverage(through.model).shares)
     if base != "int8-weight-only":
         assert native.outlier_share(PROMPT) == pytest.approx(expected.outlier_share(PROMPT), abs=0.02)
+
+
+@pytest.mark.parametrize("keep", ["qkv_proj", "gate_up_proj", "0.o_proj+1.down_proj", "1"])
+def test_a_list_of_outliers_is_empty_before_it_is_filled_and_dense_rows_have_none(keep):
+    """What the kernels of a GPU rely on: theirs append, and note while they write."""
+
+    def split(x, threshold, out):
+        assert int(out.count) == 0
+        reference.split(x, threshold, out)
+
+    def linear_rows(rows, weight, **more):
+        assert isinstance(weight, Int8Weight) or rows.threshold is None
+        return reference.linear_rows(rows, weight, **more)
+
+    method, model = parse_method(f"llm-int8@0.01:keep={keep}"), tiny_llama()
+    architecture = architecture_of(model.config.to_dict())
+    weights = load_weights(ModelTensors(model), architecture, method, "cpu", kernels=reference)
+    watched = SimpleNamespace(**{**vars(reference), "split": split, "linear_rows": linear_rows})
+    lean = CudaLlama(weights, method, "cpu", kernels=watched)
+    assert generate(lean, 4) == generate(CudaLlama(weights, method, "cpu", kernels=reference), 4)
+    assert 0 in lean.outlier_counts(PROMPT)
 
 
 def test_a_part_of_a_joined_matrix_goes_through_transformers_and_says_why():
