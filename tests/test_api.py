@@ -45,7 +45,9 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
     "outliers": {"prompt": "", "method": "bnb-int8", "new_tokens": 8, "sweep": "", **WHERE},
     "quality": {"methods": "fp16,bnb-int8", "engine": "auto", "text": "", "tokens": 4096, **WHERE},
-    "sensitivity": {"windows": 1, "method": "llm-int8", "room": 3.0, **WHERE},
+    "sensitivity": {
+        "windows": 1, "method": "llm-int8", "by": "modules", "room": 3.0, "joined": True, **WHERE,
+    },
     "silencing": {"windows": 1, "prompt": "", "counts": "1,2,4,8", "draws": 3, **WHERE},
     "thresholds": {"windows": 1, "method": "llm-int8", "thresholds": "0,2,4,6,8,inf", **WHERE},
     "memory": {

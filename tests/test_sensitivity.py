@@ -245,10 +245,10 @@ def test_layers_come_first_then_modules_then_what_they_are_together(answer):
     worst_first = sorted(harm, key=lambda layer: -harm[layer])
     assert [row["layer"] for row in rows[4:32:7]] == worst_first
     table = answer.lab.shown(rows)
-    assert [row["part"] for row in table[:2]] == ["method", "recipe"] and len(table) == 2 + WORST
-    assert [row["kl_to_fp16"] for row in table[2:]] == sorted((r["kl_to_fp16"] for r in rows[:32]), reverse=True)[
-        :WORST
-    ]
+    assert [row["part"] for row in table] == ["method", "recipe"] + ["layer"] * 4 + ["module"] * WORST["module"]
+    assert [row["layer"] for row in table[2:6]] == worst_first
+    modules = sorted((row["kl_to_fp16"] for row in rows[4:32]), reverse=True)
+    assert [row["kl_to_fp16"] for row in table[6:]] == modules[: WORST["module"]]
 
 
 def test_the_recipe_is_what_the_named_method_measures(answer, folder):
@@ -272,6 +272,17 @@ def test_the_recipe_is_what_the_named_method_measures(answer, folder):
     assert set(recipe["skip_modules"]) == method.kept(name for name, _ in linear_layers(dense)) | {"lm_head"}
 
 
+def test_by_layers_alone_the_recipe_keeps_whole_layers(folder):
+    last = answered(Sensitivity(model=folder, by="layers", room=40.0))[-1]
+    *layers, whole, recipe = last.rows
+    assert [row["part"] for row in layers] == ["layer"] * 4 and whole["bytes_saved"] == 4 * layers[0]["bytes_saved"]
+    kept = {part.split(".")[2] for part in recipe["skip_modules"][:-1]}
+    assert kept == {row["place"] for row in greedy(layers, 0.4 * whole["memory_bytes"])} and 0 < len(kept) < 4
+    assert len(recipe["skip_modules"]) == 7 * len(kept) + 1 and recipe["engine"] == "lean"
+    worst = max(layers, key=lambda row: row["kl_to_fp16"])
+    assert last.lab.finding(last.rows).startswith(f"Of 4 layers measured layer {worst['place']} hurts most")
+
+
 def row(layer: int, module: str, kl: float, size: int) -> dict:
     return {"part": "module", "layer": layer, "module": module, "name": f"{layer}.{module}", "kl_to_fp16": kl,
             "place": f"{layer}.{module}", "bytes_saved": size}  # fmt: skip
@@ -284,6 +295,7 @@ def test_the_recipe_takes_what_costs_most_for_a_byte_and_joined_modules_together
     )  # fmt: skip
     rows = [down, q, k, v, o]
     assert greedy(rows, 43) == [o, q, k, v] and greedy(rows, 42) == [o]  # 40 bytes at 0.25 after 3 at 0.3
+    assert greedy(rows, 43, joined=False) == [q, o, k, v] and greedy(rows, 27, joined=False) == [q, o]
     assert greedy(rows, 63) == [o, q, k, v] and greedy(rows, 2) == [] and greedy(rows, 1000) == []
     assert greedy([{**one, "bytes_saved": 0} for one in rows], 50) == []
     assert greedy([row(0, "o_proj", math.inf, 10), down], 60) == [row(0, "o_proj", math.inf, 10)]

@@ -3,8 +3,9 @@
 A part is quantized alone in the dense model, which computes in FP32 on a CPU (torch's FP16 products take ten times as
 long there) and in the method's own type on a GPU. Bytes saved are against the method's own type for what it does not
 quantize. The recipe keeps modules out in the order of KL per byte while the method's memory grows by no more than
-`room` per cent; q, k and v go together, and gate and up, so that our own loops can compute it. Its KL and the whole
-method's are measured in the loop that each runs in; the sum of the parts stands beside them.
+`room` per cent; where `joined`, q, k and v go together, and gate and up, so that our own loops can compute it. By
+layers alone, which takes an eighth of the time, it keeps layers. Its KL and the whole method's are measured in the loop
+that each runs in; the sum of the parts stands beside them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llmq.contestant import Contestant, OneContestant
 from llmq.engine.loading import Key, statistics_file
 from llmq.errors import BadChoice
 from llmq.events import Progress
-from llmq.fields import Number
+from llmq.fields import Choice, Number, Switch
 from llmq.figures.blocks import Drawing
 from llmq.figures.sensitivity import sensitivity_figure
 from llmq.formatting import format_bytes, format_share
@@ -33,18 +34,26 @@ if TYPE_CHECKING:
 
     from llmq.inspect.sensitivity import Part, PartByPart
 
-WORST = 12  # modules and layers that are listed; the figure and the file hold all
+WORST = {"layer": 5, "module": 10}  # how many are listed; the figure and the file hold all
 QUANTIZED = {"layer": "layer {place}", "module": "{place}", "method": "all modules", "recipe": "all but those kept"}
 ROOM = Number(
     0.1, 100, help="per cent of memory that the recipe may add", label="Room for the recipe (% of memory)", shown=20,
     step=0.1, named="room for the recipe",
+)  # fmt: skip
+BY = Choice(
+    ("modules", "layers"), ("layers, then modules", "layers only"), help="modules, or layers only, which is quicker",
+    label="Take apart",
+)  # fmt: skip
+JOINED = Switch(
+    help="keep q, k and v apart, and gate and up: nearer to FP16, but through transformers only",
+    label="Recipe for our own loops (q, k, v together; gate, up together)",
 )  # fmt: skip
 METHOD = OneContestant(flag="--method", label="Method", named="method", help="such as llm-int8, absmax or gptq@bits=4")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity(RowLab):
-    """`contestant` is taken apart; `room`: per cent of its memory that a recipe may add."""
+    """`contestant` is taken apart `by` modules or layers; `room`: per cent of its memory that a recipe may add."""
 
     kind, command, panel = "sensitivity", ("experiment", "sensitivity"), True
     title = "Which layer hurts?"
@@ -54,7 +63,9 @@ class Sensitivity(RowLab):
         "is measured. It is a part of the method's name, which every field for a method takes."
     )
     contestant: Annotated[Contestant, METHOD] = Contestant.parse("llm-int8")
+    by: Annotated[str, BY] = "modules"
     room: Annotated[float, ROOM] = 3.0
+    joined: Annotated[bool, JOINED] = True
     columns = {
         "Quantized": lambda row: QUANTIZED[row["part"]].format_map(row),
         "KL to FP16": "{kl_to_fp16:.3g}",
@@ -70,7 +81,7 @@ class Sensitivity(RowLab):
             raise BadChoice(f"{self.contestant.label} quantizes no layer; choose from {quantizing}")
 
     def conditions(self) -> dict:
-        return {"method": self.contestant.label, "room_percent": self.room}
+        return {"method": self.contestant.label, "by": self.by, "room_percent": self.room, "joined": self.joined}
 
     def measure(self, bench: Workbench) -> Rows:
         from llmq.inspect.sensitivity import PartByPart
@@ -85,11 +96,11 @@ class Sensitivity(RowLab):
                 yield bench.progress(f"{dense.label} reads the text", 0.0)
                 apart.read(ids)
             truth = [window.logits for window in apart.windows]
-            for item in _alone(bench, apart):
+            for item in _alone(bench, apart, apart.modules if self.by == "modules" else []):
                 rows += [item] if isinstance(item, dict) else []
                 yield item
             del apart
-        yield from self._together(bench, truth, [row for row in rows if row["part"] == "module"])
+        yield from self._together(bench, truth, _smallest(rows))
 
     def _statistics(self, bench: Workbench) -> Generator[Progress, None, Callable[[str], torch.Tensor | None]]:
         """Where a calibrated method's statistics come from, one layer's at a time; collected first where needed."""
@@ -107,11 +118,12 @@ class Sensitivity(RowLab):
         yield bench.progress(f"{method.spelled} reads the text", 0.97)
         whole = {"part": "method", "memory_bytes": _bytes(method, bench), **_sums(rows)}
         yield whole | {"place": method.spelled} | _divergence(bench, method, truth)
-        kept = greedy(rows, self.room / 100 * whole["memory_bytes"])
+        kept = greedy(rows, self.room / 100 * whole["memory_bytes"], joined=self.joined)
         if not kept:
             return
         names = [name for name, _ in linear_layers(shape)]
-        recipe = mixed(method, places({row["name"] for row in kept} | method.kept(names), names))
+        inside = {name for name in names for row in kept if f"{name}.".startswith(f"{row['name']}.")}
+        recipe = mixed(method, places(inside | method.kept(names), names))
         yield bench.progress(f"{recipe.spelled} reads the text", 0.98)
         row = {"part": "recipe", "place": recipe.spelled, "memory_bytes": _bytes(recipe, bench)}
         row |= _sums([row for row in rows if row not in kept]) | {"skip_modules": skip_modules(shape, recipe)}
@@ -119,19 +131,22 @@ class Sensitivity(RowLab):
 
     @classmethod
     def shown(cls, rows: list[dict]) -> list[dict]:
-        """The whole and the recipe, then the worst parts, worst first."""
-        parts = sorted(_of(rows, "layer", "module"), key=lambda row: -row["kl_to_fp16"])
-        return _of(rows, "method", "recipe") + parts[:WORST]
+        """The whole and the recipe, then the worst layers and the worst modules."""
+        found = _of(rows, "method", "recipe")
+        for part, count in WORST.items():
+            found += sorted(_of(rows, part), key=lambda row: -row["kl_to_fp16"])[:count]
+        return found
 
     @classmethod
     def finding(cls, rows: list[dict]) -> str:
-        modules = _of(rows, "module")
-        if not modules:
+        parts = _smallest(rows)
+        if not parts:
             return ""
-        worst = max(modules, key=lambda row: row["kl_to_fp16"])
-        share = worst["kl_to_fp16"] / (math.fsum(row["kl_to_fp16"] for row in modules) or 1)
+        worst = max(parts, key=lambda row: row["kl_to_fp16"])
+        share = worst["kl_to_fp16"] / (_sums(parts)["sum_of_parts"] or 1)
+        name = QUANTIZED[worst["part"]].format_map(worst)
         said = (
-            f"Of {len(modules)} modules measured {worst['place']} hurts most: quantized alone it costs KL "
+            f"Of {len(parts)} {worst['part']}s measured {name} hurts most: quantized alone it costs KL "
             f"{worst['kl_to_fp16']:.3g}, {format_share(share)} of the sum over all"
         )
         found = {row["part"]: row for row in _of(rows, "method", "recipe")}
@@ -154,22 +169,27 @@ def _of(rows: list[dict], *parts: str) -> list[dict]:
     return [row for row in rows if row["part"] in parts]
 
 
+def _smallest(rows: list[dict]) -> list[dict]:
+    """The modules, or the layers where no module was measured."""
+    return _of(rows, "module") or _of(rows, "layer")
+
+
 def _saved(whole: dict, recipe: dict) -> str:
     """What the recipe brings and costs, in words."""
     before, after = whole["kl_to_fp16"], recipe["kl_to_fp16"]
     more = 100 * (recipe["memory_bytes"] / whole["memory_bytes"] - 1)
     fell = f" ({format_share(1 - after / before)} less)" if after < before < math.inf else ""
     return (
-        f"leaving {len(recipe['skip_modules']) - 1} of them unquantized (+{more:.2g}% memory) moves the KL of "
+        f"leaving {len(recipe['skip_modules']) - 1} modules unquantized (+{more:.2g}% memory) moves the KL of "
         f"{whole['place']} from {before:.3g} to {after:.3g}{fell}, measured, where the parts "
         f"add up to {whole['sum_of_parts']:.3g} and {recipe['sum_of_parts']:.3g}"
     )
 
 
-def _alone(bench: Workbench, apart: PartByPart) -> Rows:
-    """A row for every layer, then for every module, those of the worst layers first."""
-    layers, modules = apart.layers, apart.modules
-    names, steps = [part.name for part in modules], (len(layers) + len(modules)) * len(apart.windows)
+def _alone(bench: Workbench, apart: PartByPart, modules: list[Part]) -> Rows:
+    """A row for every layer, then for each of `modules`, those of the worst layers first."""
+    layers, names = apart.layers, [part.name for part in modules]
+    steps = (len(layers) + len(modules)) * len(apart.windows)
     done = iter(range(steps))
     harm: dict[int | None, float] = {}
     for part in layers:
@@ -213,15 +233,15 @@ def _sums(rows: list[dict]) -> dict:
     return {"sum_of_parts": kl, "bytes_saved": sum(row["bytes_saved"] for row in rows)}
 
 
-def greedy(rows: list[dict], room: float) -> list[dict]:
-    """The modules to keep, by KL per byte, whose bytes fit into `room`; those that our loops multiply as one matrix go
-    together. Empty where none fit, or all would."""
-    joined: dict[tuple, list[dict]] = {}
+def greedy(rows: list[dict], room: float, *, joined: bool = True) -> list[dict]:
+    """The modules or layers to keep, by KL per byte, whose bytes fit into `room`; where `joined`, modules that our
+    loops multiply as one matrix go together. Empty where none fit, or all would."""
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        fused = next((name for name, parts in FUSED.items() if row["module"] in parts), row["name"])
-        joined.setdefault((row.get("layer"), fused), []).append(row)
+        fused = next((name for name, parts in FUSED.items() if joined and row.get("module") in parts), row["name"])
+        groups.setdefault((row.get("layer"), fused), []).append(row)
     kept: list[dict] = []
-    for group in sorted(joined.values(), key=_per_byte, reverse=True):
+    for group in sorted(groups.values(), key=_per_byte, reverse=True):
         size = _sums(group)["bytes_saved"]
         if 0 < size <= room and _per_byte(group) > 0:
             room, kept = room - size, kept + group
