@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WHOLE = "whole layer"
 DECADES = 4  # that the colours span at most
+WIDE = 12  # layers, from which on not every one has its number
 
 
 def sensitivity_figure(rows: Sequence[dict], kept: Collection[str] = ()) -> go.Figure:
@@ -40,8 +41,9 @@ def sensitivity_figure(rows: Sequence[dict], kept: Collection[str] = ()) -> go.F
     )  # fmt: skip
     style(figure, "KL to FP16 with only this part quantized", height=210 + 28 * len(modules))
     plain = {"showgrid": False, "zeroline": False}
+    ticks = {"dtick": 1} if len(layers) < WIDE else {}
     figure.update_layout(
-        xaxis={"title": {"text": "layer"}, "range": [-0.5, len(layers) - 0.5], **plain},
+        xaxis={"title": {"text": "layer"}, "range": [-0.5, len(layers) - 0.5], **ticks, **plain},
         yaxis={"autorange": "reversed", "type": "category", **plain},
         margin={"b": 116},
     )

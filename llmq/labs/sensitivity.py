@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 WORST = {"layer": 5, "module": 10}  # how many are listed; the figure and the file hold all
 QUANTIZED = {"layer": "layer {place}", "module": "{place}", "method": "all modules", "recipe": "all but those kept"}
 ROOM = Number(
-    0.1, 100, help="per cent of memory that the recipe may add", label="Room for the recipe (% of memory)", shown=20,
+    0.1, 100, help="per cent of memory that the recipe may add", label="Room (% of memory)", shown=20,
     step=0.1, named="room for the recipe",
 )  # fmt: skip
 BY = Choice(
@@ -46,7 +46,7 @@ BY = Choice(
 )  # fmt: skip
 JOINED = Switch(
     help="keep q, k and v apart, and gate and up: nearer to FP16, but through transformers only",
-    label="Recipe for our own loops (q, k, v together; gate, up together)",
+    label="Keep q, k, v and gate, up together",
 )  # fmt: skip
 METHOD = OneContestant(flag="--method", label="Method", named="method", help="such as llm-int8, absmax or gptq@bits=4")
 
