@@ -49,6 +49,7 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
         "checkpoint": "", "other": "", "methods": "fp16,bnb-int8", "engine": "auto", "text": "", "tokens": 4096,
         "reading": "pooled", "floor": True, **WHERE,
     },
+    "sensitivity": {**WINDOWS, "method": "llm-int8", "by": "modules", "room": 3.0, "joined": True, **WHERE},
     "silencing": {**WINDOWS, "prompt": "", "counts": "1,2,4,8", "draws": 3, **WHERE},
     "thresholds": {**WINDOWS, "method": "llm-int8", "thresholds": "0,2,4,6,8,inf", **WHERE},
     "memory": {

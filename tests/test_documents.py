@@ -94,6 +94,21 @@ def test_the_sentences_about_watching_are_the_stored_results():
     assert f"decode takes {span('decode', *gpu)} as long" in text
 
 
+def test_the_sentences_about_layers_are_the_stored_results():
+    rows, text = stored("cpu-sensitivity")["results"], " ".join(REPORT.split())
+    modules, together = [row for row in rows if row["part"] == "module"], rows[-2:]
+    kl = sum(row["kl_to_fp16"] for row in modules)
+    worst = max(row["kl_to_fp16"] for row in modules) / kl
+    v = [row for row in modules if row["module"] == "v_proj"]
+    of_kl = sum(row["kl_to_fp16"] for row in v) / kl
+    of_bytes = sum(row["bytes_saved"] for row in v) / sum(row["bytes_saved"] for row in modules)
+    said = (
+        f"the worst module has {worst:.0%} of it, and only v stands out, with {of_kl:.0%} of the KL in {of_bytes:.0%}"
+    )
+    assert said.replace("%", " %") in text
+    assert all(abs(row["sum_of_parts"] / row["kl_to_fp16"] - 1) < 0.06 for row in together) and "within 6 %" in text
+
+
 def commands() -> list[str]:
     """Every command that REPORT section 8 and README tell a reader to run, without `python -m llmq`."""
     section = REPORT.partition("## 8. ")[2].partition("## 9. ")[0]

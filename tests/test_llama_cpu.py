@@ -27,7 +27,7 @@ from llmq.kernels import primitives, reference
 from llmq.kernels.cpu import build
 from llmq.kernels.cpu.library import why_not_native
 from llmq.kernels.primitives import Int8Weight
-from llmq.methods import METHODS
+from llmq.methods import METHODS, parse_method
 from llmq.models.architecture import Architecture, Rope, architecture_of
 
 if reason := why_not_native():
@@ -37,6 +37,7 @@ from llmq.engine.llama_cpu import CpuLlama  # noqa: E402
 from llmq.kernels.cpu import library  # noqa: E402
 from llmq.kernels.cpu.library import Matrix, Packing, open_library, quantize_rows  # noqa: E402
 
+STORED = ("packed", "int8_head", "kept")  # what of a method decides how weights are stored
 LEAN_METHODS = [name for name, method in METHODS.items() if method.packed]
 
 
@@ -67,12 +68,12 @@ def with_cache_of(dtype: torch.dtype) -> SimpleNamespace:
 
 
 def built(source, architecture, method: str, *, packed: bool, threads: int = 2, quantizer: bool = False):
-    method = METHODS[method]
+    method = parse_method(method)
     dtype = getattr(torch, method.dtype)
     weights = load_weights(
         source if packed else Rounded(source, dtype),
         architecture,
-        method if packed else SimpleNamespace(dtype="float32", packed=method.packed, int8_head=method.int8_head),
+        method if packed else SimpleNamespace(**{name: getattr(method, name) for name in STORED}, dtype="float32"),
         "cpu",
         kernels=library if quantizer else reference,
         form=Packing() if packed else None,

@@ -248,7 +248,7 @@ def _lab_table(result: dict) -> str:
     headers = lab.headers()
     columns = [i for i, name in enumerate(headers) if name != "Text"]
     lines = [f"| {' | '.join(headers[i] for i in columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(lab.row(row)[i] for i in columns)} |" for row in answer.rows]
+    lines += [f"| {' | '.join(lab.row(row)[i] for i in columns)} |" for row in lab.shown(answer.rows)]
     conditions = result["conditions"]
     sweep = "device_name" not in conditions  # of several models, each with its own
     conditions = next(iter(conditions.values())) if sweep else conditions

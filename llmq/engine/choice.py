@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from llmq.errors import BadChoice, unknown
 from llmq.methods import Method
-from llmq.models.architecture import Unsupported, architecture_of
+from llmq.models.architecture import Unsupported, architecture_of, matrices
 
 ENGINES = ("auto", "hf", "lean")
 log = logging.getLogger(__name__)
@@ -46,7 +46,11 @@ def why_not_lean(method: Method, config: Mapping) -> str:
     if method.packed is None:
         return f"{method.spelled} runs through transformers only"
     try:
-        architecture_of(config)
+        layers = architecture_of(config).layers
     except Unsupported as reason:
         return f"the lean loop does not compute {reason}"
+    parts = [names for i in range(layers) for names in matrices(f"model.layers.{i}.")]
+    kept = method.kept(name for names in parts for name in names)
+    if any(kept.intersection(names) not in (set(), set(names)) for names in parts):
+        return f"{method.spelled} keeps a part of q, k and v or of gate and up, which the lean loop multiplies as one"
     return ""

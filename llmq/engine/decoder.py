@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from llmq.engine.base import Interrupted
 from llmq.engine.llama import rope_table
-from llmq.engine.llama_weights import LlamaWeights
+from llmq.engine.llama_weights import LlamaWeights, Weight
 from llmq.kernels.buffers import Cache, Noting, Partials, SplitVector
 from llmq.kernels.primitives import Int8Weight
 from llmq.models.architecture import Architecture
@@ -64,14 +64,14 @@ class Decoder:
         hidden = self._hidden
         kernels.embed(weights.embedding, self.token, hidden.view(1, -1))
         for layer, cache in zip(weights.layers, self.caches, strict=True):
-            x = self._norm(hidden, layer.attention_norm, self._attended_split, self.threshold)
+            x = self._norm(hidden, layer.attention_norm, layer.qkv, self._attended_split, layer.output)
             kernels.product(x, layer.qkv, self._qkv, bias=layer.qkv_bias)
             kernels.attend(self._qkv, cache, self.rope, self.position, self._attended, self._scratch)
-            x = self._input(self._attended, self._attended_split)
+            x = self._input(self._attended, layer.output, self._attended_split)
             kernels.product(x, layer.output, hidden, bias=layer.output_bias, residual=hidden)
-            x = self._norm(hidden, layer.mlp_norm, self._inner_split, self.threshold)
+            x = self._norm(hidden, layer.mlp_norm, layer.gate_up, self._inner_split, layer.down)
             kernels.product(x, layer.gate_up, self._inner, gated=True)
-            x = self._input(self._inner, self._inner_split)
+            x = self._input(self._inner, layer.down, self._inner_split)
             kernels.product(x, layer.down, hidden, residual=hidden)
         self.score(hidden)
         self.position.add_(1)
@@ -94,23 +94,27 @@ class Decoder:
     def score(self, hidden: torch.Tensor) -> None:
         """Compute `logits` from the last layer's output (hidden_size,)."""
         head = self.weights.head
-        threshold = self.threshold if isinstance(head, Int8Weight) else None
-        x = self._norm(hidden, self.weights.norm, self._attended_split, threshold)
+        x = self._norm(hidden, self.weights.norm, head, self._attended_split, None)
         self.kernels.product(x, head, self.logits)
 
-    def _norm(
-        self, x: torch.Tensor, norm_weight: torch.Tensor, empty: SplitVector | None, threshold: float | None
-    ) -> torch.Tensor | SplitVector:
-        """RMSNorm, in the form the weights are multiplied with; `empty` is the split that comes next."""
-        eps = self.weights.architecture.eps
-        if threshold is None:
-            self.kernels.norm(x, norm_weight, eps, self._normed)
-            return self._normed
-        self.kernels.norm_split(x, norm_weight, eps, threshold, self._normed_split, empty)
-        return self._normed_split
+    def _splits(self, weight: Weight | None) -> bool:
+        """Whether what `weight` is multiplied with is decomposed."""
+        return self.threshold is not None and isinstance(weight, Int8Weight)
 
-    def _input(self, x: torch.Tensor, split: SplitVector | None) -> torch.Tensor | SplitVector:
-        if self.threshold is None:
+    def _norm(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, weight: Weight, empty: SplitVector | None, then: Weight | None
+    ) -> torch.Tensor | SplitVector:
+        """RMSNorm, in the form that `weight` is multiplied with; `empty` is the split that comes next, for `then`."""
+        eps = self.weights.architecture.eps
+        if self._splits(weight) or self._splits(then):
+            self.kernels.norm_split(x, norm_weight, eps, self.threshold, self._normed_split, empty)
+        if self._splits(weight):
+            return self._normed_split
+        self.kernels.norm(x, norm_weight, eps, self._normed)
+        return self._normed
+
+    def _input(self, x: torch.Tensor, weight: Weight, split: SplitVector | None) -> torch.Tensor | SplitVector:
+        if not self._splits(weight):
             return x
         self.kernels.split(x, self.threshold, split)
         return split
@@ -141,7 +145,11 @@ def read_prompt(
     hidden = torch.empty(len(ids), a.hidden_size, dtype=weights.dtype, device=ids.device)
     kernels.embed(weights.embedding, ids, hidden)
     outlier_marks = outlier_marks_for(a, ids.device) if outlier_marks is None else outlier_marks
-    noting = (Noting(threshold, marks, used) for marks in outlier_marks)
+    parts = (part for layer in weights.layers for part in layer.matrices)
+    noting = (
+        Noting(threshold if isinstance(part, Int8Weight) else None, marks, used)
+        for part, marks in zip(parts, outlier_marks, strict=True)
+    )
     for layer, cache in zip(weights.layers, caches, strict=True):
         if stopped and stopped():
             raise Interrupted

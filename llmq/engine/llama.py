@@ -93,10 +93,10 @@ class LlamaEngine:
     def outlier_share(self, ids: list[int]) -> float:
         """Return the same as `HFEngine.outlier_share`, over the layers without the head: of the four inputs of a layer
         three, one, two and one linear layers read each."""
-        a, readers = self.architecture, (3, 1, 2, 1)
-        widths = (a.hidden_size, a.heads * a.head_dim, a.hidden_size, a.intermediate_size)
-        shares = (count / widths[i % 4] * readers[i % 4] for i, count in enumerate(self.outlier_counts(ids)))
-        return sum(shares) / (sum(readers) * a.layers)
+        parts = [pair for layer in self.model.layers for pair in zip((3, 1, 2, 1), layer.matrices, strict=True)]
+        counted = zip(parts, self.outlier_counts(ids), strict=True)
+        int8 = [(n, part, count) for (n, part), count in counted if getattr(part, "absmax", None) is not None]
+        return sum(n * count / part.shape[1] for n, part, count in int8) / max(1, sum(n for n, _, _ in int8))
 
 
 class LlamaGeneration:

@@ -15,7 +15,7 @@ import torch
 from llmq.errors import ModelUnavailable
 from llmq.kernels.primitives import Int8Weight
 from llmq.methods import Method
-from llmq.models.architecture import Architecture
+from llmq.models.architecture import Architecture, matrices
 
 Weight = torch.Tensor | Int8Weight
 
@@ -51,6 +51,10 @@ class Layer:
     mlp_norm: torch.Tensor
     gate_up: Weight
     down: Weight
+
+    @property
+    def matrices(self) -> tuple[Weight, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,11 @@ def load_weights(
 ) -> LlamaWeights:
     """Build the weights from `source` under `method`, tensor by tensor. `kernels` offers `quantize_rows`."""
     dtype, int8 = getattr(torch, method.dtype), method.packed == "int8"
-    made = _Maker(source, dtype, int8, device, kernels, form or Form())
-    ends = replace(made, int8=method.int8_head)
     a, prefix = architecture, "model." if "model.norm.weight" in source else ""  # none in a decoder saved by itself
+    parts = [matrices(f"{prefix}layers.{i}.") for i in range(a.layers)]
+    kept = frozenset(method.kept(name for layer in parts for names in layer for name in names))
+    made = _Maker(source, dtype, int8, device, kernels, form or Form(), kept)
+    ends = replace(made, int8=method.int8_head)
     names = _ends(source, prefix + "embed_tokens", device if architecture.tied else None)
     embedding, *head = [ends.linear([name], a.vocab_size, a.hidden_size) for name in names]
     layers = tuple(_layer(made, f"{prefix}layers.{i}.", a) for i in range(a.layers))
@@ -125,18 +131,18 @@ def _ends(source: Tensors, embedding: str, tied_on: str | None) -> list[str]:
 
 
 def _layer(made: _Maker, prefix: str, architecture: Architecture) -> Layer:
-    a, attention, mlp = architecture, prefix + "self_attn.", prefix + "mlp."
-    qkv, gate_up = [f"{attention}{part}_proj" for part in "qkv"], [mlp + "gate_proj", mlp + "up_proj"]
-    qkv_biases, output_bias = [f"{name}.bias" for name in qkv], attention + "o_proj.bias"
+    a = architecture
+    qkv, output, gate_up, down = matrices(prefix)
+    qkv_biases, output_bias = [f"{name}.bias" for name in qkv], f"{output[0]}.bias"
     return Layer(
         attention_norm=made.vector(prefix + "input_layernorm.weight", size=a.hidden_size),
         qkv=made.linear(qkv, a.qkv_rows, a.hidden_size),
         qkv_bias=made.vector(*qkv_biases, size=a.qkv_rows) if a.qkv_bias else None,
-        output=made.linear([attention + "o_proj"], a.hidden_size, a.heads * a.head_dim),
+        output=made.linear(output, a.hidden_size, a.heads * a.head_dim),
         output_bias=made.vector(output_bias, size=a.hidden_size) if a.output_bias else None,
         mlp_norm=made.vector(prefix + "post_attention_layernorm.weight", size=a.hidden_size),
         gate_up=made.linear(gate_up, 2 * a.intermediate_size, a.hidden_size, paired=True),
-        down=made.linear([mlp + "down_proj"], a.hidden_size, a.intermediate_size),
+        down=made.linear(down, a.hidden_size, a.intermediate_size),
     )
 
 
@@ -148,6 +154,7 @@ class _Maker:
     device: str
     kernels: object
     form: Form
+    kept: frozenset[str]  # names of linear layers that are not int8
 
     def vector(self, *names: str, size: int) -> torch.Tensor:
         """Concatenate the named vectors, `size` numbers together."""
@@ -160,8 +167,8 @@ class _Maker:
         return self.form.matrix(self._joined(names, rows, in_features), paired=paired)
 
     def _joined(self, names: list[str], rows: int, in_features: int) -> Weight:
-        """The named matrices below one another."""
-        if not self.int8:
+        """The named matrices below one another: all of them int8, or none."""
+        if not self.int8 or self.kept.issuperset(names):
             if len(names) == 1:
                 [(_, part, _)] = self._placed(names, rows, in_features)
                 return part.to(self.dtype)

@@ -28,10 +28,12 @@ COLORS = {
     "text-1": ("#a94600", "#f5a468"),
     "text-2": ("#00704f", "#5cd3ab"),
 }
-# The heatmaps' colours under and over the threshold, `under-0` to `over-11`: the ends and the middle of each ramp.
+# The heatmaps' colours under and over the threshold, `under-0` to `over-11`, and of what a part costs, `harm-0` to
+# `harm-11`: the ends and the middle of each ramp.
 RAMPS = {
     "under": (("#f4f6f9", "#d9e3ed", "#b3c7dc"), ("#111a28", "#1b3351", "#2c4d77")),
     "over": (("#e07b1a", "#b03a0b", "#4f1704"), ("#d17f12", "#f7b944", "#fff4d6")),
+    "harm": (("#eef1f5", "#e5a05c", "#6b1f04"), ("#1d2733", "#a8601f", "#ffe7b3")),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,12 +84,12 @@ def patched(model: nn.Module, name: str, replacement: nn.Module) -> Iterator[Non
     holder = model.get_submodule(parent)
     if not isinstance(getattr(holder, child, None), nn.Module):
         raise unknown("module", name, linear_modules(model))
-    with _replaced(holder, child, _InOtherType(replacement)):
+    with replaced(holder, child, _InOtherType(replacement)):
         yield
 
 
 @contextmanager
-def _replaced(holder: nn.Module, name: str, replacement: nn.Module) -> Iterator[None]:
+def replaced(holder: nn.Module, name: str, replacement: nn.Module) -> Iterator[None]:
     original = getattr(holder, name)
     setattr(holder, name, replacement)
     try:
@@ -193,27 +193,37 @@ def sqnr_db(signal: float, noise: float) -> float:
 
 
 def _forecaster(model: nn.Module, ids: list[int], own: _Trace) -> Callable[[int | None], torch.Tensor]:
-    """A function from the first layer that a patch touches to (vocabulary,) logits after the last token.
+    """A function from the first layer that a patch touches to (vocabulary,) logits after the last token."""
+    again = rereader(model, ids, own.inputs, own.logits[None], kept=1)
+    return lambda layer: again(layer)[0]
 
-    Layers before it give what they gave without the patch, so they are not run again where the model's stack can be
-    entered half-way with the same result; the stack's middle is tried once to see whether it can.
+
+def rereader(
+    model: nn.Module, ids: list[int], inputs: Sequence[torch.Tensor], logits: torch.Tensor, *, kept: int = 0
+) -> Callable[[int | None], torch.Tensor]:
+    """A function from the first layer that a change touches to the (kept, vocabulary) float32 logits after the last
+    `kept` of `ids`, 0 for all of them.
+
+    Layers before it give what they gave when `logits` came out and `inputs` went into the blocks, so they are not run
+    again where the model's stack can be entered half-way with the same result; its middle is tried once to see whether
+    it can.
     """
-    tokens = _tokens(model, ids)
+    tokens, options = _tokens(model, ids), {"use_cache": False, "logits_to_keep": kept}
 
     @torch.inference_mode()
     def whole(layer: int | None = None) -> torch.Tensor:
-        return _last_logits(model(tokens, use_cache=False, logits_to_keep=1))
+        return model(tokens, **options).logits[0].float()
 
     @torch.inference_mode()
     def from_layer(layer: int | None) -> torch.Tensor:
         if not layer:
             return whole()
-        with _replaced(model.model, "layers", model.model.layers[layer:]):
-            return _last_logits(model(inputs_embeds=own.inputs[layer], use_cache=False, logits_to_keep=1))
+        with replaced(model.model, "layers", model.model.layers[layer:]):
+            return model(inputs_embeds=inputs[layer], **options).logits[0].float()
 
-    middle = len(own.inputs) // 2
+    middle = len(inputs) // 2
     plain = isinstance(getattr(getattr(model, "model", None), "layers", None), nn.ModuleList)
-    return from_layer if middle and plain and torch.equal(from_layer(middle), own.logits) else whole
+    return from_layer if middle and plain and torch.equal(from_layer(middle), logits) else whole
 
 
 def _tokens(model: nn.Module, ids: list[int]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number
-from llmq.figures.blocks import Block, Drawing, Table
+from llmq.figures.blocks import Block, Drawing, Table, Verbatim
 from llmq.formatting import format_share, plain_json
 from llmq.labs.base import Lab
 from llmq.models.edits import Edit
@@ -67,6 +67,16 @@ class TableLab(Lab):
     def figures(cls, rows: list[dict]) -> list[Drawing]:
         """What the rows look like."""
         return []
+
+    @classmethod
+    def shown(cls, rows: list[dict]) -> list[dict]:
+        """The rows of the table, in its order."""
+        return rows
+
+    @classmethod
+    def takeaway(cls, rows: list[dict]) -> str:
+        """What people copy from the answer, verbatim; '' where there is nothing."""
+        return ""
 
     @classmethod
     def beside(cls, kept: list[dict], rows: list[dict]) -> list[dict]:
@@ -149,7 +159,7 @@ class RowAnswer:
         return self.result["results"]
 
     def blocks(self) -> Iterator[Block]:
-        """The finding, what was measured and what was not, the figures, the table."""
+        """The finding, what was measured and what was not, the figures, the table, what to take away."""
         yield self.lab.finding(self.rows)
         if "tokens" in self.result:
             yield f"{self.result['tokens']:,} tokens of {self.result['text']}, {self.result['device']}."
@@ -157,7 +167,9 @@ class RowAnswer:
             yield f"{name}: not measured: {reason}"
         if self.rows:
             yield from self.lab.figures(self.rows)
-        yield Table(self.lab.headers(), [self.lab.row(row) for row in self.rows], "Measured")
+        yield Table(self.lab.headers(), [self.lab.row(row) for row in self.lab.shown(self.rows)], "Measured")
+        if taken := self.lab.takeaway(self.rows):
+            yield Verbatim(taken)
 
     def to_json(self) -> dict:
         return plain_json(self.result)
@@ -187,17 +199,21 @@ class Workbench:
         return self.lease.progress(message, fraction)
 
     @contextmanager
-    def engine(self, contestant: Contestant, edit: Edit | None = None, loop: str = "") -> Iterator[Engine]:
-        """The engine of `contestant` in the best loop it has, or in `loop`. An edited one is dropped afterwards, and
-        what is given of it keeps nothing alive: a caller's variable would, until the next edited one was there too."""
+    def engine(
+        self, contestant: Contestant, edit: Edit | None = None, loop: str = "", *, passing: bool = False
+    ) -> Iterator[Engine]:
+        """The engine of `contestant` in the best loop it has, or in `loop`. An edited one is dropped afterwards, and a
+        `passing` one that was not there before; what is given of it keeps nothing alive: a caller's variable would,
+        until the next one was there too."""
         device = self.lab.device
         loop = loop or choose_engines("auto", [contestant.method], self.model.config.to_dict(), device)[0]
         key = Key.of(self.model.edited(edit) if edit else self.model, contestant.method, device, loop)
+        passing = edit is not None or (passing and key not in self.lease.pool)
         engine = self.lease.get(key, contestant.method)
         try:
-            yield weakref.proxy(engine) if edit is not None else engine
+            yield weakref.proxy(engine) if passing else engine
         finally:
-            if edit is not None:
+            if passing:
                 del engine
                 self.lease.pool.drop(key)
 

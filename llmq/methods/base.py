@@ -6,7 +6,7 @@ the controls and the JSON are written once, here and in `swap`. It knows nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -126,12 +126,22 @@ class Method:
         opened = swap.opened_int8(model)
         swap.cast_parameters_(model if opened else model.to(device), getattr(torch, self.dtype))
         if not self.dense:
-            swap.replace_(model, opened or list(swap.linear_layers(model)), self.quantize, statistics or {})
+            swap.replace_(model, opened or self.layers(model), self.quantize, statistics or {})
         if self.int8_head:
             from llmq.methods.layers.int8_linear import convert_ends_
 
             convert_ends_(model, self.threshold)
         return model.eval()
+
+    def kept(self, names: Iterable[str]) -> set[str]:
+        """Those of the linear layers called `names` that stay as they are."""
+        return set()
+
+    def layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(name, layer) of the linear layers of a dense model that are replaced."""
+        found = dict(swap.linear_layers(model))
+        kept = self.kept(found)
+        return [(name, layer) for name, layer in found.items() if name not in kept]
 
     def apply_(self, model: nn.Module) -> None:
         """Set the live fields of a loaded model, in its layers."""

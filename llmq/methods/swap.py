@@ -35,14 +35,19 @@ def telling(told: Told) -> Iterator[None]:
 def replace_(model: nn.Module, layers: list, quantize: Callable, statistics: Mapping[str, torch.Tensor]) -> None:
     """Put `quantize(layer, its statistics)` in the place of each of `layers`, (name, module). Raises BadChoice where
     there are none."""
+    require_layers(model, layers)
+    for number, (name, layer) in enumerate(layers):
+        _told.get()(number / len(layers))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantize(as_linear(layer), statistics.get(name)))
+
+
+def require_layers(model: nn.Module, layers: list) -> None:
+    """Raises BadChoice where there are none, telling what the model has instead."""
     if not layers:
         owners = (m for m in model.modules() if next(m.parameters(recurse=False), None) is not None)
         kinds = ", ".join(sorted({type(module).__name__ for module in owners}))
         raise BadChoice(f"{type(model).__name__} keeps its weights in {kinds}: no linear layer to replace")
-    for number, (name, layer) in enumerate(layers):
-        _told.get()(number / len(layers))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantize(_as_linear(layer), statistics.get(name)))
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -61,7 +66,8 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and module.weight.ndim == 2
 
 
-def _as_linear(layer: nn.Module) -> nn.Linear:
+def as_linear(layer: nn.Module) -> nn.Linear:
+    """A linear layer with its weight as (out, in)."""
     from torch import nn
 
     if not is_conv1d(layer):
@@ -84,7 +90,7 @@ def opened_int8(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def replaced_layers(meta_model: nn.Module, method: Method) -> list[nn.Module]:
     """The layers of a dense model whose weights `method` stores in a form of its own."""
-    layers = [] if method.dense else [layer for _, layer in linear_layers(meta_model)]
+    layers = [] if method.dense else [layer for _, layer in method.layers(meta_model)]
     if method.int8_head:
         layers += [meta_model.get_input_embeddings(), meta_model.get_output_embeddings()]
     return layers

@@ -66,6 +66,14 @@ class Architecture:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
 
+def matrices(prefix: str) -> list[list[str]]:
+    """The linear layers of a decoder layer, named behind `prefix` (such as 'model.layers.3.'), by the matrix they are
+    in: q, k and v; output; gate and up; down."""
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    names = [f"{attention}{part}_proj" for part in "qkvo"]
+    return [names[:3], names[3:], [mlp + "gate_proj", mlp + "up_proj"], [mlp + "down_proj"]]
+
+
 def architecture_of(config: Mapping) -> Architecture:
     """Read a `config.json`, old or new style. Raises Unsupported for anything the lean loop does not compute."""
     kind = config.get("model_type")

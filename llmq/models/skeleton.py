@@ -25,38 +25,40 @@ def meta_model(config: PretrainedConfig | PlainConfig) -> nn.Module:
 
 
 class Skeleton(nn.Module):
-    """Parameters and buffers to count; `config` is kept, as in transformers."""
+    """Parameters and buffers to count, under a LLaMA's names; `config` is kept, as in transformers."""
 
     def __init__(self, a: Architecture, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = _bare(nn.Embedding, a.vocab_size, a.hidden_size)
-        self.layers = nn.ModuleList(_Layer(a) for _ in range(a.layers))
-        self.norm = nn.Parameter(torch.empty(a.hidden_size))
+        self.model = nn.Module()
+        self.model.embed_tokens = _bare(nn.Embedding, a.vocab_size, a.hidden_size)
+        self.model.layers = nn.ModuleList(_layer(a) for _ in range(a.layers))
+        self.model.norm = nn.Parameter(torch.empty(a.hidden_size))
         self.register_buffer("inv_freq", torch.empty(a.head_dim // 2))
         self.register_buffer("original_inv_freq", torch.empty(a.head_dim // 2))
         self.lm_head = _bare(nn.Linear, a.vocab_size, a.hidden_size)
         if a.tied:
-            self.lm_head.weight = self.embed_tokens.weight
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
+        return self.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
 
-class _Layer(nn.Module):
-    def __init__(self, a: Architecture):
-        super().__init__()
-        for name, heads in (("q_proj", a.heads), ("k_proj", a.kv_heads), ("v_proj", a.kv_heads)):
-            setattr(self, name, _bare(nn.Linear, heads * a.head_dim, a.hidden_size, bias=a.qkv_bias))
-        self.o_proj = _bare(nn.Linear, a.hidden_size, a.heads * a.head_dim, bias=a.output_bias)
-        self.gate_proj = _bare(nn.Linear, a.intermediate_size, a.hidden_size)
-        self.up_proj = _bare(nn.Linear, a.intermediate_size, a.hidden_size)
-        self.down_proj = _bare(nn.Linear, a.hidden_size, a.intermediate_size)
-        self.input_layernorm = nn.Parameter(torch.empty(a.hidden_size))
-        self.post_attention_layernorm = nn.Parameter(torch.empty(a.hidden_size))
+def _layer(a: Architecture) -> nn.Module:
+    made = nn.Module()
+    made.self_attn, made.mlp = nn.Module(), nn.Module()
+    for name, heads in (("q_proj", a.heads), ("k_proj", a.kv_heads), ("v_proj", a.kv_heads)):
+        setattr(made.self_attn, name, _bare(nn.Linear, heads * a.head_dim, a.hidden_size, bias=a.qkv_bias))
+    made.self_attn.o_proj = _bare(nn.Linear, a.hidden_size, a.heads * a.head_dim, bias=a.output_bias)
+    made.mlp.gate_proj = _bare(nn.Linear, a.intermediate_size, a.hidden_size)
+    made.mlp.up_proj = _bare(nn.Linear, a.intermediate_size, a.hidden_size)
+    made.mlp.down_proj = _bare(nn.Linear, a.hidden_size, a.intermediate_size)
+    made.input_layernorm = nn.Parameter(torch.empty(a.hidden_size))
+    made.post_attention_layernorm = nn.Parameter(torch.empty(a.hidden_size))
+    return made
 
 
 def _bare(kind: type[nn.Module], out_features: int, in_features: int, *, bias: bool = False) -> nn.Module:

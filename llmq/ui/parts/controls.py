@@ -8,6 +8,7 @@ from dataclasses import MISSING
 
 import gradio as gr
 
+from llmq.contestant import OneContestant
 from llmq.errors import BadChoice
 from llmq.fields import Choice, Field, Number, Numbers, Switch
 from llmq.methods import METHODS
@@ -33,6 +34,8 @@ def control(field: Field, elem_id: str):
         return gr.Radio(choices, value=default, **look)
     if isinstance(kind, Switch):
         return gr.Checkbox(default, **look)
+    if isinstance(kind, OneContestant):
+        return gr.Dropdown(METHOD_CHOICES, value=kind.spell(default), allow_custom_value=True, **look)
     if isinstance(kind, Numbers) and kind.start is not None:
         return gr.Slider(kind.each.low, kind.each.shown, kind.start, step=kind.each.step, **look)
     if isinstance(kind, Number) and kind.shown is not None:
@@ -49,7 +52,7 @@ def value_of(field: Field, given):
     if isinstance(kind, Numbers) and kind.start is not None:
         number = whole(field.named, given) if kind.each.whole else given
         return kind.check(field.named, (number,))
-    return kind.parse(field.named, str(given if given is not None else "").strip())
+    return kind.read(field.named, str(given if given is not None else "").strip(), {})
 
 
 def whole(name: str, value) -> int:

@@ -36,13 +36,15 @@ class Section:
     finding: gr.Markdown
     figure: gr.HTML
     table: gr.Dataframe
+    takeaway: gr.Textbox
     rows: gr.State
     keeping: Keeping
 
     @property
     def outputs(self) -> list:
         """What a question of this section may change."""
-        return [self.status, self.finding, self.table, self.rows, self.figure, self.keeping.key]
+        shown = [self.status, self.finding, self.table, self.takeaway, self.rows, self.figure]
+        return [*shown, self.keeping.key]
 
 
 class LabsPanel:
@@ -77,9 +79,13 @@ class LabsPanel:
                 headers=lab.headers(), value=[], label="Measured", interactive=False, wrap=True, type="array",
                 elem_id=f"{kind}-table", elem_classes=["llmq-table"], visible=False,
             )  # fmt: skip
+            takeaway = gr.Textbox(
+                label="To copy", buttons=["copy"], interactive=False, elem_id=f"{kind}-takeaway", visible=False,
+                max_lines=6,
+            )  # fmt: skip
             keeping.build(kind, "this answer")
         controls = [(field, component) for field, component in made if component is not None]
-        return Section(lab, controls, button, status, said, figure, table, gr.State([]), keeping)
+        return Section(lab, controls, button, status, said, figure, table, takeaway, gr.State([]), keeping)
 
     def wire(self, prompt, model, stop) -> None:
         for section in self.sections:
@@ -148,10 +154,11 @@ class LabsPanel:
 
     def _shown(self, section: Section, rows: list[dict]) -> dict:
         lab, named = section.lab, [_named(row) for row in rows]
-        said, figures = lab.finding(named), lab.figures(named)
+        said, figures, taken = lab.finding(named), lab.figures(named), lab.takeaway(named)
         return {
             section.finding: gr.Markdown(said, visible=bool(said)),
-            section.table: gr.Dataframe(value=[lab.row(row) for row in named], visible=True),
+            section.table: gr.Dataframe(value=[lab.row(row) for row in lab.shown(named)], visible=True),
+            section.takeaway: gr.Textbox(value=taken, visible=bool(taken)),
             section.rows: rows,
             section.figure: sent(figures[0].make() if figures else None),
         }
