@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add(replay, *FILES)
     _add_labs(commands)
     _add_bench(commands)
+    _add_quantize(commands)
     _add_memory(commands)
     _add_models(commands)
     return parser
@@ -154,6 +155,17 @@ def _add_bench(commands) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--busy", action="store_true", help="peers: while another process takes a core")
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
+
+
+def _add_quantize(commands) -> None:
+    summary = "quantize a model and write it as a checkpoint that transformers and llmq open"
+    parser = _command(commands, "quantize", actions.run_quantize, summary)
+    parser.add_argument("model", help="a preset, a hub id or a local folder")
+    parser.add_argument("--method", required=True, help="such as gptq@bits=4:group=128")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", required=True, help="a folder that does not exist")
+    parser.add_argument("--format", default="", help="gptq, compressed-tensors or bitsandbytes (default: the method's)")
+    parser.add_argument("--no-statistics", dest="statistics", action="store_false", help="leave out the calibration's")
+    _add(parser, "--device")
 
 
 def _add_memory(commands) -> None:

@@ -71,29 +71,44 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 class PackedLinear(nn.Linear):
     """`weight`: uint8, packed codes; `scale`: float16 and `zero`: uint8, (out, groups); `factors`: (in,) of the input's
-    dtype, which it is divided by and the weight was multiplied by, or None.
+    dtype, which it is divided by and the weight was multiplied by, or None. `owners`: int64 (in,), the group of every
+    input where a group's inputs are no neighbours, or None.
 
     Scales are no buffers, so that bytes of weights and of scales stay apart. A subclass of `nn.Linear`, so that hooks
     find it among the linear layers.
     """
 
     factors: torch.Tensor | None = None
+    owners: torch.Tensor | None = None
 
     def __init__(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, bias):
+        self._hold(pack(codes, grid.bits), codes.shape[1], scale, zero, grid, bias)
+
+    @classmethod
+    def over(cls, packed: torch.Tensor, columns: int, *rest) -> PackedLinear:
+        """A layer of `columns` inputs over codes that are packed already; the rest as in the constructor."""
+        made = cls.__new__(cls)
+        made._hold(packed, columns, *rest)
+        return made
+
+    def _hold(self, packed: torch.Tensor, columns: int, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, bias):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = codes.shape
-        self.weight = nn.Parameter(pack(codes, grid.bits), requires_grad=False)
+        self.out_features, self.in_features = packed.shape[0], columns
+        self.weight = nn.Parameter(packed, requires_grad=False)
         self.scale, self.zero, self.grid, self.bias = scale, zero, grid, bias
 
     @property
     def scale_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.scale, self.zero, self.factors) if t is not None)
+        return sum(t.nbytes for t in (self.scale, self.zero, self.factors, self.owners) if t is not None)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the codes stand for, (out, in)."""
         codes = unpack(self.weight, self.grid.bits, self.in_features)
-        zero, scale = (self.grid.spread(values, self.in_features) for values in (self.zero, self.scale))
+        zero, scale = map(self._spread, (self.zero, self.scale))
         return (codes.to(dtype) - zero.to(dtype)) * scale.to(dtype)
+
+    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        return self.grid.spread(values, self.in_features) if self.owners is None else values[:, self.owners]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out), in the dtype of `x`."""
