@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import engine_of, key_of, light
 
 import llmq
 from llmq.cli import main
 from llmq.engine.loading import load_engine, needs_statistics
-from llmq.errors import BadChoice
+from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.machine.door import Machine
 from llmq.methods import METHODS, parse_method
 from llmq.methods.layers.packed_linear import Grid, PackedLinear
 from llmq.models import writing
 from llmq.models.formats import format_for
+from llmq.quantizing import Quantization
 
 IDS = list(b"Hello LLaMA, how are you?")
 UP = "model.layers.0.mlp.up_proj"
@@ -293,7 +299,7 @@ def test_a_stop_halfway_leaves_nothing(when, origin, tmp_path, monkeypatch):
         if told[-1].startswith(when):
             stop.set()
     assert told[-1].startswith(when), "nothing comes after the stop"
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert not [path for path in tmp_path.iterdir() if path.name != "cache"]
     assert bool(list((tmp_path / "cache").rglob("*.safetensors"))) == (when == "writing"), "no half a calibration"
 
 
