@@ -214,18 +214,15 @@ def save_quantized(
     model: str, method: str | Method, folder: str | Path, *, format: str = "", device: str | None = None,
     statistics: bool = True, verbose: bool | None = None,
 ) -> dict:  # fmt: skip
-    """Quantize a model and write it as a checkpoint that transformers and llmq open; returns what was written.
+    """Quantize a model and write it as a checkpoint that transformers and llmq open; return what was written.
 
-    `format`: 'gptq', 'compressed-tensors' or 'bitsandbytes', '' for the method's own. `statistics`: of a calibration go
-    with it. Raises BadChoice for a folder that exists and for what no checkpoint format holds.
+    `format`: 'gptq', 'compressed-tensors' or 'bitsandbytes', '' for the method's own. `statistics`: a calibration's go
+    with it. Raises BadChoice for a folder that exists and for what no format holds.
 
         llmq.save_quantized("demo", "nf4", "demo-nf4")
     """
-    quantization = Quantization(
-        model=model, method=Contestant.parse(_typed(method)).method, folder=Path(folder), device=device_for(device),
-        format=format, statistics=statistics,
-    )  # fmt: skip
-    return answer_to(quantization, verbose)
+    wanted, where = Contestant.parse(_typed(method)).method, {"folder": Path(folder), "device": device_for(device)}
+    return answer_to(Quantization(model=model, method=wanted, format=format, statistics=statistics, **where), verbose)
 
 
 def load(path: str | Path) -> Finding:

@@ -1,7 +1,7 @@
-"""The same checkpoints through the libraries of the field: they open ours, we open theirs; codes are equal.
+"""Checkpoints through the libraries of the field: they open ours, we open theirs, and the codes are equal.
 
-compressed-tensors runs wherever the tests' requirements are installed; GPTQModel (with optimum) where somebody installed
-it: versions 0.20 and 7.7 were tried on a CPU.
+compressed-tensors runs wherever the tests' requirements are installed; GPTQModel (with optimum) where somebody put it:
+versions 0.20 and 7.7 were tried on a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmq.machine.door import Machine
 from llmq.methods.layers.packed_linear import unpack
+from llmq.models.formats.gptq import GptqFormat
 
 PACKED = [(4, 32, False), (4, 16, True), (8, None, False), (3, 32, False), (8, None, True)]
 
@@ -139,3 +140,22 @@ def test_gptqmodel_opens_our_gptq(method, origin, tmp_path):
 def test_bitsandbytes_opens_ours(method, origin, tmp_path):
     saved(origin, tmp_path / "x", method)
     assert torch.equal(logits(theirs(tmp_path / "x")), engine_of(Machine(), origin, method).logits(IDS))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_we_open_what_gptqmodel_packs(mixed, bits):
+    """Also with `desc_act`, where the inputs of a group are no neighbours."""
+    pytest.importorskip("gptqmodel")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    codes, zero = torch.randint(0, 2**bits, (32, 64)), torch.randint(1, 2**bits, (32, 2))
+    owners = torch.arange(64) % 2 if mixed else torch.arange(64) // 32
+    scale, linear = torch.rand(32, 2).half() + 0.5, torch.nn.Linear(64, 32, bias=False)
+    linear.weight.data = (codes - zero[:, owners]) * scale.float()[:, owners]
+    made = TorchLinear(bits=bits, group_size=32, sym=False, desc_act=mixed, in_features=64, out_features=32)
+    made.pack(linear, scale, zero.float(), owners.int())
+    settings = {"bits": bits, "group_size": 32, "desc_act": mixed, "checkpoint_format": "gptq_v2"}
+    found = GptqFormat().read(dict(made.named_buffers()), settings)
+    assert torch.equal(unpack(found.weight, bits, 64).long(), codes) and torch.equal(found.zero.long(), zero)
+    assert torch.equal(found.dense(), linear.weight) and (found.owners is None) != mixed

@@ -9,7 +9,6 @@ from llmq.errors import BadChoice, ModelUnavailable
 from llmq.models.checkpoint import CheckpointTensors
 from llmq.models.config import quantization_of
 from llmq.models.loading import Source, blamed_on, folder_of, open_checkpoint, transformers_config
-from llmq.models.skeleton import meta_model
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +52,7 @@ def methods_held(source: Source, config: PretrainedConfig | PlainConfig) -> list
 def open_quantized(source: Source, method: Method, device: str) -> PreTrainedModel | None:
     """Return the model with its layers as the checkpoint holds them; None where that is transformers' to do."""
     from llmq.models.formats import format_of
+    from llmq.models.skeleton import meta_model
 
     config = transformers_config(source)
     settings = quantization_of(config)

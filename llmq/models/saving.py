@@ -39,7 +39,7 @@ def save_model(
 ) -> Iterator[Progress]:
     """Write `model`, which is `source` under `method`, to `folder` in the format `form`, yielding progress; beside it
     the file `statistics`. Raises BadChoice for a layer that the format has no place for."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, form.layer)}
+    layers = {name: layer for name, layer in model.named_modules() if form.is_layer(layer)}
     settings, origin = form.settings(method, layers), folder_of(source)
     if absent := sorted({f"{name}.weight" for name in layers} - {*CheckpointTensors(origin).names()}):
         raise BadChoice(f"{source.name} calls its tensors by other names than its layers: there is no {absent[0]!r}")

@@ -20,6 +20,9 @@ class Format:
     parts: ClassVar[tuple[str, ...]] = ()
     layer: type  # of the layers it holds
 
+    def is_layer(self, module: nn.Module) -> bool:
+        return isinstance(module, self.layer)
+
     @property
     def mark(self) -> str:
         return self.parts[0] if self.parts else ""

@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 class Bitsandbytes4(Format):
     name = "bitsandbytes"
 
-    @property
-    def layer(self) -> type:
-        import bitsandbytes as bnb
-
-        return bnb.nn.Linear4bit
+    def is_layer(self, module: nn.Module) -> bool:
+        return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
     def describes(self, settings: Mapping) -> bool:
         return bool(settings.get("load_in_4bit"))
