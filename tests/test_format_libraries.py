@@ -154,7 +154,7 @@ def test_we_open_what_gptqmodel_packs(mixed, bits):
     scale, linear = torch.rand(32, 2).half() + 0.5, torch.nn.Linear(64, 32, bias=False)
     linear.weight.data = (codes - zero[:, owners]) * scale.float()[:, owners]
     made = TorchLinear(bits=bits, group_size=32, sym=False, desc_act=mixed, in_features=64, out_features=32)
-    made.pack(linear, scale, zero.float(), owners.int())
+    made.pack_original(linear, scale, zero.float(), owners.int())
     settings = {"bits": bits, "group_size": 32, "desc_act": mixed, "checkpoint_format": "gptq_v2"}
     found = GptqFormat().read(dict(made.named_buffers()), settings)
     assert torch.equal(unpack(found.weight, bits, 64).long(), codes) and torch.equal(found.zero.long(), zero)

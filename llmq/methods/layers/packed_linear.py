@@ -12,15 +12,17 @@ from torch import nn
 from torch.nn import functional
 
 from llmq.errors import BadChoice
+from llmq.methods.ranges import scale_and_zero
 
 
 @dataclass(frozen=True)
 class Grid:
     """The numbers that `bits` can say within a group of `group` inputs (0: the whole row; a last group may be
-    shorter), between the group's smallest and largest weight. 0 is one of them, exactly."""
+    shorter), over a range of the group's weights (`ranges`). 0 is one of them, exactly."""
 
     bits: int
     group: int
+    range: str = "minmax"
 
     def groups(self, columns: int) -> int:
         """How many groups a row of `columns` inputs has."""
@@ -34,10 +36,7 @@ class Grid:
         out, columns = weight.shape
         groups = self.groups(columns)
         padded = functional.pad(weight, (0, groups * (self.group or columns) - columns)).view(out, groups, -1)
-        low, high = padded.amin(2).clamp_max(0), padded.amax(2).clamp_min(0)
-        scale = ((high - low) / (2**self.bits - 1)).to(torch.float16)
-        scale = torch.where(scale > 0, scale, 1.0).to(torch.float16)
-        zero = torch.round(-low / scale.to(low.dtype)).clamp(0, 2**self.bits - 1)
+        scale, zero = scale_and_zero(padded, self.bits, self.range)
         return scale, zero.to(torch.uint8)
 
     def spread(self, values: torch.Tensor, columns: int) -> torch.Tensor:
