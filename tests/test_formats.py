@@ -168,6 +168,7 @@ WRITTEN = {
     "rtn@3:group=16": "compressed-tensors",
     "gptq@4:group=32": "gptq",
     "gptq@8:group=64:act_order=on": "gptq",
+    "awq@4:group=32:folded=on": "compressed-tensors",
     "vectorwise": "compressed-tensors",
     "fp8": "compressed-tensors",
     "fp8@tensor": "compressed-tensors",
@@ -188,6 +189,14 @@ def test_what_is_written_is_the_same_model_again(method, origin, tmp_path):
     assert found.weight_bytes + found.scale_bytes == expected.weight_bytes + expected.scale_bytes
     assert (folder / "LICENSE.txt").read_text() == "ours" and (folder / "generation_config.json").is_file()
     assert (folder / "tokenizer.json").read_bytes() == (origin / "tokenizer.json").read_bytes()
+
+
+def test_folded_smoothing_is_written_but_for_the_rounding_of_its_norms(origin, tmp_path):
+    """The emulation keeps the divided norms in FP32, a checkpoint in 16 bit."""
+    saved(origin, tmp_path / "x", "smoothquant@folded=on")
+    expected = engine_of(Machine(), origin, "smoothquant@folded=on").logits(IDS)
+    found = engine(tmp_path / "x", "smoothquant@folded=on").logits(IDS)
+    assert (found - expected).square().mean().sqrt() < 0.03 * expected.std()
 
 
 @pytest.mark.parametrize("shape", [{"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}], ids=str)
@@ -236,10 +245,11 @@ def test_codes_of_a_library_open_under_any_method_of_such_codes(origin, tmp_path
     saved(origin, tmp_path / "saved", "rtn@4:group=32")
     unsigned(tmp_path / "saved")
     logits = [
-        engine(tmp_path / "saved", name).logits(IDS) for name in ("rtn@group=32", "gptq@group=32", "awq@group=32")
+        engine(tmp_path / "saved", name).logits(IDS)
+        for name in ("rtn@group=32", "gptq@group=32", "awq@group=32:folded=on")
     ]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
-    with pytest.raises(BadChoice, match="choose awq@group=32 or gptq@group=32 or rtn@group=32"):
+    with pytest.raises(BadChoice, match="choose awq@group=32:folded=on or gptq@group=32 or rtn@group=32"):
         engine(tmp_path / "saved", "rtn@group=64")
 
 
@@ -249,6 +259,8 @@ REFUSED = {
     "fp16": ("fp16", (), "fp16 quantizes nothing"),
     "no such format": ("rtn", ("--format", "gguf"), "unknown format 'gguf'; choose from compressed-tensors, gptq"),
     "another format": ("nf4", ("--format", "gptq"), "gptq does not hold nf4; choose from bitsandbytes"),
+    "factors of their own": ("awq@4:group=32", (), "no format has a place for them: choose it with folded=on"),
+    "SmoothQuant's": ("smoothquant", (), "no format has a place for them: choose it with folded=on"),
     "no format": ("zeropoint", (), "no checkpoint format holds zeropoint"),
     "a group that does not divide": ("rtn@4:group=48", (), "groups of 48 do not divide the 64 inputs of model.layers"),
     "nor GPTQ's": ("gptq@4:group=48", (), "model.layers.0.self_attn.q_proj is 64 x 64 in groups of 48"),

@@ -29,6 +29,11 @@ def format_for(method: Method, name: str = "") -> Format:
     holds it. Raises BadChoice where there is none."""
     if name and name not in NAMES:
         raise unknown("format", name, NAMES)
+    if not getattr(method, "folded", True):
+        raise BadChoice(
+            f"{method.spelled} divides the input of each layer by factors of its own, and no format has a place for "
+            "them: choose it with folded=on"
+        )
     possible = [found for found in FORMATS if found.holds(method)]
     if not possible:
         raise BadChoice(f"no checkpoint format holds {method.spelled}: choose another method")

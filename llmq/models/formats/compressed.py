@@ -70,7 +70,8 @@ class PackQuantized(CompressedTensors):
         weights = _weights(settings, "int", activations=False)
         bits, group = weights["num_bits"], weights.get("group_size") or 0
         found = (type(method) for method in METHODS.values() if isinstance(method, Grouped))
-        return [cls(bits=bits, group=max(group, 0)) for cls in found]
+        given = {"bits": bits, "group": max(group, 0)}
+        return [cls(**given | ({"folded": True} if hasattr(cls, "folded") else {})) for cls in found]
 
     def read(self, tensors: Mapping[str, torch.Tensor], settings: Mapping) -> PackedLinear:
         method, scale = self.methods(settings)[0], tensors["weight_scale"]
@@ -92,8 +93,6 @@ class PackQuantized(CompressedTensors):
                     f"groups of {layer.grid.group} do not divide the {layer.in_features} inputs of {name}, as "
                     "compressed-tensors has it: choose a group that does, or 0 for a row"
                 )
-            if layer.factors is not None:
-                raise BadChoice(f"{name} divides its input by factors of its own, and no format has a place for them")
         # Without this transformers takes the zero-points for unpacked ones (compressed-tensors 0.18 to 0.20).
         return super().settings(method, layers) | {"dequantize": True}
 
@@ -124,12 +123,6 @@ class IntQuantized(CompressedTensors):
 
     def holds(self, method: Method) -> bool:
         return isinstance(method, Vectorwise)
-
-    def settings(self, method: Method, layers: Mapping[str, NaiveLinear]) -> dict:
-        for name, layer in layers.items():
-            if layer.factors is not None:
-                raise BadChoice(f"{name} divides its input by factors of its own, and no format has a place for them")
-        return super().settings(method, layers)
 
     def arguments(self, method: Method) -> tuple[dict, dict]:
         weights = {"type": "int", "num_bits": 8, "symmetric": True, "strategy": ROWS}
