@@ -5,6 +5,7 @@ Importing this package starts no CUDA, opens no network and loads neither gradio
 
 __version__ = "0.1.0"
 __all__ = ["METHODS", "Run", "agreement", "ask", "compare", "free", "load", "open_model", "outliers", "quality"]
+__all__ += ["save_quantized"]
 
 
 def __getattr__(name: str):

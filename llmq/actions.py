@@ -9,7 +9,18 @@ from pathlib import Path
 
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
-from llmq.face import Finding, answer_to, compare, device_for, load, names, open_model, options_of, question
+from llmq.face import (
+    Finding,
+    answer_to,
+    compare,
+    device_for,
+    load,
+    names,
+    open_model,
+    options_of,
+    question,
+    save_quantized,
+)
 from llmq.fields import Field, Text
 from llmq.files import read_text, write_text
 from llmq.labs.base import Lab
@@ -116,6 +127,18 @@ def _print(options, result: dict, lines: Iterable[str]) -> int:
     """Print a result as JSON or, in `lines`, for people."""
     print(json.dumps(result, allow_nan=False) if options.json else "\n".join(lines))
     return 0
+
+
+def run_quantize(options) -> int:
+    given = {name: getattr(options, name) for name in ("device", "format", "statistics")}
+    result = save_quantized(options.model, options.method, options.save, verbose=True, **given)
+    return _print(options, result, _written(result))
+
+
+def _written(result: dict) -> Iterator[str]:
+    yield f"{result['folder']}: {result['weight_bytes'] / 1e6:,.0f} MB of weights, {result['format']}"
+    if result["calibration"]:
+        yield f"{result['calibration']}: the statistics of the calibration"
 
 
 def run_memory(options) -> int:

@@ -99,6 +99,8 @@ def build_parser() -> Parser:
     _command(commands, "bench", actions.run_bench, repeatable, _bench)
     answered = "tasks with right answers, through lm-eval (pip install '.[tasks]')"
     _command(commands, "tasks", actions.run_tasks, answered, _tasks)
+    written = "quantize a model and write it as a checkpoint that transformers and llmq open"
+    _command(commands, "quantize", actions.run_quantize, written, _quantize)
     predicted = "predicted bytes before anything is loaded, and whether they fit"
     _command(commands, "memory", actions.run_memory, predicted, _memory)
     _command(commands, "models", actions.run_models, "the models that have names, and the methods", _models)
@@ -186,6 +188,15 @@ def _tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", metavar="FOLDER", help="of further tasks, as lm-eval describes them")
     parser.add_argument("--limit", type=int, metavar="N", help="items of each task (default: all)")
     parser.add_argument("--shots", type=int, metavar="N", help="solved examples in front of each item")
+
+
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a preset, a hub id or a local folder")
+    parser.add_argument("--method", required=True, help="such as gptq@bits=4:group=128")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", required=True, help="a folder that does not exist")
+    parser.add_argument("--format", default="", help="gptq, compressed-tensors or bitsandbytes (default: the method's)")
+    parser.add_argument("--no-statistics", dest="statistics", action="store_false", help="leave out the calibration's")
+    _add(parser, "--device")
 
 
 def _memory(parser: argparse.ArgumentParser) -> None:

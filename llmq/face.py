@@ -34,6 +34,7 @@ from llmq.methods.base import THRESHOLD
 from llmq.models import opening
 from llmq.models.loading import quiet_libraries
 from llmq.models.presets import PRESETS
+from llmq.quantizing import Quantization
 from llmq.reporting import reported, shown_block
 from llmq.summary import RunAnswer, Summary
 from llmq.terminal import show_progress
@@ -209,6 +210,21 @@ def open_model(name: str = "demo", *, random_weights: bool = False, verbose: boo
     model = opening.open_model(name, random_weights=random_weights)
     _telling(verbose, show_progress)(model.prepare())
     return model
+
+
+def save_quantized(
+    model: str, method: str | Method, folder: str | Path, *, format: str = "", device: str | None = None,
+    statistics: bool = True, verbose: bool | None = None,
+) -> dict:  # fmt: skip
+    """Quantize a model and write it as a checkpoint that transformers and llmq open; return what was written.
+
+    `format`: 'gptq', 'compressed-tensors' or 'bitsandbytes', '' for the method's own. `statistics`: a calibration's go
+    with it. Raises BadChoice for a folder that exists and for what no format holds.
+
+        llmq.save_quantized("demo", "nf4", "demo-nf4")
+    """
+    wanted, where = Contestant.parse(_typed(method)).method, {"folder": Path(folder), "device": device_for(device)}
+    return answer_to(Quantization(model=model, method=wanted, format=format, statistics=statistics, **where), verbose)
 
 
 def load(path: str | Path) -> Finding:

@@ -17,7 +17,7 @@ from llmq.engine.choice import choose_engines
 from llmq.errors import BadChoice, ModelUnavailable
 from llmq.machine.door import Machine
 from llmq.methods import METHODS
-from llmq.models import int8_checkpoint
+from llmq.models import int8_checkpoint, writing
 from llmq.models.int8_checkpoint import save_int8
 from llmq.models.loading import load_config, resolve
 
@@ -96,7 +96,7 @@ def test_rounded_weights_are_not_called_fp16(ours, loop):
 
 
 def test_large_models_are_written_in_parts(origin, tmp_path, monkeypatch, ours):
-    monkeypatch.setattr(int8_checkpoint, "SHARD_BYTES", 5000)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 5000)
     assert main(["models", "--save-int8", str(origin), str(tmp_path / "parts")]) == 0
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 3
     assert torch.equal(engine(tmp_path / "parts", "llm-int8").logits(IDS), engine(ours, "llm-int8").logits(IDS))
@@ -110,12 +110,12 @@ def test_nothing_is_overwritten_and_nothing_half_is_left(origin, ours, tmp_path,
     assert main(["models", "--save-int8", str(ours), str(tmp_path / "twice")]) == 2
     assert "quantized already" in capsys.readouterr().err
 
-    (tmp_path / ".llmq-int8-0123").mkdir()  # of a process that was killed
+    (tmp_path / f"{writing.WORK}0123").mkdir()  # of a process that was killed
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(int8_checkpoint, "_write_settings", full)
+    monkeypatch.setattr(int8_checkpoint, "write_settings", full)
     assert main(["models", "--save-int8", str(origin), str(tmp_path / "half")]) == 2
     assert "No space left" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 

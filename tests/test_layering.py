@@ -24,7 +24,7 @@ FLOORS = [
     "llmq.engine llmq.environment llmq.memory",
     "llmq.inspect llmq.machine",
     "llmq.figures",
-    "llmq.labs llmq.reporting llmq.summary",
+    "llmq.labs llmq.quantizing llmq.reporting llmq.summary",
     "llmq.bench llmq.face",
     "llmq.tasks",
     "llmq.actions llmq.ui",

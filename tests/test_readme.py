@@ -29,7 +29,17 @@ def test_the_python_runs(tiny_folder, tmp_path, monkeypatch, capsys):
         assert '"demo"' in block
         exec(block.replace('"demo"', repr(str(tiny_folder))), session)
     called = set(re.findall(r"llmq\.(\w+)\(", "".join(blocks)))
-    assert called == {"compare", "outliers", "agreement", "quality", "ask", "open_model", "load", "free"}
+    assert called == {
+        "compare",
+        "outliers",
+        "agreement",
+        "quality",
+        "ask",
+        "open_model",
+        "load",
+        "free",
+        "save_quantized",
+    }
     assert "tok/s" in capsys.readouterr().out and list(face.machine().pool) == []
     assert (tmp_path / "paris.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 

@@ -15,8 +15,10 @@ from llmq.engine.base import Engine
 from llmq.engine.hf import HFEngine
 from llmq.methods import Method
 from llmq.methods.calibrate import FOLDER, file_name
-from llmq.models.loading import folder_of, load_model, require_method
+from llmq.models.config import quantization_of
+from llmq.models.loading import folder_of, load_model
 from llmq.models.opening import Model
+from llmq.models.quantized import require_method
 from llmq.models.reference_text import CALIBRATION, WINDOW, fingerprint
 
 log = logging.getLogger(__name__)
@@ -60,8 +62,13 @@ def _load_hf(key: Key) -> HFEngine:
         from llmq.engine.llama_cpu import usable_threads
 
         torch.set_num_threads(usable_threads())
-    statistics = load_file(statistics_file(key)) if key.method.calibrated else None
+    statistics = load_file(statistics_file(key)) if needs_statistics(key) else None
     return HFEngine(load_model(key.model.source, key.method, key.device, statistics), key.method, key.device)
+
+
+def needs_statistics(key: Key) -> bool:
+    """Whether the method is calibrated and there is something to quantize."""
+    return key.method.calibrated and not quantization_of(key.model.config)
 
 
 def statistics_file(key: Key) -> Path:

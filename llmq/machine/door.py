@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
 from llmq.engine.base import Engine, Interrupted
-from llmq.engine.loading import CALIBRATION_WINDOWS, Key, statistics_file
+from llmq.engine.loading import CALIBRATION_WINDOWS, Key, needs_statistics, statistics_file
 from llmq.errors import OutOfMemory, is_allocation_failure
 from llmq.events import Event, Loaded, Loading, Progress, Waiting
 from llmq.machine.pool import Pool
@@ -211,7 +211,7 @@ class Lease:
     def calibrate(self, key: Key) -> Generator[Progress, None, None]:
         """Collect the statistics that a calibrated method needs of this checkpoint, once, in passes over the text for
         it by the dense model of the method's type."""
-        if not key.method.calibrated or (file := statistics_file(key)).exists():
+        if not needs_statistics(key) or (file := statistics_file(key)).exists():
             return
         import torch
 

@@ -5,17 +5,19 @@ for the columns with large s. s = mean|x_j|^ratio, and the ratio is the one of a
 error of the layer's output on a calibration text (equation 5). The error is read off the inputs' second moments:
 the mean of |x (W - Q)ᵀ|² is the sum of ((W - Q) M) · (W - Q), M = mean of xᵀ x.
 
-The paper folds the division into the norm before, and also searches where to clip; here every linear layer has factors
-of its own, applied to its input when it runs, and nothing is clipped.
+The paper folds the division into the norm before (`folded`), and also searches where to clip; here every linear layer
+has factors of its own, applied to its input when it runs, unless they are folded, and nothing is clipped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmq.methods.base import WeightBytes
-from llmq.methods.rtn import Grouped
+from llmq.methods.folding import FOLDED, fold_
+from llmq.methods.rtn import Grouped, Rtn
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,7 @@ SMALLEST = 1e-4  # no factor is below it before they are evened out
 
 @dataclass(frozen=True)
 class Awq(Grouped):
+    folded: FOLDED = False
     name, label = "awq", "AWQ"
     about = (
         "Weights of a few bits, rounded to nearest after the columns that meet large activations were scaled up, by "
@@ -40,7 +43,7 @@ class Awq(Grouped):
     calibration = "second-moments"
 
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
-        return f"{super().arithmetic(device, loop)}, divided by scaling factors"
+        return f"{super().arithmetic(device, loop)}" + ("" if self.folded else ", divided by scaling factors")
 
     def observer(self, linear: nn.Module) -> SecondMoments:
         from llmq.methods.calibrate import SecondMoments
@@ -57,6 +60,12 @@ class Awq(Grouped):
         best.factors = best.factors.to(linear.weight.dtype)
         return best
 
+    def quantize_(self, model: nn.Module, device: str, statistics: Mapping[str, torch.Tensor] | None = None):
+        if not self.folded:
+            return super().quantize_(model, device, statistics)
+        fold_(model.to(device), self, statistics)
+        return Rtn(bits=self.bits, group=self.group, range=self.range).quantize_(model, device)
+
     def _scaled(self, weight: torch.Tensor, factors: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         layer = self.rounded(weight * factors, bias)
         layer.factors = factors
@@ -64,7 +73,7 @@ class Awq(Grouped):
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
         plain = super().bytes(shape)
-        return WeightBytes(plain.weights, plain.scales + 2 * shape[1])
+        return plain if self.folded else WeightBytes(plain.weights, plain.scales + 2 * shape[1])
 
 
 def factors_of(magnitude: torch.Tensor, ratio: float) -> torch.Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from llmq.fields import Number
+from llmq.fields import Choice, Number
 from llmq.methods.base import Method, WeightBytes
+from llmq.methods.ranges import RANGES
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +26,22 @@ GROUP = Number(
     shown=1024,
     step=32,
 )
+RANGE = Choice(
+    RANGES,
+    ("from the smallest to the largest", "of the least squared error", "without the outermost few"),
+    help="What the codes of a group are spread over.",
+    label="Range",
+)
 
 
 @dataclass(frozen=True)
 class Grouped(Method):
-    """Weights of `bits` bits with a 16-bit scale and an 8-bit zero-point for every `group` inputs of a row;
+    """Weights of `bits` bits with a 16-bit scale and an 8-bit zero-point for every `group` inputs of a row (`ranges`);
     activations keep their 16 bits. The codes are unpacked before every product: right numbers, no speed."""
 
     bits: Annotated[int, BITS] = 4
     group: Annotated[int, GROUP] = 128
+    range: Annotated[str, RANGE] = "minmax"
     emulated = True
 
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
@@ -47,7 +55,7 @@ class Grouped(Method):
     def grid(self) -> Grid:
         from llmq.methods.layers.packed_linear import Grid
 
-        return Grid(self.bits, self.group)
+        return Grid(self.bits, self.group, self.range)
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> PackedLinear:
         """Each weight to the nearest number of its group."""

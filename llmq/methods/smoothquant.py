@@ -4,17 +4,19 @@ Input channel j is divided by s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) and co
 it (equation 4): the same product, with activations that are easier to round. max|X_j| comes from calibration. An alpha
 of 'auto' is searched for each layer: the one that leaves the smallest error of its output on a sample of its inputs.
 
-The paper folds the division into the norm before, so that layers behind one norm share their factors; here every linear
-layer has factors of its own, applied to its input when it runs. Emulated: right numbers, no speed.
+The paper folds the division into the norm before, so that layers behind one norm share their factors (`folded`); else
+every linear layer has factors of its own, applied to its input when it runs. Emulated: right numbers, no speed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from llmq.fields import Number
 from llmq.methods.base import WeightBytes
+from llmq.methods.folding import FOLDED, fold_
 from llmq.methods.naive import Vectorwise
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class SmoothQuant(Vectorwise):
     """W8A8 behind smoothing of strength `alpha`: 0 leaves the weights' range even, 1 the activations'; None is auto."""
 
     alpha: Annotated[float | None, ALPHA] = 0.5
+    folded: FOLDED = False
     name, label = "smoothquant", "int8 · SmoothQuant"
     about = (
         "Activation channels are divided, and weight columns multiplied, by factors found on a calibration text; then "
@@ -54,7 +57,9 @@ class SmoothQuant(Vectorwise):
         return "input-sample" if self.alpha is None else "channel-maximum"
 
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
-        return f"{super().arithmetic(device, loop)}; inputs divided by smoothing factors in FP32"
+        return super().arithmetic(device, loop) + (
+            "" if self.folded else "; inputs divided by smoothing factors in FP32"
+        )
 
     def observer(self, linear: nn.Module) -> ChannelMaximum:
         from llmq.methods.calibrate import ChannelMaximum, InputSample
@@ -74,6 +79,12 @@ class SmoothQuant(Vectorwise):
         layers = (self._smoothed(linear, largest, alpha) for alpha in ALPHAS)
         return min(layers, key=lambda layer: (layer(rows) - truth).square().sum().item())
 
+    def quantize_(self, model: nn.Module, device: str, statistics: Mapping[str, torch.Tensor] | None = None):
+        if not self.folded:
+            return super().quantize_(model, device, statistics)
+        fold_(model.to(device), self, statistics)
+        return Vectorwise().quantize_(model, device)
+
     def _smoothed(self, linear: nn.Linear, largest_inputs: torch.Tensor, alpha: float) -> nn.Module:
         from llmq.methods.layers.naive_linear import NaiveLinear
 
@@ -81,7 +92,7 @@ class SmoothQuant(Vectorwise):
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
         plain = super().bytes(shape)
-        return WeightBytes(plain.weights, plain.scales + 4 * shape[1])
+        return plain if self.folded else WeightBytes(plain.weights, plain.scales + 4 * shape[1])
 
     def scale_bytes(self, model: nn.Module) -> int:
         factors = (getattr(module, "factors", None) for module in model.modules())

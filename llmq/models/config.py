@@ -46,6 +46,12 @@ def plain_config(folder: Path) -> PlainConfig | None:
     return PlainConfig(**{"dtype": values.get("torch_dtype")} | values)
 
 
+def quantization_of(config) -> dict:
+    """Return what a configuration says of quantized weights; {} where they are not quantized."""
+    settings = getattr(config, "quantization_config", None) or {}
+    return settings if isinstance(settings, dict) else settings.to_dict()
+
+
 def context_of(config) -> int:
     """Return the most tokens that a model's positions allow; without end where its configuration states no limit."""
     return int(getattr(config, "max_position_embeddings", ENDLESS))

@@ -18,7 +18,7 @@ from llmq.errors import BadChoice, ModelUnavailable, NoModel, UserError, first_l
 from llmq.events import Progress
 from llmq.models import hub
 from llmq.models.checkpoint import CheckpointTensors, require_model, require_scales, require_whole, stamps
-from llmq.models.config import PlainConfig, generation_settings, plain_config
+from llmq.models.config import PlainConfig, generation_settings, plain_config, quantization_of
 from llmq.models.demo import GGUF_SHA256, REQUIREMENT, demo_folder, prepare_demo
 from llmq.models.edits import Edit, EditedTensors, edit_model_
 from llmq.models.presets import PRESETS
@@ -136,17 +136,6 @@ def config_in(folder: Path, source: Source) -> PretrainedConfig:
     return config
 
 
-def require_method(source: Source, config: PretrainedConfig | PlainConfig, method: Method) -> None:
-    """Raises BadChoice where a checkpoint is quantized and `method` would pass its rounded weights off as its own."""
-    settings = getattr(config, "quantization_config", None) or {}
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    if not settings or (settings.get("load_in_8bit") and method.opens_int8):
-        return
-    kind = "int8" if settings.get("load_in_8bit") else str(settings.get("quant_method"))
-    advice = "choose bnb-int8, llm-int8 or int8-weight-only" if kind == "int8" else "choose a model in 16 or 32 bit"
-    raise BadChoice(f"{source.name} holds {kind} weights: {advice}")
-
-
 def range_note(config: PretrainedConfig | PlainConfig, method: Method) -> str:
     """Return a note on the range of a BF16 checkpoint under an FP16 method; '' otherwise."""
     if str(getattr(config, "dtype", None)).removeprefix("torch.") != "bfloat16" or method.dtype != "float16":
@@ -208,25 +197,30 @@ def load_model(
     `device`: 'cpu' or 'cuda:N'; `statistics`: of the layers' inputs, for a calibrated method. bitsandbytes silently
     takes another path in training mode, so eval is not optional.
     """
+    from llmq.models.quantized import open_quantized
+
     if source.kind == "random":
         from llmq.models.random_weights import random_llama
 
         model = random_llama(transformers_config(source), device)
+    elif held := open_quantized(source, method, device):
+        return held.requires_grad_(False).eval()
     else:
         dense = {"dtype": method.dtype, "device_map": {"": device}}
-        model = _opened(source, dense if source.edit else method.load_arguments(device))
+        model = open_checkpoint(source, dense if source.edit else method.load_arguments(device))
     if source.edit:
         model = edit_model_(model, source.edit)
     return method.quantize_(model, device, statistics).requires_grad_(False).eval()
 
 
-def _opened(source: Source, arguments: dict) -> PreTrainedModel:
-    """The checkpoint as transformers opens it. Raises ModelUnavailable where weights are missing or of another size."""
+def open_checkpoint(source: Source, arguments: dict, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """Open the checkpoint as transformers does; with `kind`, a model of that class from the `state_dict` among the
+    `arguments`. Raises ModelUnavailable where weights are missing or of another size."""
     from transformers import AutoModelForCausalLM
 
     with blamed_on(source, "open the weights"):
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder_of(source),
+        model, found = (kind or AutoModelForCausalLM).from_pretrained(
+            None if kind else folder_of(source),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -249,7 +243,7 @@ def open_tensors(source: Source) -> CheckpointTensors | RandomTensors | EditedTe
         return RandomTensors(load_config(source))
     with blamed_on(source, "open the weights"):
         tensors = CheckpointTensors(folder_of(source), source.name)
-    stated = getattr(load_config(source), "quantization_config", None)  # then all of a LLaMA's layers but the head
+    stated = quantization_of(load_config(source)).get("load_in_8bit")  # then all of a LLaMA's layers but the head
     layers = {name.removesuffix(".weight") for name in tensors.names() if stated and name.endswith("_proj.weight")}
     require_scales(source.name, layers, tensors.names())
     return tensors

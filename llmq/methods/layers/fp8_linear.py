@@ -24,10 +24,20 @@ class Fp8Linear(nn.Linear):
     bytes of weights and of scales stay apart."""
 
     def __init__(self, linear: nn.Linear, *, by_row: bool):
+        self._hold(*rounded(linear.weight.data, by_row=by_row), linear.bias, by_row)
+
+    @classmethod
+    def over(cls, codes: torch.Tensor, scale: torch.Tensor, bias: nn.Parameter | None, *, by_row: bool) -> Fp8Linear:
+        """A layer of these codes and scales."""
+        made = cls.__new__(cls)
+        made._hold(codes, scale, bias, by_row)
+        return made
+
+    def _hold(self, codes: torch.Tensor, scale: torch.Tensor, bias: nn.Parameter | None, by_row: bool):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = linear.weight.shape
-        codes, self.scale = rounded(linear.weight.data, by_row=by_row)
-        self.weight, self.bias, self.by_row = nn.Parameter(codes, requires_grad=False), linear.bias, by_row
+        self.out_features, self.in_features = codes.shape
+        self.weight, self.scale = nn.Parameter(codes, requires_grad=False), scale
+        self.bias, self.by_row = bias, by_row
 
     @property
     def scale_bytes(self) -> int:

@@ -12,15 +12,17 @@ from torch import nn
 from torch.nn import functional
 
 from llmq.errors import BadChoice
+from llmq.methods.ranges import scale_and_zero
 
 
 @dataclass(frozen=True)
 class Grid:
     """The numbers that `bits` can say within a group of `group` inputs (0: the whole row; a last group may be
-    shorter), between the group's smallest and largest weight. 0 is one of them, exactly."""
+    shorter), over a range of the group's weights (`ranges`). 0 is one of them, exactly."""
 
     bits: int
     group: int
+    range: str = "minmax"
 
     def groups(self, columns: int) -> int:
         """How many groups a row of `columns` inputs has."""
@@ -34,10 +36,7 @@ class Grid:
         out, columns = weight.shape
         groups = self.groups(columns)
         padded = functional.pad(weight, (0, groups * (self.group or columns) - columns)).view(out, groups, -1)
-        low, high = padded.amin(2).clamp_max(0), padded.amax(2).clamp_min(0)
-        scale = ((high - low) / (2**self.bits - 1)).to(torch.float16)
-        scale = torch.where(scale > 0, scale, 1.0).to(torch.float16)
-        zero = torch.round(-low / scale.to(low.dtype)).clamp(0, 2**self.bits - 1)
+        scale, zero = scale_and_zero(padded, self.bits, self.range)
         return scale, zero.to(torch.uint8)
 
     def spread(self, values: torch.Tensor, columns: int) -> torch.Tensor:
@@ -71,29 +70,44 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 class PackedLinear(nn.Linear):
     """`weight`: uint8, packed codes; `scale`: float16 and `zero`: uint8, (out, groups); `factors`: (in,) of the input's
-    dtype, which it is divided by and the weight was multiplied by, or None.
+    dtype, which it is divided by and the weight was multiplied by, or None. `owners`: int64 (in,), the group of every
+    input where a group's inputs are no neighbours, or None.
 
     Scales are no buffers, so that bytes of weights and of scales stay apart. A subclass of `nn.Linear`, so that hooks
     find it among the linear layers.
     """
 
     factors: torch.Tensor | None = None
+    owners: torch.Tensor | None = None
 
     def __init__(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, bias):
+        self._hold(pack(codes, grid.bits), codes.shape[1], scale, zero, grid, bias)
+
+    @classmethod
+    def over(cls, packed: torch.Tensor, columns: int, *rest) -> PackedLinear:
+        """A layer of `columns` inputs over codes that are packed already; the rest as in the constructor."""
+        made = cls.__new__(cls)
+        made._hold(packed, columns, *rest)
+        return made
+
+    def _hold(self, packed: torch.Tensor, columns: int, scale: torch.Tensor, zero: torch.Tensor, grid: Grid, bias):
         nn.Module.__init__(self)
-        self.out_features, self.in_features = codes.shape
-        self.weight = nn.Parameter(pack(codes, grid.bits), requires_grad=False)
+        self.out_features, self.in_features = packed.shape[0], columns
+        self.weight = nn.Parameter(packed, requires_grad=False)
         self.scale, self.zero, self.grid, self.bias = scale, zero, grid, bias
 
     @property
     def scale_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.scale, self.zero, self.factors) if t is not None)
+        return sum(t.nbytes for t in (self.scale, self.zero, self.factors, self.owners) if t is not None)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight that the codes stand for, (out, in)."""
         codes = unpack(self.weight, self.grid.bits, self.in_features)
-        zero, scale = (self.grid.spread(values, self.in_features) for values in (self.zero, self.scale))
+        zero, scale = map(self._spread, (self.zero, self.scale))
         return (codes.to(dtype) - zero.to(dtype)) * scale.to(dtype)
+
+    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        return self.grid.spread(values, self.in_features) if self.owners is None else values[:, self.owners]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out), in the dtype of `x`."""
