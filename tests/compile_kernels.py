@@ -41,6 +41,7 @@ DOT4 = {"ROWS": 2, "COLUMNS": 512, "OUTLIERS": 32, "DP4A": True, "BIAS": False, 
 KERNELS = [
     ("norm", "_norm_split", NORM, {"BLOCK": 4096, "SPLIT": False, "NEXT": False}, 16, DECODE),
     ("norm", "_norm_split", NORM | SPLIT | NEXT, {"BLOCK": 4096, "SPLIT": True, "NEXT": True}, 32, DECODE),
+    ("norm", "_norm_split", NORM | SPLIT, {"BLOCK": 16384, "NORM": False, "SPLIT": True, "NEXT": False}, 32, DECODE),
     ("norm", "_split", {"x_ptr": F16, "width": "i32", "threshold": "fp32"} | SPLIT, {"BLOCK": 16384, "SLICE": 1024}, 8,
      DECODE),
     ("product", "_plain", PRODUCT | {"x_ptr": F16}, PLAIN | {"INT8": False, "GATED": False}, 8, DECODE),
@@ -78,7 +79,8 @@ KERNELS = [
 
 def compiled(kernel, types: dict, constants: dict, warps: int, capability: int) -> str:
     """The kernel's PTX."""
-    constants = {"USED": "used_ptr" in types, "PTX": True, "PADDING": 32, "OVERLAP": capability >= 90} | constants
+    usual = {"USED": "used_ptr" in types, "NORM": True, "PTX": True, "PADDING": 32, "OVERLAP": capability >= 90}
+    constants = usual | constants
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,

@@ -61,6 +61,10 @@ def test_norm_split_and_split(width, threshold):
     fast.split(x, threshold, after)
     reference.split(x, threshold, expected)
     assert contents(after) == contents(expected)
+    after.count.fill_(3)
+    after.value.fill_(1)
+    fast.split_alone(x, threshold, after)
+    assert contents(after) == contents(expected) and not after.value[after.count : 32].any()
 
 
 def test_a_value_that_is_no_number_shows_in_the_product():

@@ -91,13 +91,14 @@ def _split(
 def _norm_split(
     x_ptr, gain_ptr, out_ptr, codes_ptr, absmax_ptr, count_ptr, index_ptr, value_ptr, next_count_ptr, next_index_ptr,
     next_value_ptr, width, eps, threshold,
-    BLOCK: tl.constexpr, SPLIT: tl.constexpr, NEXT: tl.constexpr, PTX: tl.constexpr, PADDING: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, SPLIT: tl.constexpr, NEXT: tl.constexpr, PTX: tl.constexpr,
+    PADDING: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    gain = tl.load(gain_ptr + at, mask=inside, other=0.0)  # (BLOCK,), BLOCK >= width
+    if NORM:
+        gain = tl.load(gain_ptr + at, mask=inside, other=0.0)  # (BLOCK,), BLOCK >= width
     wait_for_previous(OVERLAP)
     if SPLIT:
         _empty(count_ptr, index_ptr, value_ptr, PADDING)
@@ -105,9 +106,10 @@ def _norm_split(
             _empty(next_count_ptr, next_index_ptr, next_value_ptr, PADDING)
         tl.debug_barrier()
     x = tl.load(x_ptr + at, mask=inside, other=0.0)  # (BLOCK,)
-    wide = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)  # a scalar
-    x = ((wide * scale).to(x.dtype) * gain).to(x.dtype)
+    if NORM:
+        wide = x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)  # a scalar
+        x = ((wide * scale).to(x.dtype) * gain).to(x.dtype)
     if SPLIT:
         value = x.to(tl.float32)
         absmax = _absmax(value, threshold)
@@ -129,14 +131,20 @@ def norm_split(
     _normalise(x, norm_weight, eps, threshold, x, out, empty)
 
 
+def split_alone(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
+    """See `reference.split_alone`."""
+    _normalise(x, None, 0.0, threshold, x, out, None)
+
+
 def _normalise(x, norm_weight, eps: float, threshold: float, out, parts: SplitVector | None, empty: SplitVector | None):
     width = x.shape[-1]
     places = (parts.codes, parts.absmax, parts.count, parts.index, parts.value) if parts else (None,) * 5
     emptied = (empty.count, empty.index, empty.value) if empty else (None,) * 3
     _norm_split[(1,)](
         x, norm_weight, out, *places, *emptied, width, eps, float(threshold),
-        BLOCK=triton.next_power_of_2(width), SPLIT=parts is not None, NEXT=empty is not None, PTX=not INTERPRETED,
-        PADDING=PADDING, num_warps=4 if width <= 2048 else 32 if parts else 16, **options(x.device),
+        BLOCK=triton.next_power_of_2(width), NORM=norm_weight is not None, SPLIT=parts is not None,
+        NEXT=empty is not None, PTX=not INTERPRETED, PADDING=PADDING,
+        num_warps=4 if width <= 2048 else 32 if parts else 16, **options(x.device),
     )  # fmt: skip
 
 
