@@ -69,7 +69,9 @@ class Int8Config(QuantizationConfigMixin):
         skip = stored.get("llm_int8_skip_modules")
         if not stored.get("load_in_8bit"):
             kind = stored.get("quant_method")
-            raise BadChoice(f"the checkpoint holds {kind} weights: Int8Config takes 16 or 32 bit, or bitsandbytes' int8")
+            raise BadChoice(
+                f"the checkpoint holds {kind} weights: Int8Config takes 16 or 32 bit, or bitsandbytes' int8"
+            )
         if self.llm_int8_skip_modules not in (None, skip):
             raise BadChoice(f"llm_int8_skip_modules is {self.llm_int8_skip_modules}; the int8 checkpoint has {skip}")
         return Int8Config(stored["llm_int8_threshold"] if self.threshold is None else self.threshold, skip)

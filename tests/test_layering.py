@@ -20,7 +20,7 @@ FLOORS = [
     "llmq.cache llmq.cards llmq.fields llmq.files llmq.scores llmq.terminal",
     "llmq.events llmq.kernels",
     "llmq.methods llmq.telemetry",
-    "llmq.contestant llmq.models",
+    "llmq.contestant llmq.models llmq.transformers",
     "llmq.engine llmq.environment llmq.memory",
     "llmq.inspect llmq.machine",
     "llmq.figures",

@@ -1,4 +1,4 @@
-"""A linear layer as bitsandbytes saves it, multiplied by `torch.ops.llmq`: transformers saves, opens and compiles it."""
+"""A linear layer as bitsandbytes saves it, multiplied by `torch.ops.llmq`, which transformers saves and compiles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from llmq.errors import BadChoice, ModelUnavailable
 from llmq.kernels import registered  # noqa: F401 makes torch.ops.llmq
+from llmq.methods import swap
 from llmq.methods.layers.int8_linear import int8_weight
 
 
@@ -79,6 +80,13 @@ class SharedSplit:
             made = x, layer.threshold, torch.ops.llmq.split(x, layer.threshold)
         self.made = None if self.last in (None, layer) else made
         return made[2]
+
+
+def convert_(model: nn.Module, threshold: float) -> None:
+    """Put int8 layers in the place of every linear layer but the head of a loaded model."""
+    layers = list(swap.linear_layers(model))
+    swap.replace_(model, layers, lambda linear, _: Linear8bit.over(linear, threshold), {})
+    share_splits(model)
 
 
 def share_splits(model: nn.Module) -> None:
