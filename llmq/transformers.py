@@ -103,7 +103,7 @@ class Int8Quantizer(HfQuantizer):
         if config.llm_int8_skip_modules is not None:  # else they are left out anyway
             config.llm_int8_skip_modules = [*dict.fromkeys([*config.llm_int8_skip_modules, *tied])]
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
-        layers = [(name, layer) for name, layer in model.named_modules() if _is_linear(layer)]
+        layers = [(name, layer) for name, layer in model.named_modules() if is_linear(layer)]
         layers = [(name, layer) for name, layer in layers if should_convert_module(name, skip)]
         self.transposed = {f"{name}.weight" for name, layer in layers if swap.is_conv1d(layer)}
         swap.replace_(model, layers, self._emptied, {})
@@ -155,7 +155,8 @@ class QuantizeRows(ConversionOps):
         return found
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether transformers' quantizers would replace `module`."""
     return type(module) is nn.Linear or swap.is_conv1d(module)
 
 

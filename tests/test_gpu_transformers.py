@@ -61,13 +61,14 @@ def test_the_operations_are_the_definition(shape, dtype):
     assert (several.float() - exact).norm() < tolerance * exact.norm()
 
 
-def test_nothing_in_a_call_waits_for_the_host(model):
-    ids = prompt()
+def test_nothing_in_a_layer_waits_for_the_host(model):
+    layer = model.model.layers[0].mlp.gate_proj
+    x = 4 * torch.randn(9, layer.in_features, device=GPU, dtype=torch.float16)
     with torch.inference_mode():
-        expected = [model(ids).logits, model(ids[:, :1]).logits]
+        expected = [layer(x), layer(x[:1])]
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = [model(ids).logits, model(ids[:, :1]).logits]
+            found = [layer(x), layer(x[:1])]
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -21,7 +21,7 @@ FLOORS = [
     "llmq.events llmq.kernels",
     "llmq.methods llmq.telemetry",
     "llmq.contestant llmq.models llmq.transformers",
-    "llmq.engine llmq.environment llmq.memory",
+    "llmq.convert llmq.engine llmq.environment llmq.memory",
     "llmq.inspect llmq.machine",
     "llmq.figures",
     "llmq.labs llmq.reporting llmq.summary",

@@ -58,6 +58,8 @@ def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
 
 def split_alone(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
     """Do `split` into a list that nobody has emptied."""
+    out.index.zero_()
+    out.value.zero_()
     split(x, threshold, out)
 
 

@@ -83,8 +83,9 @@ class SharedSplit:
 
 
 def convert_(model: nn.Module, threshold: float) -> None:
-    """Put int8 layers in the place of every linear layer but the head of a loaded model."""
-    layers = list(swap.linear_layers(model))
+    """Put int8 layers in the place of every linear layer but the head of a loaded model, or of those that are int8 in
+    an int8 checkpoint. Raises BadChoice where there are none."""
+    layers = swap.opened_int8(model) or list(swap.linear_layers(model))
     swap.replace_(model, layers, lambda linear, _: Linear8bit.over(linear, threshold), {})
     share_splits(model)
 
