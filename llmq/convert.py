@@ -47,9 +47,7 @@ def quantize(
         return _quantize_to_save(model, method.threshold)
     method.quantize_(model, device, statistics)
     if not method.dense:
-        settings = QuantizationConfigMixin()
-        settings.quant_method = method.name
-        model.hf_quantizer = Unsaved(settings)
+        model.hf_quantizer = Unsaved(QuantizationConfigMixin(method.name))
     return model
 
 

@@ -18,7 +18,7 @@ IDS = torch.tensor([list(b"Hello LLaMA")])
 
 @pytest.fixture
 def folder(tmp_path):
-    tiny_llama(torch.float16).save_pretrained(tmp_path / "origin")
+    tiny_llama(torch.float16, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "origin")
     byte_tokenizer().save_pretrained(tmp_path / "origin")
     return tmp_path / "origin"
 

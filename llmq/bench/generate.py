@@ -180,7 +180,7 @@ def _rows(sides: list[_Side]) -> Iterator[dict]:
             "method": side.label,
             "mode": side.mode,
             "error": side.error,
-            **spread("tokens_per_second", side.speeds if measured else [0.0]),
+            **(spread("tokens_per_second", side.speeds) if measured else {"tokens_per_second": None}),
             "over_fp16": _ratio(side, found.get(("fp16", side.mode))),
             "over_bnb": _ratio(side, found.get(("bnb-int8", "eager"))),
             "prefill_seconds": statistics.median(side.prefills) if measured else None,
