@@ -26,7 +26,7 @@ from llmq.kernels.backend import current
 from llmq.methods import swap
 from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD
 from llmq.methods.layers.int8_linear import int8_weight
-from llmq.methods.layers.linear_8bit import Linear8bit, layers_of, share_splits
+from llmq.methods.layers.linear_8bit import Linear8bit, group_layers, layers_of
 
 __all__ = ["Int8Config"]
 
@@ -130,7 +130,7 @@ class Int8Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **_):
         for name, layer in layers_of(model):
             layer.require_whole(name)
-        share_splits(model)
+        group_layers(model)
         return model
 
 

@@ -52,8 +52,11 @@ def test_the_operations_are_the_definition(shape, dtype):
     x = torch.randn(3, shape[1], device=GPU).to(dtype)
     x[:, 7] *= 40
     expected = int8_linear(x[:1], weight, 6.0)
-    split = torch.ops.llmq.split(x[0], 6.0)
-    one = torch.ops.llmq.product(*split, weight.codes, weight.absmax, None, dtype)
+    one, half, again = torch.ops.llmq.linear_token(
+        x[0], [weight.codes, weight.codes[::2].contiguous(), weight.codes],
+        [weight.absmax, weight.absmax[::2].contiguous(), weight.absmax], [], 6.0
+    )  # fmt: skip
+    assert torch.equal(again, one) and torch.equal(half, one[::2])
     several = torch.ops.llmq.linear_rows(x, weight.codes, weight.absmax, None, 6.0)
     tolerance = 4e-3 if dtype == torch.bfloat16 else 1e-3
     assert (one.float() - expected[0]).norm() < tolerance * expected.norm()

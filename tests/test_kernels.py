@@ -97,6 +97,20 @@ def test_product(rows, width, kind, extra):
     assert difference(made, expected) < 1e-5
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("sizes", [(6,), (38, 5), (8, 3, 12), (2, 4, 6, 8)])
+def test_products(sizes, biased):
+    width, generator = 96, torch.Generator().manual_seed(3)
+    split = SplitVector.empty(width, "cpu")
+    reference.split_alone(vector(width), 6.0, split)
+    weights = [quantize_rows(torch.randn(size, width, generator=generator).half()) for size in sizes]
+    biases = [torch.randn(size) for size in sizes] if biased else []
+    made, expected = ([torch.zeros(size) for size in sizes] for _ in range(2))
+    fast.products(split, weights, made, biases=biases)
+    reference.products(split, weights, expected, biases=biases)
+    assert all(difference(a, b) < 1e-5 for a, b in zip(made, expected, strict=True))
+
+
 @pytest.mark.parametrize("capacity", [200, 600])
 @pytest.mark.parametrize("position", [0, 1, 63, 64, 127, 128, 199])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(6, 2, 16), (3, 3, 24), (4, 1, 6)])

@@ -17,8 +17,9 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable
 from llmq.hooks import Watched
 from llmq.kernels import reference, registered
-from llmq.kernels.primitives import int8_linear, quantize_rows, split_rows
+from llmq.kernels.primitives import Int8Weight, int8_linear, quantize_rows
 from llmq.machine.door import Machine
+from llmq.methods import METHODS
 from llmq.methods.layers.linear_8bit import Linear8bit, layers_of
 from llmq.methods.swap import stored_bytes
 from llmq.models.loading import folder_of
@@ -104,20 +105,20 @@ def test_the_layers_compute_the_definition(origin, model):
         assert torch.equal(layer(x.view(rows, 1, 48))[:, 0], layer(x))
 
 
-def test_outlier_columns_are_bitsandbytes(origin, model):
-    from llmq.methods import METHODS
-
+def test_outlier_columns_are_bitsandbytes(origin, model, monkeypatch):
     other = opened(origin, BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=1.0))
-    seen = {}
+    seen, split = {}, reference.split_alone
+    monkeypatch.setattr(reference, "split_alone", lambda x, *rest: (split(x, *rest), seen.update({x: rest[1]})))
     with Watched(dict(layers_of(model)), on_input=lambda name, layer, x: seen.update({name: x})):
         logits(model, PROMPT[:, :1])
-    assert sum(len(split_rows(x[0], 1.0).columns) for x in seen.values())
-    for name, x in seen.items():
-        theirs = other.get_submodule(name)
+    found = {tuple(x.tolist()): made for x, made in seen.items() if isinstance(x, torch.Tensor)}
+    assert sum(int(made.count) for made in found.values())
+    for name, _ in layers_of(model):
         with torch.inference_mode():
-            theirs(x)
-        _, _, count, index, _ = torch.ops.llmq.split(x, 1.0)
-        assert sorted(index[:count].tolist()) == METHODS["bnb-int8"].outlier_columns(theirs).tolist()
+            other.get_submodule(name)(seen[name])
+        made = found[tuple(seen[name].view(-1).tolist())]
+        theirs = METHODS["bnb-int8"].outlier_columns(other.get_submodule(name))
+        assert sorted(made.index[: made.count].tolist()) == theirs.tolist()
 
 
 def test_bitsandbytes_opens_what_is_saved(model, saved, theirs):
@@ -267,7 +268,7 @@ def test_a_compiler_takes_the_model_whole(model, backend):
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for ids in (PROMPT, PROMPT[:, :1]):
         assert torch.equal(logits(compiled, ids), logits(model, ids))
-    assert all(layer.shared.made is None for _, layer in layers_of(model))
+    assert all(layer.group.made is None for _, layer in layers_of(model))
 
 
 def test_a_static_cache_is_compiled_without_a_break(model):
@@ -304,13 +305,14 @@ def test_the_operations_are_the_definition(kernels, dtype):
     weight, bias = quantize_rows(torch.randn(24, 40)), torch.randn(24).to(dtype)
     x = torch.randn(3, 40).to(dtype)
     x[:, 5] *= 20
-    fixed = weight.codes, weight.absmax, bias
-    split = torch.ops.llmq.split(x[:1], 6.0)
-    first = torch.ops.llmq.product(*split, *fixed, dtype)
+    first, second = torch.ops.llmq.linear_token(
+        x[:1], [weight.codes, weight.codes[:3]], [weight.absmax, weight.absmax[:3]], [bias, bias[:3]], 6.0
+    )
     kept = first.clone()
-    torch.ops.llmq.product(*torch.ops.llmq.split(x[1], 6.0), *fixed, dtype)
+    torch.ops.llmq.linear_token(x[1], [weight.codes], [weight.absmax], [], 6.0)
     assert torch.equal(first, kept)  # nothing of a call is written by the next
-    rows = torch.ops.llmq.linear_rows(x, *fixed, 6.0)
+    assert torch.equal(second, first[:3])
+    rows = torch.ops.llmq.linear_rows(x, weight.codes, weight.absmax, bias, 6.0)
     for made, expected in ((first[None], int8_linear(x[:1], weight, 6.0)), (rows, int8_linear(x, weight, 6.0))):
         expected = expected + bias.float()
         assert made.dtype == dtype and (made.float() - expected).norm() < 5e-3 * expected.norm()
@@ -318,18 +320,38 @@ def test_the_operations_are_the_definition(kernels, dtype):
 
 def test_torch_finds_the_operations_sound():
     weight, x = quantize_rows(torch.randn(24, 40)), torch.randn(1, 40).half()
-    split = torch.ops.llmq.split(x, 6.0)
-    torch.library.opcheck(torch.ops.llmq.split.default, (x, 6.0))
-    torch.library.opcheck(torch.ops.llmq.product.default, (*split, weight.codes, weight.absmax, None, torch.float16))
-    torch.library.opcheck(
-        torch.ops.llmq.linear_rows.default, (torch.randn(3, 40).half(), weight.codes, weight.absmax, None, 6.0)
-    )
+    token = x, [weight.codes, weight.codes], [weight.absmax, weight.absmax], [], 6.0
+    torch.library.opcheck(torch.ops.llmq.linear_token.default, token)
+    rows = torch.randn(3, 40).half(), weight.codes, weight.absmax, torch.randn(24).half(), 6.0
+    torch.library.opcheck(torch.ops.llmq.linear_rows.default, rows)
+
+
+def inputs_split(monkeypatch) -> list[torch.Tensor]:
+    """Grows by the input of every decomposition of one token."""
+    found, split = [], reference.split_alone
+    monkeypatch.setattr(reference, "split_alone", lambda x, *rest: (found.append(x), split(x, *rest)))
+    return found
 
 
 def test_layers_side_by_side_decompose_once(model, monkeypatch):
-    calls = []
-    split = registered.SplitVector
-    monkeypatch.setattr(registered, "SplitVector", lambda *parts: calls.append(1) or split(*parts))
+    found = inputs_split(monkeypatch)
     logits(model, PROMPT[:, :1])
-    layers, splits = 14, 8
-    assert len(calls) == layers + splits  # a product makes one of its inputs, too
+    assert len(found) == 2 * 4  # of two blocks: q/k/v, o, gate/up, down
+    assert all(layer.group.made is None for _, layer in layers_of(model))
+
+
+@pytest.mark.parametrize("how", ["another tensor", "another threshold", "another order"])
+def test_layers_that_differ_part(origin, how):
+    model = opened(origin, Int8Config(threshold=1.0))
+    q, k, v = (getattr(model.model.layers[0].self_attn, f"{name}_proj") for name in "qkv")
+    x, y = 2 * torch.randn(2, 1, 32).half()
+    if how == "another threshold":
+        k.threshold = 0.5
+    layers = [k, q, v] if how == "another order" else [q, k, v]
+    made = [layer(y if layer is k and how == "another tensor" else x) for layer in layers]
+    for layer, output in zip(layers, made, strict=True):
+        z = y if layer is k and how == "another tensor" else x
+        weight = Int8Weight(layer.weight.data, layer.SCB)
+        expected = int8_linear(z, weight, layer.threshold) + layer.bias
+        assert (output - expected).norm() < 2e-3 * expected.norm()
+    assert len({id(layer.group) for layer in (q, k, v)}) == 3

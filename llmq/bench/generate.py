@@ -67,13 +67,23 @@ class GenerateBench(Bench):
             modes = [mode for mode in self.modes.split(",") if mode == "eager" or contestant.method.name != "bnb-int8"]
             weight_bytes = stored_bytes(model) + contestant.method.scale_bytes(model)
             sides += [_Side(contestant.label, mode, model, weight_bytes, lease.clock) for mode in modes]
-        for number in range(self.repeats + 1):
-            for side in sides:
-                yield lease.progress(f"round {number} of {self.repeats}: {side.label}, {side.mode}")
-                if not side.error:
-                    side.run(setup.prompt_ids, self.new_tokens, first=number == 0)
+        try:
+            for number in range(self.repeats + 1):
+                for side in sides:
+                    yield lease.progress(f"round {number} of {self.repeats}: {side.label}, {side.mode}")
+                    if not side.error:
+                        side.run(setup.prompt_ids, self.new_tokens, first=number == 0)
+        finally:
+            _forget_graphs()
         conditions = {"new_tokens": self.new_tokens, "schedule": "everybody in turn, round by round"}
         yield self.result(setup, list(_rows(sides)), conditions)
+
+
+def _forget_graphs() -> None:
+    """Free what was compiled, on the thread that compiled it: CUDA graphs do not outlive theirs in order."""
+    import torch
+
+    torch.compiler.reset()
 
 
 def _loaded(key: Key) -> PreTrainedModel:

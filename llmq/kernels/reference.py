@@ -6,6 +6,8 @@ end, to the type of `out`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch.nn import functional
 
@@ -100,6 +102,19 @@ def product(
         gate, up = y.chunk(2)
         y = functional.silu(gate) * up
     out.copy_(y if residual is None else y + residual)
+
+
+def products(
+    x: SplitVector,
+    weights: Sequence[Int8Weight],
+    outs: Sequence[torch.Tensor],
+    *,
+    biases: Sequence[torch.Tensor] | None = None,
+    product: Callable = product,
+) -> None:
+    """Do `product` with each of several weights, into as many `outs`; all or none have biases."""
+    for weight, out, bias in zip(weights, outs, biases or [None] * len(outs), strict=True):
+        product(x, weight, out, bias=bias)
 
 
 def attend(

@@ -15,7 +15,7 @@ import triton.language as tl
 from llmq.kernels.buffers import PADDING, SplitVector
 from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
 
-SLICE = 1024  # values coded by one program
+SLICE, SLICE_ALONE = 1024, 512  # values coded by one program
 
 
 @triton.jit
@@ -91,14 +91,13 @@ def _split(
 def _norm_split(
     x_ptr, gain_ptr, out_ptr, codes_ptr, absmax_ptr, count_ptr, index_ptr, value_ptr, next_count_ptr, next_index_ptr,
     next_value_ptr, width, eps, threshold,
-    BLOCK: tl.constexpr, NORM: tl.constexpr, SPLIT: tl.constexpr, NEXT: tl.constexpr, PTX: tl.constexpr,
-    PADDING: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, SPLIT: tl.constexpr, NEXT: tl.constexpr, PTX: tl.constexpr, PADDING: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    if NORM:
-        gain = tl.load(gain_ptr + at, mask=inside, other=0.0)  # (BLOCK,), BLOCK >= width
+    gain = tl.load(gain_ptr + at, mask=inside, other=0.0)  # (BLOCK,), BLOCK >= width
     wait_for_previous(OVERLAP)
     if SPLIT:
         _empty(count_ptr, index_ptr, value_ptr, PADDING)
@@ -106,10 +105,9 @@ def _norm_split(
             _empty(next_count_ptr, next_index_ptr, next_value_ptr, PADDING)
         tl.debug_barrier()
     x = tl.load(x_ptr + at, mask=inside, other=0.0)  # (BLOCK,)
-    if NORM:
-        wide = x.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)  # a scalar
-        x = ((wide * scale).to(x.dtype) * gain).to(x.dtype)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)  # a scalar
+    x = ((wide * scale).to(x.dtype) * gain).to(x.dtype)
     if SPLIT:
         value = x.to(tl.float32)
         absmax = _absmax(value, threshold)
@@ -131,20 +129,14 @@ def norm_split(
     _normalise(x, norm_weight, eps, threshold, x, out, empty)
 
 
-def split_alone(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
-    """See `reference.split_alone`."""
-    _normalise(x, None, 0.0, threshold, x, out, None)
-
-
 def _normalise(x, norm_weight, eps: float, threshold: float, out, parts: SplitVector | None, empty: SplitVector | None):
     width = x.shape[-1]
     places = (parts.codes, parts.absmax, parts.count, parts.index, parts.value) if parts else (None,) * 5
     emptied = (empty.count, empty.index, empty.value) if empty else (None,) * 3
     _norm_split[(1,)](
         x, norm_weight, out, *places, *emptied, width, eps, float(threshold),
-        BLOCK=triton.next_power_of_2(width), NORM=norm_weight is not None, SPLIT=parts is not None,
-        NEXT=empty is not None, PTX=not INTERPRETED, PADDING=PADDING,
-        num_warps=4 if width <= 2048 else 32 if parts else 16, **options(x.device),
+        BLOCK=triton.next_power_of_2(width), SPLIT=parts is not None, NEXT=empty is not None, PTX=not INTERPRETED,
+        PADDING=PADDING, num_warps=4 if width <= 2048 else 32 if parts else 16, **options(x.device),
     )  # fmt: skip
 
 
@@ -154,4 +146,43 @@ def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
     _split[(triton.cdiv(width, SLICE),)](
         x, out.codes, out.absmax, out.count, out.index, out.value, width, float(threshold),
         BLOCK=triton.next_power_of_2(width), SLICE=SLICE, PTX=not INTERPRETED, num_warps=8, **options(x.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def _split_alone(
+    x_ptr, codes_ptr, absmax_ptr, count_ptr, index_ptr, value_ptr, width, threshold,
+    BLOCK: tl.constexpr, SLICE: tl.constexpr, PADDING: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """As `_split`; each program counts the outliers before its slice, so the list is in order and needs no counter."""
+    let_next_start(OVERLAP)
+    start = tl.program_id(0) * SLICE
+    whole, at = tl.arange(0, BLOCK), start + tl.arange(0, SLICE)
+    wait_for_previous(OVERLAP)
+    x = tl.load(x_ptr + whole, mask=whole < width, other=0.0).to(tl.float32)  # (BLOCK,)
+    absmax = _absmax(x, threshold)
+    listed = _is_outlier(tl.abs(x), threshold).to(tl.int32)
+    count, before = tl.sum(listed, 0), tl.sum(tl.where(whole < start, listed, 0), 0)
+    value = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)  # (SLICE,)
+    outlier = _is_outlier(tl.abs(value), threshold)
+    codes = tl.where(outlier, 0.0, rounded(value * code_scale(absmax, PTX), PTX))
+    tl.store(codes_ptr + at, codes.to(tl.int8), mask=at < width)
+    slot = before + tl.cumsum(outlier.to(tl.int32), 0) - 1
+    tl.store(index_ptr + slot, at, mask=outlier)
+    tl.store(value_ptr + slot, value, mask=outlier)
+    if start == 0:
+        padding = tl.arange(0, PADDING)
+        tl.store(index_ptr + padding, 0, mask=padding >= count)
+        tl.store(value_ptr + padding, 0.0, mask=padding >= count)
+        tl.store(count_ptr, count)
+        tl.store(absmax_ptr, absmax)
+
+
+def split_alone(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
+    """See `reference.split_alone`."""
+    width = x.shape[0]
+    _split_alone[(triton.cdiv(width, SLICE_ALONE),)](
+        x, out.codes, out.absmax, out.count, out.index, out.value, width, float(threshold),
+        BLOCK=triton.next_power_of_2(width), SLICE=SLICE_ALONE, PADDING=PADDING, PTX=not INTERPRETED, num_warps=8,
+        **options(x.device),
     )  # fmt: skip

@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from llmq.errors import BadChoice, ModelUnavailable
+from llmq.hooks import kind_and_layer
 from llmq.kernels import registered  # noqa: F401 makes torch.ops.llmq
 from llmq.methods import swap
 from llmq.methods.layers.int8_linear import int8_weight
+
+SAME_INPUT = ("q/k/v", "gate/up")  # kinds of layers
 
 
 class Linear8bit(nn.Linear):
@@ -21,7 +24,8 @@ class Linear8bit(nn.Linear):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, threshold: float, device: torch.device | str):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.weight, self.bias, self.threshold, self.shared = weight, bias, threshold, SharedSplit()
+        self.weight, self.bias, self.threshold = weight, bias, threshold
+        Group(self)
         self.register_buffer("SCB", torch.zeros(self.out_features, device=device, dtype=torch.float32))
         self.register_buffer("weight_format", torch.zeros((), device=device, dtype=torch.uint8))
 
@@ -38,8 +42,7 @@ class Linear8bit(nn.Linear):
         if not x.is_floating_point():  # some models cast what comes to the type of the weight
             raise BadChoice("this model casts activations to a weight's type, which is int8 here: skip its layers")
         if x.numel() == self.in_features:
-            split = self.shared.of(x, self)
-            y = torch.ops.llmq.product(*split, self.weight, self.SCB, self.bias, x.dtype)
+            y = self.group.product(x, self)
         else:
             rows = x.reshape(-1, self.in_features)
             y = torch.ops.llmq.linear_rows(rows, self.weight, self.SCB, self.bias, self.threshold)
@@ -66,20 +69,39 @@ class Linear8bit(nn.Linear):
         self.SCB = self.SCB.view(-1)
 
 
-class SharedSplit:
-    """The decomposition of one token's activations, made once for all layers of a group that get the same tensor."""
+class Group:
+    """Layers that are given the same tensor, one after the other: the first asks for the products of all."""
 
-    def __init__(self):
-        self.last: Linear8bit | None = None
-        self.made: tuple | None = None
+    def __init__(self, *layers: Linear8bit):
+        self.layers = layers
+        self.made: tuple | None = None  # the input, and the products that the layers after the first still fetch
+        for place, layer in enumerate(layers):
+            layer.group, layer.place = self, place
 
-    def of(self, x: torch.Tensor, layer: Linear8bit) -> registered.Split:
-        """The split of `x` for `layer`; nothing is kept once the last layer of the group has it."""
-        made = self.made
-        if made is None or made[0] is not x or made[1] != layer.threshold:
-            made = x, layer.threshold, torch.ops.llmq.split(x, layer.threshold)
-        self.made = None if self.last in (None, layer) else made
-        return made[2]
+    def product(self, x: torch.Tensor, layer: Linear8bit) -> torch.Tensor:
+        """What `layer` makes of one token's activations, (out,). Nothing is kept once the last layer has its own; a
+        group whose layers turn out to get different tensors is dissolved."""
+        if len(self.layers) == 1:
+            return self._products(x)[0]
+        if layer.place == 0:
+            self.made = x, self._products(x)
+        elif self.made is None or self.made[0] is not x or layer.threshold != self.layers[0].threshold:
+            return self._dissolved(x, layer)
+        _, products = self.made
+        if layer.place == len(self.layers) - 1:
+            self.made = None
+        return products[layer.place]
+
+    def _products(self, x: torch.Tensor) -> list[torch.Tensor]:
+        weights, scales = [layer.weight for layer in self.layers], [layer.SCB for layer in self.layers]
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        return torch.ops.llmq.linear_token(x, weights, scales, biases, self.layers[0].threshold)
+
+    def _dissolved(self, x: torch.Tensor, layer: Linear8bit) -> torch.Tensor:
+        self.made = None
+        for member in self.layers:
+            Group(member)
+        return layer.group.product(x, layer)
 
 
 def convert_(model: nn.Module, threshold: float) -> None:
@@ -87,21 +109,19 @@ def convert_(model: nn.Module, threshold: float) -> None:
     an int8 checkpoint. Raises BadChoice where there are none."""
     layers = swap.opened_int8(model) or list(swap.linear_layers(model))
     swap.replace_(model, layers, lambda linear, _: Linear8bit.over(linear, threshold), {})
-    share_splits(model)
+    group_layers(model)
 
 
-def share_splits(model: nn.Module) -> None:
-    """Let the layers side by side in one module, as wide as each other, share their splits: q, k, v; gate, up."""
+def group_layers(model: nn.Module) -> None:
+    """Join the layers of one module that its name says are given the same tensor: q, k and v; gate and up."""
     for parent in model.modules():
-        groups: dict[int, list[Linear8bit]] = {}
-        for layer in parent.children():
-            if isinstance(layer, Linear8bit):
-                groups.setdefault(layer.in_features, []).append(layer)
-        for group in groups.values():
-            shared = SharedSplit()
-            shared.last = group[-1]
-            for layer in group:
-                layer.shared = shared
+        kinds: dict[str, list[Linear8bit]] = {}
+        for name, layer in parent.named_children():
+            if isinstance(layer, Linear8bit) and (kind := kind_and_layer(name)[0]) in SAME_INPUT:
+                kinds.setdefault(kind, []).append(layer)
+        for layers in kinds.values():
+            if len({(layer.in_features, layer.bias is None, layer.weight.device) for layer in layers}) == 1:
+                Group(*layers)
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, Linear8bit]]:
