@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +85,15 @@ def test_generate_writes_what_our_own_loops_write(demo):
     for loop in ("hf", "lean"):
         engine, _ = Machine().pool.get(key_of(demo, "llm-int8", loop=loop))
         assert [token.token_id for token in generate(engine, ids, SamplingSettings(max_new_tokens=12))] == made
+
+
+def test_the_two_lines_of_the_readme_run(origin):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```diff\n(.*?)```", readme, re.DOTALL)
+    lines = [line[1:] for line in block.splitlines() if line.startswith("+")]
+    scope = {"AutoModelForCausalLM": AutoModelForCausalLM, "name": origin}
+    exec("\n".join(lines), scope)
+    assert len(lines) == 2 and len(list(layers_of(scope["model"]))) == 14
 
 
 def test_every_linear_layer_but_the_head_is_int8(model):
