@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
+from tiny_runs import light
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmq
@@ -14,6 +15,12 @@ from llmq.methods.layers.linear_8bit import layers_of
 from llmq.transformers import Int8Config
 
 IDS = torch.tensor([list(b"Hello LLaMA")])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with light():
+        yield
 
 
 @pytest.fixture

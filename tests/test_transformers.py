@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from itertools import accumulate
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
-from tiny_runs import key_of
+from tiny_runs import key_of, light
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmq.engine.base import generate
@@ -21,7 +22,7 @@ from llmq.hooks import Watched
 from llmq.kernels import reference, registered
 from llmq.kernels.primitives import Int8Weight, int8_linear, quantize_rows
 from llmq.machine.door import Machine
-from llmq.methods import METHODS
+from llmq.methods import METHODS, parse_method
 from llmq.methods.layers.linear_8bit import Linear8bit, layers_of
 from llmq.methods.swap import stored_bytes
 from llmq.models.loading import folder_of
@@ -30,6 +31,12 @@ from llmq.transformers import Int8Config
 
 PROMPT = torch.tensor([list(b"Hello LLaMA")])
 GREEDY = dict(do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with light():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +154,20 @@ def test_what_is_saved_opens_by_itself(model, saved):
     assert again.model.layers[0].mlp.up_proj.threshold == 1.0 and again.dtype == torch.float16
     assert torch.equal(logits(again), logits(model)) and written(again) == written(model)
     assert opened(saved, Int8Config(threshold=3)).model.layers[0].mlp.up_proj.threshold == 3.0
+
+
+@pytest.mark.parametrize("method", ["llm-int8@1", "bnb-int8@1"])
+def test_our_own_loops_open_it_as_well(model, saved, method):
+    byte_tokenizer().save_pretrained(saved)
+    engine, _ = Machine().pool.get(key_of(saved, method), parse_method(method))
+    made = [token.token_id for token in generate(engine, PROMPT[0].tolist(), SamplingSettings(max_new_tokens=4))]
+    assert made == written(model, 4)
+
+
+def test_a_copy_is_a_model_of_its_own(model):
+    twin = copy.deepcopy(model)
+    assert twin.model.layers[0].mlp.up_proj.group.layers[0] is twin.model.layers[0].mlp.gate_proj
+    assert torch.equal(logits(twin, PROMPT[:, :1]), logits(model, PROMPT[:, :1]))
 
 
 def test_a_checkpoint_of_bitsandbytes_opens_on_request_only(model, theirs):
@@ -273,10 +294,9 @@ def test_early_files_name_no_format(saved, model, tmp_path):
     assert torch.equal(logits(opened(tmp_path)), logits(model))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiler_takes_the_model_whole(model, backend):
+def test_a_compiler_takes_the_model_whole(model):
     torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for ids in (PROMPT, PROMPT[:, :1]):
         assert torch.equal(logits(compiled, ids), logits(model, ids))
     assert all(layer.group.made is None for _, layer in layers_of(model))

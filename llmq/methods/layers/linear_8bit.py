@@ -66,7 +66,7 @@ class Linear8bit(nn.Linear):
             self.weight_format.zero_()  # files of early versions name no format
         if self.weight_format.any():
             raise ModelUnavailable(f"{name} is stored in another format than row by row: save it again")
-        self.SCB = self.SCB.view(-1)
+        self.SCB = self.weight.SCB = self.SCB.view(-1)  # on the weight, too, where other methods look for it
 
 
 class Group:
@@ -83,14 +83,11 @@ class Group:
         group whose layers turn out to get different tensors is dissolved."""
         if len(self.layers) == 1:
             return self._products(x)[0]
-        if layer.place == 0:
-            self.made = x, self._products(x)
-        elif self.made is None or self.made[0] is not x or layer.threshold != self.layers[0].threshold:
+        made = self.made if layer.place else (x, self._products(x))
+        if made is None or made[0] is not x or layer.threshold != self.layers[0].threshold:
             return self._dissolved(x, layer)
-        _, products = self.made
-        if layer.place == len(self.layers) - 1:
-            self.made = None
-        return products[layer.place]
+        self.made = None if layer.place == len(self.layers) - 1 else made
+        return made[1][layer.place]
 
     def _products(self, x: torch.Tensor) -> list[torch.Tensor]:
         weights, scales = [layer.weight for layer in self.layers], [layer.SCB for layer in self.layers]
