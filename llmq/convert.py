@@ -10,6 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.errors import BadChoice
+from llmq.kernels.backend import current
 from llmq.methods import Method, parse_method, swap
 from llmq.methods.calibrate import Calibration
 from llmq.methods.layers.linear_8bit import convert_
@@ -43,9 +44,10 @@ def quantize(
     method = parse_method(method) if isinstance(method, str) else method
     device = _device_of(model, method)
     statistics = _statistics(model, method, text)
-    if type(method) is LlmInt8 and method.packed:
-        return _quantize_to_save(model, method.threshold)
-    method.quantize_(model, device, statistics)
+    with current(device):
+        if type(method) is LlmInt8 and method.packed:
+            return _quantize_to_save(model, method.threshold)
+        method.quantize_(model, device, statistics)
     if not method.dense:
         model.hf_quantizer = Unsaved(QuantizationConfigMixin(method.name))
     return model

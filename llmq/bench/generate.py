@@ -88,12 +88,14 @@ def _forget_graphs() -> None:
 
 def _loaded(key: Key) -> PreTrainedModel:
     """The model of one contestant; llm-int8 through the drop-in."""
-    if key.method.name != "llm-int8":
-        return load_model(key.model.source, key.method, key.device)
+    from llmq.kernels.backend import current
     from llmq.methods.layers.linear_8bit import convert_
 
-    model = load_model(key.model.source, METHODS["fp16"], key.device)
-    convert_(model, key.method.threshold)
+    dropped_in = key.method.name == "llm-int8"
+    with current(key.device):
+        model = load_model(key.model.source, METHODS["fp16"] if dropped_in else key.method, key.device)
+        if dropped_in:
+            convert_(model, key.method.threshold)
     return model
 
 
