@@ -5,7 +5,7 @@ Importing this package starts no CUDA, opens no network and loads neither gradio
 
 __version__ = "0.1.0"
 __all__ = ["METHODS", "Run", "agreement", "ask", "compare", "free", "load", "open_model", "outliers", "quality"]
-__all__ += ["save_quantized"]
+__all__ += ["quantize", "save_quantized"]
 
 
 def __getattr__(name: str):
@@ -14,7 +14,8 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module({"METHODS": "llmq.methods", "Run": "llmq.events"}.get(name, "llmq.face")), name)
+    homes = {"METHODS": "llmq.methods", "Run": "llmq.events", "quantize": "llmq.convert"}
+    return getattr(import_module(homes.get(name, "llmq.face")), name)
 
 
 def __dir__() -> list[str]:

@@ -173,12 +173,13 @@ def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["decode", "prefill", "load", "peers", "hooks"])
+    parser.add_argument("what", choices=["decode", "prefill", "load", "peers", "hooks", "transformers"])
     _add(parser, *MODEL, "--methods", "--engine", "--random-weights")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--busy", action="store_true", help="peers: while another process takes a core")
+    parser.add_argument("--modes", default="eager,compiled", help="transformers: eager, compiled (default: both)")
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
 
 

@@ -19,12 +19,16 @@ from llmq.kernels.triton import attention, choice, matrix, norm, product, rows, 
 MODULES = {name: sys.modules[f"llmq.kernels.triton.{name}"] for name in (
     "attention", "choice", "matrix", "norm", "product", "rows", "weights")}  # fmt: skip
 DECODE, TENSOR_CORES = (75, 80, 90), (80, 90)  # int8 `tl.dot` does not compile for sm_75
-ALIGNED = {"width", "n_out"}  # multiples of 16 in every model the lean loop takes
+ALIGNED = {"width", "n_out", "n_out2", "n_out3"}  # multiples of 16 in every model the lean loop takes
 F16, F32, F64, I8, I32, I64 = "*fp16", "*fp32", "*fp64", "*i8", "*i32", "*i64"
 SPLIT = {"codes_ptr": I8, "absmax_ptr": F32, "count_ptr": I32, "index_ptr": I32, "value_ptr": F32}
 NEXT = {"next_count_ptr": I32, "next_index_ptr": I32, "next_value_ptr": F32}
 PRODUCT = {"w_ptr": F16, "out_ptr": F16, "n_out": "i32", "width": "i32"}
 PRODUCT8 = {"x_absmax_ptr": F32, "packed_ptr": I32, "residual_ptr": F16} | SPLIT | PRODUCT | {"w_ptr": I8}
+SEVERAL = {"x_absmax_ptr": F32, "width": "i32"} | SPLIT | {"codes_ptr": I32}
+for _n in ("", "2", "3"):
+    SEVERAL |= {f"w{_n}_ptr": I8, f"packed{_n}_ptr": I32, f"absmax{_n}_ptr": F32, f"out{_n}_ptr": F16}
+    SEVERAL |= {f"n_out{_n}": "i32"}
 PART = dict.fromkeys(("heads", "groups", "width", "capacity", "parts", "part"), "i32") | {"scale": "fp32"}
 PART |= {"qkv_ptr": F16, "keys_ptr": F16, "values_ptr": F16, "rope_ptr": F32, "position_ptr": I64, "out_ptr": F16}
 PART |= {"sums_ptr": F32, "peaks_ptr": F32, "weights_ptr": F32}
@@ -41,6 +45,8 @@ DOT4 = {"ROWS": 2, "COLUMNS": 512, "OUTLIERS": 32, "DP4A": True, "BIAS": False, 
 KERNELS = [
     ("norm", "_norm_split", NORM, {"BLOCK": 4096, "SPLIT": False, "NEXT": False}, 16, DECODE),
     ("norm", "_norm_split", NORM | SPLIT | NEXT, {"BLOCK": 4096, "SPLIT": True, "NEXT": True}, 32, DECODE),
+    ("norm", "_split_alone", {"x_ptr": F16, "width": "i32", "threshold": "fp32"} | SPLIT,
+     {"BLOCK": 16384, "SLICE": 512}, 8, DECODE),
     ("norm", "_split", {"x_ptr": F16, "width": "i32", "threshold": "fp32"} | SPLIT, {"BLOCK": 16384, "SLICE": 1024}, 8,
      DECODE),
     ("product", "_plain", PRODUCT | {"x_ptr": F16}, PLAIN | {"INT8": False, "GATED": False}, 8, DECODE),
@@ -48,6 +54,7 @@ KERNELS = [
      PLAIN | {"INT8": True, "GATED": True}, 4, DECODE),
     ("product", "_split", PRODUCT8 | {"codes_ptr": I32}, DOT4 | {"GATED": False}, 1, DECODE),
     ("product", "_split", PRODUCT8 | {"codes_ptr": I32}, DOT4 | {"GATED": True}, 4, DECODE),
+    ("product", "_split_several", SEVERAL, DOT4 | {"THREE": True}, 1, DECODE),
     ("attention", "_part", PART, {"HALF": 64, "WIDTH": 128, "BLOCK": 64, "ALONE": True}, 8, DECODE),
     ("attention", "_part", PART, {"HALF": 64, "WIDTH": 128, "BLOCK": 64, "ALONE": False}, 4, DECODE),
     ("attention", "_combine", COMBINE, {"PARTS": 16, "WIDTH": 128}, 4, DECODE),

@@ -61,6 +61,10 @@ def test_norm_split_and_split(width, threshold):
     fast.split(x, threshold, after)
     reference.split(x, threshold, expected)
     assert contents(after) == contents(expected)
+    after.count.fill_(3)
+    after.value.fill_(1)
+    fast.split_alone(x, threshold, after)
+    assert contents(after) == contents(expected) and not after.value[after.count : 32].any()
 
 
 def test_a_value_that_is_no_number_shows_in_the_product():
@@ -91,6 +95,20 @@ def test_product(rows, width, kind, extra):
     fast.product(x, weight, made, **options)
     reference.product(x, weight, expected, **options)
     assert difference(made, expected) < 1e-5
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("sizes", [(6,), (38, 5), (8, 3, 12), (2, 4, 6, 8)])
+def test_products(sizes, biased):
+    width, generator = 96, torch.Generator().manual_seed(3)
+    split = SplitVector.empty(width, "cpu")
+    reference.split_alone(vector(width), 6.0, split)
+    weights = [quantize_rows(torch.randn(size, width, generator=generator).half()) for size in sizes]
+    biases = [torch.randn(size) for size in sizes] if biased else []
+    made, expected = ([torch.zeros(size) for size in sizes] for _ in range(2))
+    fast.products(split, weights, made, biases=biases)
+    reference.products(split, weights, expected, biases=biases)
+    assert all(difference(a, b) < 1e-5 for a, b in zip(made, expected, strict=True))
 
 
 @pytest.mark.parametrize("capacity", [200, 600])

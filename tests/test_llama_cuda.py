@@ -141,11 +141,13 @@ def test_the_threshold_moves_on_the_loaded_model():
             parse_method(f"{name}@3")
 
 
-def test_only_where_sums_are_integers_they_are_called_so():
-    """On a CPU the products go through FP32, which is exact up to 2^24 only."""
-    handler = METHODS["llm-int8"]
-    assert "exactly in integers" in handler.arithmetic("cuda:0")
-    assert "FP32 matrix products" in handler.arithmetic("cpu") and "exactly" not in handler.arithmetic("cpu")
+def test_products_are_summed_in_integers_as_it_says():
+    """So they are exact where float32 no longer counts, and rounded once."""
+    x, weight = (torch.randint(100, 128, (rows, 5001), dtype=torch.int8) for rows in (3, 7))
+    exact = x.double() @ weight.double().T
+    assert exact.min() > 2**24
+    assert torch.equal(reference._integer_product(x, weight), exact.float())
+    assert all("exactly in integers" in METHODS["llm-int8"].arithmetic(device) for device in ("cpu", "cuda:0"))
 
 
 def test_a_prompt_up_to_the_last_position_can_be_warmed_up():

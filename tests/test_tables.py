@@ -214,3 +214,17 @@ def test_a_document_is_filled_between_its_marks_and_nowhere_else(made, tmp_path,
     assert (tmp_path / "README.md").read_text() == text, "looking changes nothing"
     assert tables.main([]) == 0 and (tmp_path / "README.md").read_text() == filled
     assert tables.main(["--check"]) == 0
+
+
+def test_generate_stands_against_fp16_and_bitsandbytes(made):
+    more = {"mode": "compiled", "over_fp16": 1.5, "over_bnb": 20.04}
+    assert made("one", one=result("transformers", speed("llm-int8", 140, 150, 160, **more))) == [
+        "| method | `generate` | decode, tok/s (lowest–highest) | against FP16 | against bitsandbytes "
+        "| first token | peak memory |",
+        "|---|---|---:|---:|---:|---:|---:|",
+        "| `llm-int8` | compiled | 150.0 (140.0–160.0) | 1.50× | 20.0× | 250 ms | 2.00 MB |",
+        "",
+        "*Abacus, demo (r1); batch 1, 64 prompt tokens, 32 new tokens, greedy; medians of 5 rounds in which everybody "
+        "ran in turn, ratios within a round, against FP16 of the same mode and eager bitsandbytes; torch 2.1, "
+        "transformers 5.1, bitsandbytes 0.5; 2026-11-22.*",
+    ]

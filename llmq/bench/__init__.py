@@ -5,8 +5,10 @@ from __future__ import annotations
 
 def bench_named(kind: str) -> type:
     """The benchmark called `kind`."""
+    from llmq.bench.generate import GenerateBench
     from llmq.bench.hooks import HooksBench
     from llmq.bench.peers import PeersBench
     from llmq.bench.speed import DecodeBench, LoadBench, PrefillBench
 
-    return {bench.kind: bench for bench in (DecodeBench, PrefillBench, LoadBench, PeersBench, HooksBench)}[kind]
+    benches = (DecodeBench, PrefillBench, LoadBench, PeersBench, HooksBench, GenerateBench)
+    return {bench.kind: bench for bench in benches}[kind]

@@ -46,7 +46,7 @@ def table(name: str) -> str:
     if name in _JOINED:
         return _JOINED[name]()
     result = json.loads((RESULTS / f"{name}.json").read_text())
-    kinds = {"paris": _judged_table, "hooks": _hooks_table, "kernels": _kernels_table}
+    kinds = {"paris": _judged_table, "hooks": _hooks_table, "kernels": _kernels_table, "transformers": _generate_table}
     kinds |= {"quality": lambda one: _quality_table([one])}
     return (kinds.get(result["kind"]) or (_lab_table if result["kind"] in lab_classes() else _decode_table))(result)
 
@@ -67,6 +67,31 @@ def _decode_table(result: dict) -> str:
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([*rows, "", _conditions(result)])
+
+
+def _generate_table(result: dict) -> str:
+    """transformers' own `generate`, eager and compiled."""
+    rows = ["| method | `generate` | decode, tok/s (lowest–highest) | against FP16 | against bitsandbytes "]
+    rows[0] += "| first token | peak memory |"
+    rows.append("|---|---|---:|---:|---:|---:|---:|")
+    for row in result["results"]:
+        cells = [
+            f"`{row['method']}`",
+            row["mode"],
+            f"{row['tokens_per_second']:.1f} ({row['tokens_per_second_min']:.1f}–{row['tokens_per_second_max']:.1f})",
+            f"{row['over_fp16']:.2f}×",
+            f"{row['over_bnb']:.1f}×",
+            format_seconds(row["prefill_seconds"]),
+            format_bytes(row["peak_bytes"]),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    c = result["conditions"]
+    note = (
+        f"*{c['device_name']}, {result['model']} ({_weights(c)}); batch 1, {c['prompt_tokens']} prompt tokens, "
+        f"{c['new_tokens']} new tokens, greedy; medians of {c['repeats']} rounds in which everybody ran in turn, ratios "
+        f"within a round, against FP16 of the same mode and eager bitsandbytes; {_versions(c)}; {c['date'][:10]}.*"
+    )
+    return "\n".join([*rows, "", note])
 
 
 def _lean_table() -> str:
@@ -178,14 +203,22 @@ _JOINED = {
 
 def _conditions(result: dict) -> str:
     c = result["conditions"]
-    weights = "random weights, so the text means nothing" if c["random_weights"] else c["model_revision"]
-    versions = ", ".join(f"{name} {c['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
     bandwidth = result["read_bandwidth_bytes_per_second"] / 1e9
     return (
-        f"*{c['device_name']}, {result['model']} ({weights}); batch 1, {c['prompt_tokens']} prompt tokens, "
+        f"*{c['device_name']}, {result['model']} ({_weights(c)}); batch 1, {c['prompt_tokens']} prompt tokens, "
         f"{c['new_tokens']} new tokens, median of {c['repeats']} runs, one method after the other; reading memory at "
-        f"{bandwidth:,.0f} GB/s in the same run; {versions}; {c['date'][:10]}.*"
+        f"{bandwidth:,.0f} GB/s in the same run; {_versions(c)}; {c['date'][:10]}.*"
     )
+
+
+def _weights(conditions: dict) -> str:
+    random = conditions["random_weights"]
+    return "random weights, so the text means nothing" if random else conditions["model_revision"]
+
+
+def _versions(conditions: dict) -> str:
+    names = "torch", "transformers", "bitsandbytes"
+    return ", ".join(f"{name} {conditions['versions'][name]}" for name in names)
 
 
 def _quality_table(results: list[dict]) -> str:

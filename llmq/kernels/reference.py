@@ -6,12 +6,14 @@ end, to the type of `out`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch.nn import functional
 
 from llmq.kernels import primitives
 from llmq.kernels.buffers import PADDING, Cache, Noting, Partials, Rows, SplitVector
-from llmq.kernels.primitives import Int8Weight, SplitRows, split_product, split_rows
+from llmq.kernels.primitives import Int8Weight, SplitRows, split_rows
 
 Weight = torch.Tensor | Int8Weight
 
@@ -56,6 +58,13 @@ def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
     out.value[:count] = x[rows.columns].float()
 
 
+def split_alone(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
+    """Do `split` into a list that nobody has emptied."""
+    out.index.zero_()
+    out.value.zero_()
+    split(x, threshold, out)
+
+
 def norm_split(
     x: torch.Tensor, norm_weight: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
 ) -> None:
@@ -82,7 +91,7 @@ def product(
     if isinstance(x, SplitVector):
         count = int(x.count)
         rows = SplitRows(x.codes[None], x.absmax, x.index[:count].long())
-        y = split_product(rows, x.value[None, :count], weight)[0]
+        y = _split_product(rows, x.value[None, :count], weight)[0]
     elif isinstance(weight, Int8Weight):
         y = (weight.codes.float() @ x.float()) * weight.absmax / 127
     else:
@@ -93,6 +102,19 @@ def product(
         gate, up = y.chunk(2)
         y = functional.silu(gate) * up
     out.copy_(y if residual is None else y + residual)
+
+
+def products(
+    x: SplitVector,
+    weights: Sequence[Int8Weight],
+    outs: Sequence[torch.Tensor],
+    *,
+    biases: Sequence[torch.Tensor] | None = None,
+    product: Callable = product,
+) -> None:
+    """Do `product` with each of several weights, into as many `outs`; all or none have biases."""
+    for weight, out, bias in zip(weights, outs, biases or [None] * len(outs), strict=True):
+        product(x, weight, out, bias=bias)
 
 
 def attend(
@@ -191,16 +213,24 @@ def _int8_rows(
     split = split_rows(x, threshold)
     if outlier_marks is not None:
         outlier_marks[split.columns] = 1
+    y = _split_product(split, x[:, split.columns], weight)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _split_product(split: SplitRows, outliers: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+    """See `primitives.split_product`; scaled and summed in float32."""
     y = _integer_product(split.codes, weight.codes).mul_(split.absmax[:, None]).mul_(weight.absmax / 127**2)
     if len(split.columns):
-        outliers = weight.codes[:, split.columns].float() * (weight.absmax / 127)[:, None]
-        y.addmm_(x[:, split.columns].float(), outliers.T)
-    return (y if bias is None else y + bias).to(x.dtype)
+        columns = weight.codes[:, split.columns].float() * (weight.absmax / 127)[:, None]
+        y.addmm_(outliers.float(), columns.T)
+    return y
 
 
 def _integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """int8 (rows, in) times int8 (out, in) transposed, as float32 (rows, out)."""
-    if x.is_cuda and not (x.shape[1] % 8 or weight.shape[0] % 8):
-        padded = functional.pad(x, (0, 0, 0, max(0, FEWEST_ROWS - x.shape[0])))
-        return torch._int_mm(padded, weight.T)[: x.shape[0]].float()
-    return x.float() @ weight.float().T
+    if not x.is_cuda:
+        return torch._int_mm(x, weight.T).float()
+    if x.shape[1] % 8 or weight.shape[0] % 8:
+        return x.float() @ weight.float().T
+    padded = functional.pad(x, (0, 0, 0, max(0, FEWEST_ROWS - x.shape[0])))
+    return torch._int_mm(padded, weight.T)[: x.shape[0]].float()

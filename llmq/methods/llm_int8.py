@@ -66,10 +66,8 @@ class LlmInt8(Int8Weights):
         return "int8" if self.outlier_weights == "8" else None
 
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
-        on_cpu = device.startswith("cpu")
-        products = "done as FP32 matrix products" if on_cpu and loop == "hf" else "summed exactly in integers"
         outliers = "keep FP16" if self.outlier_weights == "8" else "and the weights they meet keep FP16"
-        return f"{self._stored}; int8 products {products}; outliers {outliers}, summed with them"
+        return f"{self._stored}; int8 products summed exactly in integers; outliers {outliers}, summed with them"
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
         from llmq.methods.layers.int8_linear import ExactOutliersLinear

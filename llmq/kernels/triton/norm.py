@@ -15,7 +15,7 @@ import triton.language as tl
 from llmq.kernels.buffers import PADDING, SplitVector
 from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
 
-SLICE = 1024  # values coded by one program
+SLICE, SLICE_ALONE = 1024, 512  # values coded by one program
 
 
 @triton.jit
@@ -146,4 +146,43 @@ def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
     _split[(triton.cdiv(width, SLICE),)](
         x, out.codes, out.absmax, out.count, out.index, out.value, width, float(threshold),
         BLOCK=triton.next_power_of_2(width), SLICE=SLICE, PTX=not INTERPRETED, num_warps=8, **options(x.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def _split_alone(
+    x_ptr, codes_ptr, absmax_ptr, count_ptr, index_ptr, value_ptr, width, threshold,
+    BLOCK: tl.constexpr, SLICE: tl.constexpr, PADDING: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """As `_split`; each program counts the outliers before its slice, so the list is in order and needs no counter."""
+    let_next_start(OVERLAP)
+    start = tl.program_id(0) * SLICE
+    whole, at = tl.arange(0, BLOCK), start + tl.arange(0, SLICE)
+    wait_for_previous(OVERLAP)
+    x = tl.load(x_ptr + whole, mask=whole < width, other=0.0).to(tl.float32)  # (BLOCK,)
+    absmax = _absmax(x, threshold)
+    listed = _is_outlier(tl.abs(x), threshold).to(tl.int32)
+    count, before = tl.sum(listed, 0), tl.sum(tl.where(whole < start, listed, 0), 0)
+    value = tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32)  # (SLICE,)
+    outlier = _is_outlier(tl.abs(value), threshold)
+    codes = tl.where(outlier, 0.0, rounded(value * code_scale(absmax, PTX), PTX))
+    tl.store(codes_ptr + at, codes.to(tl.int8), mask=at < width)
+    slot = before + tl.cumsum(outlier.to(tl.int32), 0) - 1
+    tl.store(index_ptr + slot, at, mask=outlier)
+    tl.store(value_ptr + slot, value, mask=outlier)
+    if start == 0:
+        padding = tl.arange(0, PADDING)
+        tl.store(index_ptr + padding, 0, mask=padding >= count)
+        tl.store(value_ptr + padding, 0.0, mask=padding >= count)
+        tl.store(count_ptr, count)
+        tl.store(absmax_ptr, absmax)
+
+
+def split_alone(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
+    """See `reference.split_alone`."""
+    width = x.shape[0]
+    _split_alone[(triton.cdiv(width, SLICE_ALONE),)](
+        x, out.codes, out.absmax, out.count, out.index, out.value, width, float(threshold),
+        BLOCK=triton.next_power_of_2(width), SLICE=SLICE_ALONE, PADDING=PADDING, PTX=not INTERPRETED, num_warps=8,
+        **options(x.device),
     )  # fmt: skip

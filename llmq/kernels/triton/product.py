@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llmq.kernels import reference
 from llmq.kernels.buffers import PADDING, SplitVector
 from llmq.kernels.primitives import Int8Weight
 from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
@@ -135,9 +136,9 @@ def _scaled(products, outliers, x_absmax, w_absmax):
 
 
 @triton.jit
-def _split(
-    codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr, bias_ptr, residual_ptr,
-    out_ptr, n_out, width,
+def _split_rows(
+    program, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr, bias_ptr,
+    residual_ptr, out_ptr, n_out, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTLIERS: tl.constexpr, DP4A: tl.constexpr, GATED: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -145,8 +146,7 @@ def _split(
 
     With DP4A `packed_ptr` and `codes_ptr` are the same memory seen as int32, and COLUMNS counts those.
     """
-    let_next_start(OVERLAP)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = program * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLUMNS)
     packed_width = width // 4 if DP4A else width
     w = _tile(packed_ptr, rows, cols, 0, packed_width, packed_width, n_out)  # (ROWS, COLUMNS) of (n_out, packed_width)
@@ -179,6 +179,83 @@ def _split(
         )
         other = _scaled(tl.sum(acc2, 1), outliers, x_absmax, w2_absmax)
     _epilogue(y, other, rows, bias_ptr, residual_ptr, out_ptr, n_out, GATED, BIAS, RESIDUAL)
+
+
+@triton.jit
+def _split(
+    codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr, bias_ptr, residual_ptr,
+    out_ptr, n_out, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTLIERS: tl.constexpr, DP4A: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    let_next_start(OVERLAP)
+    _split_rows(
+        tl.program_id(0), codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr,
+        bias_ptr, residual_ptr, out_ptr, n_out, width, ROWS, COLUMNS, OUTLIERS, DP4A, GATED, BIAS, RESIDUAL, OVERLAP,
+    )  # fmt: skip
+
+
+@triton.jit
+def _split_several(
+    codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr,
+    w_ptr, packed_ptr, absmax_ptr, bias_ptr, out_ptr, n_out,
+    w2_ptr, packed2_ptr, absmax2_ptr, bias2_ptr, out2_ptr, n_out2,
+    w3_ptr, packed3_ptr, absmax3_ptr, bias3_ptr, out3_ptr, n_out3, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTLIERS: tl.constexpr, DP4A: tl.constexpr, BIAS: tl.constexpr,
+    THREE: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """The rows of two or three matrices, one matrix after the other, times the same activations."""
+    let_next_start(OVERLAP)
+    program = tl.program_id(0)
+    second = tl.cdiv(n_out, ROWS)
+    if program < second:
+        _split_rows(
+            program, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr,
+            bias_ptr, None, out_ptr, n_out, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS, False, OVERLAP,
+        )  # fmt: skip
+    else:
+        if THREE:
+            third = second + tl.cdiv(n_out2, ROWS)
+            if program < third:
+                _split_rows(
+                    program - second, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w2_ptr, packed2_ptr,
+                    absmax2_ptr, bias2_ptr, None, out2_ptr, n_out2, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS,
+                    False, OVERLAP,
+                )  # fmt: skip
+            else:
+                _split_rows(
+                    program - third, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w3_ptr, packed3_ptr,
+                    absmax3_ptr, bias3_ptr, None, out3_ptr, n_out3, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS,
+                    False, OVERLAP,
+                )  # fmt: skip
+        else:
+            _split_rows(
+                program - second, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w2_ptr, packed2_ptr,
+                absmax2_ptr, bias2_ptr, None, out2_ptr, n_out2, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS,
+                False, OVERLAP,
+            )  # fmt: skip
+
+
+def products(
+    x: SplitVector, weights: list[Int8Weight], outs: list[torch.Tensor], *, biases: list[torch.Tensor] | None = None
+) -> None:
+    """See `reference.products`; two or three matrices take one launch."""
+    if len(weights) not in (2, 3):
+        return reference.products(x, weights, outs, biases=biases, product=product)
+    width = weights[0].shape[1]
+    tile, dp4a = split_tile(sum(map(len, outs)), width, False), not INTERPRETED and width % 4 == 0
+    codes = x.codes.view(torch.int32) if dp4a else x.codes
+    members = []
+    for weight, out, bias in zip(weights, outs, biases or [None] * len(outs), strict=True):
+        packed = weight.codes.view(torch.int32) if dp4a else weight.codes
+        members += [weight.codes, packed, weight.absmax, bias, out, len(out)]
+    if len(weights) == 2:
+        members += [*[None] * 5, 0]
+    _split_several[(sum(triton.cdiv(len(out), tile.rows) for out in outs),)](
+        codes, x.absmax, x.count, x.index, x.value, *members, width, ROWS=tile.rows,
+        COLUMNS=tile.columns // 4 if dp4a else tile.columns, OUTLIERS=PADDING, DP4A=dp4a, BIAS=bool(biases),
+        THREE=len(weights) == 3, num_warps=tile.warps, **options(outs[0].device),
+    )  # fmt: skip
 
 
 def product(
