@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llmq.methods.calibrate import ChannelMaximum
+    from llmq.methods.rounding import Rounding
 
 DEFAULT_THRESHOLD = 6.0  # LLM.int8() paper, section 3.2; also the default of bitsandbytes through transformers
 LARGEST_FP16 = 65504  # nothing a 16-bit activation holds is above it
@@ -112,6 +113,11 @@ class Method:
     def load_arguments(self, device: str) -> dict[str, Any]:
         """Keyword arguments for `AutoModelForCausalLM.from_pretrained`."""
         return {"dtype": self.dtype, "device_map": {"": device}}
+
+    def rounding(self, *, weight: bool) -> Rounding | None:
+        """How this method rounds a weight, or an input, by that tensor alone; None for one that does not, or that asks
+        a calibration too."""
+        return None
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
         """The replacement of one linear layer, on its device; `statistics` of its input where it is calibrated."""

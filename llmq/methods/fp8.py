@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from llmq.fields import Choice
 from llmq.methods.base import Method, WeightBytes
+from llmq.methods.rounding import Float8, Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,9 @@ class Fp8(Method):
         from llmq.methods.layers.fp8_linear import Fp8Linear
 
         return Fp8Linear(linear, by_row=self.scale == "row")
+
+    def rounding(self, *, weight: bool) -> Rounding:
+        return Float8(self.scale == "row")
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
         return WeightBytes(shape[0] * shape[1], 4 * (shape[0] if self.scale == "row" else 1))
