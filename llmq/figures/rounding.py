@@ -23,12 +23,13 @@ def histogram_figure(view: View, title: str) -> go.Figure:
             hovertemplate=f"{name}: %{{y:,}} numbers near %{{x:.4~g}}<extra></extra>",
         )  # fmt: skip
     style(figure, f"{title}: its numbers before and after rounding")
+    many = max(view.before.max(), view.after.max()) >= 100
     figure.update_layout(
         barmode="overlay",
         xaxis={"title": {"text": "number"}},
-        yaxis={"title": {"text": f"how many of {view.drawn:,}"}, "type": "log"},
+        yaxis={"title": {"text": f"how many of {view.drawn:,}"}, "type": "log" if many else "linear"},
     )
-    return decades(figure)
+    return decades(figure) if many else figure
 
 
 def error_figure(view: View, title: str) -> go.Figure:
@@ -43,7 +44,7 @@ def error_figure(view: View, title: str) -> go.Figure:
         "hovertemplate": "near row %{y:.0f}, column %{x:.0f}<br>|error| %{z:.4~g}<extra></extra>",
     }  # fmt: skip
     figure = new_figure(heatmap)
-    plain = {"showgrid": False, "zeroline": False}
+    plain = {"showgrid": False, "zeroline": False} | ({"dtick": 1} if max(view.cells.shape) <= 16 else {})
     figure.update_layout(
         **base_layout(),
         title={"text": f"{title}: the largest error in cells of {tall} × {wide} numbers"},

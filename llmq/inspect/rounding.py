@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 18  # numbers at a time
 CELLS = (64, 128)  # most rows and columns of an error map
-BINS = 121
+BINS = 255  # as many as int8 has codes
 DRAWN = 1 << 18  # numbers that a histogram is of
 LARGEST = 4096  # rows and columns of a tensor that is looked at
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from llmq.contestant import Contestant, shown_name
 from llmq.engine.loading import Key
-from llmq.errors import BadChoice, unknown
+from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number, Text
 from llmq.figures.blocks import Block, Drawing, Table
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 METHODS_SHOWN = ("absmax", "zeropoint", "vectorwise", "groupwise", "llm-int8", "fp8@tensor", "fp8", "nf4", "rtn")
 FEW_BITS = (8, 4, 3, 2)  # of which `rtn` stands in every table
 MOST_NUMBERS = 4096  # that somebody types
+PROMPT = "Name three colours."
 HEADERS = ["Method", "Bits a number", "Largest error", "Mean error", "SQNR (dB)", "Become 0", "Made for"]
-EXAMPLE = "0.0312 -0.12 0.4 0.05\n-0.3 0.22 0.011 -0.08\n0.15 -0.41 0.09 0.27\n0.02 0.33 -0.19 6.2"
+EXAMPLE = "0.0312 -0.12 0.4 0.05\n-0.3 0.22 0.011 -0.08\n0.15 -0.41 0.09 0.27\n0.02 0.33 -0.19 -0.27"
 BASELINE = Contestant.parse("fp16")
 
 
@@ -51,16 +52,17 @@ class Rounding(Lab):
     about, button = "One tensor under every method's rounding: codes, errors, and the sums behind them.", "Take it"
     layer: Annotated[str, Text(help="a linear layer of a block, such as 1.down_proj")] = ""
     what: Annotated[str, Choice(("input", "weight"), help="the layer's input over the prompt, or its weight")] = "input"
-    prompt: Annotated[str, Text(file="--file", help="what the model reads for an input")] = "Name three colours."
+    prompt: Annotated[str, Text(file="--file", help=f"what is read for an input; default: {PROMPT}")] = ""
     numbers: Annotated[str, Text(help="numbers to round instead, rows with ; between them")] = ""
     method: Annotated[str, Choice(METHODS_SHOWN, help="whose rounding is worked out")] = "absmax"
     bits: Annotated[int, replace(BITS, help="of rtn's codes")] = 4
     group: Annotated[int, replace(GROUP, help="numbers of a row that share a scale, for groupwise and rtn")] = 128
     outlier: Annotated[float, Number(0, 1000, help="times the largest number that one is made; 0 is none")] = 0.0
 
-    def run(self, lease: Lease) -> Iterator[Event | Progress | Rounded]:
-        """Yield events, then answers as `answers` does."""
+    def run(self, lease: Lease) -> Iterator[Event | Progress | Taken | Rounded]:
+        """Yield events, the tensor, then answers as `answers` does."""
         taken = typed(self.numbers) if self.numbers.strip() else (yield from self.taken(lease))
+        yield taken
         for answer in self.answers(taken):
             yield answer
             lease.check()
@@ -74,7 +76,9 @@ class Rounding(Lab):
         for path, module in linear_layers(engine.model):
             layers.setdefault(short_name(path), module)
         if name not in layers:
-            raise unknown("layer", name, layers)
+            raise BadChoice(
+                f"unknown layer {name!r:.80}; choose a linear layer of a block, such as {first_layer(model)}"
+            )
         module = layers[name]
         if self.what == "weight":
             weight = module.weight.data
@@ -82,7 +86,7 @@ class Rounding(Lab):
         from llmq.hooks import Watched
 
         found = {}
-        ids = model.encode(self.prompt)
+        ids = model.encode(self.prompt.strip() or PROMPT)
         with Watched({name: module}, on_input=lambda _, __, x: found.update(x=x.reshape(-1, x.shape[-1]).clone())):
             yield lease.progress(f"reading {len(ids)} tokens")
             engine.logits(ids, lease.stop.is_set)
