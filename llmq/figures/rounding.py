@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmq.figures.palette import STEPS, named
+from llmq.figures.palette import named
 from llmq.figures.style import base_layout, decades, new_figure, style
 from llmq.inspect.rounding import View
 
@@ -39,7 +39,7 @@ def error_figure(view: View, title: str) -> go.Figure:
     heatmap = {
         "type": "heatmap", "z": view.cells, "x0": (wide - 1) / 2, "dx": wide, "y0": (tall - 1) / 2, "dy": tall,
         "zmin": 0, "zmax": top,
-        "colorscale": [(step / (STEPS - 1), named(f"under-{step}")) for step in range(STEPS)],
+        "colorscale": [(0, named("surface")), (1, named("line-1"))],
         "colorbar": {"title": {"text": "|error|", "side": "top"}, "thickness": 14, "outlinewidth": 0},
         "hovertemplate": "near row %{y:.0f}, column %{x:.0f}<br>|error| %{z:.4~g}<extra></extra>",
     }  # fmt: skip

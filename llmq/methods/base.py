@@ -108,6 +108,10 @@ class Method:
         loop ('hf' or 'lean'). `cpu`: torch's name of the processor's capability, such as 'AVX512'; '' is unknown."""
         raise NotImplementedError
 
+    def emulated_on(self, device: str) -> bool:
+        """Whether a speed on this device says nothing about the method."""
+        return self.emulated
+
     # What becomes of a model
 
     def load_arguments(self, device: str) -> dict[str, Any]:

@@ -32,12 +32,16 @@ class Fp8(Method):
 
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         stored = f"E4M3 linear weights and activations, a scale a {self.scale}"
-        if device.startswith("cuda"):
-            from llmq.methods.layers.fp8_linear import has_fp8_units
+        if self.emulated_on(device):
+            return f"{stored}; emulated, so its speed means nothing: multiplied in FP32"
+        return f"{stored}; FP8 products summed in FP32"
 
-            if has_fp8_units(device):
-                return f"{stored}; FP8 products summed in FP32"
-        return f"{stored}; emulated, so its speed means nothing: multiplied in FP32"
+    def emulated_on(self, device: str) -> bool:
+        if device.startswith("cpu"):
+            return True
+        from llmq.methods.layers.fp8_linear import has_fp8_units
+
+        return not has_fp8_units(device)
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
         """A layer of E4M3 weights that rounds its input."""

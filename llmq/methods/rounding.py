@@ -252,5 +252,5 @@ def _back(formula: str, x: float, value: float) -> str:
 
 def _n(value: float, *, wrapped: bool = False) -> str:
     """A number as it stands in a formula; `wrapped`: a negative one in parentheses."""
-    text = format_number(value).replace("-", "−")
+    text = format_number(value + 0.0).replace("-", "−")  # no −0
     return f"({text})" if wrapped and value < 0 else text
