@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmq.inspect.patching import sqnr_db
-
 if TYPE_CHECKING:
     import torch
 
@@ -102,6 +100,8 @@ def _measured(tensor: Planted, rounding: Rounding) -> tuple[Errors, np.ndarray, 
     """Errors, the map's cells and the size of a cell."""
     import torch
     from torch.nn import functional
+
+    from llmq.inspect.patching import sqnr_db
 
     x = tensor.numbers
     tall, wide = (-(-size // most) for size, most in zip(x.shape, CELLS, strict=True))

@@ -77,8 +77,9 @@ class Race(TableLab):
         try:
             for number, contestant in enumerate(self.contestants):
                 yield lease.progress(f"{contestant.title} starts", number / len(self.contestants))
+                place = (contestant.title, number, len(self.contestants))
                 try:
-                    told, row = yield from self._row(lease, model, contestant)
+                    told, row = yield from _within(self._row(lease, model, contestant), *place)
                 except UserError as error:
                     result = result | {"missing": result["missing"] | {contestant.label: str(error)}}
                     continue
@@ -110,7 +111,8 @@ class Race(TableLab):
         costs |= {"tokens_per_second": None, "fp16_tokens_per_second": None}
         if not costs["emulated"]:
             yield lease.progress(f"{contestant.title} writes")
-            costs |= _speeds(lease, model, [lease.get(key, c.method) for key, c in zip(keys, pair, strict=True)])
+            engines = [lease.get(key, c.method) for key, c in zip(keys, pair, strict=True)]
+            costs |= _speeds(engines, model.encode(self.prompt.strip() or PROMPT), lease)
         return answer.result, row | costs
 
     def _prepared(self, lease: Lease, key: Key, contestant: Contestant) -> Generator[Event | Progress, None, dict]:
@@ -131,7 +133,7 @@ class Race(TableLab):
     def finding(cls, rows: list[dict]) -> str:
         """The method with the least bytes among those that cost at most 1 % of perplexity, and the one that costs
         most."""
-        others = [row for row in rows if row["method"] != BASELINE.label]
+        others = [row for row in rows if shown_name(row["method"]) != BASELINE.title]
         cheap = [row for row in others if row["perplexity_change_interval"][1] <= 0.01]
         if len(others) < 2:
             return ""
@@ -153,9 +155,21 @@ class Race(TableLab):
         return [*drawn, Drawing.of(speeds_figure, fast)] if fast else drawn
 
 
-def _speeds(lease: Lease, model: Model, engines: list[Engine]) -> dict:
+def _within(items: Generator, title: str, number: int, count: int) -> Generator[Event | Progress, None, tuple]:
+    """Pass `items` through; their progress is that of contestant `number` of `count`."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration as end:
+            return end.value
+        if isinstance(item, Progress) and item.fraction is not None:
+            item = Progress(f"{title}: {item.message}", (number + item.fraction) / count)
+        yield item
+
+
+def _speeds(engines: list[Engine], ids: list[int], lease: Lease) -> dict:
     """Median decode tokens a second of the last of `engines`, and of FP16, the first, step by step in turn."""
-    ids, settings = model.encode(PROMPT), SamplingSettings(max_new_tokens=SPEED_TOKENS + 1)
+    settings = SamplingSettings(max_new_tokens=SPEED_TOKENS + 1)
     for engine in engines:
         engine.warm_up(ids)
     runs = [engine.start(ids, settings) for engine in engines]

@@ -19,7 +19,6 @@ from llmq.fields import Choice, Number, Text
 from llmq.figures.blocks import Block, Drawing, Table
 from llmq.figures.rounding import error_figure, histogram_figure
 from llmq.formatting import format_number, format_share, plain_json
-from llmq.hooks import KINDS, kind_and_layer
 from llmq.inspect.rounding import Errors, Planted, View, check, errors_of, view_of
 from llmq.labs.base import Lab
 from llmq.methods import Method, parse_method
@@ -261,6 +260,8 @@ def layer_names(model: Model) -> list[str]:
 
 def short_name(path: str) -> str:
     """'1.down_proj' for model.layers.1.mlp.down_proj: the number of the block and the name of the layer."""
+    from llmq.hooks import kind_and_layer
+
     _, number = kind_and_layer(path)
     *_, last = path.split(".")
     return path if number is None else f"{number}.{last}"
@@ -269,7 +270,7 @@ def short_name(path: str) -> str:
 def first_layer(model: Model) -> str:
     """The second block's down projection, where a LLaMA has its first large activations; else the first layer."""
     names = layer_names(model)
-    return next((name for name in names if kind_and_layer(name) == (KINDS["down_proj"], 1)), names[0])
+    return "1.down_proj" if "1.down_proj" in names else names[0]
 
 
 def _is_number(word: str) -> bool:

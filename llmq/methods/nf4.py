@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmq.errors import BadChoice
 from llmq.methods.base import Method, WeightBytes
 from llmq.methods.rounding import NF4_BLOCK as BLOCK
 from llmq.methods.rounding import NormalFloat, Rounding
@@ -52,8 +51,6 @@ class Nf4(Method):
         import bitsandbytes as bnb
         import torch
 
-        if linear.weight.device.type == "cpu" and linear.in_features % BLOCK:
-            raise BadChoice(f"NF4 on a CPU takes inputs in multiples of {BLOCK}, and a layer has {linear.in_features}")
         with torch.device("meta"):
             made = bnb.nn.LinearNF4(
                 linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=torch.bfloat16
