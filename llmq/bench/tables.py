@@ -1,7 +1,7 @@
 """README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
-or 'quality', 'lean', 'load', 'prompts' or 'peers', which join several of them.
+or 'quality', 'lean', 'load', 'prompts' or 'peers', which join several of them; 'methods' is their explanations.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llmq.formatting import format_bytes, format_seconds
 from llmq.labs import lab_classes
+from llmq.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "assets" / "results"
@@ -164,7 +165,22 @@ def _peers_table() -> str:
     return "\n".join([*rows, "", note])
 
 
-_JOINED = {"lean": _lean_table, "load": _load_table, "peers": _peers_table, "prompts": _prompts_table}
+def _explanations() -> str:
+    """Every method on one screen; methods that share one stand above it together."""
+    shared: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        shared.setdefault(method.explanation(), []).append(name)
+    titles = {text: ", ".join(f"`{name}`" for name in names) for text, names in shared.items()}
+    return "\n".join(f"#### {title}\n\n{text}" for text, title in titles.items()).rstrip()
+
+
+_JOINED = {
+    "methods": _explanations,
+    "lean": _lean_table,
+    "load": _load_table,
+    "peers": _peers_table,
+    "prompts": _prompts_table,
+}
 
 
 def _conditions(result: dict) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from llmq.methods.rounding import Rounding
 
+BLOCK = 64  # numbers in a row, whatever their rows, that NF4 gives a scale
 CHUNK = 1 << 18  # numbers at a time
 CELLS = (64, 128)  # most rows and columns of an error map
 BINS = 255  # as many as int8 has codes
@@ -78,14 +79,15 @@ def view_of(tensor: Planted, rounding: Rounding) -> tuple[Errors, View]:
     errors, cells, cell = _measured(tensor, rounding)
     edges, before, after, drawn = _histogram(tensor.numbers, rounding)
     places = (_typical(tensor), _worst(tensor, rounding, cells, cell))
-    worked = tuple(_worked(tensor.numbers, rounding, place) for place in dict.fromkeys(places))
+    worked = tuple(worked_at(tensor.numbers, rounding, place) for place in dict.fromkeys(places))
     return errors, View(edges, before, after, drawn, cells, cell, worked)
 
 
 def _rows_of(x: torch.Tensor) -> int:
-    """How many rows are taken at a time: whole cells of the map, and whole blocks of NF4."""
+    """How many rows are taken at a time: whole cells of the map, and whole blocks of NF4, which may cross rows."""
     cell = -(-x.shape[0] // CELLS[0])
-    return cell * max(1, CHUNK // x.shape[1] // cell)
+    unit = math.lcm(cell, BLOCK // math.gcd(BLOCK, x.shape[1]))
+    return unit * max(1, CHUNK // x.shape[1] // unit)
 
 
 def _chunks(x: torch.Tensor, rounding: Rounding, rows: int):
@@ -159,9 +161,10 @@ def _worst(tensor: Planted, rounding: Rounding, cells: np.ndarray, cell: tuple[i
     return top + row, left + column
 
 
-def _worked(x: torch.Tensor, rounding: Rounding, place: tuple[int, int]) -> tuple[str, ...]:
+def worked_at(x: torch.Tensor, rounding: Rounding, place: tuple[int, int]) -> tuple[str, ...]:
+    """The number and its place, then the formula with it, a line a step."""
     row, column = place
-    first = row - row % 64  # so that blocks that cross rows begin where they do in the whole tensor
+    first = row - row % BLOCK  # so that blocks that cross rows begin where they do in the whole tensor
     part = x[first : row + 1]
     codes, values = rounding.apply(part, rounding.fit(x if rounding.whole else part))
     found = (values[row - first, column].item(), codes[row - first, column].item())

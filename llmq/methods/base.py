@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llmq.errors import BadChoice
@@ -89,6 +90,15 @@ class Method:
                 raise BadChoice(f"{cls.name} cannot be set to {part!r}; {choices}")
             given[name] = known[name].kind.parse(known[name].named, text)
         return cls(**given)
+
+    @classmethod
+    def explanation(cls) -> str:
+        """One screen of Markdown: what it does, its formula with an example, its source, what it needs and when it
+        fails. Stands in `explained` under the method's name; without one it is the class's above, or `about`."""
+        folder = files("llmq.methods") / "explained"
+        named = (folder / f"{base.name}.md" for base in cls.__mro__ if getattr(base, "name", ""))
+        found = next((file for file in named if file.is_file()), None)
+        return found.read_text(encoding="utf-8") if found else f"**What.** {cls.about}\n\n**Source.** {cls.source}\n"
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llmq.labs.compare import SCHEDULES
 from llmq.ui.parts.address import keep_in_address
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
+from llmq.ui.parts.how import explained_methods, how_it_works
 from llmq.ui.parts.result import result_view
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import query_of, wishes_of
@@ -86,6 +87,8 @@ class CompareTab:
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             free = "" if self.state.access.public else "A model may also be a hub id (owner/name) or a local folder. "
             gr.Markdown(f"{free}A method may be typed with its settings: `bnb-int8@0`, `smoothquant@0.7`.")
+            with gr.Accordion("How these methods work", open=False, elem_id="compare-how"):
+                self.how = how_it_works(*self.state.methods, elem_id="compare-explained")
             with gr.Row(equal_height=True):
                 self.max_new_tokens = gr.Slider(
                     1,
@@ -166,6 +169,8 @@ class CompareTab:
         shown = [self.result, self.download, *form]
         tell_end(self.replay.click(self._replay, self.recording, shown, **QUIET), self.result.elem_id)
         self.upload.upload(self._replay_upload, self.upload, shown, **QUIET)
+        chosen = [method.change for method in self.methods]
+        gr.on(chosen, lambda *names: explained_methods(names), self.methods, self.how, queue=False, **QUIET)
         self.result.stop(self._stop, None, None, queue=False, **QUIET)
         gr.on([part.change for part in form], None, form, self.link, js=script("link.js"), **QUIET)
         keep_in_address(self.link)

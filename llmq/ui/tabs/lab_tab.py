@@ -7,8 +7,9 @@ import gradio as gr
 from llmq.labs import load_answer
 from llmq.labs.race import PROMPT, Race
 from llmq.ui.parts.bits import bits_view
-from llmq.ui.parts.controls import model_field
+from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.explanation import explanation
+from llmq.ui.parts.how import explained_methods, how_it_works
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET, owner_of
 from llmq.ui.tabs.labs_panel import LabsPanel
@@ -37,6 +38,10 @@ class LabTab:
                 )
                 bits_view(elem_id="bits")
 
+            with gr.Tab("Methods", id="methods", elem_id="part-methods"):
+                self.method = gr.Dropdown(METHOD_CHOICES, value="llm-int8", label="Method", elem_id="explained-method")
+                self.how = how_it_works("llm-int8", elem_id="explained")
+
     def _build_race(self) -> None:
         with gr.Row(equal_height=True):
             offered = self.state.access.offered
@@ -50,6 +55,7 @@ class LabTab:
     def wire(self, tab: gr.Tab) -> None:
         self.rounding.wire(tab, self._stop)
         self.race.wire(self.prompt, self.model, self._stop)
+        self.method.change(lambda name: explained_methods([name]), self.method, self.how, **QUIET)
         section = self.race.section(Race)
         tab.select(self._recorded, section.rows, section.outputs, **QUIET)
 

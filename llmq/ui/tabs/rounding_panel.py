@@ -30,6 +30,7 @@ from llmq.methods.rtn import BITS, GROUP
 from llmq.ui.parts.controls import model_field, whole
 from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
+from llmq.ui.parts.how import explained_methods, how_it_works
 from llmq.ui.parts.keeping import Keeping
 from llmq.ui.parts.notices import answers, notice
 from llmq.ui.parts.progress import progress_of
@@ -60,6 +61,8 @@ class RoundingPanel:
             self._build_source()
         with gr.Row(equal_height=True):
             self._build_rounding()
+        with gr.Accordion("How this method works", open=False, elem_id="rounding-how"):
+            self.how = how_it_works("absmax", elem_id="rounding-explained")
         self.status = status_line("", elem_id="rounding-status")
         self.finding = gr.Markdown("", elem_id="rounding-finding")
         self.sums = gr.HTML("", elem_id="rounding-sums", elem_classes=["llmq-flush"])
@@ -129,6 +132,7 @@ class RoundingPanel:
             [tab.select, *moved, self.taken.change], self._draw, [self.taken, *self.settings], self.shown,
             trigger_mode="always_last", **QUIET,
         )  # fmt: skip
+        self.method.change(lambda name: explained_methods([name]), self.method, self.how, **QUIET)
         shown = [self.numbers, self.model, self.layer, self.prompt, self.take]
         self.source.change(self._sourced, [self.source, self.model], [*shown, self.taken], **QUIET)
         self.model.change(self._layers, self.model, self.layer, **QUIET)
