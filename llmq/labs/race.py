@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from llmq.contestant import Contestant, Contestants, shown_name
 from llmq.engine.base import Engine, Interrupted
@@ -77,9 +77,8 @@ class Race(TableLab):
         try:
             for number, contestant in enumerate(self.contestants):
                 yield lease.progress(f"{contestant.title} starts", number / len(self.contestants))
-                place = (contestant.title, number, len(self.contestants))
                 try:
-                    told, row = yield from _within(self._row(lease, model, contestant), *place)
+                    told, row = yield from self._row(lease, model, contestant, number)
                 except UserError as error:
                     result = result | {"missing": result["missing"] | {contestant.label: str(error)}}
                     continue
@@ -92,15 +91,19 @@ class Race(TableLab):
         if result["results"] or result["missing"]:
             yield RowAnswer(type(self), result)
 
-    def _row(self, lease: Lease, model: Model, contestant: Contestant) -> Generator[Event | Progress, None, tuple]:
+    def _row(
+        self, lease: Lease, model: Model, contestant: Contestant, number: int
+    ) -> Generator[Event | Progress, None, tuple]:
         """The quality lab's result of one method, and its row with what else it takes."""
         pair = list(dict.fromkeys((BASELINE, contestant)))
         loops = choose_engines("auto", [c.method for c in pair], model.config.to_dict(), self.device)
         keys = [Key.of(model, c.method, self.device, loop) for c, loop in zip(pair, loops, strict=True)]
-        costs = yield from self._prepared(lease, keys[-1], contestant)
+        half, count = 0.5 / len(self.contestants), len(self.contestants)
+        costs: dict = {}
+        yield from _within(self._prepared(lease, keys[-1], contestant, costs), contestant, number / count, half)
         asked = Quality(model=self.model, device=self.device, contestants=(contestant,), tokens=self.tokens)
         answer = None
-        for item in asked.run(lease):
+        for item in _within(asked.run(lease), contestant, number / count + half, half):
             if isinstance(item, RowAnswer):
                 answer = item
             else:
@@ -115,19 +118,23 @@ class Race(TableLab):
             costs |= _speeds(engines, model.encode(self.prompt.strip() or PROMPT), lease)
         return answer.result, row | costs
 
-    def _prepared(self, lease: Lease, key: Key, contestant: Contestant) -> Generator[Event | Progress, None, dict]:
-        """Seconds of calibrating and of loading with quantizing; None for what was there before."""
+    def _prepared(self, lease: Lease, key: Key, contestant: Contestant, costs: dict) -> Iterator[Event | Progress]:
+        """Calibrate and load; `costs` gets the seconds of each, None for what was there before."""
         calibrated, there = key.method.calibrated, key.method.calibrated and statistics_file(key).exists()
         started = lease.clock()
         yield from lease.calibrate(key)
         seconds = None if there else lease.clock() - started if calibrated else 0.0
-        costs = {"calibration_seconds": seconds, "load_seconds": None}
+        costs |= {"calibration_seconds": seconds, "load_seconds": None}
         with closing(lease.load(key, contestant)) as events:
             for event in events:
                 if isinstance(event, Loaded) and not event.resident:
                     costs["load_seconds"] = event.seconds
                 yield event
-        return costs
+
+    @classmethod
+    def restore(cls, stored: dict[str, Any]) -> RowAnswer:
+        """What was not measured is None."""
+        return RowAnswer(cls, stored)
 
     @classmethod
     def finding(cls, rows: list[dict]) -> str:
@@ -155,15 +162,13 @@ class Race(TableLab):
         return [*drawn, Drawing.of(speeds_figure, fast)] if fast else drawn
 
 
-def _within(items: Generator, title: str, number: int, count: int) -> Generator[Event | Progress, None, tuple]:
-    """Pass `items` through; their progress is that of contestant `number` of `count`."""
-    while True:
-        try:
-            item = next(items)
-        except StopIteration as end:
-            return end.value
+def _within(items: Iterator, contestant: Contestant, start: float, share: float) -> Iterator:
+    """Pass `items` through; their progress, which may begin anew, becomes that of `share` of the whole, and grows."""
+    reached = start
+    for item in items:
         if isinstance(item, Progress) and item.fraction is not None:
-            item = Progress(f"{title}: {item.message}", (number + item.fraction) / count)
+            reached = max(reached, start + share * item.fraction)
+            item = Progress(f"{contestant.title}: {item.message}", reached)
         yield item
 
 
