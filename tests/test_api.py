@@ -25,6 +25,7 @@ from llmq.cli import build_parser
 from llmq.events import Progress, Step, Waiting
 from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
+from llmq.labs.race import FIELD
 from llmq.machine.jobs import Ended
 from llmq.ui.launch import launch
 from llmq.ui.shell.state import AppState
@@ -45,6 +46,11 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
     "outliers": {"prompt": "", "method": "bnb-int8", "new_tokens": 8, "sweep": "", **WHERE},
     "quality": {"methods": "fp16,bnb-int8", "engine": "auto", "text": "", "tokens": 4096, **WHERE},
+    "race": {"methods": FIELD, "tokens": 2048, **WHERE},
+    "rounding": {
+        "layer": "", "what": "input", "prompt": "", "numbers": "", "method": "absmax", "bits": 4, "group": 128,
+        "outlier": 0.0, **WHERE,
+    },
     "silencing": {"windows": 1, "prompt": "", "counts": "1,2,4,8", "draws": 3, **WHERE},
     "thresholds": {"windows": 1, "method": "llm-int8", "thresholds": "0,2,4,6,8,inf", **WHERE},
     "memory": {
@@ -60,6 +66,7 @@ QUESTIONS = {  # endpoint -> what is asked on both sides
     "agreement": {"prompt": PROMPT, "method": "llm-int8", "threshold": 1.0, "new_tokens": 3},
     "explain_token": {"prompt": PROMPT, "method": "bnb-int8@1", "new_tokens": 3, "token": 5, "patch": False},
     "quality": {"methods": "llm-int8", "tokens": 1024},
+    "rounding": {"layer": "0.q_proj", "what": "weight", "method": "rtn", "bits": 3, "outlier": 2.0},
     "memory": {"methods": "bnb-int8,llm-int8", "context": 100, "device_memory": "1GiB"},
     "models": {},
 }

@@ -229,6 +229,6 @@ def sums_markup(answer: Rounded) -> str:
     names = ("A typical number", "The number that is furthest off")[-len(answer.view.worked) :]
     worked = zip(names, answer.view.worked, strict=True)
     return "".join(
-        f"<h3>{name}: {html.escape(where)}</h3><pre>{html.escape(chr(10).join(lines))}</pre>"
+        f"<h2>{name}: {html.escape(where)}</h2><pre>{html.escape(chr(10).join(lines))}</pre>"
         for name, (where, *lines) in worked
     ).join(('<div class="llmq-sums">', "</div>"))
