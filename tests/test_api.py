@@ -238,7 +238,7 @@ def test_the_readme_lists_every_endpoint():
 def test_parameters_have_the_names_and_defaults_of_the_flags(name):
     """A switch that is on has a flag to turn it off; a text from a file is a text here; no answer is written there."""
     required = {option: "x" for option, default in TABLE[name].items() if default is ... or option == "prompt"}
-    words = words_of(name, {} if name == "silencing" else required)
+    words = words_of(name, {} if name in ("silencing", "rounding") else required)
     options = vars(build_parser().parse_args([str(word) for word in words]))
     fields = {"baseline": "baseline", "read": "text", "method": "contestant", "methods": "contestants"}
     for option, default in TABLE[name].items():

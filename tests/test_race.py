@@ -129,7 +129,7 @@ def test_the_finding_names_the_smallest_that_is_sure_to_be_near():
     assert said.startswith(
         "The smallest that is sure to cost under 1 % of perplexity is **int8, a scale a row**, 100 B"
     )
-    assert "**rounded to nearest** costs most" in said
+    assert "The most costs **rounded to nearest**: +40 %" in said
     assert Race.finding([rows[0], rows[2], replace_change(rows[1], 0.02)]).startswith("None of them is sure")
 
 

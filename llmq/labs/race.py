@@ -34,8 +34,7 @@ from llmq.models.reference_text import WINDOW
 PROMPT = "Name three colours."
 SPEED_TOKENS = 12
 FIELD = (
-    "fp16,int8-weight-only,llm-int8,vectorwise,groupwise,zeropoint,absmax,smoothquant,fp8,nf4,rtn,gptq,awq,rtn@bits=3,"
-    "gptq@bits=3"
+    "fp16,int8-weight-only,llm-int8,vectorwise,groupwise,zeropoint,absmax,smoothquant,fp8,nf4,rtn,gptq,awq,rtn@3,gptq@3"
 )
 
 
@@ -145,7 +144,7 @@ class Race(TableLab):
         if len(others) < 2:
             return ""
         worst = max(others, key=lambda row: row["perplexity_change"])
-        most = f"**{shown_name(worst['method'])}** costs most: {_shown_change(worst)}."
+        most = f"The most costs **{shown_name(worst['method'])}**: {_shown_change(worst)}."
         if not cheap:
             return f"None of them is sure to cost under 1 % of perplexity. {most}"
         least = min(cheap, key=lambda row: (row.get("bytes", 0), row["perplexity_change"]))
