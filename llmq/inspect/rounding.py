@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmq.methods.rounding import NF4_BLOCK as BLOCK
+
 if TYPE_CHECKING:
     import torch
 
     from llmq.methods.rounding import Rounding
 
-BLOCK = 64  # numbers in a row, whatever their rows, that NF4 gives a scale
 CHUNK = 1 << 18  # numbers at a time
 CELLS = (64, 128)  # most rows and columns of an error map
 BINS = 255  # as many as int8 has codes

@@ -97,25 +97,26 @@ class Race(TableLab):
         pair = list(dict.fromkeys((BASELINE, contestant)))
         loops = choose_engines("auto", [c.method for c in pair], model.config.to_dict(), self.device)
         keys = [Key.of(model, c.method, self.device, loop) for c, loop in zip(pair, loops, strict=True)]
-        half, count = 0.5 / len(self.contestants), len(self.contestants)
+        start, half = number / len(self.contestants), 0.5 / len(self.contestants)
         costs: dict = {}
-        yield from _within(self._prepared(lease, keys[-1], contestant, costs), contestant, number / count, half)
+        yield from _within(self._prepared(lease, keys[-1], contestant, costs), contestant, start, half)
+        found: list[RowAnswer] = []
+        yield from _within(self._read(lease, contestant, found), contestant, start + half, half)
+        row = next(row for row in found[0].rows if row["method"] == contestant.label)
+        weights, emulated = contestant.method.predict(model.shape), contestant.method.emulated_on(self.device)
+        costs |= {"bytes": weights.weights + weights.scales, "emulated": emulated}
+        engines = [] if emulated else [lease.get(key, c.method) for key, c in zip(keys, pair, strict=True)]
+        costs |= _speeds(engines, model.encode(self.prompt.strip() or PROMPT), lease)
+        return found[0].result, row | costs
+
+    def _read(self, lease: Lease, contestant: Contestant, found: list[RowAnswer]) -> Iterator[Event | Progress]:
+        """Ask the quality lab; `found` gets its answer."""
         asked = Quality(model=self.model, device=self.device, contestants=(contestant,), tokens=self.tokens)
-        answer = None
-        for item in _within(asked.run(lease), contestant, number / count + half, half):
+        for item in asked.run(lease):
             if isinstance(item, RowAnswer):
-                answer = item
+                found.append(item)
             else:
                 yield item
-        row = next(row for row in answer.rows if row["method"] == contestant.label)
-        weights = contestant.method.predict(model.shape)
-        costs |= {"bytes": weights.weights + weights.scales, "emulated": contestant.method.emulated_on(self.device)}
-        costs |= {"tokens_per_second": None, "fp16_tokens_per_second": None}
-        if not costs["emulated"]:
-            yield lease.progress(f"{contestant.title} writes")
-            engines = [lease.get(key, c.method) for key, c in zip(keys, pair, strict=True)]
-            costs |= _speeds(engines, model.encode(self.prompt.strip() or PROMPT), lease)
-        return answer.result, row | costs
 
     def _prepared(self, lease: Lease, key: Key, contestant: Contestant, costs: dict) -> Iterator[Event | Progress]:
         """Calibrate and load; `costs` gets the seconds of each, None for what was there before."""
@@ -172,7 +173,10 @@ def _within(items: Iterator, contestant: Contestant, start: float, share: float)
 
 
 def _speeds(engines: list[Engine], ids: list[int], lease: Lease) -> dict:
-    """Median decode tokens a second of the last of `engines`, and of FP16, the first, step by step in turn."""
+    """Median decode tokens a second of the last of `engines`, and of FP16, the first, step by step in turn; None
+    without engines."""
+    if not engines:
+        return {"tokens_per_second": None, "fp16_tokens_per_second": None}
     settings = SamplingSettings(max_new_tokens=SPEED_TOKENS + 1)
     for engine in engines:
         engine.warm_up(ids)
