@@ -61,6 +61,16 @@ def fit(page: Page, address: str) -> Iterator[str]:
     yield "fit"
 
 
+def lab(page: Page, address: str) -> Iterator[str]:
+    page.goto(f"{address}/?view=lab")
+    page.wait_for_selector("#rounding-table")
+    page.wait_for_selector("#rounding-errors .js-plotly-plot .hm")
+    yield "lab"
+    page.get_by_role("tab", name="Bits").click()
+    page.wait_for_selector("#bits .llmq-bit")
+    yield "lab-bits"
+
+
 def keep(page: Page, folder: Path, name: str) -> None:
     """A picture of what is in the window, in light and in dark."""
     for theme in ("light", "dark"):
@@ -87,5 +97,5 @@ if __name__ == "__main__":
     take(
         sys.argv[1],
         Path(sys.argv[2] if sys.argv[2:] else ROOT / "assets" / "screenshots"),
-        (compare, outliers, labs, fit),
+        (compare, outliers, labs, fit, lab),
     )

@@ -26,6 +26,7 @@ from llmq.errors import Ended
 from llmq.events import Progress, Step, Waiting
 from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
+from llmq.labs.race import FIELD
 from llmq.ui.launch import launch
 from llmq.ui.shell.state import AppState
 
@@ -49,6 +50,11 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
         "checkpoint": "", "other": "", "methods": "fp16,bnb-int8", "engine": "auto", "text": "", "tokens": 4096,
         "reading": "pooled", "floor": True, **WHERE,
     },
+    "race": {"methods": FIELD, "tokens": 2048, **WHERE},
+    "rounding": {
+        "layer": "", "what": "input", "prompt": "", "numbers": "", "method": "absmax", "bits": 4, "group": 128,
+        "outlier": 0.0, **WHERE,
+    },
     "sensitivity": {**WINDOWS, "method": "llm-int8", "by": "modules", "room": 3.0, "joined": True, **WHERE},
     "silencing": {**WINDOWS, "prompt": "", "counts": "1,2,4,8", "draws": 3, **WHERE},
     "thresholds": {**WINDOWS, "method": "llm-int8", "thresholds": "0,2,4,6,8,inf", **WHERE},
@@ -65,6 +71,7 @@ QUESTIONS = {  # endpoint -> what is asked on both sides
     "agreement": {"prompt": PROMPT, "method": "llm-int8", "threshold": 1.0, "new_tokens": 3},
     "explain_token": {"prompt": PROMPT, "method": "bnb-int8@1", "new_tokens": 3, "token": 5, "patch": False},
     "quality": {"methods": "llm-int8", "tokens": 1024},
+    "rounding": {"layer": "0.q_proj", "what": "weight", "method": "rtn", "bits": 3, "outlier": 2.0},
     "memory": {"methods": "bnb-int8,llm-int8", "context": 100, "device_memory": "1GiB"},
     "models": {},
 }
@@ -236,7 +243,7 @@ def test_the_readme_lists_every_endpoint():
 def test_parameters_have_the_names_and_defaults_of_the_flags(name):
     """A switch that is on has a flag to turn it off; a text from a file is a text here; no answer is written there."""
     required = {option: "x" for option, default in TABLE[name].items() if default is ... or option == "prompt"}
-    words = words_of(name, {} if name == "silencing" else required)
+    words = words_of(name, {} if name in ("silencing", "rounding") else required)
     options = vars(build_parser().parse_args([str(word) for word in words]))
     fields = {"baseline": "baseline", "read": "text", "method": "contestant", "methods": "contestants"}
     for option, default in TABLE[name].items():

@@ -195,6 +195,8 @@ def test_whatever_a_lab_is_asked_and_answers_can_travel(kind, tiny_folder):
         known["models"] = (str(tiny_folder),)
     if "contestant" in lab.__dataclass_fields__:
         known["contestant"] = Contestant.parse("llm-int8")
+    if "contestants" in lab.__dataclass_fields__:
+        known["contestants"] = Contestant.parse_all("fp16,bnb-int8")
     question = lab(model=str(tiny_folder), **known)
     assert pickle.loads(pickle.dumps(question)) == question
     items = list(Machine().run(question))

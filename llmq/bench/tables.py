@@ -1,7 +1,8 @@
 """README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
-or 'headline', 'quality', 'lean', 'load', 'prompts' or 'peers', which join several of them.
+or 'headline', 'quality', 'lean', 'load', 'prompts' or 'peers', which join several of them; 'methods' is their
+explanations.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from llmq.formatting import format_bytes, format_seconds
 from llmq.labs import lab_classes
 from llmq.labs.quality import FLOOR, shown_change, shown_margin
+from llmq.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "assets" / "results"
@@ -88,7 +90,7 @@ def _generate_table(result: dict) -> str:
     c = result["conditions"]
     note = (
         f"*{c['device_name']}, {result['model']} ({_weights(c)}); batch 1, {c['prompt_tokens']} prompt tokens, "
-        f"{c['new_tokens']} new tokens, greedy; medians of {c['repeats']} rounds in which everybody ran in turn, ratios "
+        f"{c['new_tokens']} new tokens, greedy; medians of {c['repeats']} rounds, everybody in turn, ratios "
         f"within a round, against FP16 of the same mode and eager bitsandbytes; {_versions(c)}; {c['date'][:10]}.*"
     )
     return "\n".join([*rows, "", note])
@@ -192,8 +194,18 @@ def _peers_table() -> str:
     return "\n".join([*rows, "", note])
 
 
+def _explanations() -> str:
+    """Every method on one screen; methods that share one stand above it together."""
+    shared: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        shared.setdefault(method.explanation(), []).append(name)
+    titles = {text: ", ".join(f"`{name}`" for name in names) for text, names in shared.items()}
+    return "\n".join(f"#### {title}\n\n{text}" for text, title in titles.items()).rstrip()
+
+
 _JOINED = {
     "headline": lambda: _headline_table(),
+    "methods": _explanations,
     "lean": _lean_table,
     "load": _load_table,
     "peers": _peers_table,

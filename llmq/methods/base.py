@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from llmq.errors import BadChoice
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llmq.methods.calibrate import ChannelMaximum
+    from llmq.methods.rounding import Rounding
 
 DEFAULT_THRESHOLD = 6.0  # LLM.int8() paper, section 3.2; also the default of bitsandbytes through transformers
 LARGEST_FP16 = 65504  # nothing a 16-bit activation holds is above it
@@ -89,6 +91,15 @@ class Method:
             given[name] = known[name].kind.parse(known[name].named, text)
         return cls(**given)
 
+    @classmethod
+    def explanation(cls) -> str:
+        """One screen of Markdown: what it does, its formula with an example, its source, what it needs and when it
+        fails. Stands in `explained` under the method's name; without one it is the class's above, or `about`."""
+        folder = files("llmq.methods") / "explained"
+        named = (folder / f"{base.name}.md" for base in cls.__mro__ if getattr(base, "name", ""))
+        found = next((file for file in named if file.is_file()), None)
+        return found.read_text(encoding="utf-8") if found else f"**What.** {cls.about}\n\n**Source.** {cls.source}\n"
+
     @property
     def settings(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields_of(type(self))}
@@ -107,11 +118,20 @@ class Method:
         loop ('hf' or 'lean'). `cpu`: torch's name of the processor's capability, such as 'AVX512'; '' is unknown."""
         raise NotImplementedError
 
+    def emulated_on(self, device: str) -> bool:
+        """Whether a speed on this device says nothing about the method."""
+        return self.emulated
+
     # What becomes of a model
 
     def load_arguments(self, device: str) -> dict[str, Any]:
         """Keyword arguments for `AutoModelForCausalLM.from_pretrained`."""
         return {"dtype": self.dtype, "device_map": {"": device}}
+
+    def rounding(self, *, weight: bool) -> Rounding | None:
+        """How this method rounds a weight, or an input, by that tensor alone; None for one that does not, or that asks
+        a calibration too."""
+        return None
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
         """The replacement of one linear layer, on its device; `statistics` of its input where it is calibrated."""

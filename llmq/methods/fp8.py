@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from llmq.fields import Choice
 from llmq.methods.base import Method, WeightBytes
+from llmq.methods.rounding import Float8, Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -31,18 +32,25 @@ class Fp8(Method):
 
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         stored = f"E4M3 linear weights and activations, a scale a {self.scale}"
-        if device.startswith("cuda"):
-            from llmq.methods.layers.fp8_linear import has_fp8_units
+        if self.emulated_on(device):
+            return f"{stored}; emulated, so its speed means nothing: multiplied in FP32"
+        return f"{stored}; FP8 products summed in FP32"
 
-            if has_fp8_units(device):
-                return f"{stored}; FP8 products summed in FP32"
-        return f"{stored}; emulated, so its speed means nothing: multiplied in FP32"
+    def emulated_on(self, device: str) -> bool:
+        if device.startswith("cpu"):
+            return True
+        from llmq.methods.layers.fp8_linear import has_fp8_units
+
+        return not has_fp8_units(device)
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
         """A layer of E4M3 weights that rounds its input."""
         from llmq.methods.layers.fp8_linear import Fp8Linear
 
         return Fp8Linear(linear, by_row=self.scale == "row")
+
+    def rounding(self, *, weight: bool) -> Rounding:
+        return Float8(self.scale == "row")
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
         return WeightBytes(shape[0] * shape[1], 4 * (shape[0] if self.scale == "row" else 1))

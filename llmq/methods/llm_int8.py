@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from llmq.fields import Choice
 from llmq.methods.base import DEFAULT_THRESHOLD, THRESHOLD, Method, WeightBytes
+from llmq.methods.rounding import Decomposed, Rounding, Symmetric
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,9 @@ class LlmInt8(Int8Weights):
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
         codes = super().bytes(shape)
         return codes if self.outlier_weights == "8" else WeightBytes(3 * codes.weights, codes.scales)
+
+    def rounding(self, *, weight: bool) -> Rounding:
+        return Symmetric(0) if weight else Decomposed(self.threshold)
 
     def apply_(self, model: nn.Module) -> None:
         from llmq.methods.layers.int8_linear import Int8Linear

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from llmq.methods.base import Method, WeightBytes
+from llmq.methods.rounding import Rounding, Symmetric
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,9 @@ class Naive(Method):
         from llmq.methods.layers.naive_linear import NaiveLinear
 
         return NaiveLinear.over(linear, self)
+
+    def rounding(self, *, weight: bool) -> Rounding | None:
+        return Symmetric(self.group) if (self.weights if weight else self.activations) else None
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
         groups = 1 if self.group is None else shape[0] * -(-shape[1] // (self.group or shape[1]))

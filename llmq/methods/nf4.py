@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmq.methods.base import Method, WeightBytes
+from llmq.methods.rounding import NF4_BLOCK as BLOCK
+from llmq.methods.rounding import NormalFloat, Rounding
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-BLOCK = 64  # numbers that share a scale, bitsandbytes' default
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class Nf4(Method):
         made.bias = linear.bias
         return made.eval()
 
+    def rounding(self, *, weight: bool) -> Rounding | None:
+        return NormalFloat() if weight else None
+
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
         numbers = shape[0] * shape[1]
         return WeightBytes(-(-numbers // 2), 4 * -(-numbers // BLOCK))
@@ -73,3 +76,10 @@ class Nf4(Method):
     def scale_bytes(self, model: nn.Module) -> int:
         states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
         return sum(state.absmax.nbytes for state in states if state is not None)
+
+
+def levels() -> torch.Tensor:
+    """The 16 numbers that a code of 4 bits stands for, before its scale, ascending, as bitsandbytes has them."""
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type("nf4", device="cpu")

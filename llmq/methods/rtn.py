@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from llmq.fields import Choice, Number
 from llmq.methods.base import Method, WeightBytes
 from llmq.methods.ranges import RANGES
+from llmq.methods.rounding import OnGrid, Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -84,3 +85,6 @@ class Rtn(Grouped):
     name, label = "rtn", "rounded to nearest"
     about = "Weights of a few bits, each rounded to the nearest number of its group: what GPTQ and AWQ must beat."
     source = "the baseline of Frantar et al. 2022, GPTQ, arXiv 2210.17323, section 5"
+
+    def rounding(self, *, weight: bool) -> Rounding | None:
+        return OnGrid(self.grid) if weight else None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmq.methods.base import Method, WeightBytes
+from llmq.methods.rounding import Affine, Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,9 @@ class ZeroPoint(Method):
         from llmq.methods.layers.zero_point_linear import ZeroPointLinear
 
         return ZeroPointLinear(linear)
+
+    def rounding(self, *, weight: bool) -> Rounding:
+        return Affine()
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
         return WeightBytes(shape[0] * shape[1], 8)

@@ -11,6 +11,7 @@ from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET
 from llmq.ui.tabs.compare_tab import CompareTab
 from llmq.ui.tabs.fit_tab import FitTab
+from llmq.ui.tabs.lab_tab import LabTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
 
 TITLE = "llmq: what 8-bit quantization does to a LLaMA"
@@ -22,7 +23,7 @@ INTRO = (
 
 def build(state: AppState) -> gr.Blocks:
     """The page over the state that all visitors share; `launch.launch` serves it."""
-    compare, outliers, fit = CompareTab(state), OutliersTab(state), FitTab(state)
+    compare, outliers, fit, lab = CompareTab(state), OutliersTab(state), FitTab(state), LabTab(state)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# What 8 bits do to a language model\n{INTRO}", elem_id="header")
         with gr.Tabs(elem_id="tabs"):
@@ -32,9 +33,12 @@ def build(state: AppState) -> gr.Blocks:
                 outliers.build()
             with gr.Tab("Does it fit?", id="fit", elem_id="tab-fit") as fit_tab:
                 fit.build()
+            with gr.Tab("Lab", id="lab", elem_id="tab-lab", render_children=False) as lab_tab:
+                lab.build()
         compare.wire(page)
         outliers.wire(tab)
         fit.wire(page, fit_tab)
+        lab.wire(lab_tab)
         page.load(outliers.from_link, None, outliers.linked, **QUIET)
         asked, watched = [compare.prompt, compare.model], [outliers.prompt, outliers.model]
         for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):

@@ -58,6 +58,16 @@ class Fp8Linear(nn.Linear):
 def rounded(x: torch.Tensor, *, by_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, columns) -> E4M3 codes and scale, float32 (rows, 1) or (1, 1): x is about codes · scale."""
     x = x.float()
-    absmax = x.abs().amax(1, keepdim=True) if by_row else x.abs().amax().view(1, 1)
-    scale = torch.where(absmax > 0, absmax / LARGEST, 1.0)
-    return (x / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
+    scale = scale_of(x, by_row=by_row)
+    return codes_of(x, scale), scale
+
+
+def scale_of(x: torch.Tensor, *, by_row: bool) -> torch.Tensor:
+    """The scale of `rounded`, which brings the largest number to 448."""
+    absmax = x.abs().amax(1, keepdim=True) if by_row else torch.stack(x.aminmax()).abs().amax().view(1, 1)
+    return torch.where(absmax > 0, absmax / LARGEST, 1.0)
+
+
+def codes_of(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The codes of `rounded`, by a scale that is known."""
+    return (x / scale).clamp(-LARGEST, LARGEST).to(E4M3)

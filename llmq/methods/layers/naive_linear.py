@@ -63,13 +63,22 @@ def rounded(x: torch.Tensor, group: int | None) -> tuple[torch.Tensor, torch.Ten
     """(rows, columns) float32 -> codes in [-127, 127], still float32, and absmax: x is about codes · absmax / 127. One
     absmax for every `group` columns of a row, (rows, groups); for a row where it is 0; for all, (1, 1), where it is
     None. Zeros get codes of 0."""
+    absmax = absmax_of(x, group)
+    return codes_of(x, absmax, group), absmax
+
+
+def absmax_of(x: torch.Tensor, group: int | None) -> torch.Tensor:
+    """The absmax of `rounded`, without the codes."""
     if group is None:
-        absmax = x.abs().amax().view(1, 1)
-    else:
-        width = group or x.shape[1]
-        absmax = functional.pad(x.abs(), (0, -x.shape[1] % width)).view(len(x), -1, width).amax(2)
+        return torch.stack(x.aminmax()).abs().amax().view(1, 1)
+    width = group or x.shape[1]
+    return functional.pad(x.abs(), (0, -x.shape[1] % width)).view(len(x), -1, width).amax(2)
+
+
+def codes_of(x: torch.Tensor, absmax: torch.Tensor, group: int | None) -> torch.Tensor:
+    """The codes of `rounded`, by an absmax that is known."""
     per_code = torch.where(absmax > 0, 127 / absmax, 0.0)
-    return torch.round(x * spread(per_code, group, x.shape[1])), absmax
+    return torch.round(x * spread(per_code, group, x.shape[1]))
 
 
 def spread(values: torch.Tensor, group: int | None, columns: int) -> torch.Tensor:

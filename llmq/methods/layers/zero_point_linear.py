@@ -30,7 +30,18 @@ class ZeroPointLinear(nn.Linear):
 
 def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes in [-128, 127], still float32, scale and zero-point of a tensor: x is about (codes - zero) · scale."""
-    low, high = x.amin().clamp_max(0), x.amax().clamp_min(0)
+    scale, zero = scale_and_zero(x)
+    return codes_of(x, scale, zero), scale, zero
+
+
+def scale_and_zero(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero-point of a tensor, whose range is stretched to hold 0."""
+    low, high = x.aminmax()
+    low, high = low.clamp_max(0), high.clamp_min(0)
     scale = torch.where(high > low, (high - low) / 255, 1.0)
-    zero = torch.round(-low / scale) - 128
-    return (torch.round(x / scale) + zero).clamp(-128, 127), scale, zero
+    return scale, torch.round(-low / scale) - 128
+
+
+def codes_of(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """The codes of `rounded`, by a scale and a zero-point that are known."""
+    return (torch.round(x / scale) + zero).clamp(-128, 127)

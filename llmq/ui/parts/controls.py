@@ -8,7 +8,7 @@ from dataclasses import MISSING
 
 import gradio as gr
 
-from llmq.contestant import OneContestant
+from llmq.contestant import Contestants, OneContestant, shown_name
 from llmq.errors import BadChoice
 from llmq.fields import Choice, Field, Number, Numbers, Switch
 from llmq.methods import METHODS
@@ -36,6 +36,10 @@ def control(field: Field, elem_id: str):
         return gr.Checkbox(default, **look)
     if isinstance(kind, OneContestant):
         return gr.Dropdown(METHOD_CHOICES, value=kind.spell(default), allow_custom_value=True, **look)
+    if isinstance(kind, Contestants):
+        names = [contestant.label for contestant in default]
+        choices = dict.fromkeys((*METHOD_CHOICES, *((shown_name(name), name) for name in names)))
+        return gr.Dropdown(list(choices), value=names, multiselect=True, allow_custom_value=True, **look)
     if isinstance(kind, Numbers) and kind.start is not None:
         return gr.Slider(kind.each.low, kind.each.shown, kind.start, step=kind.each.step, **look)
     if isinstance(kind, Number) and kind.shown is not None:
@@ -49,6 +53,8 @@ def value_of(field: Field, given):
     kind = field.kind
     if isinstance(kind, Switch):
         return bool(given)
+    if isinstance(kind, Contestants):
+        return kind.read(field.named, ",".join(map(str, given or ())), {})
     if isinstance(kind, Numbers) and kind.start is not None:
         number = whole(field.named, given) if kind.each.whole else given
         return kind.check(field.named, (number,))

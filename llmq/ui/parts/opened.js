@@ -1,9 +1,9 @@
 () => {
-  // What an address asks of the page itself: autorun=1, view=outliers or fit, embed=1. Which part of the Outliers tab is
+  // What an address asks of the page itself: autorun=1, view=outliers, fit or lab, embed=1. Which part of the Outliers tab is
   // open, `part`, the server says.
   const asked = new URLSearchParams(window.location.search);
   const view = asked.get("view");
-  const views = ["compare", "outliers", "fit"];
+  const views = ["compare", "outliers", "fit", "lab"];
   // Where the window is narrow, the last tabs are in a menu, nameless but in order.
   const inMenu = () => [...document.querySelectorAll("#tabs > .tab-wrapper .overflow-dropdown button")]
     .at(views.indexOf(view) - views.length);

@@ -21,7 +21,7 @@ CONTESTANT_CLASSES = ("llmq-c0", "llmq-c1", "llmq-c2")  # on a pane or a card: i
 
 def build_css() -> str:
     """The page's style sheet: the palettes as custom properties, then its files in order."""
-    sheets = (Path(__file__).with_name(f"{name}.css") for name in ("theme", "page", "outliers", "fit"))
+    sheets = (Path(__file__).with_name(f"{name}.css") for name in ("theme", "page", "outliers", "fit", "lab"))
     rules = [sheet.read_text(encoding="utf-8") for sheet in sheets]
     return "\n".join((f":root {{ {properties(LIGHT)} }}", f".dark {{ {properties(DARK)} }}", *rules))
 

@@ -19,6 +19,7 @@ from llmq.labs.compare import SCHEDULES
 from llmq.ui.parts.address import keep_in_address
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
+from llmq.ui.parts.how import explained_methods, how_it_works
 from llmq.ui.parts.method_settings import method_settings, wire_settings
 from llmq.ui.parts.result import result_view
 from llmq.ui.shell.assets import script
@@ -89,6 +90,8 @@ class CompareTab:
             gr.Markdown(f"{free}A method may be typed with its settings: `bnb-int8@0`, `gptq@bits=3:group=64`.")
             chosen = [method.value for method in self.methods]
             self.method_settings = method_settings(chosen, elem_id="method-settings")
+            with gr.Accordion("How these methods work", open=False, elem_id="compare-how"):
+                self.how = how_it_works(*self.state.methods, elem_id="compare-explained")
             with gr.Row(equal_height=True):
                 self.max_new_tokens = gr.Slider(
                     1,
@@ -169,6 +172,8 @@ class CompareTab:
         shown = [self.result, self.download, *form]
         tell_end(self.replay.click(self._replay, self.recording, shown, **QUIET), self.result.elem_id)
         self.upload.upload(self._replay_upload, self.upload, shown, **QUIET)
+        chosen = [method.change for method in self.methods]
+        gr.on(chosen, lambda *names: explained_methods(names), self.methods, self.how, queue=False, **QUIET)
         self.result.stop(self._stop, None, None, queue=False, **QUIET)
         gr.on([part.change for part in form], None, form, self.link, js=script("link.js"), **QUIET)
         wire_settings(self.method_settings, self.methods, **QUIET)

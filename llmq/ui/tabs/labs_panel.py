@@ -1,8 +1,9 @@
-"""The What-if part of the Outliers tab: a section for every lab that asks for one, made of its annotated fields."""
+"""Sections of labs whose answers are tables, made of their annotated fields: the What-if part of the Outliers tab has
+one for every lab that asks for one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from llmq.contestant import shown_name
 from llmq.errors import UserError
 from llmq.fields import Field, fields_of
 from llmq.labs import lab_classes
-from llmq.labs.rows import RowAnswer, RowLab
+from llmq.labs.rows import RowAnswer, TableLab
 from llmq.models.presets import model_title
 from llmq.ui.parts.controls import control, value_of
 from llmq.ui.parts.explanation import explanation
@@ -24,12 +25,17 @@ from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 
+ABOUT = (
+    "Each lab asks the model above, and writes on from the prompt above. The method and the threshold above play no "
+    "part here: every lab names its own."
+)
+
 
 @dataclass
 class Section:
     """One lab on the page: its controls by field, its button, and where its answer goes."""
 
-    lab: type[RowLab]
+    lab: type[TableLab]
     controls: list[tuple[Field, gr.components.Component]]
     button: gr.Button
     status: gr.HTML
@@ -48,23 +54,23 @@ class Section:
 
 
 class LabsPanel:
-    """Builds the part inside an open tab; `wire` connects it to the shared prompt and model."""
+    """Builds the part inside an open tab; `wire` connects it to the shared prompt and model. `labs`: other ones than
+    those that ask for a section."""
 
-    def __init__(self, state: AppState):
-        self.state = state
+    def __init__(self, state: AppState, labs: Sequence[type[TableLab]] = ()):
+        self.state, self.labs = state, labs
 
     def build(self) -> None:
-        explanation(
-            "Each lab asks the model above, and writes on from the prompt above. The method and the threshold "
-            "above play no part here: every lab names its own."
-        )
-        self.sections = [self._section(lab) for lab in lab_classes().values() if lab.panel]
+        if not self.labs:
+            explanation(ABOUT)
+        labs = self.labs or [lab for lab in lab_classes().values() if lab.panel]
+        self.sections = [self._section(lab) for lab in labs]
 
-    def section(self, lab: type[RowLab]) -> Section:
+    def section(self, lab: type[TableLab]) -> Section:
         """The section of a lab."""
         return next(section for section in self.sections if section.lab is lab)
 
-    def _section(self, lab: type[RowLab]) -> Section:
+    def _section(self, lab: type[TableLab]) -> Section:
         kind = lab.kind
         keeping = Keeping(self.state, kind)
         with gr.Accordion(lab.title, open=True, elem_id=kind, elem_classes=["llmq-part"]):
@@ -109,7 +115,7 @@ class LabsPanel:
         ask.__doc__ = section.lab.about
         return ask
 
-    def _question(self, section: Section, model, prompt, values) -> RowLab:
+    def _question(self, section: Section, model, prompt, values) -> TableLab:
         given = {field.name: value_of(field, v) for (field, _), v in zip(section.controls, values, strict=True)}
         return section.lab(model=model, device=self.state.device, prompt=str(prompt or ""), **given)
 
@@ -139,11 +145,15 @@ class LabsPanel:
                 answer = section.keeping.answer_in(upload)
             except UserError as error:
                 return {section.status: f"Not opened: {error}"}
-            rows = self._rows(section, answer, [])
-            said = f"A saved answer, {model_title(str(answer.result['model']))}. {_ended(answer)}"
-            return self._shown(section, rows) | self._kept(section, answer, rows) | {section.status: said}
+            return self.opened(section, answer, "A saved answer")
 
         return show
+
+    def opened(self, section: Section, answer: RowAnswer, what: str) -> dict:
+        """What shows an answer that was not measured now; `what` says where it is from."""
+        rows = self._rows(section, answer, [])
+        said = f"{what}, {model_title(str(answer.result['model']))}. {_ended(answer)}"
+        return self._shown(section, rows) | self._kept(section, answer, rows) | {section.status: said}
 
     def _rows(self, section: Section, answer: RowAnswer, kept: list[dict]) -> list[dict]:
         """The rows of an answer, beside those that stay."""
@@ -172,5 +182,8 @@ def _named(row: dict) -> dict:
 def _ended(answer: RowAnswer | None, early: str = "") -> str:
     if answer is None:
         return early or "Stopped before anything was measured."
-    stopped = early or ("Stopped early; what was measured stays." if answer.result["stopped"] else "")
-    return f"{stopped} Measured on {answer.result['tokens']} tokens of {answer.result['text']}.".strip()
+    told = [f"{name}: not measured: {reason}." for name, reason in answer.result.get("missing", {}).items()]
+    if answer.rows:
+        stopped = early or ("Stopped early; what was measured stays." if answer.result["stopped"] else "")
+        told = [f"{stopped} Measured on {answer.result['tokens']} tokens of {answer.result['text']}.".strip(), *told]
+    return " ".join(told)

@@ -1,0 +1,84 @@
+"""Methods beside one another: what each loses against what it weighs, and how fast each is. No gradio, no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llmq.figures.palette import named
+from llmq.figures.style import escape, new_figure, style
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+LINEAR = 1.0  # per cent of perplexity up to where the axis is about linear
+TICKS = (-10, -3, -1, 0, 1, 3, 10, 30, 100, 1_000, 10_000, 100_000, 1_000_000)
+SQUASHED = 30.0  # per cent from where on a linear axis would squash the rest
+
+
+def trade_off_figure(rows: Sequence[dict]) -> go.Figure:
+    """Bytes against perplexity change in per cent, with its paired interval. `rows`: `name`, `bytes`,
+    `perplexity_change`, `perplexity_change_interval`, `kl_to_fp16`, `emulated`."""
+    figure = new_figure()
+    reach = max(100 * row["perplexity_change_interval"][1] for row in rows)
+    place = _symlog if reach > SQUASHED else float
+    for emulated in (False, True):
+        _points(figure, [row for row in rows if bool(row.get("emulated")) == emulated], place, emulated)
+    style(figure, "What each method loses, and what it weighs", height=560)
+    figure.update_layout(
+        xaxis={"title": {"text": "weights (MB)"}, "rangemode": "normal"},
+        yaxis={"title": {"text": "perplexity change (%)" + ", logarithmic beyond 1 %" * (place is _symlog)}},
+    )
+    if place is _symlog:
+        lowest = min(100 * row["perplexity_change_interval"][0] for row in rows)
+        ticks = [tick for tick in TICKS if min(lowest, 0) * 1.2 - 1 <= tick <= reach * 3]
+        figure.update_layout(yaxis={"tickvals": [_symlog(t) for t in ticks], "ticktext": [f"{t:,}" for t in ticks]})
+    return figure
+
+
+def _points(figure: go.Figure, rows: Sequence[dict], place, emulated: bool) -> None:
+    """One series; names stand right and left of their points in turn, from the least change up."""
+    rows = sorted(rows, key=lambda row: row["perplexity_change"])
+    values = [100 * row["perplexity_change"] for row in rows]
+    lows, highs = ([100 * row["perplexity_change_interval"][end] for row in rows] for end in (0, 1))
+    ys = [place(value) for value in values]
+    figure.add_scatter(
+        x=[row["bytes"] / 1e6 for row in rows], y=ys, mode="markers+text",
+        name="emulated: no speed of its own" if emulated else "multiplied as stored",
+        text=[escape(row["name"]) for row in rows],
+        textposition=["middle right" if i % 2 == emulated else "middle left" for i in range(len(rows))],
+        marker={"color": named(f"line-{int(emulated)}"), "size": 10, "symbol": "square-open" if emulated else "circle"},
+        error_y={
+            "type": "data", "symmetric": False, "thickness": 1, "width": 4,
+            "array": [place(high) - y for high, y in zip(highs, ys, strict=True)],
+            "arrayminus": [y - place(low) for low, y in zip(lows, ys, strict=True)],
+        },
+        customdata=[
+            [value, low, high, row["kl_to_fp16"]]
+            for value, low, high, row in zip(values, lows, highs, rows, strict=True)
+        ],
+        hovertemplate="%{text}<br>%{x:,.1f} MB<br>perplexity %{customdata[0]:+.3~g} % (%{customdata[1]:+.3~g} to "
+        "%{customdata[2]:+.3~g})<br>KL %{customdata[3]:.3~g}<extra></extra>",
+    )  # fmt: skip
+
+
+def speeds_figure(rows: Sequence[dict]) -> go.Figure:
+    """Decode against FP16 of the same loop. `rows`: `name`, `engine`, `tokens_per_second`, `fp16_tokens_per_second`."""
+    figure = new_figure()
+    figure.add_bar(
+        x=[row["tokens_per_second"] / row["fp16_tokens_per_second"] for row in rows],
+        y=[escape(f"{row['name']} ({row['engine']})") for row in rows], orientation="h",
+        customdata=[row["tokens_per_second"] for row in rows], marker={"color": named("line-0")}, showlegend=False,
+        hovertemplate="%{y}: %{customdata:.3~g} tok/s, %{x:.2f} times FP16<extra></extra>",
+    )  # fmt: skip
+    style(figure, "Decode speed against FP16 in the same loop", height=120 + 40 * len(rows))
+    figure.update_layout(
+        xaxis={"title": {"text": "times FP16"}, "rangemode": "tozero"}, yaxis={"autorange": "reversed"}
+    )
+    return figure
+
+
+def _symlog(per_cent: float) -> float:
+    """Linear near 0, logarithmic beyond LINEAR, on both sides."""
+    return math.copysign(math.log10(1 + abs(per_cent) / LINEAR), per_cent)
