@@ -32,7 +32,7 @@ from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.how import explained_methods, how_it_works
 from llmq.ui.parts.keeping import Keeping
-from llmq.ui.parts.notices import answers, notice
+from llmq.ui.parts.notices import Answers, notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
@@ -176,7 +176,8 @@ class RoundingPanel:
         try:
             question = self._question(source, numbers, model, layer, prompt, method, bits, group, outlier)
             yield {self.status: working("Starting")}
-            with closing(answers(self.state, question, request)) as items:
+            found = Answers(self.state, question, request)
+            with closing(iter(found)) as items:
                 for item in items:
                     if isinstance(item, Taken):
                         yield {self.taken: self.state.keep(item), self.status: f"Taken: {item.name}."}
@@ -186,7 +187,7 @@ class RoundingPanel:
         except (UserError, ValueError, TypeError) as error:
             yield {self.status: f"Not taken: {error}"}
             raise notice(error) from error
-        yield {self.status: "Stopped before the tensor was taken."}
+        yield {self.status: found.early or "Stopped before the tensor was taken."}
 
     def _draw(self, key, *settings) -> Iterator[dict]:
         """What is drawn of the kept tensor, or of the typed numbers; then the table, too."""
