@@ -268,3 +268,20 @@ def test_hooks_find_packed_layers():
     assert (
         isinstance(layer, PackedLinear) and isinstance(layer, nn.Linear) and layer(torch.randn(2, 16)).shape == (2, 4)
     )
+
+
+@pytest.mark.parametrize("name", ["gptq@4:group=8", "gptq@4:group=8:act_order=on", "awq@4:group=8", "smoothquant@auto"])
+def test_one_token_is_enough_to_calibrate(name):
+    """One row of inputs, half of them 0: a Hessian of rank 1, and no factor of 0 or infinity."""
+    method, linear, x = parse_method(name), nn.Linear(24, 16).requires_grad_(False), torch.randn(1, 24)
+    x[:, ::2] = 0
+    observer = method.observer(linear)
+    observer.update(x)
+    found = method.quantize(linear, observer.result())(x)
+    assert (found - linear(x)).norm() < 0.2 * linear(x).norm()
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant"])
+def test_no_token_at_all_is_an_error(name):
+    with pytest.raises(AssertionError, match="the layer was never run"):
+        parse_method(name).observer(nn.Linear(8, 8)).result()
