@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,17 +70,34 @@ class View:
     worked: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A rounding, fitted once to a tensor whose scale is that of all of it."""
+
+    rounding: Rounding
+    whole: Any = None
+
+    @classmethod
+    def to(cls, x: torch.Tensor, rounding: Rounding) -> Fitted:
+        return cls(rounding, rounding.fit(x) if rounding.whole else None)
+
+    def apply(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and values of some rows of the tensor."""
+        return self.rounding.apply(rows, self.whole if self.rounding.whole else self.rounding.fit(rows))
+
+
 def errors_of(tensor: Planted, rounding: Rounding) -> Errors:
     """Measure every number of a tensor under one rounding."""
-    return _measured(tensor, rounding)[0]
+    return _measured(tensor, Fitted.to(tensor.numbers, rounding))[0]
 
 
 def view_of(tensor: Planted, rounding: Rounding) -> tuple[Errors, View]:
     """Measure, and prepare what is drawn."""
-    errors, cells, cell = _measured(tensor, rounding)
-    edges, before, after, drawn = _histogram(tensor.numbers, rounding)
-    places = (_typical(tensor), _worst(tensor, rounding, cells, cell))
-    worked = tuple(worked_at(tensor.numbers, rounding, place) for place in dict.fromkeys(places))
+    fitted = Fitted.to(tensor.numbers, rounding)
+    errors, cells, cell = _measured(tensor, fitted)
+    edges, before, after, drawn = _histogram(tensor.numbers, fitted)
+    places = (_typical(tensor), _worst(tensor, fitted, cells, cell))
+    worked = tuple(_worked(tensor.numbers, fitted, place) for place in dict.fromkeys(places))
     return errors, View(edges, before, after, drawn, cells, cell, worked)
 
 
@@ -91,15 +108,7 @@ def _rows_of(x: torch.Tensor) -> int:
     return unit * max(1, CHUNK // x.shape[1] // unit)
 
 
-def _chunks(x: torch.Tensor, rounding: Rounding, rows: int):
-    """(first row, rows, codes, numbers) of some rows after the other."""
-    fit = rounding.fit(x) if rounding.whole else None
-    for start in range(0, len(x), rows):
-        part = x[start : start + rows]
-        yield start, part, *rounding.apply(part, fit if rounding.whole else rounding.fit(part))
-
-
-def _measured(tensor: Planted, rounding: Rounding) -> tuple[Errors, np.ndarray, tuple[int, int]]:
+def _measured(tensor: Planted, fitted: Fitted) -> tuple[Errors, np.ndarray, tuple[int, int]]:
     """Errors, the map's cells and the size of a cell."""
     import torch
     from torch.nn import functional
@@ -110,7 +119,10 @@ def _measured(tensor: Planted, rounding: Rounding) -> tuple[Errors, np.ndarray, 
     tall, wide = (-(-size // most) for size, most in zip(x.shape, CELLS, strict=True))
     signal = noise = total = zeroed = 0.0
     cells = []
-    for start, part, _, values in _chunks(x, rounding, _rows_of(x)):
+    rows = _rows_of(x)
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows]
+        _, values = fitted.apply(part)
         error = values - part
         if tensor.outlier and start <= tensor.outlier[0] < start + len(part):
             error[tensor.outlier[0] - start, tensor.outlier[1]] = 0
@@ -128,12 +140,11 @@ def _measured(tensor: Planted, rounding: Rounding) -> tuple[Errors, np.ndarray, 
     return errors, found, (tall, wide)
 
 
-def _histogram(x: torch.Tensor, rounding: Rounding) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _histogram(x: torch.Tensor, fitted: Fitted) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     import torch
 
-    fit = rounding.fit(x) if rounding.whole else None
     some = x[:: max(1, -(-x.numel() // DRAWN))]
-    _, values = rounding.apply(some, fit if rounding.whole else rounding.fit(some))
+    _, values = fitted.apply(some)
     reach = max(some.abs().max().item(), values.abs().max().item()) or 1.0
     counts = (torch.histc(one, BINS, -reach, reach).long().numpy() for one in (some, values))
     return np.linspace(-reach, reach, BINS + 1), *counts, some.numel()
@@ -146,14 +157,14 @@ def _typical(tensor: Planted) -> tuple[int, int]:
     return 0, column
 
 
-def _worst(tensor: Planted, rounding: Rounding, cells: np.ndarray, cell: tuple[int, int]) -> tuple[int, int]:
+def _worst(tensor: Planted, fitted: Fitted, cells: np.ndarray, cell: tuple[int, int]) -> tuple[int, int]:
     """The place of the largest error, found in the largest cell of the map."""
     top, left = (int(i) * size for i, size in zip(np.unravel_index(cells.argmax(), cells.shape), cell, strict=True))
     x = tensor.numbers
     rows = _rows_of(x)
     first = top // rows * rows
     part = x[first : first + rows]
-    _, values = rounding.apply(part, rounding.fit(x if rounding.whole else part))
+    _, values = fitted.apply(part)
     error = (values - part).abs()
     if tensor.outlier and first <= tensor.outlier[0] < first + len(part):
         error[tensor.outlier[0] - first, tensor.outlier[1]] = -1
@@ -164,13 +175,17 @@ def _worst(tensor: Planted, rounding: Rounding, cells: np.ndarray, cell: tuple[i
 
 def worked_at(x: torch.Tensor, rounding: Rounding, place: tuple[int, int]) -> tuple[str, ...]:
     """The number and its place, then the formula with it, a line a step."""
+    return _worked(x, Fitted.to(x, rounding), place)
+
+
+def _worked(x: torch.Tensor, fitted: Fitted, place: tuple[int, int]) -> tuple[str, ...]:
     row, column = place
     first = row - row % BLOCK  # so that blocks that cross rows begin where they do in the whole tensor
     part = x[first : row + 1]
-    codes, values = rounding.apply(part, rounding.fit(x if rounding.whole else part))
+    codes, values = fitted.apply(part)
     found = (values[row - first, column].item(), codes[row - first, column].item())
     number = x[place].item()
-    lines = rounding.worked(number, rounding.sharing(x, row, column), found[1], found[0])
+    lines = fitted.rounding.worked(number, fitted.rounding.sharing(x, row, column), found[1], found[0])
     return f"x = {number:.4g}".replace("-", "−") + f", row {row}, column {column}", *lines
 
 
