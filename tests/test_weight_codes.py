@@ -263,6 +263,22 @@ def test_a_model_weighs_what_was_predicted_and_still_speaks(typed):
     assert (model(ids).logits.float() - truth).norm() < 0.8 * truth.norm()
 
 
+@pytest.mark.parametrize("shape", [(64, 96), (32, 72)])
+def test_nf4_refuses_rows_that_bitsandbytes_gets_wrong_on_a_cpu(shape):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(BadChoice, match=f"multiple of 64 numbers only; a layer of this model has rows of {shape[1]}"):
+        METHODS["nf4"].quantize(nn.Linear(*shape[::-1], bias=False, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [32, 40, 72])
+def test_nf4_multiplies_any_number_of_rows(rows):
+    pytest.importorskip("bitsandbytes")
+    linear, x = nn.Linear(64, rows, bias=False, dtype=torch.bfloat16), torch.randn(3, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        truth, found = linear(x).float(), METHODS["nf4"].quantize(linear)(x).float()
+    assert (found - truth).norm() < 0.15 * truth.norm()
+
+
 def test_hooks_find_packed_layers():
     layer = METHODS["rtn"].rounded(torch.randn(4, 16), None)
     assert (

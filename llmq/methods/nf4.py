@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmq.errors import BadChoice
 from llmq.methods.base import Method, WeightBytes
 from llmq.methods.rounding import NF4_BLOCK as BLOCK
 from llmq.methods.rounding import NormalFloat, Rounding
@@ -13,6 +14,8 @@ from llmq.methods.rounding import NormalFloat, Rounding
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+PACKED_ROWS = 32  # of a weight, which bitsandbytes keeps together on a CPU that multiplies BF16
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,14 @@ class Nf4(Method):
         return model.eval() if done else super().quantize_(model, device, statistics)
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
-        """A Linear4bit with the weight of `linear`."""
+        """A Linear4bit with the weight of `linear`. Raises BadChoice for rows that bitsandbytes gets wrong on a CPU."""
         import bitsandbytes as bnb
         import torch
 
+        on_cpu = linear.weight.device.type == "cpu"
+        if on_cpu and linear.in_features % BLOCK:
+            needed = f"bitsandbytes computes NF4 on a CPU for rows of a multiple of {BLOCK} numbers only"
+            raise BadChoice(f"{needed}; a layer of this model has rows of {linear.in_features:,}")
         with torch.device("meta"):
             made = bnb.nn.LinearNF4(
                 linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=torch.bfloat16
@@ -64,6 +71,8 @@ class Nf4(Method):
             module=made,
         ).to(linear.weight.device)
         made.bias = linear.bias
+        if on_cpu and linear.out_features % PACKED_ROWS:
+            made.support_avx512bf16_for_cpu = False  # its faster form is for whole packs of rows
         return made.eval()
 
     def rounding(self, *, weight: bool) -> Rounding | None:
