@@ -107,6 +107,11 @@ def test_the_sentences_about_layers_are_the_stored_results():
     )
     assert said.replace("%", " %") in text
     assert all(abs(row["sum_of_parts"] / row["kl_to_fp16"] - 1) < 0.06 for row in together) and "within 6 %" in text
+    *layers, whole, recipe = stored("cpu-sensitivity-absmax")["results"]
+    kls = sorted((row["kl_to_fp16"] for row in layers), reverse=True)
+    assert len(kls) == 30 and len(recipe["skip_modules"]) == 5 * 7 + 1
+    assert f"five of the 30 layers have {sum(kls[:5]) / sum(kls):.0%} of the KL".replace("%", " %") in text
+    assert f"takes it from {whole['kl_to_fp16']:.3g} to {recipe['kl_to_fp16']:.3g}." in text
 
 
 def commands() -> list[str]:
