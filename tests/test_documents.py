@@ -107,6 +107,14 @@ def test_the_sentences_about_layers_are_the_stored_results():
     )
     assert said.replace("%", " %") in text
     assert all(abs(row["sum_of_parts"] / row["kl_to_fp16"] - 1) < 0.06 for row in together) and "within 6 %" in text
+    kept, plain = (rows_of("cpu-keep-v")[name]["kl_to_fp16"] for name in ("llm-int8@keep=v_proj", "llm-int8"))
+    more = sum(row["bytes_saved"] for row in v) / together[0]["memory_bytes"]
+    assert f"KL {kept:.4f} against {plain:.4f}, for {100 * more:.1f} % more memory" in text
+    *layers, whole, recipe = stored("cpu-sensitivity-absmax")["results"]
+    kls = sorted((row["kl_to_fp16"] for row in layers), reverse=True)
+    assert len(kls) == 30 and len(recipe["skip_modules"]) == 5 * 7 + 1
+    assert f"five of the 30 layers have {sum(kls[:5]) / sum(kls):.0%} of the KL".replace("%", " %") in text
+    assert f"takes it from {whole['kl_to_fp16']:.3g} to {recipe['kl_to_fp16']:.3g}." in text
 
 
 def commands() -> list[str]:
