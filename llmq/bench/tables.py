@@ -86,7 +86,8 @@ def _generate_table(result: dict) -> str:
     note = (
         f"*{c['device_name']}, {result['model']} ({_weights(c)}); batch 1, {c['prompt_tokens']} prompt tokens, "
         f"{c['new_tokens']} new tokens, greedy; medians of {c['repeats']} rounds in which everybody ran in turn, "
-        f"ratios within a round, against FP16 of the same mode and eager bitsandbytes; {_versions(c)}; {c['date'][:10]}.*"
+        "ratios within a round, against FP16 of the same mode and eager bitsandbytes; "
+        f"{_versions(c)}; {c['date'][:10]}.*"
     )
     return "\n".join([*rows, "", note])
 
