@@ -54,7 +54,7 @@ KERNELS = [
      PLAIN | {"INT8": True, "GATED": True}, 4, DECODE),
     ("product", "_split", PRODUCT8 | {"codes_ptr": I32}, DOT4 | {"GATED": False}, 1, DECODE),
     ("product", "_split", PRODUCT8 | {"codes_ptr": I32}, DOT4 | {"GATED": True}, 4, DECODE),
-    ("product", "_split_several", SEVERAL, DOT4 | {"THREE": True}, 1, DECODE),
+    ("product", "_split_several", SEVERAL, DOT4, 1, DECODE),
     ("attention", "_part", PART, {"HALF": 64, "WIDTH": 128, "BLOCK": 64, "ALONE": True}, 8, DECODE),
     ("attention", "_part", PART, {"HALF": 64, "WIDTH": 128, "BLOCK": 64, "ALONE": False}, 4, DECODE),
     ("attention", "_combine", COMBINE, {"PARTS": 16, "WIDTH": 128}, 4, DECODE),

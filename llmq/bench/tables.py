@@ -84,14 +84,15 @@ def _generate_table(result: dict) -> str:
             f"{row['over_fp16']:.2f}×",
             f"{row['over_bnb']:.1f}×",
             format_seconds(row["prefill_seconds"]),
-            format_bytes(row["peak_bytes"]),
+            "" if row["peak_bytes"] is None else format_bytes(row["peak_bytes"]),  # a CPU has none
         ]
         rows.append(f"| {' | '.join(cells)} |")
     c = result["conditions"]
     note = (
         f"*{c['device_name']}, {result['model']} ({_weights(c)}); batch 1, {c['prompt_tokens']} prompt tokens, "
-        f"{c['new_tokens']} new tokens, greedy; medians of {c['repeats']} rounds, everybody in turn, ratios "
-        f"within a round, against FP16 of the same mode and eager bitsandbytes; {_versions(c)}; {c['date'][:10]}.*"
+        f"{c['new_tokens']} new tokens, greedy; medians of {c['repeats']} rounds in which everybody ran in turn, "
+        "ratios within a round, against FP16 of the same mode and eager bitsandbytes; "
+        f"{_versions(c)}; {c['date'][:10]}.*"
     )
     return "\n".join([*rows, "", note])
 
@@ -224,13 +225,12 @@ def _conditions(result: dict) -> str:
 
 
 def _weights(conditions: dict) -> str:
-    random = conditions["random_weights"]
-    return "random weights, so the text means nothing" if random else conditions["model_revision"]
+    random = "random weights, so the text means nothing"
+    return random if conditions["random_weights"] else conditions["model_revision"]
 
 
 def _versions(conditions: dict) -> str:
-    names = "torch", "transformers", "bitsandbytes"
-    return ", ".join(f"{name} {conditions['versions'][name]}" for name in names)
+    return ", ".join(f"{name} {conditions['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
 
 
 def _quality_table(results: list[dict]) -> str:

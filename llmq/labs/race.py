@@ -111,8 +111,7 @@ class Race(TableLab):
 
     def _read(self, lease: Lease, contestant: Contestant, found: list[RowAnswer]) -> Iterator[Event | Progress]:
         """Ask the quality lab; `found` gets its answer."""
-        wanted = {"contestants": (contestant,), "tokens": self.tokens, "floor": False}
-        asked = Quality(model=self.model, device=self.device, **wanted)
+        asked = Quality(
             model=self.model, device=self.device, contestants=(contestant,), tokens=self.tokens, floor=False
         )
         for item in asked.run(lease):

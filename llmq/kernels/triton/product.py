@@ -202,38 +202,30 @@ def _split_several(
     w2_ptr, packed2_ptr, absmax2_ptr, bias2_ptr, out2_ptr, n_out2,
     w3_ptr, packed3_ptr, absmax3_ptr, bias3_ptr, out3_ptr, n_out3, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTLIERS: tl.constexpr, DP4A: tl.constexpr, BIAS: tl.constexpr,
-    THREE: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The rows of two or three matrices, one matrix after the other, times the same activations."""
+    """The rows of up to three matrices, one matrix after the other, times the same activations."""
     let_next_start(OVERLAP)
     program = tl.program_id(0)
     second = tl.cdiv(n_out, ROWS)
+    third = second + tl.cdiv(n_out2, ROWS)
     if program < second:
         _split_rows(
             program, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr,
             bias_ptr, None, out_ptr, n_out, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS, False, OVERLAP,
         )  # fmt: skip
+    elif program < third:
+        _split_rows(
+            program - second, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w2_ptr, packed2_ptr,
+            absmax2_ptr, bias2_ptr, None, out2_ptr, n_out2, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS, False,
+            OVERLAP,
+        )  # fmt: skip
     else:
-        if THREE:
-            third = second + tl.cdiv(n_out2, ROWS)
-            if program < third:
-                _split_rows(
-                    program - second, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w2_ptr, packed2_ptr,
-                    absmax2_ptr, bias2_ptr, None, out2_ptr, n_out2, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS,
-                    False, OVERLAP,
-                )  # fmt: skip
-            else:
-                _split_rows(
-                    program - third, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w3_ptr, packed3_ptr,
-                    absmax3_ptr, bias3_ptr, None, out3_ptr, n_out3, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS,
-                    False, OVERLAP,
-                )  # fmt: skip
-        else:
-            _split_rows(
-                program - second, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w2_ptr, packed2_ptr,
-                absmax2_ptr, bias2_ptr, None, out2_ptr, n_out2, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS,
-                False, OVERLAP,
-            )  # fmt: skip
+        _split_rows(
+            program - third, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w3_ptr, packed3_ptr,
+            absmax3_ptr, bias3_ptr, None, out3_ptr, n_out3, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS, False,
+            OVERLAP,
+        )  # fmt: skip
 
 
 def products(
@@ -249,12 +241,11 @@ def products(
     for weight, out, bias in zip(weights, outs, biases or [None] * len(outs), strict=True):
         packed = weight.codes.view(torch.int32) if dp4a else weight.codes
         members += [weight.codes, packed, weight.absmax, bias, out, len(out)]
-    if len(weights) == 2:
-        members += [*[None] * 5, 0]
+    members += members[-6:] if len(weights) == 2 else []  # for the programs of a third, of which there are none then
     _split_several[(sum(triton.cdiv(len(out), tile.rows) for out in outs),)](
         codes, x.absmax, x.count, x.index, x.value, *members, width, ROWS=tile.rows,
         COLUMNS=tile.columns // 4 if dp4a else tile.columns, OUTLIERS=PADDING, DP4A=dp4a, BIAS=bool(biases),
-        THREE=len(weights) == 3, num_warps=tile.warps, **options(outs[0].device),
+        num_warps=tile.warps, **options(outs[0].device),
     )  # fmt: skip
 
 
