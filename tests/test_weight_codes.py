@@ -274,7 +274,10 @@ def test_nf4_refuses_rows_that_bitsandbytes_gets_wrong_on_a_cpu(shape):
 def test_an_nf4_model_weighs_what_was_predicted():
     pytest.importorskip("bitsandbytes")
     method, shape = METHODS["nf4"], {"hidden_size": 64, "intermediate_size": 192}
-    predicted, model = method.predict(tiny_llama(**shape)), method.quantize_(tiny_llama(**shape), "cpu")
+    predicted, model = (
+        method.predict(tiny_llama(**shape).requires_grad_()),
+        method.quantize_(tiny_llama(**shape), "cpu"),
+    )
     assert (predicted.weights, predicted.scales) == (stored_bytes(model), method.scale_bytes(model))
 
 
