@@ -248,7 +248,7 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_the_command_line_starts_without_torch():
-    heavy = {"torch", "transformers", "bitsandbytes", "gradio", "plotly", "huggingface_hub"}
+    heavy = {"torch", "transformers", "bitsandbytes", "gradio", "plotly", "huggingface_hub", "numpy"}
     assert loaded_after("import llmq, llmq.cli, llmq.__init__\nllmq.cli.build_parser()") & heavy == set()
 
 
