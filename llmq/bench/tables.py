@@ -224,13 +224,9 @@ def _headline_table() -> str:
             if row["method"] == "llm-int8":
                 said.append(f"`llm-int8` costs {_cost(row)} on {result['conditions']['device_name']}")
             if row["method"] in HEADLINE:
-                cells = [
-                    shown_change(row),
-                    shown_margin(row),
-                    f"{row['kl_to_fp16']:.2g}",
-                    f"{row['top1_agreement']:.1%}",
-                ]
-                lines.append(f"| `{row['method']}` | {' | '.join(cells)} | {_read_by(result)} |")
+                kl, same = f"{row['kl_to_fp16']:.2g}", f"{row['top1_agreement']:.1%}"
+                cells = (f"`{row['method']}`", shown_change(row), shown_margin(row), kl, same, _read_by(result))
+                lines.append(f"| {' | '.join(cells)} |")
     note = f"*{'; '.join(said)}. The 135M demo model; differences paired by window of 512 tokens.*"
     return "\n".join([*lines, "", note])
 
