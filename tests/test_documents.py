@@ -19,6 +19,7 @@ from llmq.cli import build_parser
 from llmq.machine.door import Machine
 from llmq.methods import METHODS
 from llmq.models.opening import open_model
+from llmq.scores import mean_interval
 
 README, REPORT = ((tables.ROOT / name).read_text() for name in tables.DOCUMENTS)
 WITHOUT_COMMIT = {"gpu-kernels", "paris"}  # prototypes, and a judgement by hand; REPORT says so
@@ -115,6 +116,19 @@ def test_the_sentences_about_layers_are_the_stored_results():
     assert len(kls) == 30 and len(recipe["skip_modules"]) == 5 * 7 + 1
     assert f"five of the 30 layers have {sum(kls[:5]) / sum(kls):.0%} of the KL".replace("%", " %") in text
     assert f"takes it from {whole['kl_to_fp16']:.3g} to {recipe['kl_to_fp16']:.3g}." in text
+
+
+def test_the_cost_in_quality_is_certain_and_mostly_that_of_activations():
+    """Of 64 windows, in pairs: LLM.int8() costs perplexity, 8-bit weights alone less than half of its KL, and sums in
+    another order hardly anything."""
+    result, rows = stored("cpu-quality"), rows_of("cpu-quality")
+    assert result["conditions"]["windows"] >= tables.HEADLINE_WINDOWS and result["conditions"]["reading"] == "pooled"
+    assert rows["llm-int8"]["perplexity_change_interval"][0] > 0
+    int8, weights = (rows[name]["window_kls"] for name in ("llm-int8", "int8-weight-only"))
+    assert mean_interval([a / 2 - b for a, b in zip(int8, weights, strict=True)])[0] > 0
+    assert rows[tables.FLOOR]["equivalent_within"] < rows["int8-weight-only"]["equivalent_within"] / 5
+    assert rows[tables.FLOOR]["kl_to_fp16"] < rows["int8-weight-only"]["kl_to_fp16"] / 100
+    assert "most of it the rounding of activations" in README
 
 
 def commands() -> list[str]:

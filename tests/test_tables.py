@@ -147,9 +147,10 @@ def test_the_headline_is_of_many_windows_and_known_methods(made):
     few = result("quality", scored("bnb-int8", **NEW), text="English prose")
     lines = made("headline", cpu_quality=many | {"conditions": conditions}, gpu_quality=few)
     assert lines[2:4] == [
-        "| `llm-int8` | +2.0 % (+1.5 to +2.6) | ±2.5 % | 0.0173 | 92.3% | Abacus: English prose, 64 windows |",
+        "| `llm-int8` | +2.0 % (+1.5 to +2.6) | ±2.5 % | 0.017 | 92.3% | Abacus: English prose, 64 windows |",
         "",
     ]
+    assert lines[4].startswith("*`llm-int8` costs 2.0 % perplexity (95 %: 1.5 to 2.6) on Abacus. ")
 
 
 def test_what_watching_costs(made):

@@ -109,17 +109,22 @@ def _headline_table() -> str:
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-quality.json"))]
     lines = ["| | costs in perplexity (95 %) | equal within | KL to FP16, nats | same first choice | measured on |"]
     lines.append("|---|---:|---:|---:|---:|---|")
+    said = []
     for result in results:
         for row in result["results"] if result["conditions"]["windows"] >= HEADLINE_WINDOWS else ():
+            if row["method"] == "llm-int8":
+                said.append(f"`llm-int8` costs {_cost(row)} on {result['conditions']['device_name']}")
             if row["method"] in HEADLINE:
-                cells = [
-                    shown_change(row),
-                    shown_margin(row),
-                    f"{row['kl_to_fp16']:.4f}",
-                    f"{row['top1_agreement']:.1%}",
-                ]
-                lines.append(f"| `{row['method']}` | {' | '.join(cells)} | {_read_by(result)} |")
-    return "\n".join([*lines, "", "*The 135M demo model; differences paired by window of 512 tokens.*"])
+                kl, same = f"{row['kl_to_fp16']:.2g}", f"{row['top1_agreement']:.1%}"
+                cells = (f"`{row['method']}`", shown_change(row), shown_margin(row), kl, same, _read_by(result))
+                lines.append(f"| {' | '.join(cells)} |")
+    note = f"*{'; '.join(said)}. The 135M demo model; differences paired by window of 512 tokens.*"
+    return "\n".join([*lines, "", note])
+
+
+def _cost(row: dict) -> str:
+    low, high = (f"{100 * end:.1f}" for end in row["perplexity_change_interval"])
+    return f"{100 * row['perplexity_change']:.1f} % perplexity (95 %: {low} to {high})"
 
 
 def _judged_table(result: dict) -> str:

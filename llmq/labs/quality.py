@@ -202,8 +202,9 @@ def shown_change(row: dict) -> str:
     """Of the perplexity, in per cent, with its interval."""
     if "perplexity_change" not in row:  # absent from results of earlier versions
         return MISSING
-    low, high = (f"{100 * end:+.1f}" for end in row["perplexity_change_interval"])
-    return f"{100 * row['perplexity_change']:+.1f} % ({low} to {high})"
+    ends = (row["perplexity_change"], *row["perplexity_change_interval"])
+    change, low, high = (f"{round(100 * end, 1) + 0.0:+.1f}" for end in ends)  # never -0.0
+    return f"{change} % ({low} to {high})"
 
 
 def shown_margin(row: dict) -> str:
