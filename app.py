@@ -133,7 +133,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     from llmq.models.opening import open_model
     from llmq.ui.shell.guard import sites_in
 
-    quiet_libraries()
+    quiet_libraries()  # imports transformers, which two threads cannot import at once: it replaces its own module
     device = device_named(options.device)
     choice = choose_model(options.model, device, hosted=is_hosted())
     methods = options.methods or default_methods(device)

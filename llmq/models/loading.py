@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -263,18 +261,13 @@ def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozen
 
 def quiet_libraries() -> None:
     """Keep what the libraries tell their own users off the terminal: progress bars, what their next versions change,
-    packages that would help a method llmq does not have. Errors still show; llmq reports progress itself. Where
-    transformers is still to be imported, half a second, it is told by what it reads then."""
+    packages that would help a method llmq does not have. Errors still show; llmq reports progress itself."""
     from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
 
     disable_progress_bars()
-    if "transformers" in sys.modules:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-    else:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
 
