@@ -131,6 +131,32 @@ def test_the_cost_in_quality_is_certain_and_mostly_that_of_activations():
     assert "most of it the rounding of activations" in README
 
 
+def test_the_sentences_about_methods_are_of_paired_windows():
+    rows, text = rows_of("gpu-methods-quality"), " ".join(REPORT.split())
+
+    def said(more: str, less: str, digits: int = 1) -> str:
+        """By how much the perplexity of one is over the other's, in per cent, with its interval."""
+        pairs = zip(rows[more]["window_losses"], rows[less]["window_losses"], strict=True)
+        found = [a - b for a, b in pairs]
+        mean, low, high = (100 * math.expm1(x) for x in (sum(found) / len(found), *mean_interval(found)))
+        return f"{mean:.{digits}f} % ({low:.{digits}f} to {high:.{digits}f})".replace("-", "−")
+
+    for more, less, digits, words in (
+        ("llm-int8", "int8-weight-only", 1, "LLM.int8() costs {} more than they do"),
+        ("vectorwise", "llm-int8", 1, "vector-wise int8 {} more than LLM.int8()"),
+        ("absmax", "vectorwise", 0, "one scale a tensor {} more than vector-wise"),
+        ("vectorwise", "smoothquant", 1, "Vector-wise costs {} more than SmoothQuant,"),
+        ("vectorwise", "smoothquant@auto", 1, "and {} more than SmoothQuant with an α searched"),
+        ("llm-int8", "smoothquant@auto", 1, "LLM.int8() costs {} more than the latter"),
+        ("llm-int8", "llm-int8@outlier_weights=16", 1, "for its outliers it costs {} more"),
+        ("rtn@group=64", "awq@group=64", 1, "rounding to nearest costs {} more than AWQ"),
+        ("gptq@group=64", "rtn@group=64", 1, "GPTQ costs more than rounding to nearest: {} in input order"),
+        ("gptq@group=64:act_order=on", "rtn@group=64", 1, "{} with the largest activations first"),
+    ):
+        assert words.format(said(more, less, digits)) in text
+    assert rows["int8-weight-only"]["perplexity_change_interval"][0] < 0 < rows["int8-weight-only"]["equivalent_within"]
+
+
 def commands() -> list[str]:
     """Every command that REPORT section 8 and README tell a reader to run, without `python -m llmq`."""
     section = REPORT.partition("## 8. ")[2].partition("## 9. ")[0]
