@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from llmq.figures.palette import named
 from llmq.figures.style import base_layout, decades, new_figure, style
-from llmq.inspect.rounding import View
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+
+    from llmq.inspect.rounding import View
 
 
 def histogram_figure(view: View, title: str) -> go.Figure:

@@ -71,6 +71,27 @@ class View:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A method's errors; `bits`: of a number with its share of the scales; `made_for`: what it rounds in a model."""
+
+    method: str
+    errors: Errors
+    bits: float
+    made_for: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is stored of an answer beside its question."""
+
+    name: str
+    shape: tuple[int, int]
+    errors: Errors
+    view: View
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
 class Fitted:
     """A rounding, fitted once to a tensor whose scale is that of all of it."""
 

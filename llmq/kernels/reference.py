@@ -228,9 +228,9 @@ def _split_product(split: SplitRows, outliers: torch.Tensor, weight: Int8Weight)
 
 def _integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """int8 (rows, in) times int8 (out, in) transposed, as float32 (rows, out)."""
-    if not x.is_cuda:
+    if not x.is_cuda and x.shape[1] > 1:  # torch 2.13 is wrong about a single column
         return torch._int_mm(x, weight.T).float()
-    if x.shape[1] % 8 or weight.shape[0] % 8:
+    if not x.is_cuda or x.shape[1] % 8 or weight.shape[0] % 8:
         return x.float() @ weight.float().T
     padded = functional.pad(x, (0, 0, 0, max(0, FEWEST_ROWS - x.shape[0])))
     return torch._int_mm(padded, weight.T)[: x.shape[0]].float()

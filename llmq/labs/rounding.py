@@ -17,9 +17,7 @@ from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number, Text
 from llmq.figures.blocks import Block, Drawing, Table
-from llmq.figures.rounding import error_figure, histogram_figure
 from llmq.formatting import format_number, format_share, plain_json
-from llmq.inspect.rounding import Errors, Planted, View, check, errors_of, view_of
 from llmq.labs.base import Lab
 from llmq.methods import Method, parse_method
 from llmq.methods.rtn import BITS, GROUP
@@ -27,9 +25,10 @@ from llmq.methods.swap import linear_layers
 from llmq.models.opening import Model
 from llmq.stored import from_stored, to_stored
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # numpy comes with it, which the command line starts without
     import torch
 
+    from llmq.inspect.rounding import Errors, Row, View
     from llmq.machine.door import Lease
 
 METHODS_SHOWN = ("absmax", "zeropoint", "vectorwise", "groupwise", "llm-int8", "fp8@tensor", "fp8", "nf4", "rtn")
@@ -93,6 +92,8 @@ class Rounding(Lab):
 
     def answers(self, taken: Taken) -> Iterator[Rounded]:
         """Yield what is drawn of the method, then also the table of all. No device is needed."""
+        from llmq.inspect.rounding import Planted, Row, check, errors_of, view_of
+
         weight = self.what == "weight" or bool(self.numbers.strip())
         tensor = Planted.into(check(taken.numbers), self.outlier)
         answer = Rounded(self, taken.name, tuple(taken.shape), *view_of(tensor, _rounding(self.chosen, weight)))
@@ -119,6 +120,8 @@ class Rounding(Lab):
 
     @classmethod
     def restore(cls, stored: dict[str, Any]) -> Rounded:
+        from llmq.inspect.rounding import Found
+
         asked = {f.name: stored["stored"]["question"][f.name] for f in fields(cls)}
         found = from_stored(Found, stored["stored"]["found"])
         return Rounded(cls(**asked), found.name, found.shape, found.errors, found.view, found.rows)
@@ -137,27 +140,6 @@ class Taken:
         from llmq.inspect.rounding import LARGEST
 
         return cls(name, tuple(numbers.shape), numbers[:LARGEST, :LARGEST].cpu().clone())
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method's errors; `bits`: of a number with its share of the scales; `made_for`: what it rounds in a model."""
-
-    method: str
-    errors: Errors
-    bits: float
-    made_for: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """What is stored of an answer beside its question."""
-
-    name: str
-    shape: tuple[int, int]
-    errors: Errors
-    view: View
-    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
@@ -196,6 +178,8 @@ class Rounded:
         )
 
     def figures(self) -> list[Drawing]:
+        from llmq.figures.rounding import error_figure, histogram_figure
+
         return [Drawing.of(draw, self.view, self.method) for draw in (histogram_figure, error_figure)]
 
     def table(self) -> list[list[str]]:
@@ -229,6 +213,8 @@ class Rounded:
         }  # fmt: skip
 
     def stored(self) -> dict:
+        from llmq.inspect.rounding import Found
+
         found = Found(self.name, self.shape, self.errors, self.view, self.rows)
         asked = {f.name: getattr(self.question, f.name) for f in fields(self.question)}
         return plain_json(self.to_json()) | {"stored": {"question": asked, "found": to_stored(found)}}

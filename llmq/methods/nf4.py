@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from llmq.errors import BadChoice
 from llmq.methods.base import Method, WeightBytes
 from llmq.methods.rounding import NF4_BLOCK as BLOCK
 from llmq.methods.rounding import NormalFloat, Rounding
@@ -50,16 +51,12 @@ class Nf4(Method):
         return model.eval() if done else super().quantize_(model, device, statistics)
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
-        """A Linear4bit with the weight of `linear`. Raises BadChoice for rows that bitsandbytes gets wrong on a CPU."""
+        """A Linear4bit with the weight of `linear`."""
         import bitsandbytes as bnb
         import torch
 
-        on_cpu = linear.weight.device.type == "cpu"
-        if on_cpu and linear.in_features % BLOCK:
-            needed = f"bitsandbytes computes NF4 on a CPU for rows of a multiple of {BLOCK} numbers only"
-            raise BadChoice(f"{needed}; a layer of this model has rows of {linear.in_features:,}")
         with torch.device("meta"):
-            made = bnb.nn.LinearNF4(
+            made = _linear_class()(
                 linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=torch.bfloat16
             )
         made.weight = bnb.nn.Params4bit(
@@ -71,8 +68,6 @@ class Nf4(Method):
             module=made,
         ).to(linear.weight.device)
         made.bias = linear.bias
-        if on_cpu and linear.out_features % PACKED_ROWS:
-            made.support_avx512bf16_for_cpu = False  # its faster form is for whole packs of rows
         return made.eval()
 
     def rounding(self, *, weight: bool) -> Rounding | None:
@@ -85,6 +80,27 @@ class Nf4(Method):
     def scale_bytes(self, model: nn.Module) -> int:
         states = (getattr(parameter, "quant_state", None) for parameter in model.parameters())
         return sum(state.absmax.nbytes for state in states if state is not None)
+
+
+@cache
+def _linear_class() -> type:
+    import bitsandbytes as bnb
+    import torch
+
+    class Nf4Linear(bnb.nn.LinearNF4):
+        """Right for every shape on a CPU, too: bitsandbytes 0.50 unpacks rows that are no whole blocks wrongly with
+        AVX-512, and asserts that rows come in packs where it multiplies BF16."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.is_cuda or not (self.in_features % BLOCK or self.out_features % PACKED_ROWS):
+                return super().forward(x)
+            flat = copy.copy(self.weight.quant_state)
+            flat.shape = torch.Size([self.weight.quant_state.shape.numel()])
+            weight = bnb.functional.dequantize_4bit(self.weight.data, flat).view(self.out_features, self.in_features)
+            y = torch.nn.functional.linear(x.to(weight.dtype), weight)
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    return Nf4Linear
 
 
 def levels() -> torch.Tensor:
