@@ -29,6 +29,7 @@ def status(arguments):
 statuses = [status(arguments) for arguments in json.loads(sys.stdin.read())]
 print(json.dumps({"package": llmq.__file__, "statuses": statuses}))
 """
+REFUSED = {"tasks no-such-task": 2}
 SHORT = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
 
 
@@ -46,14 +47,19 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("experiment", "silencing", "--counts", 1, "--draws", 1),
         ("experiment", "amplifying", "--factors", 2),
         ("experiment", "thresholds", "--thresholds", "0,6"),
+        ("experiment", "sensitivity", "--by", "layers"),
         ("quality", "--tokens", 1024),
+        ("race", "--methods", "fp16,llm-int8", "--tokens", 1024),
+        ("rounding", "--method", "absmax"),
+        ("tasks", "no-such-task"),
+        ("quantize", model, "--method", "rtn@group=32", "--save", folder / "quantized"),
         ("memory", "--context", 64),
         ("models",),
         *(("bench", what, *SHORT) for what in ("decode", "prefill", "load", "hooks")),
     ]
     lines = []
     for number, words in enumerate(asked):
-        model_and_device = () if words[0] in ("replay", "models") else ("--model", model)
+        model_and_device = () if words[0] in ("replay", "models", "quantize") else ("--model", model)
         model_and_device += () if words[0] in ("replay", "models", "memory") else ("--device", "cpu")
         page = ("--html", folder / f"{number}.html") if writes_pages(words) else ()
         lines.append([str(word) for word in (*words, *model_and_device, *page)])
@@ -104,6 +110,8 @@ def test_every_command_runs_without_the_page(bare, tiny_folder):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert Path(found["package"]).parent == bare / "llmq" and not (bare / "llmq" / "ui").exists()
-    assert {" ".join(line[:2]): status for line, status in zip(asked, found["statuses"], strict=True) if status} == {}
+    assert {
+        " ".join(line[:2]): status for line, status in zip(asked, found["statuses"], strict=True) if status
+    } == REFUSED
     pages = [Path(line[-1]) for line in asked if "--html" in line]
-    assert len(pages) == 11 and all(page.read_text().startswith("<!doctype html>") for page in pages)
+    assert len(pages) == 14 and all(page.read_text().startswith("<!doctype html>") for page in pages)
