@@ -40,7 +40,7 @@ def test_a_link_opens_the_answer_and_the_answer_its_link(page, address, browser)
     open_fit(page, address, f"model={LLAMA}&card=rtx-4090&context=16384&batch=2")
     wanted = wait_for_answer(page, LLAMA, "rtx-4090", "", 16384, 2)
     rows = page.locator("#fit tbody tr")
-    assert rows.count() == len(wanted["rows"]) == 3
+    assert rows.count() == len(wanted["rows"]) == 4
     for row, shown in zip(wanted["rows"], rows.all(), strict=True):
         said = shown.inner_text()
         assert all(figure in said for figure in (*row["figures"].values(), row["largest"], row["method"]))
@@ -152,7 +152,7 @@ def test_accessible_and_never_wider_than_the_window(browser, address, theme, win
 
 def test_the_form_is_walked_by_keyboard_and_every_control_has_a_name(page, address):
     open_fit(page, address)
-    page.get_by_role("tab", name="Does it fit?").focus()
+    page.get_by_role("tab").filter(visible=True).last.focus()
     names = []
     for _ in range(4):
         page.keyboard.press("Tab")

@@ -138,7 +138,7 @@ def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, scre
 
 @pytest.mark.parametrize(("button", "inputs"), [
     ("read", [PROMPT, "", "continuation", "demo", "bnb-int8", 6.0, 8]),
-    ("ablation-run", ["demo", "", []]),
+    ("ablation-run", ["demo", "", [], "english"]),
 ])  # fmt: skip
 def test_what_travels_for_a_view_is_small(address, button, inputs):
     sizes = [size for size, _ in raw_messages(address, button, inputs)]

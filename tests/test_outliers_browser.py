@@ -121,8 +121,8 @@ def test_one_channel_is_silenced_beside_the_map_by_the_labs_own_section(page, ad
     page.wait_for_function("/^Measured on/.test(document.querySelector('#silence-card [data-part=doing]').textContent)")
     card = page.locator("#silence-card").inner_text()
     assert (
-        "17.4" in card
-        and "→ 12,6" in card
+        "35.8" in card
+        and "→ 8,7" in card
         and "Recording" not in card
         and "Silencing the strongest channel raises" in card
     )
