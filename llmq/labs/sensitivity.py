@@ -1,11 +1,11 @@
 """Which layer hurts: every layer and every module quantized alone, and the recipe that follows from it, measured.
 
-A part is quantized alone in the dense model, which computes in FP32 on a CPU (torch's FP16 products take ten times as
-long there) and in the method's own type on a GPU. Bytes saved are against the method's own type for what it does not
-quantize. The recipe keeps modules out in the order of KL per byte while the method's memory grows by no more than
-`room` per cent; where `joined`, q, k and v go together, and gate and up, so that our own loops can compute it. By
-layers alone, which takes an eighth of the time, it keeps layers. Its KL and the whole method's are measured in the loop
-that each runs in; the sum of the parts stands beside them.
+A part is quantized alone in the dense model, which computes in FP32 on a CPU (torch's FP16 products are slower there)
+and in the method's own type on a GPU. Bytes saved are against the method's own type for what it does not quantize. The
+recipe keeps modules out in the order of KL per byte while the method's memory grows by no more than `room` per cent;
+where `joined`, q, k and v go together, and gate and up, so that our own loops can compute it. By layers alone, which
+takes an eighth of the time, it keeps layers. Its KL and the whole method's are measured in the loop that each runs in;
+the sum of the parts stands beside them.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Sensitivity(RowLab):
     title = "Which layer hurts?"
     about = (
         "Every layer, then every module, is quantized **alone**: how far the predictions move (KL), how clean its "
-        "output is (SQNR), what it saves. Then the modules that cost most for a byte stay in 16 bit, and that recipe "
-        "is measured. It is a part of the method's name, which every field for a method takes."
+        "output is (SQNR), what it saves. Then the modules that cost most for a byte are left alone, and that "
+        "recipe is measured. It is a part of the method's name, which every field for a method takes."
     )
     contestant: Annotated[Contestant, METHOD] = Contestant.parse("llm-int8")
     by: Annotated[str, BY] = "modules"
