@@ -67,7 +67,8 @@ class Quantization:
     def _save_int8(self, model: Model) -> Iterator[Progress]:
         from llmq.models.int8_checkpoint import save_int8
 
-        return save_int8(model.source, self.folder)
+        threshold = {} if self.method.threshold is None else {"threshold": self.method.threshold}
+        return save_int8(model.source, self.folder, **threshold)
 
     def _save(self, model: Model, lease: Lease) -> Iterator[Event | Progress]:
         from llmq.models.saving import require_savable, save_model

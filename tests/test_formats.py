@@ -265,6 +265,7 @@ REFUSED = {
     "a group that does not divide": ("rtn@4:group=48", (), "groups of 48 do not divide the 64 inputs of model.layers"),
     "nor GPTQ's": ("gptq@4:group=48", (), "model.layers.0.self_attn.q_proj is 64 x 64 in groups of 48"),
     "bits": ("rtn@9", (), "9"),
+    "16-bit weights beside": ("llm-int8@outlier_weights=16", (), "no checkpoint format holds llm-int8@outlier_weights"),
     "five bits": ("gptq@5:group=32", ("--format", "gptq"), "gptq does not hold gptq@5:group=32"),
 }
 
@@ -275,6 +276,15 @@ def test_what_no_format_holds_is_refused_in_a_sentence(kind, origin, tmp_path, c
     with pytest.raises(UserError, match=words):
         saved(origin, tmp_path / "x", method, *options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("typed", "threshold"), [("llm-int8", 6), ("bnb-int8@4", 4), ("llm-int8@inf", 0)])
+def test_the_threshold_of_a_method_is_in_the_folder(typed, threshold, origin, tmp_path):
+    saved(origin, tmp_path / "x", typed)
+    said = json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]
+    assert said["load_in_8bit"] and said["llm_int8_threshold"] == threshold
+    with pytest.raises(BadChoice, match="holds int8 weights: choose bnb-int8, llm-int8"):
+        engine(tmp_path / "x", "llm-int8@outlier_weights=16")
 
 
 def test_nothing_is_overwritten_nor_quantized_twice(origin, tmp_path):

@@ -66,6 +66,11 @@ class LlmInt8(Int8Weights):
         """Our loops keep no second matrix."""
         return "int8" if self.outlier_weights == "8" else None
 
+    @property
+    def opens_int8(self) -> bool:
+        """An int8 checkpoint has no second matrix, either."""
+        return self.outlier_weights == "8"
+
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         outliers = "keep FP16" if self.outlier_weights == "8" else "and the weights they meet keep FP16"
         return f"{self._stored}; int8 products summed exactly in integers; outliers {outliers}, summed with them"

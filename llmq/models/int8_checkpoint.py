@@ -6,6 +6,7 @@ by row); `config.json` names the quantization. Half the download, and nothing to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 ROW_FORMAT = 0
 
 
-def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
-    """Write `source` with int8 linear weights to `folder`, tensor by tensor, yielding progress.
+def save_int8(source: Source, folder: Path, threshold: float = DEFAULT_THRESHOLD) -> Iterator[Progress]:
+    """Write `source` with int8 linear weights to `folder`, tensor by tensor, yielding progress. `threshold`: of the
+    outlier columns, which bitsandbytes takes from the folder.
 
     The folder appears in one rename, whole. Raises BadChoice for a folder that exists and for a model that is int8
     already; UserError where the disk has no room.
@@ -43,7 +45,7 @@ def save_int8(source: Source, folder: Path) -> Iterator[Progress]:
     needed = sum(path.stat().st_size for path in require_model(origin, source.name))
     with new_folder(folder, needed, "the int8 weights") as made:
         yield from _write(tensors, quantized, made)
-        write_settings(origin, _settings(config), made)
+        write_settings(origin, _settings(config, threshold), made)
 
 
 def _quantized_names(config: PretrainedConfig) -> dict[str, bool]:
@@ -71,8 +73,9 @@ def _int8(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: made.codes, f"{layer}.SCB": made.absmax, f"{layer}.weight_format": row_format}
 
 
-def _settings(config: PretrainedConfig) -> dict:
+def _settings(config: PretrainedConfig, threshold: float) -> dict:
     from transformers import BitsAndBytesConfig
 
-    quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=DEFAULT_THRESHOLD)
+    threshold = threshold if math.isfinite(threshold) else 0.0  # which is off, too, and a number in JSON
+    quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
     return config.to_dict() | {"dtype": "float16", "quantization_config": quantization.to_dict()}
