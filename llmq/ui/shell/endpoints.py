@@ -80,7 +80,7 @@ def fail_briefly(page: gr.Blocks) -> None:
 
 
 def describe_once(page: gr.Blocks) -> None:
-    """Describe each part of the page once and give every visitor a copy: Gradio describes all parts anew for each, 0.1
+    """Describe each part of the page once and give every visitor a copy: Gradio describes all parts anew for each, 0.04
     seconds of the thread that serves everybody else."""
     described = _Described(page)
     vars(described).update(vars(page.default_config), made={})
