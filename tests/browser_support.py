@@ -153,5 +153,13 @@ def wait_until_still(page) -> None:
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
+def open_settings(page) -> None:
+    """Open the settings of a comparison, and wait: Gradio gives what it has just shown its first values once more, over
+    what was typed meanwhile."""
+    page.locator("#settings button").first.click()
+    page.wait_for_selector("#threshold input[type=number]")
+    wait_until_still(page)
+
+
 def status(page, elem: str = "result") -> str:
     return page.locator(f"#{elem} .llmq-status").text_content()

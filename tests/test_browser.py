@@ -7,7 +7,17 @@ import re
 from dataclasses import replace
 
 import pytest
-from browser_support import ROOT, WINDOWS, compare_inputs, new_tab, open_page, raw_messages, status, wait_until_still
+from browser_support import (
+    ROOT,
+    WINDOWS,
+    compare_inputs,
+    new_tab,
+    open_page,
+    open_settings,
+    raw_messages,
+    status,
+    wait_until_still,
+)
 
 from llmq.events import Run, Step, TimedEvent
 
@@ -253,7 +263,7 @@ def test_the_form_outlives_a_reload_and_makes_no_history(page, address):
     assert page.url == opened, "a recording's settings are not the visitor's"
     press(page, "change")
     page.locator("#prompt textarea").fill("Où & quoi?")
-    page.locator("#settings button").first.click()
+    open_settings(page)
     page.locator("#threshold input[type=number]").fill("3.5")
     page.keyboard.press("Tab")
     page.wait_for_function("/threshold=3.5/.test(location.search)")
@@ -422,7 +432,7 @@ def test_a_text_that_runs_from_right_to_left_does_so(page, address, tmp_path):
 def test_a_link_opens_the_form_as_it_was_before_anything_ran(page, address, browser):
     open_page(page, address)
     page.locator("#prompt textarea").fill("Où & quoi?")
-    page.locator("#settings button").first.click()
+    open_settings(page)
     page.locator("#threshold input[type=number]").fill("3.5")
     page.keyboard.press("Tab")
     link = page.locator("#link textarea, #link input").first
@@ -442,7 +452,7 @@ def test_the_settings_of_a_method_are_fields_and_the_name_says_them(page, addres
     from playwright.sync_api import expect
 
     open_page(page, address, "methods=gptq@bits%3D3,llm-int8")
-    page.locator("#settings button").first.click()
+    open_settings(page)
     group, left, right = (page.locator(id) for id in ("#method-settings-0-group", "#method-0 input", "#method-1 input"))
     assert (page.locator("#method-settings-0-bits").input_value(), group.input_value()) == ("3", "128")
     group.fill("64")
