@@ -150,8 +150,13 @@ def test_the_sentences_about_methods_are_of_paired_windows():
         ("llm-int8", "smoothquant@auto", 1, "LLM.int8() costs {} more than the latter"),
         ("llm-int8", "llm-int8@outlier_weights=16", 1, "for its outliers it costs {} more"),
         ("rtn@group=64", "awq@group=64", 1, "rounding to nearest costs {} more than AWQ"),
-        ("gptq@group=64", "rtn@group=64", 1, "GPTQ costs more than rounding to nearest: {} in input order"),
-        ("gptq@group=64:act_order=on", "rtn@group=64", 1, "{} with the largest activations first"),
+        (
+            "gptq@group=64:act_order=off:even=off",
+            "rtn@group=64",
+            1,
+            "costs {} more than rounding to nearest in input order",
+        ),
+        ("gptq@group=64:even=off", "rtn@group=64", 1, "{} with the largest activations first"),
     ):
         assert words.format(said(more, less, digits)) in text
     assert rows["int8-weight-only"]["perplexity_change_interval"][0] < 0 < rows["int8-weight-only"]["equivalent_within"]

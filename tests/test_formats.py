@@ -167,7 +167,7 @@ WRITTEN = {
     "rtn@8:group=0": "compressed-tensors",
     "rtn@3:group=16": "compressed-tensors",
     "gptq@4:group=32": "gptq",
-    "gptq@8:group=64:act_order=on": "gptq",
+    "gptq@8:group=64:act_order=off": "gptq",
     "awq@4:group=32:folded=on": "compressed-tensors",
     "vectorwise": "compressed-tensors",
     "fp8": "compressed-tensors",
@@ -216,7 +216,7 @@ def test_python_writes_as_the_command_does(origin, tmp_path):
 
 def test_a_calibration_travels_where_it_is_wanted(origin, tmp_path):
     told = saved(origin, tmp_path / "with", "gptq@4:group=32")
-    found = load_file(tmp_path / "with" / "calibration" / "second-moments.safetensors")
+    found = load_file(tmp_path / "with" / "calibration" / "even-second-moments.safetensors")
     assert told["calibration"] == str(tmp_path / "with" / "calibration") and found[UP].shape == (65, 64)
     assert saved(origin, tmp_path / "without", "gptq@4:group=32", "--no-statistics")["calibration"] is None
     key = key_of(tmp_path / "without", "gptq@4:group=32")

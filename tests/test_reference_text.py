@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_llama
 from tiny_runs import run_cli
 
-from llmq.engine.loading import CALIBRATION_WINDOWS
+from llmq.methods import METHODS
 from llmq.models.reference_text import CALIBRATION, FOLDER, TEXTS, WINDOW, fingerprint, reference_text, windows
 
 ALL = [*TEXTS, CALIBRATION]
@@ -58,6 +58,6 @@ def test_calibration_takes_its_own_text(tmp_path, capsys, monkeypatch):
     folder = saved(tmp_path / "model", tiny_llama(max_position_embeddings=2 * WINDOW))
     arguments = ["--methods", "smoothquant", "--tokens", 1024, "--no-floor", "--device", "cpu"]
     assert run_cli(capsys, "quality", "--model", folder, *arguments)[0] == 0
-    assert taken == [(CALIBRATION_WINDOWS, CALIBRATION)]
+    assert taken == [(METHODS["smoothquant"].calibration_windows, CALIBRATION)]
     (kept,) = (tmp_path / "cache").rglob("*.safetensors")
     assert fingerprint(CALIBRATION) in kept.parent.name

@@ -67,7 +67,7 @@ def test_what_is_no_number_is_refused():
 def test_settings_that_cannot_be_are_refused_in_words(typed):
     with pytest.raises(BadChoice):
         parse_method(typed)
-    assert parse_method("gptq@bits=3:group=64:act_order=on").spelled == "gptq@3:group=64:act_order=on"
+    assert parse_method("gptq@bits=3:group=64:act_order=off").spelled == "gptq@3:group=64:act_order=off"
 
 
 def brute_force_obs(weight, hessian, grid: Grid, order: list[int], *, static: bool):
@@ -170,6 +170,32 @@ def test_second_moments_are_those_of_all_rows():
     rows = torch.cat((x[:4].half().float(), x[4:])).double()
     expected = torch.cat((rows.abs().mean(0, keepdim=True), rows.T @ rows / 30))
     assert torch.allclose(moments.result().double(), expected, atol=1e-5)
+
+
+def test_even_moments_are_those_of_the_rows_directions():
+    x, moments = torch.randn(30, 7) * torch.logspace(-3, 4, 30)[:, None], SecondMoments(even=True)
+    x[3] = 0
+    moments.update(x)
+    rows = x.double() / x.double().norm(dim=1, keepdim=True).clamp_min(1e-12)
+    expected = torch.cat((rows.abs().mean(0, keepdim=True), rows.T @ rows / 30))
+    assert torch.allclose(moments.result().double(), expected, atol=1e-5)
+
+
+def test_a_massive_token_does_not_have_gptq_to_itself():
+    """Where each token counts alike, the others lose as little as if it were not there."""
+    layer, x = nn.Linear(64, 32), correlated(400, 64, torch.float32)
+    x[0] = 1000 * torch.randn(64)
+
+    def lost(name: str, rows: torch.Tensor) -> float:
+        method = parse_method(name)
+        moments = method.observer(layer)
+        moments.update(rows)
+        made = method.quantize(layer, moments.result())
+        return (made(x[1:]) - layer(x[1:])).square().sum().item()
+
+    even, alone = (lost("gptq@3:group=16", rows) for rows in (x, x[1:]))
+    plain, plain_alone = (lost("gptq@3:group=16:even=off", rows) for rows in (x, x[1:]))
+    assert even < 1.1 * alone and plain > 1.1 * plain_alone
 
 
 def test_an_input_sample_is_spread_over_each_call():
@@ -281,7 +307,9 @@ def test_hooks_find_packed_layers():
     )
 
 
-@pytest.mark.parametrize("name", ["gptq@4:group=8", "gptq@4:group=8:act_order=on", "awq@4:group=8", "smoothquant@auto"])
+@pytest.mark.parametrize(
+    "name", ["gptq@4:group=8", "gptq@4:group=8:act_order=off:even=off", "awq@4:group=8", "smoothquant@auto"]
+)
 def test_one_token_is_enough_to_calibrate(name):
     """One row of inputs, half of them 0: a Hessian of rank 1, and no factor of 0 or infinity."""
     method, linear, x = parse_method(name), nn.Linear(24, 16).requires_grad_(False), torch.randn(1, 24)

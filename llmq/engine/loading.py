@@ -24,7 +24,6 @@ from llmq.models.reference_text import CALIBRATION, WINDOW, fingerprint
 log = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3  # glibc's malloc.h
-CALIBRATION_WINDOWS = 4  # of the text for it
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def statistics_file(key: Key) -> Path:
         brought = folder_of(key.model.source) / FOLDER / file_name(key.method)
         if brought.is_file():
             return brought
-    text = f"{fingerprint(CALIBRATION)}-{CALIBRATION_WINDOWS}x{WINDOW}"
+    text = f"{fingerprint(CALIBRATION)}-{key.method.calibration_windows}x{WINDOW}"
     return cache_folder() / FOLDER / f"{key.model.fingerprint}-{text}" / file_name(key.method)
 
 

@@ -31,6 +31,7 @@ from llmq.formatting import MISSING
 from llmq.labs.base import Lab
 from llmq.labs.rows import BASELINE, RowAnswer, TableLab, share_of
 from llmq.machine.door import Lease
+from llmq.methods import Method
 from llmq.models.architecture import Unsupported, architecture_of
 from llmq.models.edits import Reorder
 from llmq.models.opening import Model
@@ -176,6 +177,7 @@ class Quality(TableLab):
             "conditions": settings | describe(self.device, model.source),
             "results": [
                 {"method": r.label, "engine": r.engine.name, **summarised(r.scores[:read], base[:read], bytes_read)}
+                | _calibration(r.contestant.method)
                 for r in told
             ],
         }
@@ -189,6 +191,11 @@ class Quality(TableLab):
             if row.get("kl_to_fp16") and "perplexity_change" in row
         ]
         return f"Perplexity against FP16, with its 95 % interval: {'; '.join(costs)}." if costs else ""
+
+
+def _calibration(method: Method) -> dict:
+    """How much of the text for it the method is fitted to."""
+    return {"calibration_windows": method.calibration_windows} if method.calibrated else {}
 
 
 def reordered(model: Model) -> Model:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
 from llmq.engine.base import Engine, Interrupted
-from llmq.engine.loading import CALIBRATION_WINDOWS, Key, needs_statistics, statistics_file
+from llmq.engine.loading import Key, needs_statistics, statistics_file
 from llmq.errors import OutOfMemory, is_allocation_failure
 from llmq.events import Event, Loaded, Loading, Progress, Waiting
 from llmq.machine.pool import Pool
@@ -217,12 +217,13 @@ class Lease:
 
         dense = next(method for method in METHODS.values() if method.dense and method.dtype == key.method.dtype)
         wanted, what = Key.of(key.model, dense, key.device), f"calibrating {key.method.name}"
+        texts = windows(key.model, key.method.calibration_windows, CALIBRATION)
         yield self.progress(what, 0.0)
         resident = wanted in self.pool
         engine, _ = self._got(wanted)
         try:
             with Calibration(engine.model, key.method) as found, torch.inference_mode():
-                for number, ids in enumerate(texts := windows(key.model, CALIBRATION_WINDOWS, CALIBRATION), 1):
+                for number, ids in enumerate(texts, 1):
                     engine.logits(ids, self.stop.is_set)
                     yield self.progress(f"{what}: window {number} of {len(texts)}", number / len(texts))
             save_statistics(found.statistics, file)

@@ -41,6 +41,7 @@ class Awq(Grouped):
     source = "Lin et al. 2023, AWQ, arXiv 2306.00978, section 3.2, equations 4 and 5"
     calibrated = True
     calibration = "second-moments"
+    calibration_windows = 24
 
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         return f"{super().arithmetic(device, loop)}" + ("" if self.folded else ", divided by scaling factors")

@@ -68,6 +68,7 @@ class Method:
     dense: ClassVar[bool] = False
     emulated: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    calibration_windows: ClassVar[int] = 4  # of the text for it
     threshold: ClassVar[float | None] = None  # a method with outlier columns has a field of this name instead
 
     def __post_init__(self):

@@ -61,9 +61,11 @@ class InputSample(ChannelMaximum):
 
 
 class SecondMoments:
-    """The mean of |x| and of xᵀ x: (1 + in_features, in_features) float32; the first row is the former."""
+    """The mean of |x| and of xᵀ x: (1 + in_features, in_features) float32; the first row is the former. `even`: every
+    token counts alike, as x / |x|."""
 
-    def __init__(self):
+    def __init__(self, *, even: bool = False):
+        self._even = even
         self._sum: torch.Tensor | None = None
         self._rows = 0
 
@@ -71,6 +73,8 @@ class SecondMoments:
         import torch
 
         rows = x.reshape(-1, x.shape[-1]).float()
+        if self._even:
+            rows = torch.nn.functional.normalize(rows, dim=1)
         found = torch.cat((rows.abs().sum(0, keepdim=True), rows.T @ rows))
         self._sum = found if self._sum is None else self._sum.add_(found)
         self._rows += len(rows)

@@ -30,11 +30,16 @@ BLOCK = 128  # inputs, whose errors reach the weights behind them together
 @dataclass(frozen=True)
 class Gptq(Grouped):
     """`act_order`: the inputs with the largest activations first; the groups' scales are then those of the weight as it
-    was, so that a group stays together."""
+    was, so that a group stays together. `even`: every token of the calibration counts alike, H = 2 Σ x xᵀ / |x|², as
+    the norms behind a layer see them: a few tokens, the first of a text above all, have activations so large that they
+    have H to themselves. Both off is the paper's algorithm."""
 
     act_order: Annotated[
         bool, Switch(help="Round the inputs with the largest activations first.", label="Largest activations first")
-    ] = False
+    ] = True
+    even: Annotated[
+        bool, Switch(help="Every token of the calibration counts alike, however large.", label="Tokens count alike")
+    ] = True
     name, label = "gptq", "GPTQ"
     about = (
         "Weights of a few bits, rounded one input after the other so that later weights make up for the error of "
@@ -42,12 +47,16 @@ class Gptq(Grouped):
     )
     source = "Frantar et al. 2022, GPTQ, arXiv 2210.17323, section 3, algorithm 1"
     calibrated = True
-    calibration = "second-moments"
+    calibration_windows = 24
+
+    @property
+    def calibration(self) -> str:
+        return "even-second-moments" if self.even else "second-moments"
 
     def observer(self, linear: nn.Module) -> SecondMoments:
         from llmq.methods.calibrate import SecondMoments
 
-        return SecondMoments()
+        return SecondMoments(even=self.even)
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> PackedLinear:
         """`statistics`: as `SecondMoments` collects them."""
