@@ -43,7 +43,10 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
     },
     "ablation": {**WINDOWS, **WHERE},
     "agreement": READ | WHERE,
-    "amplifying": {**WINDOWS, "factors": "1,4,16,64", "channels": "", "spread": 3, **WHERE},
+    "amplifying": {
+        **WINDOWS, "factors": "1,4,16,64", "channels": "", "spread": 3, "methods": "fp16,llm-int8,vectorwise,absmax",
+        **WHERE,
+    },
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
     "outliers": {"prompt": "", "method": "bnb-int8", "new_tokens": 8, "sweep": "", **WHERE},
     "quality": {

@@ -252,6 +252,7 @@ def experiment(kind: str, *inputs) -> Case:
     )  # fmt: skip
 
 
+ASKED = ["fp16", "llm-int8", "vectorwise", "absmax"]
 CASES = {
     "watch": Case(
         lambda page: page.outliers._watch(PROMPT, "demo", "bnb-int8", 6.0, 2, ANN), ReportAnswer(report(), 6.0),
@@ -278,7 +279,7 @@ CASES = {
     ),
     "ablation": experiment("ablation"),
     "silencing": experiment("silencing", 1),
-    "amplifying": experiment("amplifying", 4, "3"),
+    "amplifying": experiment("amplifying", 4, "3", ASKED),
     "thresholds": experiment("thresholds", "llm-int8"),
 }  # fmt: skip
 
@@ -392,7 +393,7 @@ def test_what_both_read_opens_again_with_the_cause_of_a_token():
 def test_a_labs_answer_opens_again_and_other_files_are_refused_by_name(kind, tmp_path):
     page = Page(*WORKING, outcome(kind))
     section = section_of(page, kind)
-    inputs = {"ablation": (), "silencing": (1,), "amplifying": (4, "3"), "thresholds": ("llm-int8",)}[kind]
+    inputs = {"ablation": (), "silencing": (1,), "amplifying": (4, "3", ASKED), "thresholds": ("llm-int8",)}[kind]
     seen = shown(page.outliers.what_if.handler(section)("demo", PROMPT, [], ANN, "english", *inputs))
     path = saved(page, section.keeping, seen)
     again = shown([page.outliers.what_if.opener(section)(path)])

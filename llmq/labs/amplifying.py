@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Annotated
 
-from llmq.contestant import Contestant
+from llmq.contestant import Contestant, Contestants
 from llmq.fields import Number, Numbers
 from llmq.figures.blocks import Drawing
 from llmq.figures.lines import Line, line_figure
@@ -44,7 +44,9 @@ class Amplifying(RowLab):
         Numbers(CHANNEL, help="such as 7,19", label="Channels", named="channel", empty="three, spread evenly"),
     ] = None
     spread: Annotated[int, Number(1, 64, whole=True, help="how many channels, where none is named")] = 3
-    contestants: tuple[Contestant, ...] = METHODS_ASKED
+    contestants: Annotated[
+        tuple[Contestant, ...], Contestants(label="Methods", help="names with commas between them")
+    ] = METHODS_ASKED
     columns = {
         "s": "{factor:g}",
         "Method": "{method}",
