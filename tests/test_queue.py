@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from contextlib import ExitStack
@@ -142,6 +143,16 @@ def test_who_used_the_device_least_comes_first(clock):
     use(queue, clock, "greedy", 60.0)
     use(queue, clock, "modest", 2.0)
     assert order(queue, "greedy", "greedy", "modest", "new") == ["new", "modest", "greedy", "greedy"]
+
+
+def test_turns_of_one_address_come_as_they_were_asked_for_while_time_passes():
+    """Old use counts less from one look at the clock to the next, and is that of one moment for all."""
+    queue = DeviceQueue(itertools.count().__next__)
+    with queue.turn("a"):
+        pass
+    with queue.turn("somebody"), ExitStack() as line:
+        turns = [line.enter_context(queue.turn("a")) for _ in range(3)]
+        assert [turn.position for turn in turns] == [1, 2, 3]
 
 
 def test_whoever_has_the_device_keeps_it(clock):

@@ -59,17 +59,18 @@ class DeviceQueue:
             self._holder.since = self._clock()
 
     def _order(self) -> list[Turn]:
-        waiting = sorted(self._line, key=lambda turn: self._seconds(turn.address))
+        now = self._clock()
+        waiting = sorted(self._line, key=lambda turn: self._seconds(turn.address, now))
         return sorted(waiting, key=lambda turn: turn is not self._holder)
 
-    def _seconds(self, address: str) -> float:
-        """What an address has used, old use counting less."""
+    def _seconds(self, address: str, now: float) -> float:
+        """What an address has used until `now`, old use counting less."""
         seconds, then = self._used.get(address, (0.0, 0.0))
-        return seconds * 0.5 ** ((self._clock() - then) / HALF_LIFE)
+        return seconds * 0.5 ** ((now - then) / HALF_LIFE)
 
     def _count(self, turn: Turn) -> None:
         now = self._clock()
-        seconds = {address: self._seconds(address) for address in {*self._used, turn.address}}
+        seconds = {address: self._seconds(address, now) for address in {*self._used, turn.address}}
         seconds[turn.address] += now - turn.since
         self._used = {address: (used, now) for address, used in seconds.items() if used >= LEAST_KEPT}
 
