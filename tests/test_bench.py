@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import tiny_config
 
+from llmq.bench.bandwidth import BANDWIDTH_BYTES
 from llmq.bench.setup import Bench, fixed_prompt, require_whole
 from llmq.cli import main
 from llmq.contestant import Contestant
@@ -15,7 +16,7 @@ from llmq.errors import BadChoice
 from llmq.kernels import backend, reference
 from llmq.memory import kv_bytes
 
-COMMON = {"method", "engine", "weight_bytes", "memory_freed"}
+COMMON = {"method", "engine", "weight_bytes", "memory_freed", "notes"}
 KEYS = {
     "decode": COMMON | {"tokens_per_second", "tokens_per_second_min", "tokens_per_second_max", "peak_bytes"}
     | {"wall_tokens_per_second", "bytes_per_token", "bandwidth_fraction", "ready_seconds", "prefill_seconds"},
@@ -26,7 +27,7 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def small_read(monkeypatch):
-    monkeypatch.setitem(__import__("llmq.bench.setup").bench.setup.BANDWIDTH_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(BANDWIDTH_BYTES, "cpu", 1 << 20)
 
 
 @pytest.mark.parametrize("engine", ["hf", "lean"])
