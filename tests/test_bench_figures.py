@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from planted import hooks_left
-from scripted import Clock, Script, ScriptedEngine, in_order
+from scripted import Clock, Script, ScriptedEngine, ScriptedGeneration, in_order
 
 from llmq.bench import bandwidth, setup, speed
 from llmq.bench.bandwidth import bandwidth_share, read_bandwidth
@@ -23,6 +23,7 @@ from llmq.contestant import Contestant
 from llmq.events import Progress
 from llmq.inspect.recorder import OutlierRecorder
 from llmq.labs.thresholds import Thresholds, decode_seconds
+from llmq.machine import pool
 from llmq.machine.door import Lease, Machine
 
 KV_BYTES_A_TOKEN = {"fp16": 128, "fp32": 256}  # of the tiny model
@@ -102,9 +103,8 @@ def test_decode_figures_are_those_of_the_rounds(tiny_folder, clock, monkeypatch)
             "ready_seconds": 8.0,
         }
         assert {name: row[name] for name in expected} == expected
-        assert [note.partition(" (")[0] for note in row["notes"]] == [
-            "tokens_per_second spreads 350%", "prefill_seconds spreads 233%", "its memory was not seen to be freed",
-        ]  # fmt: skip
+        spreads = [note.partition(" (")[0] for note in row["notes"][:2]]
+        assert spreads == ["tokens_per_second spreads 350%", "prefill_seconds spreads 233%"]
 
 
 def in_rounds(folder, clock: Clock, monkeypatch, *, bandwidth: float = 1e9, **engine) -> dict:
@@ -134,10 +134,10 @@ def test_what_does_not_fit_together_runs_one_after_the_other_and_says_so(tiny_fo
 
 
 def test_a_share_over_one_is_refused_in_words(tiny_folder, clock, monkeypatch):
-    fp16, fp32 = in_rounds(tiny_folder, clock, monkeypatch, bandwidth=3000, read_bytes_per_token=1000)["results"]
+    fp16, fp32 = in_rounds(tiny_folder, clock, monkeypatch, bandwidth=6000, read_bytes_per_token=1000)["results"]
     assert fp16["bandwidth_fraction"] < 1 and fp16["bandwidth_refused"] == ""
     assert fp32["bandwidth_fraction"] is None
-    assert fp32["bandwidth_refused"].startswith("not believable: 3.72 of the read bandwidth of the same rounds")
+    assert fp32["bandwidth_refused"].startswith("not believable: 1.86 of the read bandwidth of the same rounds")
     assert fp32["bandwidth_refused"] in fp32["notes"]
 
 
@@ -149,7 +149,8 @@ def test_loops_are_not_divided_by_each_other(tiny_folder, clock, monkeypatch):
 
     bench = DecodeBench(**settings(tiny_folder, "fp16,fp32", new_tokens=5))
     row = measured(bench, Machine(load, clock=clock))[0]["results"][1]
-    assert row["over_fp16"] is None and "another loop (lean); --engine hf puts both" in row["notes"][-1]
+    assert row["over_fp16"] is None
+    assert any("another loop (lean); --engine hf puts both" in note for note in row["notes"])
 
 
 def test_the_words_that_ask_for_a_benchmark_ask_for_the_same_one(tiny_folder):
@@ -184,6 +185,55 @@ def test_predicted_bytes_have_the_cache_that_the_loop_allocates(name, tokens, ti
     assert row["allocated_bytes"] is None, "a CPU has no allocator to ask"
 
 
+def test_on_a_gpu_allocated_bytes_are_what_each_held_and_not_its_neighbours(tiny_folder, clock, monkeypatch):
+    """What its generation took, and what dropping it gave back; nothing captured runs after the library's scratch is
+    freed."""
+    level = {"now": 0}
+    scripts = {"fp16": (800, 70), "fp32": (1600, 90)}
+
+    class Allocating(ScriptedEngine):
+        def start(self, prompt_ids, asked):
+            assert not cleared, "the scratch of a captured graph is gone"
+            level["now"] += scripts[self.method.name][1]
+            return super().start(prompt_ids, asked)
+
+        def under(self, method):
+            return self
+
+    class Ending(ScriptedGeneration):
+        def close(self):
+            level["now"] -= scripts[self.engine.method.name][1]
+
+    def load(key):
+        level["now"] += scripts[key.method.name][0]
+        script = Script(1.0, (1.0,) * 4)
+        return Allocating(clock, lambda engine: script, key.method, device="cuda:0", weight_bytes=100)
+
+    cleared, machine = [], Machine(load, clock=clock)
+    monkeypatch.setattr("scripted.ScriptedGeneration", Ending)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: level["now"])
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(1), raising=False)
+    monkeypatch.setattr(pool, "reclaim", lambda device: None)
+    popped = dict.pop
+
+    class Freeing(dict):
+        def pop(self, key, *default):
+            engine = popped(self, key, *default)
+            if cleared and engine:
+                level["now"] -= scripts[key.method.name][0]
+            return engine
+
+    machine.pool._engines = Freeing()
+    monkeypatch.setattr(speed, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(setup.telemetry, "free_bytes", lambda device: 1 << 40)
+    monkeypatch.setattr(setup, "describe", lambda device, source: {})
+    monkeypatch.setattr(setup.telemetry, "clock_mhz", lambda device: 1980)
+    asked = settings(tiny_folder, "fp16,fp32", new_tokens=5) | {"device": "cuda:0"}
+    result = list(machine.run(DecodeBench(**asked)))[-1]
+    assert [row["allocated_bytes"] for row in result["results"]] == [870, 1690]
+    assert result["conditions"]["clock_mhz"] == [1980, 1980] and cleared == [1]
+
+
 def test_prefill_figures_are_those_of_the_prefill(tiny_folder, clock):
     scripts = [replace(script, steps=()) for script in REPEATS]
     machine = machine_of(clock, scripts, warm_up_seconds=99.0)
@@ -202,7 +252,7 @@ def test_everybody_is_loaded_in_every_round_and_the_first_is_told_apart(tiny_fol
     row = measured(LoadBench(**settings(tiny_folder)), Machine(load, clock=clock))[0]["results"][0]
     assert (row["first_load_seconds"], row["first_ready_seconds"]) == (9.0, 14.0)
     assert [row[f"load_seconds{end}"] for end in ("_min", "", "_max")] == [2.0, 3.0, 4.0]
-    assert (row["ready_seconds"], row["peak_load_bytes"], row["memory_freed"]) == (8.0, None, True)
+    assert (row["ready_seconds"], row["peak_load_bytes"]) == (8.0, None)
 
 
 def test_the_peak_of_loading_is_over_what_was_there_before(clock, monkeypatch):
