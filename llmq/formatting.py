@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 
 MISSING = "–"
-WIDE = 0.1  # the spread of repeats over which a figure says so
+WIDE = 0.1  # the spread of repeats from which on a figure says so
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -64,9 +64,9 @@ def spread_of(low: float, middle: float, high: float) -> float:
 
 
 def shown_spread(low: float, middle: float, high: float) -> str:
-    """', spread 84 %' where repeats lie further apart than WIDE; '' elsewhere."""
+    """', spread 84 %' where repeats lie WIDE apart or further; '' elsewhere."""
     width = spread_of(low, middle, high)
-    return f", spread {width:.0%}".replace("%", " %") if width > WIDE else ""
+    return f", spread {width:.0%}".replace("%", " %") if width >= WIDE else ""
 
 
 def format_count(count: int | None) -> str:

@@ -169,7 +169,7 @@ def test_everybody_comes_first_in_turn():
 def test_a_ratio_needs_both_sides_and_a_spread_over_a_tenth_is_told():
     assert ratio("x", [1.0], None) == {"x": None} and ratio("x", [], [1.0]) == {"x": None}
     assert ratio("x", [4.0, 9.0], [2.0, 3.0], rounds=False) == {"x": 2.6}
-    assert list(wide_figures({"a_spread": 0.1, "b_spread": 0.11})) == [
+    assert list(wide_figures({"a_spread": 0.09, "b_spread": 0.11})) == [
         "b spreads 11% (highest less lowest round, over the median)"
     ]
 

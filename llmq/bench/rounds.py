@@ -42,6 +42,15 @@ def ratio(name: str, own: Sequence[float], other: Sequence[float] | None, *, rou
 def wide_figures(row: dict) -> Iterator[str]:
     """A sentence for every figure of a row that is no result yet: its rounds lie too far apart."""
     for key, width in row.items():
-        if key.endswith("_spread") and width > WIDE:
+        if key.endswith("_spread") and width >= WIDE:
             name = key.removesuffix("_spread")
             yield f"{name} spreads {width:.0%} (highest less lowest round, over the median)"
+
+
+def spread_of_key(row: dict, key: str) -> float | None:
+    """How far the rounds of a figure lie apart, of an older ratio to another method those of its speed; None where they
+    are not known."""
+    key = "tokens_per_second" if key.startswith("over_") and f"{key}_min" not in row else key
+    if row.get(key) is None or f"{key}_min" not in row:
+        return None
+    return spread_of(row[f"{key}_min"], row[key], row[f"{key}_max"])
