@@ -104,12 +104,13 @@ def test_the_lean_table_joins_two_contexts_and_a_prefill(made):
         speed("fp16", 90, 100, 110, bandwidth_fraction=0.5),
         speed("llm-int8", 140, 150, 160, bandwidth_fraction=0.25),
     )
-    long = result("decode", speed("llm-int8", 60, 70, 80))
+    long = result("decode", speed("llm-int8", 60, 70, 79))
     prefill = result("prefill", {"method": "fp16", "seconds": 0.04})
     lines = made("lean", gpu_7b_lean=result("decode", *short), gpu_7b_lean_2000=long, gpu_7b_prefill=prefill)
     assert lines[2:4] == [
         "| `fp16` | 100.0 (90.0–110.0, spread 20 %) | 1.00× | 50% |  | 40.0 ms | 1.50 MB | 2.00 MB |",
-        "| `llm-int8` | 150.0 (140.0–160.0, spread 13 %) | 1.50× | 25% | 70.0 (spread 29 %) tok/s |  | 1.50 MB | 2.00 MB |",
+        "| `llm-int8` | 150.0 (140.0–160.0, spread 13 %) | 1.50× | 25% | 70.0 tok/s (spread 27 %) |  "
+        "| 1.50 MB | 2.00 MB |",
     ]
 
 
@@ -122,7 +123,8 @@ def test_the_peers_table_has_each_ratio_in_its_column(made):
     quiet = row("fp16", "lean", "F16"), row("llm-int8", "lean", "Q8_0"), row("llama.cpp F16", "llama.cpp", "F16")
     lines = made("peers", cpu_peers=result("peers", *quiet), cpu_peers_busy=result("peers", speed("fp16", 40, 60, 70)))
     assert lines[2:5] == [
-        "| `fp16` | 100.0 (90.0–110.0, spread 20 %) | 1.10× F16 | 1.30× | 90% | 481 | 1.20× F16 | 1.00 MB | 60.0 (spread 50 %), 60% |",
+        "| `fp16` | 100.0 (90.0–110.0, spread 20 %) | 1.10× F16 | 1.30× | 90% | 481 | 1.20× F16 | 1.00 MB "
+        "| 60.0 (spread 50 %), 60% |",
         "| `llm-int8` | 100.0 (90.0–110.0, spread 20 %) | 1.10× Q8_0 | 1.30× | 90% | 481 | 1.20× Q8_0 | 1.00 MB |  |",
         "| llama.cpp F16 | 100.0 (90.0–110.0, spread 20 %) |  |  | 90% | 481 |  | 1.00 MB |  |",
     ]
@@ -138,10 +140,11 @@ def test_loading_and_prompts_have_a_row_a_method_and_a_column_a_length(made):
     assert [line.split("|")[1].strip() for line in lines[2:6]] == ["drawn", "drawn", "FP16 file", "int8 file"]
     assert lines[3] == "| drawn | none yet | `fp16` | 2.00 s | 4.00 s | 1.50 MB | 3.00 MB |"
 
-    def read(factor: float) -> dict:
-        return result("prefill", *({"method": m, "seconds": s * factor} for m, s in (("fp16", 0.01), ("bf16", 0.02))))
+    def read(tokens: int, factor: float) -> dict:
+        rows = ({"method": m, "seconds": s * factor} for m, s in (("fp16", 0.01), ("bf16", 0.02)))
+        return result("prefill", *rows) | {"conditions": CONDITIONS | {"prompt_tokens": tokens}}
 
-    lines = made("prompts", **{f"gpu_7b_prefill_{n}": read(factor) for n, factor in ((64, 1), (300, 2), (512, 4))})
+    lines = made("prompts", **{f"gpu_7b_prefill_{n}": read(n, factor) for n, factor in ((64, 1), (300, 2), (512, 4))})
     assert lines[0] == "| method | 64 tokens | 300 tokens | 512 tokens |"
     assert lines[2:4] == ["| `fp16` | 10.0 ms | 20.0 ms | 40.0 ms |", "| `bf16` | 20.0 ms | 40.0 ms | 80.0 ms |"]
 

@@ -23,7 +23,7 @@ from llmq.formatting import WIDE
 TABLE = re.compile(r"(<!-- table:([\w-]+) -->).*?(<!-- /table -->)", re.DOTALL)
 _FIGURE = re.compile(r"<!-- from ([^>]*?) -->([^<]*)")
 _CLAIM = re.compile(r"(?P<file>[\w-]+): (?P<key>\w+) of (?P<row>.+?)(?: / (?P<other>.+))?")
-_NUMBER = re.compile(r"[−-]?\d[\d,]*(?:\.\d+)?(?:\s%)?")
+_NUMBER = re.compile(r"[−-]?\d+(?:,\d{3})*(?:\.\d+)?(?:\s%)?")
 
 
 def plain(text: str) -> str:
@@ -42,9 +42,10 @@ def incomplete_caption(name: str, drawn: str, results: dict[str, dict]) -> Itera
     lines = drawn.splitlines()
     said = "\n".join([lines[0], *(line for line in lines if not line.startswith("|"))]) if lines else ""
     numbers = {found.replace(",", "") for found in re.findall(r"(?<![\w.,-])\d[\d,]*(?![\w-]|\.\d)", said)}
+    places = {"device_name": drawn, "date": said}
     for source, result in results.items():
         for what, value in _conditions(result):
-            if value not in numbers and value not in (drawn if what == "device_name" else said):
+            if value not in places.get(what, numbers):
                 yield f"table {name}: its caption does not say {what} {value} of {source}.json"
 
 

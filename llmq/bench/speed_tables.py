@@ -66,7 +66,7 @@ def lean_table(short: dict, long: dict, prefill: dict) -> str:
             _ranged(row, "tokens_per_second"),
             _over_fp16(row, short),
             _share(row),
-            f"{_lone(later[method], 'tokens_per_second')} tok/s" if method in later else "",
+            _lone(later[method], "tokens_per_second", unit=" tok/s") if method in later else "",
             _seconds(first[method], "seconds") if method in first else "",
             format_bytes(row["weight_bytes"] + row["scale_bytes"]),
             format_bytes(row["peak_bytes"]),
@@ -191,8 +191,8 @@ def _wide(row: dict, name: str) -> str:
     return said and f" ({said.removeprefix(', ')})"
 
 
-def _lone(row: dict, name: str, form: str = ".1f") -> str:
-    return f"{row[name]:{form}}{_wide(row, name)}"
+def _lone(row: dict, name: str, form: str = ".1f", unit: str = "") -> str:
+    return f"{row[name]:{form}}{unit}{_wide(row, name)}"
 
 
 def _seconds(row: dict, name: str) -> str:
