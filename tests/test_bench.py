@@ -10,10 +10,12 @@ from conftest import tiny_config
 
 from llmq.bench.bandwidth import BANDWIDTH_BYTES
 from llmq.bench.setup import Bench, fixed_prompt, require_whole
+from llmq.bench.speed import PrefillBench
 from llmq.cli import main
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.kernels import backend, reference
+from llmq.machine.door import Machine
 from llmq.memory import kv_bytes
 
 COMMON = {"method", "engine", "weight_bytes", "memory_freed", "notes"}
@@ -84,3 +86,12 @@ def test_peers_need_llama_cpp_the_demo_model_and_a_cpu(monkeypatch, capsys, tiny
     assert "pip install llama-cpp-python" in capsys.readouterr().err
     assert main(["bench", "peers", "--device", "cpu", "--model", str(tiny_folder)]) == 2
     assert "--model demo" in capsys.readouterr().err
+
+
+def test_what_speaks_against_figures_stands_below_the_table(monkeypatch, capsys):
+    row = {"method": "fp16", "seconds": 1.0, "notes": ["seconds spreads 84%"]}
+    result = {"notes": ["other processes on the GPU: 2"], "results": [row]}
+    monkeypatch.setattr(PrefillBench, "columns", ("method", "seconds"))
+    monkeypatch.setattr(Machine, "run", lambda self, bench: iter([result]))
+    assert main(["bench", "prefill", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["other processes on the GPU: 2", "fp16: seconds spreads 84%"]

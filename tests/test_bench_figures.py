@@ -353,6 +353,7 @@ def test_the_speed_at_a_threshold_is_sixteen_tokens_over_their_seconds(tiny_fold
     assert asked == [0.0, 6.0] * 3
     assert [off[f"tokens_per_second{end}"] for end in ("_min", "", "_max")] == [4.0, 16.0, 32.0]
     assert [six[f"tokens_per_second{end}"] for end in ("_min", "", "_max")] == [2.0, 8.0, 64.0]
+    assert [cell for cell in Thresholds.row(off) if "spread" in cell] == ["4 to 32, spread 175 %"]
     assert (off["outlier_share"], off["perplexity"]) == (0.125, pytest.approx(259)), "equal logits: all tokens alike"
 
 
