@@ -1,4 +1,4 @@
-"""Repeatable figures of speed and memory, in rounds in which everybody has a turn, through the same door as all else."""
+"""Repeatable figures of speed and memory, in rounds in which everybody has a turn, through the one door."""
 
 from __future__ import annotations
 
