@@ -8,7 +8,7 @@ import json
 import pytest
 from test_tables import CONDITIONS, result, speed
 
-from llmq.bench import checks, tables
+from llmq.bench import checks, speed_tables, tables
 from llmq.bench.checks import plain
 
 TABLE = "<!-- table:one -->\n<!-- /table -->\n"
@@ -121,10 +121,14 @@ def test_a_joined_caption_speaks_of_every_file_and_numbers_of_dates_and_versions
     ]
 
 
+def test_every_table_of_the_documents_has_its_caption_looked_at(documents, monkeypatch):
+    monkeypatch.setattr(speed_tables, "_length", lambda conditions: "64 prompt tokens")
+    assert documents(TABLE, one=stored()) == ["table one: its caption does not say new_tokens 32 of one.json"]
+
+
 def test_a_caption_edited_in_the_document_is_out_of_date(documents):
-    text = tables.filled
     assert documents(TABLE, one=stored()) == []
-    edited = text(TABLE).replace("median of 5 runs", "median of 50 runs")
+    edited = tables.filled(TABLE).replace("median of 5 runs", "median of 50 runs")
     assert list(tables.faults({"README.md": edited})) == ["out of date: README.md"]
 
 
