@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 
 from llmq.contestant import Contestant
@@ -99,7 +100,14 @@ def run_bench(options) -> int:
     result = answer_to(bench, verbose=True)
     if options.save:
         write_text(options.save, json.dumps(result, indent=1, allow_nan=False) + "\n")
-    return _print(options, result, _columns(result["results"], bench.columns))
+    return _print(options, result, chain(_columns(result["results"], bench.columns), _notes(result)))
+
+
+def _notes(result: dict) -> Iterator[str]:
+    """What speaks against the figures, below them."""
+    yield from result["notes"]
+    for row in result["results"]:
+        yield from (f"{row['method']}: {note}" for note in row["notes"])
 
 
 def run_tasks(options) -> int:

@@ -95,7 +95,7 @@ def build_parser() -> Parser:
     _command(commands, "compare", actions.run_compare, "one prompt through two or three methods", _compare)
     _command(commands, "replay", actions.run_replay, "show a saved run or answer again", _replay)
     _add_labs(commands)
-    repeatable = "repeatable speed and memory figures, one method after the other"
+    repeatable = "repeatable speed and memory figures, in rounds in which everybody has a turn"
     _command(commands, "bench", actions.run_bench, repeatable, _bench)
     answered = "tasks with right answers, through lm-eval (pip install '.[tasks]')"
     _command(commands, "tasks", actions.run_tasks, answered, _tasks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from llmq import cgroup, telemetry
 from llmq.errors import BadChoice, UserError
 from llmq.models.loading import Source, revision_of
 
+MOST_LOAD = 0.5  # of the cores: the average of the last minute over which the machine was not quiet
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "gradio")
 
 
@@ -73,7 +75,8 @@ def describe(device: str, source: Source | None = None) -> dict:
         "versions": {"llmq": __version__} | _versions(),
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": cpu_capability(),
-        "commit": _commit(),
+        "host": host(),
+        "commit": commit(),
     }
     if device.startswith("cuda"):
         nvml = telemetry.Nvml.for_torch_device(device)
@@ -83,6 +86,38 @@ def describe(device: str, source: Source | None = None) -> dict:
         with suppress(UserError):
             facts["model_revision"] = revision_of(source)
     return facts
+
+
+def host() -> dict:
+    """The processor that drives the measurement and how it is clocked; None for what the system does not tell."""
+    import psutil
+
+    try:
+        clock = psutil.cpu_freq()
+    except (OSError, NotImplementedError):
+        clock = None
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "highest_mhz": (clock and clock.max) or None,
+        "governor": governor.read_text().strip() if governor.exists() else None,
+    }
+
+
+def doubts(device: str) -> Iterator[str]:
+    """What speaks against measuring here and now, a sentence each: files that differ from the commit, others at work
+    on the GPU or the processors."""
+    import psutil
+
+    if (found := commit() or "").endswith("-dirty"):
+        yield f"files differed from commit {found.removesuffix('-dirty')}, so nobody can repeat this; commit first"
+    if device.startswith("cuda") and (others := telemetry.other_processes(device)):
+        yield f"other processes on the GPU: {others}"
+    busy, cores = psutil.getloadavg()[0], os.cpu_count()
+    if busy > cores * MOST_LOAD:
+        yield f"the processors were busy before: load {busy:.1f} on {cores} cores"
 
 
 def _versions() -> dict[str, str]:
@@ -104,7 +139,7 @@ def _cpu_name() -> str:
     return next(names, platform.machine())
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this checkout, marked when files differ from it; LLMQ_COMMIT names it elsewhere."""
     if named := os.environ.get("LLMQ_COMMIT"):
         return named

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 
 MISSING = "–"
+WIDE = 0.1  # the spread of repeats from which on a figure says so
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -55,6 +56,17 @@ def format_number(value: float) -> str:
 def format_speed(tokens_per_second: float | None) -> str:
     """Decode speed in tokens per second."""
     return f"{_three_digits(tokens_per_second)} tok/s" if _known(tokens_per_second) else MISSING
+
+
+def spread_of(low: float, middle: float, high: float) -> float:
+    """How far repeats of one measurement lie apart: the highest less the lowest, over their median."""
+    return (high - low) / middle
+
+
+def shown_spread(low: float, middle: float, high: float) -> str:
+    """', spread 84 %' where repeats lie WIDE apart or further; '' elsewhere."""
+    width = spread_of(low, middle, high)
+    return f", spread {width:.0%}".replace("%", " %") if width >= WIDE else ""
 
 
 def format_count(count: int | None) -> str:

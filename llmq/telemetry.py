@@ -124,6 +124,19 @@ class Nvml:
         ours = [p.usedGpuMemory for p in running or () if p.pid == os.getpid() and p.usedGpuMemory is not None]
         return sum(ours) if ours else None
 
+    def other_processes(self) -> int | None:
+        """How many compute there beside this one. Where none has our number, as in a container, one of them is taken
+        to be this one."""
+        running = self._guarded(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
+        if running is None:
+            return None
+        others = [process for process in running if process.pid != os.getpid()]
+        return len(others) if len(others) < len(running) else max(0, len(others) - 1)
+
+    def clock_mhz(self) -> int | None:
+        """The clock of the multiprocessors at this moment."""
+        return self._guarded(lambda: self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))
+
     def _text(self, call) -> str | None:
         value = self._guarded(call)
         return value.decode() if isinstance(value, bytes) else value
@@ -141,6 +154,26 @@ def _pynvml():
     except ImportError:
         return None
     return pynvml
+
+
+def other_processes(device: str) -> int | None:
+    """How many other processes compute on a GPU; None where its driver does not tell."""
+    nvml = Nvml.for_torch_device(device)
+    return nvml.other_processes() if nvml else None
+
+
+def clock_mhz(device: str) -> float | None:
+    """The clock of the GPU, or the mean of the processors', at this moment; None where the system does not tell."""
+    if device.startswith("cuda"):
+        nvml = Nvml.for_torch_device(device)
+        return nvml.clock_mhz() if nvml else None
+    import psutil
+
+    try:
+        found = psutil.cpu_freq()
+    except (OSError, NotImplementedError):
+        return None
+    return found.current if found else None
 
 
 def free_bytes(device: str) -> int:

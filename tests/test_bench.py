@@ -8,14 +8,17 @@ import sys
 import pytest
 from conftest import tiny_config
 
+from llmq.bench.bandwidth import BANDWIDTH_BYTES
 from llmq.bench.setup import Bench, fixed_prompt, require_whole
+from llmq.bench.speed import PrefillBench
 from llmq.cli import main
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.kernels import backend, reference
+from llmq.machine.door import Machine
 from llmq.memory import kv_bytes
 
-COMMON = {"method", "engine", "weight_bytes", "memory_freed"}
+COMMON = {"method", "engine", "weight_bytes", "memory_freed", "notes"}
 KEYS = {
     "decode": COMMON | {"tokens_per_second", "tokens_per_second_min", "tokens_per_second_max", "peak_bytes"}
     | {"wall_tokens_per_second", "bytes_per_token", "bandwidth_fraction", "ready_seconds", "prefill_seconds"},
@@ -26,7 +29,7 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def small_read(monkeypatch):
-    monkeypatch.setitem(__import__("llmq.bench.setup").bench.setup.BANDWIDTH_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(BANDWIDTH_BYTES, "cpu", 1 << 20)
 
 
 @pytest.mark.parametrize("engine", ["hf", "lean"])
@@ -83,3 +86,12 @@ def test_peers_need_llama_cpp_the_demo_model_and_a_cpu(monkeypatch, capsys, tiny
     assert "pip install llama-cpp-python" in capsys.readouterr().err
     assert main(["bench", "peers", "--device", "cpu", "--model", str(tiny_folder)]) == 2
     assert "--model demo" in capsys.readouterr().err
+
+
+def test_what_speaks_against_figures_stands_below_the_table(monkeypatch, capsys):
+    row = {"method": "fp16", "seconds": 1.0, "notes": ["seconds spreads 84%"]}
+    result = {"notes": ["other processes on the GPU: 2"], "results": [row]}
+    monkeypatch.setattr(PrefillBench, "columns", ("method", "seconds"))
+    monkeypatch.setattr(Machine, "run", lambda self, bench: iter([result]))
+    assert main(["bench", "prefill", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == ["other processes on the GPU: 2", "fp16: seconds spreads 84%"]

@@ -110,7 +110,7 @@ class OnTheTinyModel(PeersBench):
     def prepare(self, lease):
         yield from ()
         entries = [(contestant, key_of(self.folder, contestant.method.name)) for contestant in self.contestants]
-        return Setup(open_model(str(self.folder)), PROMPT, entries, {"read_bandwidth_bytes_per_second": BANDWIDTH})
+        return Setup(open_model(str(self.folder)), PROMPT, entries)
 
 
 @pytest.fixture
@@ -118,6 +118,7 @@ def compared(tiny_folder, monkeypatch, tmp_path):
     """Runs the benchmark of some methods; returns its result and the library that it talked to."""
     clock = Clock()
     monkeypatch.setattr(peers, "time", SimpleNamespace(perf_counter=clock, sleep=clock.take))
+    monkeypatch.setattr(peers, "read_bandwidth", lambda device: BANDWIDTH)
     monkeypatch.setattr(peers, "fetch_gguf", lambda: iter(()))
     monkeypatch.setattr(peers, "gguf_path", lambda: tmp_path / "demo.gguf")
     monkeypatch.setattr(OnTheTinyModel, "folder", tiny_folder, raising=False)
@@ -159,6 +160,7 @@ def test_every_row_is_the_median_of_its_rounds_and_of_their_ratios(compared):
     assert [row["over_fp16"] for row in rows.values()] == pytest.approx([1, 2, 0.5, 2])
     assert [row["engine"] for row in rows.values()] == ["scripted", "scripted", "llama.cpp", "llama.cpp"]
     assert [row["weight_bytes"] for row in rows.values()] == [100, 100, 400, 200]
+    assert rows["fp16"]["decode_ratio_min"] == pytest.approx(0.5) and rows["fp16"]["decode_ratio_max"] == 8
     fractions = [150 * 2 / BANDWIDTH, 150 * 4 / BANDWIDTH, 400 * 1 / BANDWIDTH, 200 * 4 / 3 / BANDWIDTH]
     assert [row["bandwidth_fraction"] for row in rows.values()] == pytest.approx(fractions)
     assert result["conditions"]["llama_cpp_python"] == "1.2.3" and result["kind"] == "peers"
@@ -166,8 +168,10 @@ def test_every_row_is_the_median_of_its_rounds_and_of_their_ratios(compared):
 
 def test_both_sides_are_given_the_same_work_round_by_round(compared):
     _, llama = compared("fp16")
-    a_round = [(name, n) for name in SIZES for n in (len(PROMPT), *[1] * (TOKENS - 1), LONG_PROMPT)]
-    assert llama.asked == a_round * (1 + ROUNDS)
+    turn = {name: [(name, n) for n in (len(PROMPT), *[1] * (TOKENS - 1), LONG_PROMPT)] for name in SIZES}
+    # Of three sides fp16 comes first in rounds 0 and 3, F16 in round 1, Q8_0 in round 2.
+    f16, q8 = turn.values()
+    assert llama.asked == [*f16, *q8, *f16, *q8, *q8, *f16, *f16, *q8]
     assert llama.freed == ["greedy", "F16", "F16", "greedy", "Q8_0", "Q8_0"]
 
 

@@ -15,13 +15,14 @@ from conftest import byte_tokenizer, tiny_llama
 from tiny_runs import engine_of, run_cli
 
 from llmq.bench import tables
+from llmq.bench.checks import plain
 from llmq.cli import build_parser
 from llmq.machine.door import Machine
 from llmq.methods import METHODS
 from llmq.models.opening import open_model
 from llmq.scores import mean_interval
 
-README, REPORT = ((tables.ROOT / name).read_text() for name in tables.DOCUMENTS)
+README, REPORT = (plain((tables.ROOT / name).read_text()) for name in tables.DOCUMENTS)
 WITHOUT_COMMIT = {"gpu-kernels", "paris"}  # prototypes, and a judgement by hand; REPORT says so
 
 

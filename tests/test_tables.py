@@ -22,7 +22,9 @@ CONDITIONS = {
     "llama_cpp_python": "0.3",
     "kernel_cache": "cold",
     "windows": 8,
+    "commit": "0123456789ab",
 }
+SPREAD = " Spread: the highest less the lowest, over the median, from 10 % on."
 
 
 @pytest.fixture
@@ -54,13 +56,41 @@ def test_speeds_stand_against_fp16_in_whatever_row_it_is(made):
     assert made("one", one=result("decode", *rows)) == [
         "| method | first token | decode, tok/s (lowest–highest) | against FP16 | weights | peak memory |",
         "|---|---:|---:|---:|---:|---:|",
-        "| `bnb-int8` | 250 ms | 25.0 (20.0–30.0) | 0.25× | 1.50 MB | 2.00 MB |",
-        "| `fp16` | 250 ms | 100.0 (90.0–110.0) | 1.00× | 1.50 MB | 2.00 MB |",
-        "| `llm-int8` | 250 ms | 150.0 (140.0–160.0) | 1.50× | 1.50 MB | 2.00 MB |",
+        "| `bnb-int8` | 250 ms | 25.0 (20.0–30.0, spread 40 %) | 0.25× | 1.50 MB | 2.00 MB |",
+        "| `fp16` | 250 ms | 100.0 (90.0–110.0, spread 20 %) | 1.00× | 1.50 MB | 2.00 MB |",
+        "| `llm-int8` | 250 ms | 150.0 (140.0–160.0, spread 13 %) | 1.50× | 1.50 MB | 2.00 MB |",
         "",
         "*Abacus, demo (r1); batch 1, 64 prompt tokens, 32 new tokens, median of 5 runs, one method after the other; "
-        "reading memory at 23 GB/s in the same run; torch 2.1, transformers 5.1, bitsandbytes 0.5; 2026-11-22.*",
+        "reading memory at 23 GB/s in the same run; torch 2.1, transformers 5.1, bitsandbytes 0.5; 2026-11-22, commit "
+        f"0123456.{SPREAD}*",
     ]
+
+
+def test_rounds_have_their_own_ratio_and_what_speaks_against_them_stands_below(made):
+    fair = CONDITIONS | {"rounds": True, "commit": "0123456789ab-dirty"}
+    rows = speed("fp16", 99, 100, 101, over_fp16=1.0), speed("absmax", 198, 200, 202, over_fp16=1.7)
+    rows += (speed("bnb-int8", 10, 10, 10, over_fp16=None),)
+    doubts = ["no rounds, and no ratio within one: too large", "other processes on the GPU: 2"]
+    lines = made("one", one=result("decode", *rows, notes=doubts) | {"conditions": fair})
+    assert [line.split(" | ")[3] for line in lines[2:5]] == ["1.00×", "1.70×", ""]
+    assert (
+        "; batch 1, 64 prompt tokens, 32 new tokens, medians of 5 rounds in which everybody ran in turn, ratios "
+        in (lines[-1])
+    )
+    assert lines[-1].endswith(
+        "commit 0123456 and changes not in it. No rounds, and no ratio within one: too large. Other processes on the "
+        "GPU: 2.*"
+    )
+
+
+def test_what_was_not_measured_or_not_believed_is_no_figure(made):
+    row = speed("fp16", 1, 1, 1, bandwidth_fraction=None, bandwidth_refused="not believable: 1.57 of")
+    short = result("decode", row, row | {"method": "bf16", "bandwidth_refused": ""})
+    empty = result("prefill")
+    lines = made("lean", gpu_7b_lean=short, gpu_7b_lean_2000=result("decode"), gpu_7b_prefill=empty)
+    assert [line.split(" | ")[3] for line in lines[2:4]] == ["not believable", "–"]
+    unmeasured = speed("fp16", 1, None, 1, mode="eager", over_fp16=None, over_bnb=None) | {"prefill_seconds": None}
+    assert made("one", one=result("transformers", unmeasured))[2] == "| `fp16` | eager | – |  |  | – | 2.00 MB |"
 
 
 def test_random_weights_are_said(made):
@@ -74,12 +104,13 @@ def test_the_lean_table_joins_two_contexts_and_a_prefill(made):
         speed("fp16", 90, 100, 110, bandwidth_fraction=0.5),
         speed("llm-int8", 140, 150, 160, bandwidth_fraction=0.25),
     )
-    long = result("decode", speed("llm-int8", 60, 70, 80))
+    long = result("decode", speed("llm-int8", 60, 70, 79))
     prefill = result("prefill", {"method": "fp16", "seconds": 0.04})
     lines = made("lean", gpu_7b_lean=result("decode", *short), gpu_7b_lean_2000=long, gpu_7b_prefill=prefill)
     assert lines[2:4] == [
-        "| `fp16` | 100.0 (90.0–110.0) | 1.00× | 50% |  | 40.0 ms | 1.50 MB | 2.00 MB |",
-        "| `llm-int8` | 150.0 (140.0–160.0) | 1.50× | 25% | 70.0 tok/s |  | 1.50 MB | 2.00 MB |",
+        "| `fp16` | 100.0 (90.0–110.0, spread 20 %) | 1.00× | 50% |  | 40.0 ms | 1.50 MB | 2.00 MB |",
+        "| `llm-int8` | 150.0 (140.0–160.0, spread 13 %) | 1.50× | 25% | 70.0 tok/s (spread 27 %) |  "
+        "| 1.50 MB | 2.00 MB |",
     ]
 
 
@@ -92,9 +123,10 @@ def test_the_peers_table_has_each_ratio_in_its_column(made):
     quiet = row("fp16", "lean", "F16"), row("llm-int8", "lean", "Q8_0"), row("llama.cpp F16", "llama.cpp", "F16")
     lines = made("peers", cpu_peers=result("peers", *quiet), cpu_peers_busy=result("peers", speed("fp16", 40, 60, 70)))
     assert lines[2:5] == [
-        "| `fp16` | 100.0 (90.0–110.0) | 1.10× F16 | 1.30× | 90% | 481 | 1.20× F16 | 1.00 MB | 60.0 (60%) |",
-        "| `llm-int8` | 100.0 (90.0–110.0) | 1.10× Q8_0 | 1.30× | 90% | 481 | 1.20× Q8_0 | 1.00 MB |  |",
-        "| llama.cpp F16 | 100.0 (90.0–110.0) |  |  | 90% | 481 |  | 1.00 MB |  |",
+        "| `fp16` | 100.0 (90.0–110.0, spread 20 %) | 1.10× F16 | 1.30× | 90% | 481 | 1.20× F16 | 1.00 MB "
+        "| 60.0 (spread 50 %), 60% |",
+        "| `llm-int8` | 100.0 (90.0–110.0, spread 20 %) | 1.10× Q8_0 | 1.30× | 90% | 481 | 1.20× Q8_0 | 1.00 MB |  |",
+        "| llama.cpp F16 | 100.0 (90.0–110.0, spread 20 %) |  |  | 90% | 481 |  | 1.00 MB |  |",
     ]
 
 
@@ -108,10 +140,11 @@ def test_loading_and_prompts_have_a_row_a_method_and_a_column_a_length(made):
     assert [line.split("|")[1].strip() for line in lines[2:6]] == ["drawn", "drawn", "FP16 file", "int8 file"]
     assert lines[3] == "| drawn | none yet | `fp16` | 2.00 s | 4.00 s | 1.50 MB | 3.00 MB |"
 
-    def read(factor: float) -> dict:
-        return result("prefill", *({"method": m, "seconds": s * factor} for m, s in (("fp16", 0.01), ("bf16", 0.02))))
+    def read(tokens: int, factor: float) -> dict:
+        rows = ({"method": m, "seconds": s * factor} for m, s in (("fp16", 0.01), ("bf16", 0.02)))
+        return result("prefill", *rows) | {"conditions": CONDITIONS | {"prompt_tokens": tokens}}
 
-    lines = made("prompts", **{f"gpu_7b_prefill_{n}": read(factor) for n, factor in ((64, 1), (300, 2), (512, 4))})
+    lines = made("prompts", **{f"gpu_7b_prefill_{n}": read(n, factor) for n, factor in ((64, 1), (300, 2), (512, 4))})
     assert lines[0] == "| method | 64 tokens | 300 tokens | 512 tokens |"
     assert lines[2:4] == ["| `fp16` | 10.0 ms | 20.0 ms | 40.0 ms |", "| `bf16` | 20.0 ms | 40.0 ms | 80.0 ms |"]
 
@@ -158,8 +191,8 @@ def test_what_watching_costs(made):
     for phase, low, middle, high in (("prefill", 1.1, 1.5, 2.2), ("decode", 1.0, 1.25, 1.75)):
         row |= {f"{phase}_ratio_min": low, f"{phase}_ratio": middle, f"{phase}_ratio_max": high}
     lines = made("hooks", hooks=result("hooks", row))
-    assert lines[2] == "| `fp16` | 1.50× (1.10–2.20) | 1.25× (1.00–1.75) | 13.8 MB |"
-    assert "prompt of 64 tokens; medians of 5 rounds" in lines[-1]
+    assert lines[2] == ("| `fp16` | 1.50× (1.10–2.20, spread 73 %) | 1.25× (1.00–1.75, spread 60 %) | 13.8 MB |")
+    assert "64 prompt tokens, 32 new tokens; medians of 5 rounds" in lines[-1]
 
 
 def test_kernels_have_a_row_a_kind_and_a_column_a_shape(made):
@@ -209,6 +242,9 @@ def test_a_document_is_filled_between_its_marks_and_nowhere_else(made, tmp_path,
     filled = text.replace("old", expected)
     assert tables.filled(text) == filled == tables.filled(filled)
     monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "one.json").rename(tmp_path / "results" / "one.json")
     for name, content in zip(tables.DOCUMENTS, (text, filled), strict=True):
         (tmp_path / name).write_text(content)
     assert tables.main(["--check"]) == 1 and "out of date: README.md\n" in capsys.readouterr().out
@@ -219,13 +255,15 @@ def test_a_document_is_filled_between_its_marks_and_nowhere_else(made, tmp_path,
 
 def test_generate_stands_against_fp16_and_bitsandbytes(made):
     more = {"mode": "compiled", "over_fp16": 1.5, "over_bnb": 20.04}
-    assert made("one", one=result("transformers", speed("llm-int8", 140, 150, 160, **more))) == [
+    turns = CONDITIONS | {"schedule": "everybody in turn, round by round"}  # as older results say it
+    found = result("transformers", speed("llm-int8", 140, 150, 160, **more)) | {"conditions": turns}
+    assert made("one", one=found) == [
         "| method | `generate` | decode, tok/s (lowest–highest) | against FP16 | against bitsandbytes "
         "| first token | peak memory |",
         "|---|---|---:|---:|---:|---:|---:|",
-        "| `llm-int8` | compiled | 150.0 (140.0–160.0) | 1.50× | 20.0× | 250 ms | 2.00 MB |",
+        "| `llm-int8` | compiled | 150.0 (140.0–160.0, spread 13 %) | 1.50× | 20.0× | 250 ms | 2.00 MB |",
         "",
         "*Abacus, demo (r1); batch 1, 64 prompt tokens, 32 new tokens, greedy; medians of 5 rounds in which everybody "
         "ran in turn, ratios within a round, against FP16 of the same mode and eager bitsandbytes; torch 2.1, "
-        "transformers 5.1, bitsandbytes 0.5; 2026-11-22.*",
+        f"transformers 5.1, bitsandbytes 0.5; 2026-11-22, commit 0123456.{SPREAD}*",
     ]

@@ -61,6 +61,11 @@ class FakeNvml:
         found = [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self.processes]
         return self._of(handle, "processes", found)
 
+    NVML_CLOCK_SM = 1
+
+    def nvmlDeviceGetClockInfo(self, handle, kind):
+        return self._of(handle, "clock", 1980 if kind == self.NVML_CLOCK_SM else 0)
+
 
 def figures(library) -> dict:
     nvml = Nvml(library, UUID)
@@ -106,6 +111,27 @@ def test_one_failing_call_loses_one_figure(broken, lost):
 )
 def test_process_bytes_are_ours_or_unknown(processes, expected):
     assert Nvml(FakeNvml(processes), UUID).process_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("pids", "others"),
+    [([], 0), (["ours"], 0), (["ours", 1, 2], 2), ([1], 0), ([1, 2], 1)],  # a container sees none of its own numbers
+)
+def test_other_processes_are_counted_without_ours(pids, others, gpu):
+    gpu(FakeNvml([(os.getpid() if pid == "ours" else pid, 5) for pid in pids]))
+    assert telemetry.other_processes("cuda:0") == others
+
+
+def test_a_clock_and_other_processes_are_none_where_nobody_tells(gpu, monkeypatch):
+    for library in (FakeNvml(broken=["clock", "processes"]), None):
+        gpu(library)
+        assert telemetry.clock_mhz("cuda:0") is None and telemetry.other_processes("cuda:0") is None
+    gpu(FakeNvml())
+    assert telemetry.clock_mhz("cuda:0") == 1980
+    monkeypatch.setattr(psutil, "cpu_freq", lambda: None)
+    assert telemetry.clock_mhz("cpu") is None
+    monkeypatch.setattr(psutil, "cpu_freq", lambda: SimpleNamespace(current=2600.0))
+    assert telemetry.clock_mhz("cpu") == 2600.0
 
 
 @pytest.fixture

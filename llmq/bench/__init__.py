@@ -1,4 +1,4 @@
-"""Repeatable figures of speed and memory, one method after the other, through the same door as everything else."""
+"""Repeatable figures of speed and memory, in rounds in which everybody has a turn, through the one door."""
 
 from __future__ import annotations
 

@@ -6,18 +6,18 @@ on a GPU into CUDA graphs. It compiles no bitsandbytes model. Tokens are timed a
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from llmq.bench.setup import Bench, require_whole, spread
+from llmq.bench.rounds import ratio, spread
+from llmq.bench.setup import DecodingBench, Setup, Side
 from llmq.contestant import Contestant
 from llmq.engine.loading import Key
 from llmq.errors import BadChoice, first_line, unknown
 from llmq.events import Event, Progress
 from llmq.machine.door import Lease
+from llmq.machine.pool import watched_release
 from llmq.methods import METHODS
 from llmq.methods.swap import stored_bytes
 from llmq.models.loading import load_model
@@ -31,52 +31,144 @@ CPU_COMPILER = {"mode": "default", "backend": "inductor"}  # of a CPU, for which
 NO_TOKEN = -1  # as the end of text: every generation is as long as asked
 
 
+@dataclass
+class _Home:
+    """Where the model of a contestant is, for all its modes."""
+
+    model: PreTrainedModel | None = None
+
+
+@dataclass
+class ModeSide(Side):
+    """A contestant in one of its modes. `tokens`: those of its last turn; `error`: why it takes part no longer."""
+
+    mode: str = "eager"
+    home: _Home = field(default_factory=_Home)
+    tokens: list[int] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.label}, {self.mode}"
+
+
 @dataclass(frozen=True, kw_only=True)
-class GenerateBench(Bench):
-    """`repeats` rounds, in each of which every contestant decodes once in each of `modes`; all are in memory."""
+class GenerateBench(DecodingBench):
+    """In every round every contestant decodes once in each of `modes`."""
 
     kind = "transformers"
     columns = ("method", "mode", "tokens_per_second", "over_fp16", "over_bnb", "prefill_seconds", "weight_bytes")
     columns += ("peak_bytes",)
-    new_tokens: int = 64
     modes: str = ",".join(MODES)
 
     def __post_init__(self):
         super().__post_init__()
-        require_whole("new_tokens", self.new_tokens, 2)
         for mode in self.modes.split(","):
             if mode not in MODES:
                 raise unknown("mode", mode, MODES)
         if self.engine not in ("auto", "hf"):
             raise BadChoice(f"engine {self.engine!r} is not transformers' generate; choose auto or hf")
 
-    @property
-    def positions(self) -> int:
-        return self.prompt_tokens + self.new_tokens
-
     def loop_of(self, contestant: Contestant, model: Model) -> str:
         return "hf"
 
     def run(self, lease: Lease) -> Iterator[Event | Progress | dict]:
-        """Everybody in turn, round by round; last comes the result. The first round, which compiles, is not counted."""
-        setup = yield from self.prepare(lease)
-        sides: list[_Side] = []
-        for contestant, key in setup.entries:
-            yield lease.progress(f"loading {contestant.label}")
-            model = _loaded(key)
-            modes = [mode for mode in self.modes.split(",") if mode == "eager" or contestant.method.name != "bnb-int8"]
-            weight_bytes = stored_bytes(model) + contestant.method.scale_bytes(model)
-            sides += [_Side(contestant.label, mode, model, weight_bytes, lease.clock) for mode in modes]
         try:
-            for number in range(self.repeats + 1):
-                for side in sides:
-                    yield lease.progress(f"round {number} of {self.repeats}: {side.label}, {side.mode}")
-                    if not side.error:
-                        side.run(setup.prompt_ids, self.new_tokens, first=number == 0)
+            yield from super().run(lease)
         finally:
             _forget_graphs()
-        conditions = {"new_tokens": self.new_tokens, "schedule": "everybody in turn, round by round"}
-        yield self.result(setup, list(_rows(sides)), conditions)
+
+    def sides(self, setup: Setup) -> list[Side]:
+        found = []
+        for contestant, key in setup.entries:
+            home = _Home()
+            modes = [mode for mode in self.modes.split(",") if mode == "eager" or contestant.method.name != "bnb-int8"]
+            found += [ModeSide(contestant, key, mode=mode, home=home) for mode in modes]
+        return found
+
+    def begin(self, lease: Lease, side: ModeSide, setup: Setup) -> dict:
+        if side.home.model is None:
+            side.home.model = _loaded(side.key)
+        weight_bytes = stored_bytes(side.home.model) + side.contestant.method.scale_bytes(side.home.model)
+        return {"engine": "hf", "mode": side.mode, "weight_bytes": weight_bytes}
+
+    def turn(self, lease: Lease, side: ModeSide, setup: Setup, number: int) -> dict:
+        """Generate once. The first time compiles, and shows what memory that takes."""
+        arrivals = _Arrivals(lease.clock)
+        generate = self._generate if number else self._first
+        try:
+            if not side.error:
+                generate(side, setup.prompt_ids, arrivals)
+        except RuntimeError as error:  # a compiler's, or no memory: the others go on
+            side.error = first_line(error)
+        return {} if side.error else arrivals.figures(self.new_tokens)
+
+    def _first(self, side: ModeSide, ids: list[int], arrivals: _Arrivals) -> None:
+        import torch
+        from torch._dynamo.utils import counters
+
+        device, started = side.home.model.device, arrivals.clock()
+        on_gpu = device.type == "cuda"
+        counters.clear()
+        before = torch.cuda.memory_allocated(device) if on_gpu else 0
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        self._generate(side, ids, arrivals)
+        growth = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
+        side.known |= {
+            "ready_seconds": arrivals.clock() - started,
+            "peak_bytes": None if growth is None else side.known["weight_bytes"] + growth,
+            "graph_breaks": sum(counters["graph_break"].values()),
+            "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
+        }
+
+    def _generate(self, side: ModeSide, ids: list[int], arrivals: _Arrivals) -> None:
+        import torch
+        from transformers import GenerationConfig
+
+        model = side.home.model
+        settings = GenerationConfig(
+            max_new_tokens=self.new_tokens, do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=0,
+            cache_implementation="static" if side.mode == "compiled" else None,
+            compile_config=_compiler(side.mode, model.device.type),
+        )  # fmt: skip
+        prompt = torch.tensor([ids], device=model.device)
+        mask = torch.ones_like(prompt)
+        made = model.generate(prompt, attention_mask=mask, generation_config=settings, streamer=arrivals)
+        side.tokens = made[0, len(ids) :].tolist()
+
+    def end(self, lease: Lease, setup: Setup, sides: list[ModeSide]) -> None:
+        _forget_graphs()
+        homes = {id(side.home): side for side in sides}.values()
+
+        def release() -> None:
+            for side in homes:
+                side.home.model = None
+
+        freed = watched_release(self.device, sum(side.known["weight_bytes"] for side in homes), release)
+        for side in sides:
+            side.freed = freed
+
+    def row(self, side: ModeSide) -> dict:
+        row = {"error": side.error, "tokens_per_second": None, "prefill_seconds": None}
+        if side.error:
+            nothing = dict.fromkeys(("ready_seconds", "peak_bytes", "graph_breaks", "cudagraph_skips"))
+            return row | nothing | side.known
+        return row | spread("tokens_per_second", side.of("speed")) | spread("prefill_seconds", side.of("prefill"))
+
+    def beside(self, side: ModeSide, sides: list[ModeSide], setup: Setup) -> dict:
+        """Against FP16 of the same mode, against eager bitsandbytes, and how many of the first tokens are those of its
+        own eager mode."""
+        found = {(other.label, other.mode): other for other in sides}
+        twin = found.get((side.label, "eager"))
+        row = {"tokens_as_eager": _common(side.tokens, twin.tokens) if twin else None}
+        for name, other in (("over_fp16", ("fp16", side.mode)), ("over_bnb", ("bnb-int8", "eager"))):
+            row |= ratio(name, _speeds(side), _speeds(found.get(other)), rounds=not setup.apart)
+        return row
+
+
+def _speeds(side: ModeSide | None) -> list[float] | None:
+    return None if side is None or side.error else side.of("speed")
 
 
 def _forget_graphs() -> None:
@@ -99,75 +191,15 @@ def _loaded(key: Key) -> PreTrainedModel:
     return model
 
 
-@dataclass
-class _Side:
-    """Who takes part in which mode, and what every counted round gave. `error`: why it takes part no longer."""
+def _compiler(mode: str, device: str):
+    """None on a GPU: what transformers does by itself."""
+    from transformers import CompileConfig
 
-    label: str
-    mode: str
-    model: PreTrainedModel
-    weight_bytes: int
-    clock: Callable[[], float] = time.perf_counter
-    speeds: list[float] = field(default_factory=list)
-    prefills: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    ready_seconds: float = 0.0
-    peak_bytes: int | None = None
-    graph_breaks: int = 0
-    cudagraph_skips: int = 0
-    error: str = ""
-
-    def run(self, ids: list[int], new_tokens: int, *, first: bool) -> None:
-        """Generate once. The first time is not counted: it compiles, and shows what memory that takes."""
-        arrivals = _Arrivals(self.clock)
-        try:
-            if first:
-                self._first(ids, new_tokens, arrivals)
-            else:
-                self._generate(ids, new_tokens, arrivals)
-                self.prefills.append(arrivals.seconds[1] - arrivals.seconds[0])
-                self.speeds.append((new_tokens - 1) / (arrivals.seconds[-1] - arrivals.seconds[1]))
-        except RuntimeError as error:  # a compiler's, or no memory: the others go on
-            self.error = first_line(error)
-
-    def _first(self, ids: list[int], new_tokens: int, arrivals: _Arrivals) -> None:
-        import torch
-        from torch._dynamo.utils import counters
-
-        on_gpu, started = self.model.device.type == "cuda", self.clock()
-        counters.clear()
-        before = torch.cuda.memory_allocated(self.model.device) if on_gpu else 0
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.model.device)
-        self._generate(ids, new_tokens, arrivals)
-        self.ready_seconds = self.clock() - started
-        if on_gpu:
-            self.peak_bytes = self.weight_bytes + torch.cuda.max_memory_allocated(self.model.device) - before
-        self.graph_breaks = sum(counters["graph_break"].values())
-        self.cudagraph_skips = counters["inductor"]["cudagraph_skips"]
-
-    def _generate(self, ids: list[int], new_tokens: int, arrivals: _Arrivals) -> None:
-        import torch
-        from transformers import GenerationConfig
-
-        settings = GenerationConfig(
-            max_new_tokens=new_tokens, do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=0,
-            cache_implementation="static" if self.mode == "compiled" else None, compile_config=self._compiler(),
-        )  # fmt: skip
-        prompt = torch.tensor([ids], device=self.model.device)
-        mask = torch.ones_like(prompt)
-        made = self.model.generate(prompt, attention_mask=mask, generation_config=settings, streamer=arrivals)
-        self.tokens = made[0, len(ids) :].tolist()
-
-    def _compiler(self):
-        """None on a GPU: what transformers does by itself."""
-        from transformers import CompileConfig
-
-        if self.mode == "eager" or self.model.device.type != "cpu":
-            return None
-        config = CompileConfig(**CPU_COMPILER)
-        config._compile_all_devices = True
-        return config
+    if mode == "eager" or device != "cpu":
+        return None
+    config = CompileConfig(**CPU_COMPILER)
+    config._compile_all_devices = True
+    return config
 
 
 class _Arrivals:
@@ -179,37 +211,13 @@ class _Arrivals:
     def put(self, value) -> None:
         self.seconds.append(self.clock())
 
+    def figures(self, new_tokens: int) -> dict:
+        """Seconds of the prefill, and the tokens a second after it."""
+        asked, first, *_, last = self.seconds
+        return {"prefill": first - asked, "speed": (new_tokens - 1) / (last - first)}
+
     def end(self) -> None:
         """There is nothing to close."""
-
-
-def _rows(sides: list[_Side]) -> Iterator[dict]:
-    found = {(side.label, side.mode): side for side in sides}
-    for side in sides:
-        twin = found.get((side.label, "eager"))
-        measured = bool(side.speeds) and not side.error
-        yield {
-            "method": side.label,
-            "mode": side.mode,
-            "error": side.error,
-            **(spread("tokens_per_second", side.speeds) if measured else {"tokens_per_second": None}),
-            "over_fp16": _ratio(side, found.get(("fp16", side.mode))),
-            "over_bnb": _ratio(side, found.get(("bnb-int8", "eager"))),
-            "prefill_seconds": statistics.median(side.prefills) if measured else None,
-            "ready_seconds": side.ready_seconds,
-            "weight_bytes": side.weight_bytes,
-            "peak_bytes": side.peak_bytes,
-            "tokens_as_eager": _common(side.tokens, twin.tokens) if twin else None,
-            "graph_breaks": side.graph_breaks,
-            "cudagraph_skips": side.cudagraph_skips,
-        }
-
-
-def _ratio(side: _Side, other: _Side | None) -> float | None:
-    """The median of the rounds' ratios: both sides of a round saw the same machine."""
-    if other is None or side.error or other.error:
-        return None
-    return statistics.median(a / b for a, b in zip(side.speeds, other.speeds, strict=True))
 
 
 def _common(tokens: list[int], others: list[int]) -> int:

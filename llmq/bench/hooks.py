@@ -13,11 +13,10 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING
 
-from llmq.bench.setup import Setup, spread
-from llmq.bench.speed import DecodeBench
+from llmq.bench.rounds import ratio
+from llmq.bench.setup import DecodingBench, Setup, Side
 from llmq.contestant import Contestant
 from llmq.engine.hf import HFEngine
-from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice
 from llmq.machine.door import Lease
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HooksBench(DecodeBench):
+class HooksBench(DecodingBench):
     """`repeats` rounds, in each of which the same generation runs once unwatched and once watched."""
 
     kind = "hooks"
@@ -41,35 +40,29 @@ class HooksBench(DecodeBench):
         if self.engine not in ("auto", "hf"):
             raise BadChoice(f"engine {self.engine!r} has no layers to hook; choose auto or hf")
 
-    def conditions(self) -> dict:
-        return {"new_tokens": self.new_tokens, "schedule": "with and without in turn, round by round"}
-
-    def facts(self) -> dict:
-        return {}
-
     def loop_of(self, contestant: Contestant, model: Model) -> str:
         return "hf"
 
-    def told(self, row: dict) -> str:
-        return f"{row['prefill_ratio']:.2f}x in prefill, {row['decode_ratio']:.2f}x in decode"
+    def begin(self, lease: Lease, side: Side, setup: Setup) -> dict:
+        return {"engine": lease.get(side.key, side.contestant.method).name}
 
-    def measure(self, lease: Lease, contestant: Contestant, key: Key, setup: Setup) -> dict:
+    def turn(self, lease: Lease, side: Side, setup: Setup, number: int) -> dict:
+        """Generate once unwatched and once watched; who comes second, and may find warmer caches, changes."""
         from llmq.inspect.recorder import OutlierRecorder
 
-        engine = lease.get(key, contestant.method)
-        rounds = []
-        for number in range(self.repeats + 1):  # the first is not counted
-            recorder = OutlierRecorder(engine.model, outlier_columns=engine.method.outlier_columns)
-            sides = (None, recorder) if number % 2 else (recorder, None)  # who comes second may find warmer caches
-            rounds.append({bool(side): self._seconds(engine, setup.prompt_ids, side, lease.clock) for side in sides})
-        held = held_bytes(recorder.report(model=self.model, method=contestant.label))
-        plain, watched = ([seconds[side] for seconds in rounds[1:]] for side in (False, True))
-        row = {"engine": engine.name, "held_bytes": held}
+        engine = lease.get(side.key, side.contestant.method)
+        recorder = OutlierRecorder(engine.model, outlier_columns=engine.method.outlier_columns)
+        order = (None, recorder) if number % 2 else (recorder, None)
+        seconds = {bool(one): self._seconds(engine, setup.prompt_ids, one, lease.clock) for one in order}
+        report = recorder.report(model=self.model, method=side.label)
+        return {"plain": seconds[False], "watched": seconds[True], "held_bytes": held_bytes(report)}
+
+    def row(self, side: Side) -> dict:
+        row = {"held_bytes": side.of("held_bytes")[-1]}
         for phase, name in enumerate(("prefill_seconds", "decode_seconds_per_token")):
-            without, with_hooks = ([seconds[phase] for seconds in side] for side in (plain, watched))
-            ratios = [slow / fast for fast, slow in zip(without, with_hooks, strict=True)]
-            row |= spread(f"{name.partition('_')[0]}_ratio", ratios)
-            row |= {name: statistics.median(without), f"{name}_watched": statistics.median(with_hooks)}
+            without, watched = ([seconds[phase] for seconds in side.of(name)] for name in ("plain", "watched"))
+            row |= ratio(f"{name.partition('_')[0]}_ratio", watched, without)
+            row |= {name: statistics.median(without), f"{name}_watched": statistics.median(watched)}
         return row
 
     def _seconds(

@@ -7,7 +7,6 @@ one clock around decoding and choosing; threads, prompts and tokens are the same
 from __future__ import annotations
 
 import ctypes
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,9 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmq.bench.setup import Bench, bandwidth_fraction, read_bandwidth, require_whole, spread
+from llmq.bench.bandwidth import bandwidth_share, read_bandwidth
+from llmq.bench.rounds import ratio, spread, turns
+from llmq.bench.setup import DecodingBench, notes_of
 from llmq.engine.base import Engine
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError
@@ -31,8 +32,8 @@ SAME_PRECISION = {"fp16": "F16", "bf16": "F16"}  # every other method: Q8_0
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeersBench(Bench):
-    """`repeats` rounds, in each of which everybody decodes once and reads a long prompt once. With `busy` another
+class PeersBench(DecodingBench):
+    """In every round everybody decodes once and reads a long prompt once. With `busy` another
     process computes without end meanwhile."""
 
     kind = "peers"
@@ -43,7 +44,6 @@ class PeersBench(Bench):
 
     def __post_init__(self):
         super().__post_init__()
-        require_whole("new_tokens", self.new_tokens, 2)
         if self.device != "cpu" or self.model != "demo":
             raise BadChoice("peers are compared on the demo model and the CPU: --model demo --device cpu")
 
@@ -51,13 +51,11 @@ class PeersBench(Bench):
     def positions(self) -> int:
         return max(LONG_PROMPT, self.prompt_tokens) + self.new_tokens
 
-    def facts(self) -> dict:
-        return {"read_bandwidth_bytes_per_second": read_bandwidth("cpu")}
-
     def run(self, lease: Lease) -> Iterator[Event | Progress | dict]:
         """Everybody in turn, round by round; last comes the result, llama.cpp's rows beside ours."""
         llama = _llama_cpp()
         setup = yield from self.prepare(lease)
+        readings: list[float] = []
         long_prompt = (setup.prompt_ids * LONG_PROMPT)[:LONG_PROMPT]
         with tempfile.TemporaryDirectory(prefix="llmq-peers-") as folder:
             sides = [
@@ -70,19 +68,21 @@ class PeersBench(Bench):
             sides += [_Side(f"llama.cpp {name}", peer, name) for name, peer in peers.items()]
             with _another_process() if self.busy else nullcontext():
                 for number in range(self.repeats + 1):  # the first is not counted
-                    for side in sides:
+                    for side in turns(sides, number):
                         decode = _decode(side.engine, setup.prompt_ids, self.new_tokens)
                         prefill = LONG_PROMPT / _read(side.engine, long_prompt)
                         if number:
                             side.decode.append(decode)
                             side.prefill.append(prefill)
+                    readings += [read_bandwidth("cpu")] if number else []
+                    setup.note_clock("cpu")
                     yield lease.progress(f"round {number} of {self.repeats}")
-            results = list(_rows(sides, setup.facts["read_bandwidth_bytes_per_second"]))
+            results = [row | {"notes": list(notes_of(row))} for row in _rows(sides, readings)]
             for peer in peers.values():
                 peer.free()
         conditions = {"new_tokens": self.new_tokens, "long_prompt_tokens": LONG_PROMPT, "busy_process": self.busy}
-        conditions |= {"schedule": "everybody in turn, round by round", "llama_cpp_python": llama.__version__}
-        yield self.result(setup, results, conditions)
+        conditions |= {"llama_cpp_python": llama.__version__}
+        yield self.result(setup, results, conditions, spread("read_bandwidth_bytes_per_second", readings))
 
 
 @dataclass(frozen=True)
@@ -96,28 +96,22 @@ class _Side:
     prefill: list[float] = field(default_factory=list)
 
 
-def _rows(sides: list[_Side], bandwidth: float) -> Iterator[dict]:
+def _rows(sides: list[_Side], readings: list[float]) -> Iterator[dict]:
     named = {side.label: side for side in sides}
     for side in sides:
         peer, fp16, engine = named[f"llama.cpp {side.rival}"], named.get("fp16"), side.engine
-        speed = statistics.median(side.decode)
         yield {
             "method": side.label,
             "engine": engine.name,
             **spread("tokens_per_second", side.decode),
             **spread("prefill_tokens_per_second", side.prefill),
             "against": peer.label,
-            "decode_ratio": _ratio(side.decode, peer.decode),
-            "prefill_ratio": _ratio(side.prefill, peer.prefill),
-            "over_fp16": _ratio(side.decode, fp16.decode) if fp16 else None,
+            **ratio("decode_ratio", side.decode, peer.decode),
+            **ratio("prefill_ratio", side.prefill, peer.prefill),
+            **ratio("over_fp16", side.decode, fp16 and fp16.decode),
             "weight_bytes": engine.weight_bytes + engine.scale_bytes,
-            "bandwidth_fraction": bandwidth_fraction(engine.read_bytes_per_token, speed, bandwidth),
+            **bandwidth_share(engine.read_bytes_per_token, side.decode, readings),
         }
-
-
-def _ratio(own: list[float], peer: list[float]) -> float:
-    """The median of the rounds' ratios: both sides of a round saw the same machine."""
-    return statistics.median(a / b for a, b in zip(own, peer, strict=True))
 
 
 def _decode(engine: Engine | _Peer, prompt_ids: list[int], tokens: int) -> float:

@@ -1,30 +1,32 @@
-"""Tables of what `bench` measured, from the stored results: speed, memory, the time to the first token."""
+"""Tables of what `bench` measured, from the stored results: speed, memory, the time to the first token.
+
+A figure whose rounds lie apart says so in its cell. Older results have no key 'rounds', 'notes' or 'over_fp16': what
+they say follows from those that they have.
+"""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from llmq.bench.rounds import SCHEDULE
+from llmq.formatting import format_bytes, format_seconds, shown_spread
 
-from llmq.formatting import format_bytes, format_seconds
+SPREAD = "Spread: the highest less the lowest, over the median, from 10 % on."
 
 
 def decode_table(result: dict) -> str:
     """A bench of decoding; any other result of speed that has no table of its own."""
     rows = ["| method | first token | decode, tok/s (lowest–highest) | against FP16 | weights | peak memory |"]
     rows.append("|---|---:|---:|---:|---:|---:|")
-    baseline = next(row for row in result["results"] if row["method"] == "fp16")
     for row in result["results"]:
-        speed = row["tokens_per_second"]
         cells = [
             f"`{row['method']}`",
-            format_seconds(row["prefill_seconds"]),
-            f"{speed:.1f} ({row['tokens_per_second_min']:.1f}–{row['tokens_per_second_max']:.1f})",
-            f"{speed / baseline['tokens_per_second']:.2f}×",
+            _seconds(row, "prefill_seconds"),
+            _ranged(row, "tokens_per_second"),
+            _over_fp16(row, result),
             format_bytes(row["weight_bytes"] + row["scale_bytes"]),
             format_bytes(row["peak_bytes"]),
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*rows, "", _conditions(result)])
+    return _drawn(rows, _conditions(result), result)
 
 
 def generate_table(result: dict) -> str:
@@ -36,129 +38,210 @@ def generate_table(result: dict) -> str:
         cells = [
             f"`{row['method']}`",
             row["mode"],
-            f"{row['tokens_per_second']:.1f} ({row['tokens_per_second_min']:.1f}–{row['tokens_per_second_max']:.1f})",
-            f"{row['over_fp16']:.2f}×",
-            f"{row['over_bnb']:.1f}×",
-            format_seconds(row["prefill_seconds"]),
+            _ranged(row, "tokens_per_second"),
+            _times(row, "over_fp16"),
+            _times(row, "over_bnb", ".1f"),
+            _seconds(row, "prefill_seconds"),
             "" if row["peak_bytes"] is None else format_bytes(row["peak_bytes"]),  # a CPU has none
         ]
         rows.append(f"| {' | '.join(cells)} |")
     c = result["conditions"]
-    note = (
-        f"*{c['device_name']}, {result['model']} ({_weights(c)}); batch 1, {c['prompt_tokens']} prompt tokens, "
-        f"{c['new_tokens']} new tokens, greedy; medians of {c['repeats']} rounds in which everybody ran in turn, "
-        "ratios within a round, against FP16 of the same mode and eager bitsandbytes; "
-        f"{_versions(c)}; {c['date'][:10]}.*"
-    )
-    return "\n".join([*rows, "", note])
+    note = f"{c['device_name']}, {result['model']} ({_weights(c)}); batch 1, {_length(c)}, greedy; {_schedule(c)}, "
+    note += f"against FP16 of the same mode and eager bitsandbytes; {_origin(c)}."
+    return _drawn(rows, note, result)
 
 
-def lean_table(results: Path) -> str:
+def lean_table(short: dict, long: dict, prefill: dict) -> str:
     """The lean loop at LLaMA-2-7B's shape: decode at two context lengths and prefill, every method against FP16."""
-    short, long, prefill = (
-        {row["method"]: row for row in json.loads((results / f"gpu-7b-{name}.json").read_text())["results"]}
-        for name in ("lean", "lean-2000", "prefill")
-    )
+    later, first = ({row["method"]: row for row in result["results"]} for result in (long, prefill))
     rows = ["| method | decode, tok/s (lowest–highest) | against FP16 | of the read bandwidth "]
-    rows[0] += "| decode after 1,936 tokens | prefill of 2,048 tokens | weights | peak memory |"
+    c = long["conditions"], prefill["conditions"]
+    rows[0] += f"| decode after {c[0]['prompt_tokens']:,} tokens | prefill of {c[1]['prompt_tokens']:,} tokens "
+    rows[0] += "| weights | peak memory |"
     rows.append("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for method, row in short.items():
-        speed = row["tokens_per_second"]
+    for row in short["results"]:
+        method = row["method"]
         cells = [
             f"`{method}`",
-            f"{speed:.1f} ({row['tokens_per_second_min']:.1f}–{row['tokens_per_second_max']:.1f})",
-            f"{speed / short['fp16']['tokens_per_second']:.2f}×",
-            f"{row['bandwidth_fraction']:.0%}",
-            f"{long[method]['tokens_per_second']:.1f} tok/s" if method in long else "",
-            format_seconds(prefill[method]["seconds"]) if method in prefill else "",
+            _ranged(row, "tokens_per_second"),
+            _over_fp16(row, short),
+            _share(row),
+            _lone(later[method], "tokens_per_second", unit=" tok/s") if method in later else "",
+            _seconds(first[method], "seconds") if method in first else "",
             format_bytes(row["weight_bytes"] + row["scale_bytes"]),
             format_bytes(row["peak_bytes"]),
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*rows, "", _conditions(json.loads((results / "gpu-7b-lean.json").read_text()))])
+    note = (
+        f"{_conditions(short)} Decode after {c[0]['prompt_tokens']:,} tokens: {_other(c[0])}; prefill: {_other(c[1])}."
+    )
+    return _drawn(rows, note, short, long, prefill)
 
 
-def load_table(results: Path) -> str:
+def _other(conditions: dict) -> str:
+    """How the figures of one column were measured that come from another file."""
+    new = f"{conditions['new_tokens']:,} new tokens, " if "new_tokens" in conditions else ""
+    return f"{new}{_schedule(conditions)}, {_origin(conditions)}"
+
+
+def load_table(cold: dict, warm: dict, file: dict, int8: dict) -> str:
     """How long until the first token can be decoded, from drawn weights or files, with or without cached kernels."""
-    names = {"load-cold": "drawn", "load-warm": "drawn", "load-file": "FP16 file", "load-int8": "int8 file"}
     rows = ["| weights from | compiled kernels | method | loaded after | ready after | size | peak while loading |"]
     rows.append("|---|---|---|---:|---:|---:|---:|")
-    for name, origin in names.items():
-        result = json.loads((results / f"gpu-7b-{name}.json").read_text())
+    for result, origin in ((cold, "drawn"), (warm, "drawn"), (file, "FP16 file"), (int8, "int8 file")):
+        first = result["conditions"]["kernel_cache"] == "cold"  # in the first round alone nothing is compiled yet
         for row in result["results"]:
+            load, ready = (
+                f"first_{name}" if first and f"first_{name}" in row else name
+                for name in ("load_seconds", "ready_seconds")
+            )
             cells = [
                 origin,
-                "none yet" if result["conditions"]["kernel_cache"] == "cold" else "cached",
+                "none yet" if first else "cached",
                 f"`{row['method']}`",
-                format_seconds(row["load_seconds"]),
-                format_seconds(row["ready_seconds"]),
+                _seconds(row, load),
+                _seconds(row, ready),
                 format_bytes(row["weight_bytes"] + row["scale_bytes"]),
                 format_bytes(row["peak_load_bytes"]),
             ]
             rows.append(f"| {' | '.join(cells)} |")
-    c = result["conditions"]
-    where = f"{c['device_name']}, LLaMA-2-7B's shape, torch {c['versions']['torch']}, {c['date'][:10]}"
+    c = cold["conditions"]
     note = (
-        f"*{where}. One process for each group of rows: the first method in it also starts CUDA. Ready: the graph is "
-        "captured and a token decoded. The files were in the system's page cache.*"
+        f"{c['device_name']}, LLaMA-2-7B's shape, torch {c['versions']['torch']}, {days(cold, warm, file, int8)}. One "
+        "process for each group of rows: the first method in it also starts CUDA. Ready: the graph is captured and a "
+        "token decoded. The files were in the system's page cache."
     )
-    return "\n".join([*rows, "", note])
+    return _drawn(rows, note, cold, warm, file, int8)
 
 
-def prompts_table(results: Path) -> str:
+def prompts_table(*found: dict) -> str:
     """Time to the first token of short prompts."""
-    lengths = (64, 300, 512)
-    found = [json.loads((results / f"gpu-7b-prefill-{length}.json").read_text()) for length in lengths]
+    lengths = [result["conditions"]["prompt_tokens"] for result in found]
     rows = [f"| method | {' | '.join(f'{length} tokens' for length in lengths)} |", f"|---|{'---:|' * len(lengths)}"]
     for entries in zip(*(result["results"] for result in found), strict=True):
-        rows.append(f"| `{entries[0]['method']}` | {' | '.join(format_seconds(e['seconds']) for e in entries)} |")
+        rows.append(f"| `{entries[0]['method']}` | {' | '.join(_seconds(row, 'seconds') for row in entries)} |")
     c = found[0]["conditions"]
-    note = f"*{c['device_name']}, LLaMA-2-7B's shape, medians of {c['repeats']}, torch {c['versions']['torch']}, "
-    return "\n".join([*rows, "", f"{note}{c['date'][:10]}.*"])
+    note = f"{c['device_name']}, LLaMA-2-7B's shape, {_schedule(c)}, torch {c['versions']['torch']}, "
+    return _drawn(rows, f"{note}{days(*found)}.", *found)
 
 
-def peers_table(results: Path) -> str:
+def peers_table(quiet: dict, busy: dict) -> str:
     """Our CPU loop and llama.cpp in turn on the same weights; and again while another process takes a core."""
-    quiet, busy = (json.loads((results / f"cpu-peers{name}.json").read_text()) for name in ("", "-busy"))
-    kept = {row["method"]: row["tokens_per_second"] for row in busy["results"]}
+    kept = {row["method"]: row for row in busy["results"]}
     rows = ["| | decode, tok/s (lowest–highest) | against | over `fp16` | of the read bandwidth "]
     rows[0] += "| prompt of 512, tok/s | against | weights | decode with one core taken |"
     rows.append("|---|---:|---|---:|---:|---:|---|---:|---:|")
     for row in quiet["results"]:
-        speed, own = row["tokens_per_second"], row["engine"] == "llama.cpp"
+        speed, own, taken = row["tokens_per_second"], row["engine"] == "llama.cpp", kept.get(row["method"])
         rival = row["against"].removeprefix("llama.cpp ")
         cells = [
             row["method"] if own else f"`{row['method']}`",
-            f"{speed:.1f} ({row['tokens_per_second_min']:.1f}–{row['tokens_per_second_max']:.1f})",
-            "" if own else f"{row['decode_ratio']:.2f}× {rival}",
-            "" if own else f"{row['over_fp16']:.2f}×",
-            f"{row['bandwidth_fraction']:.0%}",
-            f"{row['prefill_tokens_per_second']:.0f}",
-            "" if own else f"{row['prefill_ratio']:.2f}× {rival}",
+            _ranged(row, "tokens_per_second"),
+            "" if own else f"{_times(row, 'decode_ratio')} {rival}",
+            "" if own else _times(row, "over_fp16"),
+            _share(row),
+            _lone(row, "prefill_tokens_per_second", ".0f"),
+            "" if own else f"{_times(row, 'prefill_ratio')} {rival}",
             format_bytes(row["weight_bytes"]),
-            f"{kept[row['method']]:.1f} ({kept[row['method']] / speed:.0%})" if row["method"] in kept else "",
+            f"{_lone(taken, 'tokens_per_second')}, {taken['tokens_per_second'] / speed:.0%}" if taken else "",
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    c, bandwidth = quiet["conditions"], quiet["read_bandwidth_bytes_per_second"] / 1e9
+    c, b = quiet["conditions"], busy["conditions"]
     note = (
-        f"*{c['device_name']}, {c['torch_threads']} threads, {quiet['model']} ({c['model_revision']}); prompt of "
-        f"{c['prompt_tokens']}, {c['new_tokens']} new tokens, greedy; medians of {c['repeats']} rounds in which "
-        f"everybody ran in turn, ratios within a round; F16 and Q8_0 are llama.cpp's (llama-cpp-python "
-        f"{c['llama_cpp_python']}), made from the same weights by its own tool; reading memory at {bandwidth:.0f} GB/s "
-        f"in the same run; {c['date'][:10]}. The last column: {busy['conditions']['repeats']} rounds beside a process "
-        "that never rests.*"
+        f"{c['device_name']}, {c['torch_threads']} threads, {quiet['model']} ({c['model_revision']}); {_length(c)}, "
+        f"greedy; {_schedule(c)}; F16 and Q8_0 are llama.cpp's (llama-cpp-python {c['llama_cpp_python']}), made from "
+        f"the same weights by its own tool; {_reading(quiet)}; {days(quiet)}{_commit(c)}. The last column, and its "
+        f"share of the first: {_length(b)}, {_schedule(b)} beside a process that never rests; {days(busy)}."
     )
-    return "\n".join([*rows, "", note])
+    return _drawn(rows, note, quiet, busy)
+
+
+def hooks_table(result: dict) -> str:
+    """What watching a model costs it."""
+    rows = ["| method | prefill, watched over not | decode, watched over not | held afterwards |"]
+    rows.append("|---|---:|---:|---:|")
+    for row in result["results"]:
+        ratios = (_ranged(row, f"{phase}_ratio", ".2f", "×") for phase in ("prefill", "decode"))
+        rows.append(f"| `{row['method']}` | {' | '.join(ratios)} | {format_bytes(row['held_bytes'])} |")
+    c = result["conditions"]
+    note = f"{c['device_name']}, {result['model']}, {_length(c)}; medians of {c['repeats']} rounds; {days(result)}"
+    return _drawn(rows, f"{note}{_commit(c)}.", result)
+
+
+def _drawn(rows: list[str], note: str, *results: dict) -> str:
+    """The rows above their caption, which ends with what speaks against the figures."""
+    against = [SPREAD] if any("spread" in row for row in rows) else []
+    against += [f"{said[0].upper()}{said[1:]}." for result in results for said in result.get("notes", ())]
+    return "\n".join([*rows, "", f"*{' '.join([note, *dict.fromkeys(against)])}*"])
+
+
+def _ranged(row: dict, name: str, form: str = ".1f", unit: str = "") -> str:
+    """A median with the lowest and the highest; '–' where nothing was measured."""
+    if row[name] is None:
+        return "–"
+    low, middle, high = (row[f"{name}{end}"] for end in ("_min", "", "_max"))
+    return f"{middle:{form}}{unit} ({low:{form}}–{high:{form}}{shown_spread(low, middle, high)})"
+
+
+def _wide(row: dict, name: str) -> str:
+    """' (spread 84 %)' behind a figure whose ends are not shown; '' where the rounds are near or not known."""
+    if row.get(name) is None or f"{name}_min" not in row:
+        return ""
+    said = shown_spread(*(row[f"{name}{end}"] for end in ("_min", "", "_max")))
+    return said and f" ({said.removeprefix(', ')})"
+
+
+def _lone(row: dict, name: str, form: str = ".1f", unit: str = "") -> str:
+    return f"{row[name]:{form}}{unit}{_wide(row, name)}"
+
+
+def _seconds(row: dict, name: str) -> str:
+    return f"{format_seconds(row[name])}{_wide(row, name)}"
+
+
+def _times(row: dict, name: str, form: str = ".2f") -> str:
+    """A ratio; '' where there is none."""
+    return "" if row[name] is None else f"{row[name]:{form}}×{_wide(row, name)}"
+
+
+def _over_fp16(row: dict, result: dict) -> str:
+    """The ratio of the rounds; in older results that of the medians."""
+    if "over_fp16" in row:
+        return _times(row, "over_fp16")
+    fp16 = next(row for row in result["results"] if row["method"] == "fp16")
+    return f"{row['tokens_per_second'] / fp16['tokens_per_second']:.2f}×"
+
+
+def _share(row: dict) -> str:
+    if row["bandwidth_fraction"] is None:
+        return "not believable" if row.get("bandwidth_refused") else "–"
+    return f"{row['bandwidth_fraction']:.0%}"
 
 
 def _conditions(result: dict) -> str:
     c = result["conditions"]
-    bandwidth = result["read_bandwidth_bytes_per_second"] / 1e9
     return (
-        f"*{c['device_name']}, {result['model']} ({_weights(c)}); batch 1, {c['prompt_tokens']} prompt tokens, "
-        f"{c['new_tokens']} new tokens, median of {c['repeats']} runs, one method after the other; reading memory at "
-        f"{bandwidth:,.0f} GB/s in the same run; {_versions(c)}; {c['date'][:10]}.*"
+        f"{c['device_name']}, {result['model']} ({_weights(c)}); batch 1, {_length(c)}, {_schedule(c)}; "
+        f"{_reading(result)}; {_origin(c)}."
     )
+
+
+def _length(conditions: dict) -> str:
+    new = f", {conditions['new_tokens']:,} new tokens" if "new_tokens" in conditions else ""
+    return f"{conditions['prompt_tokens']:,} prompt tokens{new}"
+
+
+def _schedule(conditions: dict) -> str:
+    repeats = conditions["repeats"]
+    if conditions.get("rounds", conditions.get("schedule") == SCHEDULE):
+        return f"medians of {repeats} rounds in which everybody ran in turn, ratios within a round"
+    return f"median of {repeats} runs, one method after the other"
+
+
+def _reading(result: dict) -> str:
+    """How fast memory was read meanwhile."""
+    spread = _wide(result, "read_bandwidth_bytes_per_second")
+    return f"reading memory at {result['read_bandwidth_bytes_per_second'] / 1e9:,.0f} GB/s{spread} in the same run"
 
 
 def _weights(conditions: dict) -> str:
@@ -166,23 +249,21 @@ def _weights(conditions: dict) -> str:
     return random if conditions["random_weights"] else conditions["model_revision"]
 
 
-def _versions(conditions: dict) -> str:
-    return ", ".join(f"{name} {conditions['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
+def _origin(conditions: dict) -> str:
+    versions = (f"{name} {conditions['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
+    return f"{', '.join(versions)}; {conditions['date'][:10]}{_commit(conditions)}"
 
 
-def hooks_table(result: dict) -> str:
-    """What watching a model costs it."""
-    lines = ["| method | prefill, watched over not | decode, watched over not | held afterwards |"]
-    lines.append("|---|---:|---:|---:|")
-    for row in result["results"]:
-        ratios = (
-            f"{row[f'{phase}_ratio']:.2f}× ({row[f'{phase}_ratio_min']:.2f}–{row[f'{phase}_ratio_max']:.2f})"
-            for phase in ("prefill", "decode")
-        )
-        lines.append(f"| `{row['method']}` | {' | '.join(ratios)} | {format_bytes(row['held_bytes'])} |")
-    conditions = result["conditions"]
-    about = f"{conditions['device_name']}, {result['model']}, prompt of {conditions['prompt_tokens']:,} tokens"
-    return "\n".join([*lines, "", f"*{about}; medians of {conditions['repeats']} rounds; {conditions['date'][:10]}.*"])
+def days(*results: dict) -> str:
+    """When they were measured."""
+    return ", ".join(sorted({result["conditions"]["date"][:10] for result in results}))
+
+
+def _commit(conditions: dict) -> str:
+    """', commit 986bc71'; with the changes that it did not have."""
+    if not (commit := conditions.get("commit")):
+        return ""
+    return f", commit {commit[:7]}" + " and changes not in it" * commit.endswith("-dirty")
 
 
 def kernels_table(result: dict) -> str:

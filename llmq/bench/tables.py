@@ -2,17 +2,18 @@
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
 or 'headline', 'quality', 'lean', 'load', 'prompts' or 'peers', which join several of them; 'methods' is their
-explanations.
+explanations. What `--check` finds wrong beside tables out of date, and how a figure in the text is held to a stored
+result, is told in `checks`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from llmq.bench import speed_tables
+from llmq.bench import checks, speed_tables
 from llmq.labs import lab_classes
 from llmq.labs.quality import FLOOR, shown_change, shown_margin
 from llmq.methods import METHODS
@@ -22,42 +23,64 @@ RESULTS = ROOT / "assets" / "results"
 DOCUMENTS = ("README.md", "REPORT.md")
 HEADLINE, HEADLINE_WINDOWS = ("llm-int8", "int8-weight-only", "bnb-int8", FLOOR), 64
 OLD_TEXT = "CPython pydoc_data.topics"
-_MARKED = re.compile(r"(<!-- table:([\w-]+) -->).*?(<!-- /table -->)", re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:
-    """Rewrite the documents, or with `--check` only say which are out of date (exit 1)."""
-    stale = [name for name in DOCUMENTS if (ROOT / name).read_text() != filled((ROOT / name).read_text())]
+    """Rewrite the documents, or with `--check` only say what is wrong with them (exit 1)."""
+    texts = {name: (ROOT / name).read_text() for name in DOCUMENTS}
     if "--check" in arguments:
-        print(f"out of date: {', '.join(stale)}" if stale else "tables are up to date")
-        return bool(stale)
-    for name in stale:
-        (ROOT / name).write_text(filled((ROOT / name).read_text()))
-        print(f"wrote {name}")
+        found = list(faults(texts))
+        print("\n".join(found) or "tables are up to date, and all that is stored and told is in them")
+        return bool(found)
+    for name, text in texts.items():
+        if (new := filled(text)) != text:
+            (ROOT / name).write_text(new)
+            print(f"wrote {name}")
     return 0
+
+
+def faults(texts: dict[str, str]) -> Iterator[str]:
+    """What is wrong with the documents, a line each (`checks` says what is looked for)."""
+    yield from (f"out of date: {name}" for name, text in texts.items() if text != filled(text))
+    yield from checks.unshown(list(texts.values()), {path.stem for path in RESULTS.iterdir()}, sources)
+    for name in dict.fromkeys(found[2] for text in texts.values() for found in checks.TABLE.finditer(text)):
+        results = {source: stored(source) for source in sources(name)}
+        yield from checks.incomplete_caption(name, table(name), results)
+    for name, text in texts.items():
+        yield from (f"{name}: {fault}" for fault in checks.wrong_figures(text, stored))
 
 
 def filled(text: str) -> str:
     """`text` with every marked table made anew."""
-    return _MARKED.sub(lambda m: f"{m[1]}\n{table(m[2])}\n{m[3]}", text)
+    return checks.TABLE.sub(lambda m: f"{m[1]}\n{table(m[2])}\n{m[3]}", text)
 
 
 def table(name: str) -> str:
-    if name == "quality":
-        return _quality_table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-quality.json"))])
+    """The table of that name, of the results in `sources(name)`."""
+    results = [stored(source) for source in sources(name)]
     if name in _JOINED:
-        return _JOINED[name]()
-    result = json.loads((RESULTS / f"{name}.json").read_text())
+        return _JOINED[name][0](*results)
+    kind = results[0]["kind"]
     kinds = {
         "paris": _judged_table,
         "hooks": speed_tables.hooks_table,
         "kernels": speed_tables.kernels_table,
         "transformers": speed_tables.generate_table,
+        "quality": _quality_table,
     }
-    kinds |= {"quality": lambda one: _quality_table([one])}
-    return (
-        kinds.get(result["kind"]) or (_lab_table if result["kind"] in lab_classes() else speed_tables.decode_table)
-    )(result)
+    return (kinds.get(kind) or (_lab_table if kind in lab_classes() else speed_tables.decode_table))(results[0])
+
+
+def sources(name: str) -> list[str]:
+    """The stored results that a table shows."""
+    if name not in _JOINED:
+        return [name]
+    found = _JOINED[name][1]
+    return found() if callable(found) else list(found)
+
+
+def stored(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def _explanations() -> str:
@@ -69,17 +92,26 @@ def _explanations() -> str:
     return "\n".join(f"#### {title}\n\n{text}" for text, title in titles.items()).rstrip()
 
 
-_JOINED = {
-    "headline": lambda: _headline_table(),
-    "methods": _explanations,
-    "lean": lambda: speed_tables.lean_table(RESULTS),
-    "load": lambda: speed_tables.load_table(RESULTS),
-    "peers": lambda: speed_tables.peers_table(RESULTS),
-    "prompts": lambda: speed_tables.prompts_table(RESULTS),
+def _qualities() -> list[str]:
+    return sorted(path.stem for path in RESULTS.glob("*-quality.json"))
+
+
+def _qualities_of_many_windows() -> list[str]:
+    return [name for name in _qualities() if stored(name)["conditions"]["windows"] >= HEADLINE_WINDOWS]
+
+
+_JOINED = {  # how each is drawn, and from which results
+    "headline": (lambda *results: _headline_table(*results), _qualities_of_many_windows),
+    "quality": (lambda *results: _quality_table(*results), _qualities),
+    "methods": (_explanations, ()),
+    "lean": (speed_tables.lean_table, ("gpu-7b-lean", "gpu-7b-lean-2000", "gpu-7b-prefill")),
+    "load": (speed_tables.load_table, [f"gpu-7b-load-{name}" for name in ("cold", "warm", "file", "int8")]),
+    "peers": (speed_tables.peers_table, ("cpu-peers", "cpu-peers-busy")),
+    "prompts": (speed_tables.prompts_table, [f"gpu-7b-prefill-{length}" for length in (64, 300, 512)]),
 }
 
 
-def _quality_table(results: list[dict]) -> str:
+def _quality_table(*results: dict) -> str:
     """One row for each method on each device, text and loop: of several results that have it, the first."""
     lab, rows = lab_classes()["quality"], {}
     for result in results:
@@ -90,9 +122,9 @@ def _quality_table(results: list[dict]) -> str:
     lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
     lines += [f"| {' | '.join(row)} |" for row in rows.values()]
     note = (
-        "*demo model; windows of 512 tokens, each read in one call. Change: of the perplexity against FP16, paired by "
-        "window; equal within: the smallest margin of two one-sided tests at 5 %. KL in nats per token: the mean, then "
-        "its spread over tokens.*"
+        f"*demo model, {speed_tables.days(*results)}; windows of 512 tokens, each read in one call. Change: of the "
+        "perplexity against FP16, paired by window; equal within: the smallest margin of two one-sided tests at 5 %. "
+        "KL in nats per token: the mean, then its spread over tokens.*"
     )
     return "\n".join([*lines, "", note])
 
@@ -104,21 +136,21 @@ def _read_by(result: dict) -> str:
     return f"{c['device_name']}: {text}, {c['windows']} windows"
 
 
-def _headline_table() -> str:
+def _headline_table(*results: dict) -> str:
     """What the best known methods cost, from results of many windows alone."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*-quality.json"))]
     lines = ["| | costs in perplexity (95 %) | equal within | KL to FP16, nats | same first choice | measured on |"]
     lines.append("|---|---:|---:|---:|---:|---|")
     said = []
     for result in results:
-        for row in result["results"] if result["conditions"]["windows"] >= HEADLINE_WINDOWS else ():
+        for row in result["results"]:
             if row["method"] == "llm-int8":
                 said.append(f"`llm-int8` costs {_cost(row)} on {result['conditions']['device_name']}")
             if row["method"] in HEADLINE:
                 kl, same = f"{row['kl_to_fp16']:.2g}", f"{row['top1_agreement']:.1%}"
                 cells = (f"`{row['method']}`", shown_change(row), shown_margin(row), kl, same, _read_by(result))
                 lines.append(f"| {' | '.join(cells)} |")
-    note = f"*{'; '.join(said)}. The 135M demo model; differences paired by window of 512 tokens.*"
+    about = f"The 135M demo model, {speed_tables.days(*results)}; differences paired by window of 512 tokens."
+    note = f"*{'; '.join(said)}. {about}*"
     return "\n".join([*lines, "", note])
 
 

@@ -18,7 +18,7 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.fields import Choice, Numbers
 from llmq.figures.blocks import Drawing
 from llmq.figures.lines import Panel, panels_figure
-from llmq.formatting import format_share
+from llmq.formatting import format_share, shown_spread
 from llmq.labs.rows import BASELINE, SCORES, RowLab, Rows, Workbench, share_of
 from llmq.methods import METHODS, parse_method
 from llmq.methods.base import THRESHOLD
@@ -28,6 +28,11 @@ SPEED_TOKENS = 16
 SPEED_PROMPT = 64
 ABLE = tuple(name for name, method in METHODS.items() if "threshold" in method.live)
 ABLE_LABELS = tuple(METHODS[name].label for name in ABLE)
+
+
+def _ends(row: dict) -> str:
+    low, middle, high = (row[f"tokens_per_second{end}"] for end in ("_min", "", "_max"))
+    return f"{low:.3g} to {high:.3g}{shown_spread(low, middle, high)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,7 @@ class Thresholds(RowLab):
         **SCORES,
         "Columns in 16 bit": share_of("outlier_share"),
         "Decode": "{tokens_per_second:.3g} tok/s",
-        "Lowest to highest": "{tokens_per_second_min:.3g} to {tokens_per_second_max:.3g}",
+        "Lowest to highest": _ends,
     }
 
     def contestants(self) -> list[Contestant]:

@@ -8,7 +8,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmq import telemetry
 from llmq.engine.base import Engine
@@ -103,18 +103,23 @@ class Pool:
 
     def drop(self, key: Key) -> FreedMemory:
         """Free one engine and look whether the memory came back: the model object dead, and the bytes seen again."""
-        engine = self._engines.pop(key, None)
+        engine = self._engines.get(key)
         if engine is None:
             reclaim(key.device)
             return FreedMemory(0, 0, True)
-        expected = engine.weight_bytes + engine.scale_bytes
-        model = weakref.ref(engine.model)
-        before = telemetry.used_bytes(key.device)
+        expected, model = engine.weight_bytes + engine.scale_bytes, weakref.ref(engine.model)
         del engine
-        reclaim(key.device)
-        after = telemetry.used_bytes(key.device)
-        freed = max(b - a for b, a in zip(before, after, strict=True))
-        return FreedMemory(expected, freed, model() is None and freed >= VERIFIED_SHARE * expected)
+        freed = watched_release(key.device, expected, lambda: self._engines.pop(key))
+        return replace(freed, verified=freed.verified and model() is None)
+
+
+def watched_release(device: str, expected: int, release: Callable[[], object]) -> FreedMemory:
+    """Let go of something and look whether its bytes are seen to come back."""
+    before = telemetry.used_bytes(device)
+    release()
+    reclaim(device)
+    freed = max(b - a for b, a in zip(before, telemetry.used_bytes(device), strict=True))
+    return FreedMemory(expected, freed, freed >= VERIFIED_SHARE * expected)
 
 
 def _bytes(engine: Engine) -> int:
