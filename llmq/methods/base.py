@@ -68,6 +68,7 @@ class Method:
     dense: ClassVar[bool] = False
     emulated: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False  # whether each row of a call has outliers of its own
     threshold: ClassVar[float | None] = None  # a method with outlier columns has a field of this name instead
 
     def __post_init__(self):
@@ -151,6 +152,7 @@ class Method:
             from llmq.methods.layers.int8_linear import convert_ends_
 
             convert_ends_(model, self.threshold)
+        self.apply_(model)
         return model.eval()
 
     def kept(self, names: Iterable[str]) -> set[str]:
