@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_llama
-from tiny_runs import light
+from conftest import byte_tokenizer, tiny_llama
+from planted import columns, hooks_left, raw_inputs
+from tiny_runs import key_of, light
 from torch import nn
 
 from llmq.engine.choice import choose_engines
 from llmq.errors import BadChoice
+from llmq.events import Progress
 from llmq.kernels.primitives import int8_linear, quantize_rows, split_rows
+from llmq.labs.causal import CHANGES, FIELD, Causal, a_neighbour, another_last_token, prompts_of
+from llmq.machine.door import Machine
 from llmq.methods import mixed, parse_method
 
 OWN = ["llm-int8@outliers=row", "llm-int8@outlier_weights=16:outliers=row", "llm-int8@3:outliers=row"]
@@ -132,3 +136,88 @@ def test_every_layer_of_a_model_has_the_setting():
         model = quantize(uneven_llama(), typed)
         layers = [module.by_row for module in model.modules() if hasattr(module, "by_row")]
         assert len(layers) == 14 + ("head" in typed) and all(layers)
+
+
+# The lab
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uneven-llama")
+    uneven_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def answer(folder):
+    *events, last = Machine().run(Causal(model=folder, changes=1, windows=4))
+    shares = [event.fraction for event in events if isinstance(event, Progress) and event.fraction is not None]
+    assert last.done and shares == sorted(shares) and shares[-1] < 1
+    return last
+
+
+def test_the_lab_finds_who_is_causal(answer):
+    rows = {(row["method"], row["change"]): row for row in answer.rows}
+    assert list(rows) == [(method, change) for method in FIELD.split(",") for change in CHANGES]
+    for (method, change), row in rows.items():
+        assert row["asked"] == 8 * (63 if change == "another last token" else 64)
+        causal = method in ("fp16", "llm-int8@outliers=row")
+        assert (row["largest_logit_change"] == 0) == causal and (causal is False or row["flipped"] == 0)
+        assert bool(row["joined"]) == (method != "fp16")
+        assert row["joined"] >= sum(row["joined_by_layer"]) and len(row["strongest"]) <= 3
+    ours, theirs = (rows[method, "a neighbour in the batch"] for method in ("llm-int8", "bnb-int8"))
+    assert ours["flipped"] and theirs["flipped"]
+    assert ours["strongest"][0]["absmax"] >= 6 and ours["strongest"][0]["layer"] in (0, 1)
+
+
+def test_flips_and_columns_are_those_of_two_plain_calls(folder, answer):
+    """Counted once more, from the model's own inputs."""
+    from llmq.engine.loading import load_engine
+    from llmq.models.opening import open_model
+    from llmq.models.reference_text import windows
+
+    prompts = prompts_of(windows(open_model(folder), 4, "english"))
+    assert len(prompts) == 8 and {len(ids) for ids in prompts} == {64}
+    model, flipped, joined = load_engine(key_of(folder, "bnb-int8")).model, 0, 0
+    for number, ids in enumerate(prompts):
+        change = another_last_token(ids, prompts[(number + 1) % 8])
+        (own, before), (other, after) = (
+            raw_inputs(model, lambda texts=texts: model(torch.tensor(texts))) for texts in (change.before, change.after)
+        )
+        flipped += int((before.logits[0, :-1].argmax(-1) != after.logits[0, :-1].argmax(-1)).sum())
+        for name in own:
+            if not name.endswith(("k_proj", "v_proj", "up_proj", "lm_head")):  # the same input, and FP16
+                joined += len(set(columns(other[name][0], 6.0)) - set(columns(own[name][0], 6.0)))
+    row = next(row for row in answer.rows if row["method"] == "bnb-int8")
+    assert (row["flipped"], row["joined"]) == (flipped, joined / 8) and flipped and joined
+
+
+def test_a_change_changes_only_what_it_says():
+    ids, other = [1, 2, 3], [7, 8, 3]
+    assert another_last_token(ids, other).after == [[1, 2, 8]] and another_last_token(ids, other).asked == 2
+    assert a_neighbour(ids, other).before == [ids, ids] and a_neighbour(ids, other).after == [ids, other]
+    assert another_last_token([3, 3], [3, 3]).after == [[3, 3]], "there is no other"
+
+
+def test_what_the_lab_says(answer):
+    said = Causal.finding(answer.rows)
+    assert said.startswith("Another last token flips, of 504 first choices, 0 under fp16, ")
+    assert "0 under llm-int8@outliers=row; a neighbour in the batch flips, of 512" in said and Causal.finding([]) == ""
+    again = Causal.restore(answer.stored())
+    assert list(map(str, again.blocks())) != [] and again.rows == answer.rows
+    (drawing,) = Causal.figures(answer.rows)
+    bars = [trace for trace in drawing.make().data if trace.type == "bar"]
+    assert [trace.name for trace in bars] == list(CHANGES) and bars[1].y[0] == bars[1].y[3] == 0 < bars[1].y[2]
+    lines = [trace for trace in drawing.make().data if trace.type == "scatter"]
+    assert len(lines) == 3 and all(max(line.y) > 0 for line in lines)
+    assert Causal.row(answer.rows[0])[2] == "0 of 504 (0%)"
+
+
+def test_no_hooks_stay(folder):
+    from llmq.engine.loading import load_engine
+    from llmq.inspect.causal import read_call
+
+    engine = load_engine(key_of(folder, "llm-int8"))
+    read_call(engine, [[1, 2, 3]], -1)
+    assert hooks_left(engine.model) == 0
