@@ -81,7 +81,7 @@ class Causal(RowLab):
         "Choices flipped": lambda row: f"{row['flipped']:,} of {row['asked']:,} ({format_share(_share(row))})",
         "Largest change of a logit": "{largest_logit_change:.3g}",
         "Columns that became outliers": "{joined:.3g}",
-        "The strongest: layer, input, column, |x|": lambda row: "; ".join(map(_named, row["strongest"])),
+        "The strongest: layer, input, column, size": lambda row: "; ".join(map(_named, row["strongest"])),
     }
 
     def conditions(self) -> dict:
