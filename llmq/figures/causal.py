@@ -29,7 +29,7 @@ def causal_figure(rows: Sequence[dict]) -> go.Figure:
         color = named(f"line-{number}" if number < 3 else "ink-soft")
         figure.add_scatter(
             x=list(range(len(row["joined_by_layer"]))), y=row["joined_by_layer"], xaxis="x2", yaxis="y2",
-            name=escape(f"columns: {row['method']}"), mode="lines+markers",
+            name=escape(row["method"]), legend="legend2", mode="lines+markers",
             line={"color": color, "dash": DASHES[number % 4]},
             marker={"symbol": MARKS[number % 4], "size": 7, "color": color},
             hovertemplate=f"{escape(row['method'])}<br>layer %{{x}}: %{{y:.3~r}} columns<extra></extra>",
@@ -41,6 +41,7 @@ def causal_figure(rows: Sequence[dict]) -> go.Figure:
     )  # fmt: skip
     if drawn:
         figure.update_layout(
+            legend2={"orientation": "h", "x": 0, "y": 0.4, "yanchor": "bottom"},
             xaxis2={"title": {"text": "layer"}, "anchor": "y2"},
             yaxis2={"title": {"text": "new outlier columns"}, "domain": [0, 0.38], "rangemode": "tozero"},
         )  # fmt: skip
