@@ -45,7 +45,7 @@ def quantize(
     device = _device_of(model, method)
     statistics = _statistics(model, method, text)
     with current(device):
-        if type(method) is LlmInt8 and method.packed:
+        if type(method) is LlmInt8 and method.packed and not method.by_row:
             return _quantize_to_save(model, method.threshold)
         method.quantize_(model, device, statistics)
     if not method.dense:

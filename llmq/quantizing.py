@@ -55,8 +55,10 @@ class Quantization:
 
     @property
     def _is_int8(self) -> bool:
-        """Whether the method starts from bitsandbytes' int8 codes, which are written without loading the model."""
-        return self.method.opens_int8 and not self.method.int8_head and self.format in ("", "bitsandbytes")
+        """Whether the method starts from bitsandbytes' int8 codes, which are written without loading the model, and is
+        what reads them there."""
+        own = self.method.int8_head or self.method.by_row
+        return self.method.opens_int8 and not own and self.format in ("", "bitsandbytes")
 
     @property
     def _form(self) -> Format:

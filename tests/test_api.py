@@ -25,6 +25,7 @@ from llmq.cli import build_parser
 from llmq.errors import Ended
 from llmq.events import Progress, Step, Waiting
 from llmq.labs import lab_classes
+from llmq.labs.causal import FIELD as CAUSAL
 from llmq.labs.compare import Comparison
 from llmq.labs.race import FIELD
 from llmq.ui.launch import launch
@@ -47,6 +48,7 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
         **WINDOWS, "factors": "1,4,16,64", "channels": "", "spread": 3, "methods": "fp16,llm-int8,vectorwise,absmax",
         **WHERE,
     },
+    "causal": {**WINDOWS, "methods": CAUSAL, "changes": 3, **WHERE},
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
     "outliers": {"prompt": "", "method": "bnb-int8", "new_tokens": 8, "sweep": "", **WHERE},
     "quality": {

@@ -119,6 +119,18 @@ def test_the_sentences_about_layers_are_the_stored_results():
     assert f"takes it from {whole['kl_to_fp16']:.3g} to {recipe['kl_to_fp16']:.3g}." in text
 
 
+def test_the_sentences_about_later_tokens_are_the_stored_results():
+    rows, text = stored("cpu-causal")["results"], " ".join(REPORT.split())
+    assert {row["method"] for row in rows} == {"fp16", "bnb-int8", "llm-int8", "llm-int8@outliers=row"}
+    for row in rows:
+        causal = row["method"] in ("fp16", "llm-int8@outliers=row")
+        assert row["asked"] >= 282 and (row["largest_logit_change"] == 0 == row["flipped"]) == causal
+    pooled, own = (rows_of("cpu-row-quality")[name] for name in ("llm-int8", "llm-int8@outliers=row"))
+    assert f"{own['kl_to_fp16']:.4f} beside {pooled['kl_to_fp16']:.4f} on the same eight windows" in text
+    low, high = mean_interval([b - a for a, b in zip(pooled["window_kls"], own["window_kls"], strict=True)])
+    assert low < 0 < high and len(own["window_kls"]) == 8
+
+
 def test_the_cost_in_quality_is_certain_and_mostly_that_of_activations():
     """Of 64 windows, in pairs: LLM.int8() costs perplexity, 8-bit weights alone less than half of its KL, and sums in
     another order hardly anything."""

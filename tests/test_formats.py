@@ -265,6 +265,7 @@ REFUSED = {
     "a group that does not divide": ("rtn@4:group=48", (), "groups of 48 do not divide the 64 inputs of model.layers"),
     "nor GPTQ's": ("gptq@4:group=48", (), "model.layers.0.self_attn.q_proj is 64 x 64 in groups of 48"),
     "bits": ("rtn@9", (), "9"),
+    "outliers of each row": ("llm-int8@outliers=row", (), "no checkpoint format holds llm-int8@outliers=row"),
     "16-bit weights beside": ("llm-int8@outlier_weights=16", (), "no checkpoint format holds llm-int8@outlier_weights"),
     "five bits": ("gptq@5:group=32", ("--format", "gptq"), "gptq does not hold gptq@5:group=32"),
 }

@@ -62,6 +62,7 @@ def test_a_token_is_explained(ask):
 
 @pytest.mark.parametrize(("what", "rows"), [
     (["ablation"], 6),
+    (["causal", "--methods", "fp16,llm-int8@2:outliers=row", "--changes", "1"], 4),
     (["silencing", "--counts", "1,3", "--draws", "2", "--prompt", "Hi"], 1 + 2 * 3),
     (["amplifying", "--factors", "1,64", "--channels", "3"], 8),
     (["thresholds", "--thresholds", "0,2.5,inf", "--method", "bnb-int8"], 3),
@@ -103,6 +104,8 @@ def test_a_sweep_notes_what_is_not_at_hand(run, tiny_folder, monkeypatch):
     (["experiment", "amplifying", "--channels", "99"], "channel is 99"),
     (["experiment", "amplifying", "--channels", "-1"], "channel is -1"),
     (["experiment", "silencing", "--counts", "0"], "is 0"),
+    (["experiment", "causal", "--changes", "0"], "changes is 0"),
+    (["experiment", "causal", "--methods", "llm-int8@outliers=column"], "'column'"),
     (["experiment", "thresholds", "--thresholds", "-1"], "-1"),
     (["experiment", "thresholds", "--thresholds", "nan"], "nan"),
     (["experiment", "thresholds", "--method", "fp16"], "unknown method with an outlier threshold 'fp16'"),

@@ -536,11 +536,11 @@ def multiplied(x: torch.Tensor, weight: Int8Weight) -> tuple[set[int], torch.Ten
     padded, outputs = -(-width // 8) * 8, -(-len(weight.codes) // 8) * 8
     library.survey.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_void_p]
     library.survey.restype = ctypes.c_float
-    library.encode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_float, *[ctypes.c_void_p] * 2]
+    library.encode.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 2, *[ctypes.c_float] * 2, *[ctypes.c_void_p] * 2]
     x, marks, codes = x.clone(), torch.zeros(padded, dtype=torch.uint8), torch.zeros(rows, padded, dtype=torch.int8)
     absmax = torch.tensor([library.survey(row.data_ptr(), width, 6.0, marks.data_ptr()) for row in x])
     for row, place, peak in zip(x, codes, absmax.tolist(), strict=True):
-        library.encode(row.data_ptr(), width, padded, peak, marks.data_ptr(), place.data_ptr())
+        library.encode(row.data_ptr(), width, padded, peak, 0.0, marks.data_ptr(), place.data_ptr())
     columns = marks.nonzero().view(-1)
     assert torch.equal(codes[:, :width], primitives.split_rows(x.half(), 6.0).codes)
     outliers, index = x[:, columns].contiguous(), columns.int()

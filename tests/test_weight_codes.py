@@ -270,7 +270,7 @@ def test_outliers_meet_the_16_bit_weights_of_the_papers_formula():
 @pytest.mark.parametrize(
     "typed",
     ["rtn@group=16", "gptq@3:group=10", "awq@group=16", "zeropoint", "groupwise@8", "fp8", "fp8@tensor", "nf4"]
-    + ["smoothquant@auto", "llm-int8@outlier_weights=16"],
+    + ["smoothquant@auto", "llm-int8@outlier_weights=16", "llm-int8@outliers=row"],
 )
 def test_a_model_weighs_what_was_predicted_and_still_speaks(typed):
     method, ids, statistics = parse_method(typed), torch.arange(20)[None], None

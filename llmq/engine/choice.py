@@ -25,7 +25,7 @@ def choose_engines(wanted: str, methods: Sequence[Method], config: Mapping, devi
     """
     if wanted not in ENGINES:
         raise unknown("engine", wanted, ENGINES)
-    reasons = [why_not_lean(method, config) for method in methods]
+    reasons = [why_not_lean(method, config, device) for method in methods]
     if wanted == "lean" and any(reasons):
         raise BadChoice(f"engine 'lean': {next(filter(None, reasons))}; choose auto or hf")
     possible = [not reason and wanted != "hf" for reason in reasons]
@@ -41,10 +41,12 @@ def choose_engines(wanted: str, methods: Sequence[Method], config: Mapping, devi
     return ["lean" if fair and lean else "hf" for lean in possible]
 
 
-def why_not_lean(method: Method, config: Mapping) -> str:
-    """Tell why the lean loop cannot run `method` on this model; '' where it can."""
+def why_not_lean(method: Method, config: Mapping, device: str = "cpu") -> str:
+    """Tell why the lean loop of `device` cannot run `method` on this model; '' where it can."""
     if method.packed is None:
         return f"{method.spelled} runs through transformers only"
+    if method.by_row and device != "cpu":
+        return f"{method.spelled} runs through transformers on a GPU, where the lean loop pools the rows of a call"
     try:
         layers = architecture_of(config).layers
     except Unsupported as reason:

@@ -19,7 +19,7 @@ from llmq.engine.llama import LlamaEngine, LlamaGeneration, rope_table
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.sampling import Sampler, SamplingSettings
 from llmq.engine.timing import HostTimer
-from llmq.kernels.cpu.library import KINDS, LANES, STOPPED, Layer, Model, Session, open_library
+from llmq.kernels.cpu.library import EACH_ROW, KINDS, LANES, STOPPED, Layer, Model, Session, open_library
 from llmq.methods import Method
 
 
@@ -99,7 +99,7 @@ class _CpuWorkspace:
             values.data_ptr(),
             self.rope.data_ptr(),
             self.capacity,
-            engine.threshold is not None,
+            EACH_ROW if engine.method.by_row else engine.threshold is not None,
             engine.threshold or 0.0,
             self.outlier_marks.shape[1],
             self.outlier_marks.data_ptr(),  # 0 where there is none

@@ -42,8 +42,8 @@ class Int8Weight(Tensors):
 @dataclass(frozen=True)
 class SplitRows:
     """Activations of one call, decomposed. `codes`: int8 (rows, in), `absmax`: float32 (rows,) over the values below
-    the threshold, `columns`: int64 (outliers,) sorted; the codes of those columns are 0 and they are multiplied as
-    they are."""
+    the threshold, `columns`: int64 (outliers,) sorted; what stays in 16 bit of those columns is multiplied as it is and
+    has codes of 0: all of it, or by row each row's own outliers."""
 
     codes: torch.Tensor
     absmax: torch.Tensor
@@ -57,8 +57,9 @@ def quantize_rows(weight: torch.Tensor) -> Int8Weight:
     return Int8Weight(_codes(weight, absmax), absmax)
 
 
-def split_rows(x: torch.Tensor, threshold: float) -> SplitRows:
-    """Decompose (rows, in) floating point for one call: a column with any |x| >= threshold is an outlier.
+def split_rows(x: torch.Tensor, threshold: float, *, by_row: bool = False) -> SplitRows:
+    """Decompose (rows, in) floating point for one call: a column with any |x| >= threshold is an outlier; `by_row`,
+    only in the rows where it reaches the threshold.
 
     With a threshold of 0 there are none. A row's absmax is over its own values below the threshold, also those in
     outlier columns, as in bitsandbytes.
@@ -69,8 +70,14 @@ def split_rows(x: torch.Tensor, threshold: float) -> SplitRows:
     absmax = below.abs().amax(1).float()
     columns = outliers.any(0).nonzero().view(-1)
     codes = _codes(below, absmax)
-    codes[:, columns] = 0
+    if not by_row:
+        codes[:, columns] = 0
     return SplitRows(codes, absmax, columns)
+
+
+def own_outliers(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return `x` with 0 wherever it is below the threshold: what `split_rows` leaves in 16 bit by row."""
+    return x.masked_fill(x.abs() < threshold, 0)
 
 
 def int8_linear(x: torch.Tensor, weight: Int8Weight, threshold: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from llmq.kernels import primitives
 from llmq.kernels.buffers import PADDING, Cache, Noting, Partials, Rows, SplitVector
-from llmq.kernels.primitives import Int8Weight, SplitRows, split_rows
+from llmq.kernels.primitives import Int8Weight, SplitRows, own_outliers, split_rows
 
 Weight = torch.Tensor | Int8Weight
 
@@ -217,13 +217,34 @@ def _int8_rows(
     return (y if bias is None else y + bias).to(x.dtype)
 
 
+def linear_by_row(
+    x: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None, threshold: float, outlier_marks: torch.Tensor
+) -> torch.Tensor:
+    """Do LLM.int8() of (rows, in), each row with outliers of its own, so that no row depends on another.
+
+    The products of halves and codes are summed in float64, which is exact for thresholds of 1/64 or more: a sum then
+    does not depend on which columns others add zeros for. `outlier_marks` as in `Noting`.
+    """
+    split = split_rows(x, threshold, by_row=True)
+    outlier_marks[split.columns] = 1
+    values = own_outliers(x[:, split.columns], threshold).double()
+    others = (values @ weight.codes[:, split.columns].double().T).float() * (weight.absmax / 127)
+    y = _scaled_product(split, weight) + others
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
 def _split_product(split: SplitRows, outliers: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
     """See `primitives.split_product`; scaled and summed in float32."""
-    y = _integer_product(split.codes, weight.codes).mul_(split.absmax[:, None]).mul_(weight.absmax / 127**2)
+    y = _scaled_product(split, weight)
     if len(split.columns):
         columns = weight.codes[:, split.columns].float() * (weight.absmax / 127)[:, None]
         y.addmm_(outliers.float(), columns.T)
     return y
+
+
+def _scaled_product(split: SplitRows, weight: Int8Weight) -> torch.Tensor:
+    """The int8 part alone, float32 (rows, out)."""
+    return _integer_product(split.codes, weight.codes).mul_(split.absmax[:, None]).mul_(weight.absmax / 127**2)
 
 
 def _integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

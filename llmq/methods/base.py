@@ -69,6 +69,7 @@ class Method:
     emulated: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     calibration_windows: ClassVar[int] = 4  # of the text for it
+    by_row: ClassVar[bool] = False  # whether each row of a call has outliers of its own
     threshold: ClassVar[float | None] = None  # a method with outlier columns has a field of this name instead
 
     def __post_init__(self):
@@ -152,6 +153,7 @@ class Method:
             from llmq.methods.layers.int8_linear import convert_ends_
 
             convert_ends_(model, self.threshold)
+        self.apply_(model)
         return model.eval()
 
     def kept(self, names: Iterable[str]) -> set[str]:

@@ -41,7 +41,8 @@ class Int8Weights(Method):
 @dataclass(frozen=True)
 class LlmInt8(Int8Weights):
     """LLM.int8(): int8 activations too, with outlier columns apart; a `threshold` of 0 turns the decomposition off.
-    `outlier_weights`: bits of the weights that outliers meet."""
+    `outlier_weights`: bits of the weights that outliers meet. `outliers`: of a call, whose rows pool their columns as
+    in the paper, or of each row, which then depends on no other."""
 
     threshold: Annotated[float, THRESHOLD] = DEFAULT_THRESHOLD
     outlier_weights: Annotated[
@@ -53,13 +54,22 @@ class LlmInt8(Int8Weights):
             label="Outliers meet weights of",
         ),
     ] = "8"
+    outliers: Annotated[
+        str,
+        Choice(
+            ("call", "row"),
+            ("of all tokens of a call", "of each token"),
+            help="Whose outliers a column keeps in 16 bit: a call's tokens pool theirs, or each has its own.",
+            label="Outlier columns",
+        ),
+    ] = "call"
     name, label = "llm-int8", "int8 · ours"
     about = (
         "The same codes, scales and outliers as bitsandbytes, in kernels that never wait for the host: an outlier "
         "keeps its 16 bits and meets the same int8 weight."
     )
     source = "Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339, section 3"
-    live = frozenset({"threshold"})
+    live = frozenset({"threshold", "outliers"})
 
     @property
     def packed(self) -> str | None:
@@ -73,7 +83,12 @@ class LlmInt8(Int8Weights):
 
     def arithmetic(self, device: str, loop: str = "hf", cpu: str = "") -> str:
         outliers = "keep FP16" if self.outlier_weights == "8" else "and the weights they meet keep FP16"
-        return f"{self._stored}; int8 products summed exactly in integers; outliers {outliers}, summed with them"
+        whose = "each row's outliers" if self.by_row else "outliers"
+        return f"{self._stored}; int8 products summed exactly in integers; {whose} {outliers}, summed with them"
+
+    @property
+    def by_row(self) -> bool:
+        return self.outliers == "row"
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
         from llmq.methods.layers.int8_linear import ExactOutliersLinear
@@ -87,14 +102,14 @@ class LlmInt8(Int8Weights):
         return codes if self.outlier_weights == "8" else WeightBytes(3 * codes.weights, codes.scales)
 
     def rounding(self, *, weight: bool) -> Rounding:
-        return Symmetric(0) if weight else Decomposed(self.threshold)
+        return Symmetric(0) if weight else Decomposed(self.threshold, self.by_row)
 
     def apply_(self, model: nn.Module) -> None:
         from llmq.methods.layers.int8_linear import Int8Linear
 
         for module in model.modules():
             if isinstance(module, Int8Linear):
-                module.threshold = self.threshold
+                module.threshold, module.by_row = self.threshold, self.by_row
 
     def outlier_columns(self, module: nn.Module) -> torch.Tensor | None:
         """What the kernel marked in the last call."""

@@ -84,36 +84,44 @@ class Symmetric(Rounding):
 
 @dataclass(frozen=True)
 class Decomposed(Rounding):
-    """LLM.int8()'s: columns with an |x| of `threshold` or more stay in 16 bit, the rest is int8 with an absmax a
-    row."""
+    """LLM.int8()'s: columns with an |x| of `threshold` or more stay in 16 bit, `by_row` only those numbers; the rest is
+    int8 with an absmax a row."""
 
     threshold: float
-    whole = True
+    by_row: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return not self.by_row
 
     def fit(self, x):
-        """The columns that stay, bool (columns,)."""
+        """What stays, bool: (columns,), by row (rows, columns)."""
+        if self.by_row:
+            return (x.half().abs() >= self.threshold) & (self.threshold > 0)
         low, high = x.aminmax(dim=0)
         return (high.maximum(-low).half() >= self.threshold) & (self.threshold > 0)
 
     def apply(self, x, fit):
+        import torch
+
         from llmq.kernels.primitives import split_rows
 
-        split = split_rows(x, self.threshold)
+        split = split_rows(x, self.threshold, by_row=self.by_row)
         codes = split.codes.float().masked_fill_(fit, 0)
         values = codes * (split.absmax / 127)[:, None]
-        if fit.any():
-            values[:, fit] = x[:, fit].half().float()
-        return codes, values
+        return codes, torch.where(fit, x.half().float(), values) if fit.any() else values
 
     def sharing(self, x, row, column):
-        """The numbers of the row below the threshold; those of the column where it stays in 16 bit."""
-        kept = self.threshold > 0 and x[:, column].abs().max() >= self.threshold
-        return x[:, column] if kept else x[row][(x[row].abs() < self.threshold) | (self.threshold == 0)]
+        """The numbers of the row below the threshold; those that decide on its 16 bits where it keeps them."""
+        deciding = x[row, column].view(1) if self.by_row else x[:, column]
+        kept = self.threshold > 0 and deciding.abs().max() >= self.threshold
+        return deciding if kept else x[row][(x[row].abs() < self.threshold) | (self.threshold == 0)]
 
     def worked(self, x, sharing, code, value):
         largest = sharing.abs().max().item()
         if 0 < self.threshold <= largest:
-            kept = f"max|x| of the column = {_n(largest)} ≥ {self.threshold:g}: it stays in 16 bit"
+            what = "|x|" if self.by_row else "max|x| of the column"
+            kept = f"{what} = {_n(largest)} ≥ {self.threshold:g}: it stays in 16 bit"
             return [kept, _back(f"FP16({_n(x)})", x, value)]
         return Symmetric(0).worked(x, sharing, code, value)
 

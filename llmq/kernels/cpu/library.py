@@ -14,6 +14,7 @@ from llmq.kernels.primitives import Int8Weight, Tensors
 
 VERSION = 1
 LANES = 8
+EACH_ROW = 2  # of `Session.decompose`: no row's outliers are another's; 1: they are pooled; 0: none
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.int8: 2}
 STOPPED = ctypes.CFUNCTYPE(c_int)
 

@@ -397,6 +397,7 @@ static void gather_rows(job *j, const matrix *m, int input, const float *from, i
 /* Codes of some rows, and the values of their outlier columns; the first chunk lists those. */
 static void encode_rows(job *j, const matrix *m, int input, int chunk, scratch *own) {
     const _Atomic uint8_t *marks = marks_of(j, input);
+    const float limit = j->s->decompose == EACH_ROW ? half_limit(j->s->threshold) : 0;
     int count = 0;
     int32_t *index = chunk ? own->split.index : j->index;
     for (int i = 0; i < m->width; i++)
@@ -408,8 +409,8 @@ static void encode_rows(job *j, const matrix *m, int input, int chunk, scratch *
     }
     for (int r = chunk * ROWS; r < least(j->rows, (chunk + 1) * ROWS); r++) {
         const float *x = j->x + (size_t)r * j->widest;
-        encode(x, m->width, whole(m->width), j->absmax[r], marks, j->codes + (size_t)r * j->widest);
-        for (int i = 0; i < count; i++) j->outliers[(size_t)r * j->widest + i] = x[index[i]];
+        encode(x, m->width, whole(m->width), j->absmax[r], limit, marks, j->codes + (size_t)r * j->widest);
+        for (int i = 0; i < count; i++) j->outliers[(size_t)r * j->widest + i] = below(x[index[i]], limit) ? 0 : x[index[i]];
     }
 }
 

@@ -19,10 +19,14 @@ typedef struct {
     const float *norm;
 } model;
 
+/* Of `decompose`: no row's outliers are another's. */
+enum { EACH_ROW = 2 };
+
 /* One generation's room. `keys`, `values`: (layers, groups, capacity, width) of `cache_kind`, HALF or BRAIN. `rope`:
    (capacity, width), cosines then sines. `decompose`: whether INT8 matrices take int8 activations with outliers from
-   `threshold` on. `marks`: NULL, or (4 * layers + 1, marks_stride) bytes that become 1 where a column is an outlier: of
-   the inputs of qkv, output, gate_up and down of each layer, and of the head. */
+   `threshold` on, whose columns the rows of a prefill pool unless it is EACH_ROW. `marks`: NULL, or (4 * layers + 1,
+   marks_stride) bytes that become 1 where a column is an outlier: of the inputs of qkv, output, gate_up and down of each
+   layer, and of the head. */
 typedef struct {
     const model *model;
     pool *pool;

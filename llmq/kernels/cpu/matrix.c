@@ -244,6 +244,8 @@ static inline floats half_precision(floats v) {
 /* Halves are compared with a threshold that is one, as torch does and with it bitsandbytes. */
 static inline floats limit_of(float threshold) { return threshold > 0 ? half_precision(all(threshold)) : all(INFINITY); }
 
+float half_limit(float threshold) { return limit_of(threshold)[0]; }
+
 /* Eight values of x from i on, 0 beyond n. */
 static inline floats some(const float *x, int i, int n) {
     if (i + LANES <= n) return load(x + i);
@@ -334,13 +336,13 @@ float survey(float *x, int n, float threshold, _Atomic uint8_t *marks) {
     return settled(peak, wrong);
 }
 
-void encode(const float *x, int n, int padded, float absmax, const _Atomic uint8_t *marks, int8_t *codes) {
+void encode(const float *x, int n, int padded, float absmax, float limit, const _Atomic uint8_t *marks, int8_t *codes) {
     const floats scale = scale_of(absmax == INFINITY ? 0 : absmax);
     for (int i = 0; i < n; i += LANES) {
         int8_t eight[LANES];
         store_codes(eight, some(x, i, n) * scale);
         for (int j = 0; j < LANES && i + j < n; j++)
-            codes[i + j] = atomic_load_explicit(marks + i + j, memory_order_relaxed) ? 0 : eight[j];
+            codes[i + j] = atomic_load_explicit(marks + i + j, memory_order_relaxed) && !below(x[i + j], limit) ? 0 : eight[j];
     }
     for (int i = n; i < padded; i++) codes[i] = 0;
 }

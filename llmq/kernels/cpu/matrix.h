@@ -55,5 +55,8 @@ void matrix_row(const matrix *, int row, float *out);
 void decompose(const float *x, int n, float threshold, split *s);
 /* A row of many: `x` is rounded to half in place, outlier columns are marked; returns the largest magnitude below. */
 float survey(float *x, int n, float threshold, _Atomic uint8_t *marks);
-/* Its codes, 0 in marked columns. `padded` of them are written. */
-void encode(const float *x, int n, int padded, float absmax, const _Atomic uint8_t *marks, int8_t *codes);
+/* Its codes, 0 in marked columns where |x| is `limit` or more. `padded` of them are written. */
+void encode(const float *x, int n, int padded, float absmax, float limit, const _Atomic uint8_t *marks, int8_t *codes);
+/* The limit that halves are compared with. */
+float half_limit(float threshold);
+static inline int below(float x, float limit) { return (x < 0 ? -x : x) < limit; }

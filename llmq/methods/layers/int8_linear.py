@@ -8,16 +8,19 @@ from torch import nn
 from llmq.errors import BadChoice
 from llmq.kernels.backend import current, kernels_for, quantizer_for
 from llmq.kernels.buffers import Noting
-from llmq.kernels.primitives import Int8Weight
+from llmq.kernels.primitives import Int8Weight, own_outliers
+from llmq.kernels.reference import linear_by_row
 
 
 class Int8Linear(nn.Linear):
     """`weight`: int8 (out, in); `absmax`: float32 (out,), no buffer, so that bytes of weights and of scales stay apart.
-    `threshold` None keeps the activations in 16 bit. `outlier_marks`: int8 (in,), 1 at the columns that the last call
-    multiplied in 16 bit.
+    `threshold` None keeps the activations in 16 bit. `by_row`: each row has outliers of its own. `outlier_marks`: int8
+    (in,), 1 at the columns that the last call multiplied in 16 bit, for a row at least.
 
     A subclass of `nn.Linear`, so that hooks find it among the linear layers.
     """
+
+    by_row = False
 
     def __init__(self, weight: Int8Weight, bias: nn.Parameter | None, threshold: float | None):
         nn.Module.__init__(self)
@@ -33,7 +36,8 @@ class Int8Linear(nn.Linear):
         return cls(int8_weight(linear.weight), linear.bias, threshold)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out); the rows of one call pool their outlier columns, as in bitsandbytes."""
+        """(..., in) -> (..., out); the rows of one call pool their outlier columns, as in bitsandbytes, unless
+        `by_row`."""
         if not x.is_floating_point():  # some models cast what comes to the type of the weight
             raise BadChoice(
                 "this model casts activations to a weight's type, which is int8 here: choose another method"
@@ -42,8 +46,11 @@ class Int8Linear(nn.Linear):
         weight = Int8Weight(self.weight.data, self.absmax)
         self.outlier_marks = outlier_marks = torch.zeros(self.in_features, dtype=torch.int8, device=x.device)
         with current(str(x.device)):
-            prepared = self._kernels.plain_rows(rows, Noting(self.threshold, outlier_marks))
-            y = self._kernels.linear_rows(prepared, weight, bias=self.bias)
+            if self.by_row:
+                y = linear_by_row(rows, weight, self.bias, self.threshold, outlier_marks)
+            else:
+                prepared = self._kernels.plain_rows(rows, Noting(self.threshold, outlier_marks))
+                y = self._kernels.linear_rows(prepared, weight, bias=self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -63,8 +70,10 @@ class ExactOutliersLinear(Int8Linear):
         """(..., in) -> (..., out)."""
         y, columns = super().forward(x), self.outlier_marks.nonzero().view(-1)
         rounded = self.weight[:, columns] * (self.absmax / 127)[:, None]
-        lost = self.exact[:, columns].float() - rounded
-        return (y + x[..., columns].float() @ lost.T).to(y.dtype)
+        lost, outliers = self.exact[:, columns].float() - rounded, x[..., columns]
+        if self.by_row:
+            return (y + own_outliers(outliers, self.threshold).double() @ lost.double().T).to(y.dtype)
+        return (y + outliers.float() @ lost.T).to(y.dtype)
 
 
 class Int8Embedding:
