@@ -1,4 +1,5 @@
-"""What a run showed, in plain sentences built from its own figures. No gradio; no word of the model's text."""
+"""What a run showed, in plain sentences built from its own figures. No gradio. Of the models' texts they quote the two
+tokens where those part: plain text, never markup."""
 
 from __future__ import annotations
 
@@ -44,6 +45,7 @@ def verdict(summary: Summary, cpu: str = "") -> Verdict:
     if others and others[0] in whole and (agreement := _agreement(summary, baseline, others[0])):
         told.append(agreement)
         short = [f"{short[0]}; {_same(summary)}", *short[1:]] if short else short
+        short += [f"There {parting.sentence()}"] if short and (parting := summary.parting()) else []
     failed = [f"{_name(o)} did not finish, so there is nothing to compare" for o in (baseline, *others) if o.error]
     return Verdict(" ".join(f"{line}." for line in failed + short), tuple(dict.fromkeys(told)))
 
