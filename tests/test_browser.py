@@ -23,7 +23,7 @@ from llmq.events import Run, Step, TimedEvent
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 PARIS = "prompt=Plan+a+3-day+itinerary+in+Paris."
-SURE = r"There FP16 took “.+” at \d+%, int8 · ours “.+”, FP16's \w+ at \d+%"
+SURE = r"After \d+ equal tokens FP16 took “.+” at \d+%, int8 · ours “.+”, FP16's \w+ at \d+%"
 LARGEST_UPDATE = 1024  # bytes of one streamed update
 SAMPLES_AN_UPDATE = 2  # five a second are drawn, and four updates a second are sent
 LARGEST_SHIFT = 0.05  # of the layout in a flow; 0.1 is called good

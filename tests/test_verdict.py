@@ -166,11 +166,11 @@ def test_a_failed_baseline_is_said_once():
     ("lanes", "headline"),
     [
         ([lane("fp16"), lane("llm-int8", megabytes=122, speed=18.0, ids=[5, 6, 9, 9])],
-         "int8 · ours needs 39% less memory and writes 1.8 times faster than FP16; the texts are the same for 2 "
-         "tokens. There FP16 took “x7” at 37%, int8 · ours “x9”."),
+         "int8 · ours needs 39% less memory and writes 1.8 times faster than FP16. After 2 equal tokens "
+         "FP16 took “x7” at 37%, int8 · ours “x9”."),
         ([lane("fp16"), lane("bnb-int8", megabytes=122, speed=4.0, ids=[9])],
-         "int8 · bitsandbytes needs 39% less memory; the texts differ from the first token on. There FP16 "
-         "took “x5” at 37%, int8 · bitsandbytes “x9”."),
+         "int8 · bitsandbytes needs 39% less memory. At the first token FP16 took “x5” at 37%, "
+         "int8 · bitsandbytes “x9”."),
         ([lane("fp32", megabytes=400), lane("fp16"), lane("bf16", speed=5.0)],
          "FP16 needs 50% less memory and writes at about the same speed; the texts are the same. "
          "BF16 needs 50% less memory and writes 2.0 times slower than FP32."),
