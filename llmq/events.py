@@ -101,7 +101,8 @@ class Step:
 
     `index` counts from 0. Token 0 comes out of the prefill, so its `seconds` is 0 and it is left out of the decode
     speed. `text` is what became printable with this token: empty while a multi-byte character is incomplete.
-    `logprob` is the natural logarithm of the token's probability before temperature and filtering.
+    `logprob` is the natural logarithm of the token's probability before temperature and filtering; `best` the likeliest
+    tokens at its place, id -> probability, likeliest first; empty in older recordings.
     """
 
     contestant: str
@@ -110,6 +111,7 @@ class Step:
     text: str
     seconds: float
     logprob: float
+    best: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Run, Step
 from llmq.figures.blocks import Block, Table, Verbatim
 from llmq.formatting import MISSING, format_bytes, format_seconds, format_speed, shown_coverage
+from llmq.parting import ORDINALS, Choice, Parting
 from llmq.scores import first_divergence
 
 SHOWN = ("engine", "text", "token_ids", "prompt_tokens", "load_seconds", "prefill_seconds", "decode_tokens_per_second")
@@ -28,6 +30,7 @@ class Outcome:
     token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    best: list[dict[str, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     kv_bytes: int | None = None
     peak_bytes: int | None = None
@@ -46,6 +49,7 @@ class Outcome:
                 self.token_ids.append(event.token_id)
                 self.pieces.append(event.text)
                 self.logprobs.append(event.logprob)
+                self.best.append(event.best)
                 if event.index:
                     self.step_seconds.append(event.seconds)
             case Finished():
@@ -63,6 +67,15 @@ class Outcome:
         """Tokens over summed step seconds; token 0 belongs to the prefill. None with fewer than two tokens."""
         seconds = sum(self.step_seconds)
         return len(self.step_seconds) / seconds if seconds > 0 else None
+
+    def choice(self, place: int, seen_by: Outcome) -> Choice:
+        """This contestant's token at `place`, and what `seen_by` held of it; both had the same text before it."""
+        token, seen = self.token_ids[place], seen_by.best[place]
+        ranks = dict(zip(seen, range(len(ORDINALS)), strict=False))
+        chance = math.exp(min(0.0, seen_by.logprobs[place])) if seen_by is self else seen.get(str(token))
+        ended = self.reason == "eos" and place == len(self.token_ids) - 1
+        text = None if ended else self.pieces[place]
+        return Choice(self.contestant, token, text, chance, ranks.get(str(token)), min(seen.values(), default=None))
 
     def to_json(self) -> dict:
         found = {"method": self.contestant} | {name: getattr(self, name) for name in SHOWN}
@@ -96,6 +109,13 @@ class Summary:
         place = first_divergence(first, second)
         same = min(len(first), len(second)) if place is None else place
         return {"first_divergence": place, "matching_prefix_tokens": same}
+
+    def parting(self) -> Parting | None:
+        """What the first two contestants chose where their texts part; None while they agree."""
+        if (place := self.agreement()["first_divergence"]) is None:
+            return None
+        first, second = list(self.outcomes.values())[:2]
+        return Parting(first.choice(place, first), second.choice(place, first))
 
 
 @dataclass(frozen=True)
@@ -133,8 +153,10 @@ class RunAnswer:
         pair = list(self.summary.outcomes.values())[:2]
         if len(pair) < 2 or any(outcome.error for outcome in pair):
             return ""
-        first = self.summary.agreement()["first_divergence"]
-        return "the texts agree throughout" if first is None else f"the first different token is number {first + 1}"
+        first, parting = self.summary.agreement()["first_divergence"], self.summary.parting()
+        if parting is None:
+            return "the texts agree throughout"
+        return f"the first different token is number {first + 1}: {parting.sentence()}"
 
     def to_json(self) -> dict:
         """The stable keys of `compare --json` and of `replay --json`."""
@@ -147,6 +169,7 @@ class RunAnswer:
             "peak_source": "torch allocator" if plan and plan.device.startswith("cuda") else "tensor sizes",
             "contestants": [outcome.to_json() for outcome in self.summary.outcomes.values()],
             "agreement": self.summary.agreement(),
+            "first_difference": asdict(parting) if (parting := self.summary.parting()) else None,
             "settings": run.settings,
             "environment": run.environment,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from tiny_runs import CONTESTANT_KEYS, PROMPT, RUN_KEYS, compare_options, light
@@ -36,7 +37,18 @@ def test_compare_prints_one_json_object_with_the_stable_keys(run, tiny_folder):
 def test_compare_prints_the_texts_for_people(run, tiny_folder):
     status, out, _ = run(*compare_options(tiny_folder, "--methods", "fp16,fp32"))
     assert status == 0 and {"--- fp16", "--- fp32"} <= set(out)
+    assert not any("different token" in line for line in out) and "the texts agree throughout" in out
     assert any(line.startswith("fp32") and "tok/s" in line and " kB" in line for line in out)
+
+
+def test_compare_tells_both_choices_at_the_first_difference(run, tiny_folder):
+    options = compare_options(tiny_folder, "--methods", "fp16,rtn@2:group=16", "--json")
+    _, out, _ = run(*options)
+    found = json.loads(out[-1])["first_difference"]
+    assert found["first"]["rank"] == 0 and found["second"]["contestant"] == "rtn@2:group=16"
+    assert found["first"]["token_id"] != found["second"]["token_id"]
+    _, out, _ = run(*options[:-1])
+    assert re.search(r"first different token is number 1: FP16 took .+ at \S+%, .+, FP16.s second", "\n".join(out))
 
 
 def test_a_saved_run_replays_to_the_same_result(run, tiny_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -78,6 +79,17 @@ def test_interleave_loads_then_prefills_then_alternates_steps(methods, tiny_fold
     expected += [("Step", name) for _ in range(STEPS - 2) for name in names]
     expected += [(kind, name) for name in names for kind in ("Step", "Finished")]
     assert outline(events) == expected
+
+
+def test_every_step_knows_the_likeliest_tokens(tiny_folder, machine):
+    events = list(machine.run(comparison(tiny_folder, "fp32,bf16", temperature=1.0, seed=3)))
+    steps = [event for event in events if isinstance(event, Step)]
+    assert len(steps) == 2 * STEPS and all(len(step.best) == 5 for step in steps)
+    for step in steps:
+        shares = list(step.best.values())
+        assert shares == sorted(shares, reverse=True) and sum(shares) <= 1
+        assert math.exp(step.logprob) == pytest.approx(step.best.get(str(step.token_id), math.exp(step.logprob)), 1e-3)
+    assert any(str(step.token_id) in step.best for step in steps)
 
 
 def test_in_turn_finishes_one_before_the_next_is_loaded(tiny_folder, machine):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_llama
-from tiny_runs import light
+from tiny_runs import best_of, light
 from torch import nn
 
 from llmq.engine.base import WARM_UP_TOKENS
@@ -101,6 +101,15 @@ def test_log_probability_is_that_of_the_unfiltered_distribution(engine):
     with torch.inference_mode():
         expected = engine.model(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)[token.token_id].item()
     assert token.logprob == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SamplingSettings(temperature=2.0, seed=4)])
+def test_what_was_likeliest_is_known_of_every_token(settings, engine):
+    generation, ids = engine.start(PROMPT, settings), list(PROMPT)
+    for place in range(3):
+        token = generation.step() if place else generation.prefill()
+        assert generation.best(token, 4) == pytest.approx(best_of(engine, ids, 4), abs=1e-4)
+        ids.append(token.token_id)
 
 
 def test_a_seed_repeats_its_tokens(engine):

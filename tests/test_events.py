@@ -42,6 +42,7 @@ EXAMPLES = (
     Finished(contestant="fp16", reason="length", text="\ufffd", kv_bytes=6, peak_bytes=11),
     Failed(contestant="fp16", message="out of memory"),
     Reading(contestant="fp16", fraction=0.5),
+    Step(contestant="fp16", index=1, token_id=17, text="", seconds=0.1, logprob=-0.25, best={"17": 0.7788, "3": 1e-9}),
 )
 SETTINGS, ENVIRONMENT = {"prompt": "naïve", "sampling": {"seed": 3}}, {"device": "cpu", "commit": None}
 
@@ -229,6 +230,8 @@ BAD_EVENTS = {
     "token id a float": changed(STEP, token_id=1.5),
     "seconds a text": changed(STEP, seconds="fast"),
     "logprob a list": changed(STEP, logprob=[0]),
+    "best a list": changed(STEP, best=[0.5]),
+    "a likeliest token without a number": changed(STEP, best={"17": None}),
     "seconds minus infinite": STEP.replace('"seconds": 0.0', '"seconds": -Infinity'),
     "token id minus infinite": STEP.replace('"token_id": 17', '"token_id": -Infinity'),
     "text minus infinite": changed(STEP, text=-math.inf),

@@ -53,6 +53,20 @@ def generate(engine, ids: list[int], tokens: int, **sampling) -> list[int]:
     return found
 
 
+@pytest.mark.demo
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_what_was_likeliest_is_known_while_the_next_step_runs(temperature, machine, demo):
+    from tiny_runs import best_of
+
+    lean, ids = engine(machine, demo, "fp16", "lean"), reference_ids(demo, 40)
+    generation = lean.start(ids, SamplingSettings(max_new_tokens=8, temperature=temperature))
+    for place in range(6):
+        token = generation.step() if place else generation.prefill()
+        assert generation.best(token, 5) == pytest.approx(best_of(lean, ids, 5), abs=5e-3)
+        ids = [*ids, token.token_id]
+    generation.close()
+
+
 def reference_ids(source, tokens: int) -> list[int]:
     from llmq.bench.setup import fixed_prompt
     from llmq.models.opening import Model

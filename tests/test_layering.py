@@ -21,7 +21,7 @@ FLOORS = [
     "llmq.events llmq.kernels llmq.stored",
     "llmq.methods llmq.telemetry",
     "llmq.contestant llmq.models llmq.transformers",
-    "llmq.convert llmq.engine llmq.environment llmq.memory",
+    "llmq.convert llmq.engine llmq.environment llmq.memory llmq.parting",
     "llmq.inspect llmq.machine",
     "llmq.figures",
     "llmq.labs llmq.quantizing llmq.reporting llmq.summary",

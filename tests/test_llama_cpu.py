@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from test_llama_cuda import KINDS, PROMPT, ModelTensors, generate
+from tiny_runs import best_of
 
 from llmq.engine.base import Interrupted, capacity_for
 from llmq.engine.choice import choose_engines
@@ -312,6 +313,16 @@ def test_reading_by_the_decode_step_is_reading_in_one_call(method):
     assert difference(engine.decode_logits(PROMPT), engine.logits(PROMPT)) < 1e-3
     with pytest.raises(Interrupted):
         engine.decode_logits(PROMPT, lambda: True)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_what_was_likeliest_is_known_of_every_token(temperature):
+    engine, ids = tiny("fp16"), list(PROMPT)
+    generation = engine.start(PROMPT, SamplingSettings(max_new_tokens=4, temperature=temperature))
+    for place in range(3):
+        token = generation.step() if place else generation.prefill()
+        assert generation.best(token, 4) == pytest.approx(best_of(engine, ids, 4), abs=1e-3)
+        ids.append(token.token_id)
 
 
 def test_sampling_repeats_with_its_seed():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_llama
+from tiny_runs import best_of
 
 from llmq.engine.base import Interrupted, capacity_for
 from llmq.engine.choice import choose_engines
@@ -121,6 +122,15 @@ def test_sampling_draws_the_same_tokens_in_both_loops():
     hf, lean = pair()
     settings = {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "seed": 5}
     assert generate(lean, **settings) == generate(hf, **settings) != generate(lean, temperature=0.9, seed=6)
+
+
+def test_what_was_likeliest_is_known_of_every_token():
+    _, lean = pair()
+    generation, ids = lean.start(PROMPT, SamplingSettings(max_new_tokens=4)), list(PROMPT)
+    for place in range(3):
+        token = generation.step() if place else generation.prefill()
+        assert generation.best(token, 4) == pytest.approx(best_of(lean, ids, 4), abs=1e-3)
+        ids.append(token.token_id)
 
 
 def test_a_decoded_token_is_a_prefilled_token():

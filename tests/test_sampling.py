@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from llmq.engine.sampling import MAX_NEW_TOKENS, Sampler, SamplingSettings, filtered_probabilities
+from llmq.engine.base import token_of
+from llmq.engine.sampling import MAX_NEW_TOKENS, Sampler, SamplingSettings, filtered_probabilities, likeliest
 from llmq.errors import BadChoice
 
 DRAWS = 4000
@@ -109,6 +110,17 @@ def test_choose_gives_the_token_and_its_log_probability(dtype):
     best = int(logits.argmax())
     expected = torch.tensor([best, logits.float().log_softmax(-1)[best].item()], dtype=torch.float64)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [5, 99])
+def test_the_likeliest_tokens_have_their_probabilities(dtype, count):
+    logits = torch.randperm(40).to(dtype) / 4
+    known = token_of(*Sampler(SamplingSettings(temperature=2.0), "cpu").choose(logits).tolist(), 0.0)
+    expected = logits.float().softmax(-1).sort(descending=True)
+    found = likeliest(logits, known, count)
+    assert list(found) == expected.indices[:count].tolist()
+    torch.testing.assert_close(torch.tensor(list(found.values())), expected.values[:count], atol=1e-6, rtol=1e-5)
 
 
 def test_logits_that_are_not_numbers_have_no_log_probability():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Step
@@ -20,15 +22,15 @@ def planned(*names: str, device: str = "cpu") -> Planned:
 
 
 def lane(
-    name: str, *, speed: float = 10.0, megabytes: int = 200, ids=SAME, failed: str = "", engine: str = "hf"
+    name: str, *, speed: float = 10.0, megabytes: int = 200, ids=SAME, failed: str = "", engine: str = "hf", best=None
 ) -> list[Event]:
     events: list[Event] = [
         Loaded(contestant=name, weight_bytes=megabytes * MB, seconds=1.0, engine=engine),
         Prefilled(contestant=name, prompt_tokens=3, seconds=0.5),
     ]
     for index, token_id in enumerate(ids):
-        seconds = 1 / speed if index else 0.0
-        events.append(Step(contestant=name, index=index, token_id=token_id, text="x", seconds=seconds, logprob=-1.0))
+        found = {"token_id": token_id, "text": f" x{token_id}", "seconds": 1 / speed if index else 0.0}
+        events.append(Step(contestant=name, index=index, logprob=-1.0, best=best or {}, **found))
     end = Failed(contestant=name, message=failed) if failed else Finished(contestant=name, reason="length")
     return [*events, end]
 
@@ -164,10 +166,11 @@ def test_a_failed_baseline_is_said_once():
     ("lanes", "headline"),
     [
         ([lane("fp16"), lane("llm-int8", megabytes=122, speed=18.0, ids=[5, 6, 9, 9])],
-         "int8 · ours needs 39% less memory and writes 1.8 times faster than FP16; the texts are the same for 2 "
-         "tokens."),
+         "int8 · ours needs 39% less memory and writes 1.8 times faster than FP16. After 2 equal tokens "
+         "FP16 took “x7” at 37%, int8 · ours “x9”."),
         ([lane("fp16"), lane("bnb-int8", megabytes=122, speed=4.0, ids=[9])],
-         "int8 · bitsandbytes needs 39% less memory; the texts differ from the first token on."),
+         "int8 · bitsandbytes needs 39% less memory. At the first token FP16 took “x5” at 37%, "
+         "int8 · bitsandbytes “x9”."),
         ([lane("fp32", megabytes=400), lane("fp16"), lane("bf16", speed=5.0)],
          "FP16 needs 50% less memory and writes at about the same speed; the texts are the same. "
          "BF16 needs 50% less memory and writes 2.0 times slower than FP32."),
@@ -200,10 +203,47 @@ def test_nothing_to_compare_is_nothing_said(events):
     assert verdict(Summary(events)) == Verdict()
 
 
-def test_no_word_of_the_models_text_is_repeated():
-    events = lane("fp16") + lane("bf16")
-    marked = [Step(**(vars(e) | {"text": "<img src=x>"})) if isinstance(e, Step) else e for e in events]
-    assert "<img" not in str(verdict(Summary([planned("fp16", "bf16"), *marked])))
+def parted(best: dict[str, float], **changes) -> str:
+    """The sentence about the first difference, at token 7 of FP16 and token 9 of the other."""
+    lanes = [lane("fp16", best=best), lane("llm-int8", ids=[5, 6, 9, 9])]
+    events = [replace(e, **changes) if isinstance(e, Step) else e for e in sum(lanes, [])]
+    return Summary([planned("fp16", "llm-int8"), *events]).parting().sentence()
+
+
+@pytest.mark.parametrize(
+    ("best", "ending"),
+    [
+        ({"7": 0.37, "9": 0.3}, ", FP16's second at 30%: nearly a tie"),
+        ({"7": 0.37, "1": 0.31, "9": 0.29}, ", FP16's third at 29%"),
+        ({"7": 0.37, "1": 0.004}, ", to which FP16 gave under 0.4%"),
+        ({"7": 0.37} | {str(n): 0.3 for n in range(20, 30)} | {"9": 0.1}, ", to which FP16 gave under 10%"),
+        ({}, ""),
+    ],
+)
+def test_where_texts_part_both_choices_stand_with_the_firsts_probabilities(best, ending):
+    assert parted(best) == f"FP16 took “x7” at 37%, int8 · ours “x9”{ending}"
+
+
+def test_a_token_that_was_drawn_is_not_called_the_likeliest():
+    assert parted({"9": 0.6, "7": 0.37}) == "FP16 took “x7” at 37%, its second, int8 · ours “x9”, FP16's first at 60%"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("", "token 7"), (" ", "“␣”"), ("\n\n", "“⏎⏎”"), ("y" * 99, f"“{'y' * 30}…”"), ("<b>", "“<b>”")],
+)
+def test_a_token_is_quoted_so_that_it_can_be_read(text, shown):
+    assert parted({}, text=text).startswith(f"FP16 took {shown} at 37%")
+
+
+def test_a_text_that_ends_where_the_other_goes_on_chose_its_end():
+    *events, end = lane("bf16", ids=[5, 6, 2])
+    summary = Summary([planned("fp16", "bf16"), *lane("fp16"), *events, replace(end, reason="eos")])
+    assert summary.parting().sentence() == "FP16 took “x7” at 37%, BF16 the end of its text"
+
+
+def test_texts_that_agree_part_nowhere():
+    assert Summary([planned("fp16", "bf16"), *lane("fp16"), *lane("bf16", ids=SAME[:2])]).parting() is None
 
 
 def test_a_method_of_another_version_is_called_by_its_own_name():

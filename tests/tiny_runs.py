@@ -68,6 +68,12 @@ def comparison(folder, methods: str = "fp32,bf16", *, prompt: str = PROMPT, sche
     )
 
 
+def best_of(engine, ids: list[int], count: int) -> dict[int, float]:
+    """The likeliest tokens after `ids`, by reading them in one call."""
+    found = engine.logits(ids)[-1].float().softmax(-1).topk(count)
+    return dict(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+
+
 def source_of(folder) -> Source:
     return resolve(str(folder))
 

@@ -66,6 +66,10 @@ class Generation(Protocol):
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token: ...
     def step(self) -> Token: ...
+    def best(self, last: Token, count: int) -> dict[int, float]:
+        """Return the `count` likeliest tokens at the place of the last one, id -> probability, before temperature and
+        filters. Its time is no part of a step's."""
+
     def close(self) -> None: ...
 
 

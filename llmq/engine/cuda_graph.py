@@ -23,16 +23,18 @@ def draw_of(settings: SamplingSettings) -> tuple:
 
 @dataclass(frozen=True)
 class InFlight:
-    """A step under way on a GPU: where on the host its token arrives, and the events of its start and end."""
+    """A step under way on a GPU: where on the host its token arrives, what its logits were (the next step, under way
+    too, overwrites the decoder's), and the events of its start and end."""
 
     chosen: torch.Tensor
+    logits: torch.Tensor
     begun: torch.cuda.Event
     ended: torch.cuda.Event
 
     @classmethod
-    def make(cls) -> InFlight:
+    def make(cls, logits: torch.Tensor) -> InFlight:
         events = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        return cls(torch.empty(2, dtype=torch.float64, pin_memory=True), *events)
+        return cls(torch.empty(2, dtype=torch.float64, pin_memory=True), torch.empty_like(logits), *events)
 
 
 class StepGraph:
@@ -41,7 +43,7 @@ class StepGraph:
     def __init__(self, decoder: Decoder, settings: SamplingSettings):
         self.decoder, self.sampler = decoder, Sampler(settings, decoder.device)
         on_gpu = decoder.device.startswith("cuda")
-        self.slots = [InFlight.make() for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
+        self.slots = [InFlight.make(decoder.logits) for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
         self.graph = try_capture(self._capture) if on_gpu else None
         self.prompts: dict[int, PromptGraph | None] = {}
 
@@ -51,7 +53,7 @@ class StepGraph:
 
     @property
     def workspace_bytes(self) -> int:
-        return self.decoder.workspace_bytes
+        return self.decoder.workspace_bytes + sum(slot.logits.nbytes for slot in self.slots)
 
     def prompt_of(self, tokens: int) -> PromptGraph | None:
         """Return the graph that reads prompts of about so many tokens, captured now if needed; None if impossible."""

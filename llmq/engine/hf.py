@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llmq.engine.base import Interrupted, Token, token_of, warm_up_length
-from llmq.engine.sampling import Sampler, SamplingSettings
+from llmq.engine.sampling import Sampler, SamplingSettings, likeliest
 from llmq.engine.timing import timer_for
 from llmq.errors import UserError
 from llmq.methods import Method
@@ -175,6 +175,10 @@ class Generation:
     def feed(self, token_id: int) -> Token:
         """Feed this token, whatever was sampled before, and sample the next."""
         return self._forward([token_id])
+
+    def best(self, last: Token, count: int) -> dict[int, float]:
+        """Return the likeliest tokens at the last token's place; see `base.Generation`."""
+        return likeliest(self.logits, last, count)
 
     def _forward(self, ids: list[int]) -> Token:
         import torch

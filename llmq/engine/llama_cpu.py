@@ -17,7 +17,7 @@ from llmq import cgroup
 from llmq.engine.base import Interrupted, Token, capacity_for, token_of
 from llmq.engine.llama import LlamaEngine, LlamaGeneration, rope_table
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.engine.sampling import Sampler, SamplingSettings
+from llmq.engine.sampling import Sampler, SamplingSettings, likeliest
 from llmq.engine.timing import HostTimer
 from llmq.kernels.cpu.library import EACH_ROW, KINDS, LANES, STOPPED, Layer, Model, Session, open_library
 from llmq.methods import Method
@@ -130,13 +130,21 @@ class CpuGeneration(LlamaGeneration):
         self._position += 1
         return token
 
+    def best(self, last: Token, count: int) -> dict[int, float]:
+        """Return the likeliest tokens at the last token's place; see `base.Generation`."""
+        return likeliest(self._logits, last, count)
+
+    @property
+    def _logits(self) -> torch.Tensor:
+        return self._workspace.logits[: self._engine.architecture.vocab_size]
+
     def _timed(self, compute: Callable[[], None]) -> Token:
         """Compute the next token's logits and choose it."""
         with self._engine.timer:
             compute()
             chosen = self._workspace.chosen
             if self._settings.temperature:
-                chosen = self._sampler.choose(self._workspace.logits[: self._engine.architecture.vocab_size]).tolist()
+                chosen = self._sampler.choose(self._logits).tolist()
         token = token_of(*chosen, self._engine.timer.seconds)
         self._token = token.token_id
         return token

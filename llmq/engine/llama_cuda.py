@@ -17,7 +17,7 @@ from llmq.engine.cuda_graph import InFlight, StepGraph, draw_of
 from llmq.engine.decoder import Decoder, outlier_marks_for, read_prompt
 from llmq.engine.llama import LlamaEngine, LlamaGeneration, rope_table
 from llmq.engine.llama_weights import LlamaWeights
-from llmq.engine.sampling import SamplingSettings
+from llmq.engine.sampling import SamplingSettings, likeliest
 from llmq.engine.timing import timer_for
 from llmq.kernels.backend import current
 from llmq.kernels.buffers import Cache, Noting
@@ -32,6 +32,7 @@ class CudaGeneration(LlamaGeneration):
         super().__init__(engine, prompt_ids, settings)
         self._in_flight: deque[InFlight] = deque()
         self._begun = 0  # decode steps
+        self._logits: torch.Tensor | None = None  # (vocabulary,), of the last token
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
@@ -49,6 +50,7 @@ class CudaGeneration(LlamaGeneration):
                     graph.decoder.read(torch.tensor(self._prompt_ids, device=engine.device), stopped=stopped)
                 graph.choose()
                 found = graph.decoder.chosen.tolist()
+        self._logits = graph.decoder.logits
         growth = captured.workspace_bytes if captured else engine.timer.growth_bytes
         self.workspace_bytes = max(growth, graph.workspace_bytes)
         self.allocator_peak_bytes = max(self.allocator_peak_bytes, engine.timer.peak_bytes)
@@ -69,8 +71,15 @@ class CudaGeneration(LlamaGeneration):
             self._begin()
         oldest = self._in_flight.popleft()
         oldest.ended.synchronize()
+        self._logits = oldest.logits
         self.allocator_peak_bytes = torch.cuda.max_memory_allocated(self._engine.device)
         return token_of(*oldest.chosen.tolist(), oldest.begun.elapsed_time(oldest.ended) / 1e3)
+
+    def best(self, last: Token, count: int) -> dict[int, float]:
+        """Return the likeliest tokens at the last token's place, on a stream that does not wait for the step under way;
+        see `base.Generation`."""
+        with self._engine.here, torch.cuda.stream(self._engine.beside):
+            return likeliest(self._logits, last, count)
 
     def _timed_step(self) -> Token:
         with self._engine.timer:
@@ -83,6 +92,7 @@ class CudaGeneration(LlamaGeneration):
         new = self._workspace.slots[self._begun % len(self._workspace.slots)]
         new.begun.record()
         self._workspace.step()
+        new.logits.copy_(self._workspace.decoder.logits)
         new.chosen.copy_(self._workspace.decoder.chosen, non_blocking=True)
         new.ended.record()
         self._in_flight.append(new)
@@ -104,6 +114,7 @@ class CudaLlama(LlamaEngine):
     ):
         super().__init__(weights, method, device, eos_ids)
         self.kernels, self.timer, self.here = kernels, timer_for(device), current(device)
+        self.beside = torch.cuda.Stream(device) if device.startswith("cuda") else None
 
     def workspace(self, tokens: int, settings: SamplingSettings) -> StepGraph:
         """Return the buffers, and on a GPU the graph, for generations of up to `tokens` positions."""

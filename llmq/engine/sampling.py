@@ -10,6 +10,8 @@ from llmq.errors import BadChoice
 if TYPE_CHECKING:
     import torch
 
+    from llmq.engine.base import Token
+
 MAX_NEW_TOKENS = 4096
 MAX_TEMPERATURE = 2.0  # as the page and OpenAI's interface have it: a setting means the same wherever a model runs
 
@@ -78,6 +80,14 @@ class Sampler:
         noise = torch.empty_like(weights).exponential_(generator=self.generator)
         # argmax(p / E), E ~ Exp(1), is a draw from p: the exponential form of the Gumbel-max trick.
         return (weights / noise).argmax()
+
+
+def likeliest(logits: torch.Tensor, known: Token, count: int) -> dict[int, float]:
+    """Return the `count` likeliest tokens of (vocab_size,) logits, id -> probability, likeliest first. The probability
+    of one of them is `known`: so there is no second sum over the vocabulary."""
+    values, ids = logits.topk(min(count, len(logits)))
+    distances = values.float() - logits[known.token_id].float()
+    return dict(zip(ids.tolist(), (distances + known.logprob).exp().tolist(), strict=True))
 
 
 def filtered_probabilities(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:

@@ -30,6 +30,7 @@ from llmq.methods import METHODS
 from llmq.models.loading import range_note
 from llmq.models.opening import Model
 from llmq.models.text import TextStream
+from llmq.parting import ORDINALS
 
 SCHEDULES = ("interleave", "in-turn")
 MAX_CONTESTANTS = 3
@@ -220,6 +221,8 @@ class _Race:
 
     def _emit(self, lane: _Lane, token: Token) -> Iterator[Event]:
         found = {"token_id": token.token_id, "seconds": token.seconds, "logprob": token.logprob}
+        best = lane.generation.best(token, len(ORDINALS)).items()
+        found["best"] = {str(likely): float(f"{share:.4g}") for likely, share in best}
         yield Step(contestant=lane.name, index=lane.count, text=lane.text.push(token.token_id), **found)
         lane.count += 1
         if reason := token.end or ("time" if self.lease.clock() >= lane.ends_at else ""):

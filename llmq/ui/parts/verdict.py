@@ -1,4 +1,5 @@
-"""What a run showed, in plain sentences built from its own figures. No gradio; no word of the model's text."""
+"""What a run showed, in plain sentences built from its own figures. No gradio. Of the models' texts they quote the two
+tokens where those part: plain text, never markup."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def verdict(summary: Summary, cpu: str = "") -> Verdict:
     told = [line for other in whole if (line := _against(baseline, other, place))]
     if others and others[0] in whole and (agreement := _agreement(summary, baseline, others[0])):
         told.append(agreement)
-        short = [f"{short[0]}; {_same(summary)}", *short[1:]] if short else short
+        short = _with_texts(short, summary)
     failed = [f"{_name(o)} did not finish, so there is nothing to compare" for o in (baseline, *others) if o.error]
     return Verdict(" ".join(f"{line}." for line in failed + short), tuple(dict.fromkeys(told)))
 
@@ -58,13 +59,17 @@ def _headline(baseline: Outcome, other: Outcome) -> str:
     return f"{_name(other)} {memory}{speed}{'' if ratio is None or about_even(ratio) else f' than {_name(baseline)}'}"
 
 
-def _same(summary: Summary) -> str:
-    found = summary.agreement()
+def _with_texts(short: list[str], summary: Summary) -> list[str]:
+    """The sentences `short`, and how far the first two texts agree; where they part, what each chose there."""
+    if not short:
+        return []
+    same = summary.agreement()["matching_prefix_tokens"]
+    if parting := summary.parting():
+        where = f"After {same} equal {'token' if same == 1 else 'tokens'}" if same else "At the first token"
+        return [*short, f"{where} {parting.sentence()}"]
     lengths = {len(outcome.token_ids) for outcome in list(summary.outcomes.values())[:2]}
-    if found["first_divergence"] is None and len(lengths) == 1:
-        return "the texts are the same"
-    same = found["matching_prefix_tokens"]
-    return f"the texts are the same for {_tokens(same)}" if same else "the texts differ from the first token on"
+    far = "" if len(lengths) == 1 else f" for {_tokens(same)}"
+    return [f"{short[0]}; the texts are the same{far}", *short[1:]]
 
 
 def _against(baseline: Outcome, other: Outcome, place: str) -> str:
