@@ -154,10 +154,14 @@ def test_awq_takes_the_ratio_with_the_smallest_error():
     chosen = method.quantize(layer, moments.result())
     errors = []
     for ratio in RATIOS:
-        tried = method.rounded(layer.weight.data * factors_of(moments.result()[0], ratio), layer.bias)
-        tried.factors = factors_of(moments.result()[0], ratio)
+        weight, factors = layer.weight.data, factors_of(moments.result()[0], ratio)
+        tried = method.rounded(weight * factors, layer.bias)
+        tried.factors = factors
         errors.append((tried(x) - truth).square().sum(1).mean().item())
-        assert output_error(layer.weight.data, tried, moments.result()[1:]) == pytest.approx(errors[-1], rel=1e-3)
+        assert torch.equal(method.nearest(weight, factors), tried.dense() / factors)
+        assert output_error(weight, method.nearest(weight, factors), moments.result()[1:]) == pytest.approx(
+            errors[-1], rel=1e-3
+        )
     assert (chosen(x) - truth).square().sum(1).mean().item() == pytest.approx(min(errors), rel=1e-3) and min(
         errors
     ) < errors[0]

@@ -56,21 +56,21 @@ class Awq(Grouped):
         assert statistics is not None, "AWQ needs the statistics of a calibration"
         weight = linear.weight.data.float()
         magnitude, *_ = statistics = statistics.to(weight.device)
-        candidates = (self._scaled(weight, factors_of(magnitude, ratio), linear.bias) for ratio in RATIOS)
-        best = min(candidates, key=lambda layer: output_error(weight, layer, statistics[1:]))
-        best.factors = best.factors.to(linear.weight.dtype)
-        return best
+        tried = [factors_of(magnitude, ratio) for ratio in RATIOS]
+        factors = min(tried, key=lambda factors: output_error(weight, self.nearest(weight, factors), statistics[1:]))
+        layer = self.rounded(weight * factors, linear.bias)
+        layer.factors = factors.to(linear.weight.dtype)
+        return layer
+
+    def nearest(self, weight: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """What `weight`, float32 (out, in), is rounded to under `factors` (in,)."""
+        return self.grid.nearest(weight * factors) / factors
 
     def quantize_(self, model: nn.Module, device: str, statistics: Mapping[str, torch.Tensor] | None = None):
         if not self.folded:
             return super().quantize_(model, device, statistics)
         fold_(model.to(device), self, statistics)
         return Rtn(bits=self.bits, group=self.group, range=self.range).quantize_(model, device)
-
-    def _scaled(self, weight: torch.Tensor, factors: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
-        layer = self.rounded(weight * factors, bias)
-        layer.factors = factors
-        return layer
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:
         plain = super().bytes(shape)
@@ -83,7 +83,7 @@ def factors_of(magnitude: torch.Tensor, ratio: float) -> torch.Tensor:
     return factors / (factors.amax() * factors.amin()).sqrt()
 
 
-def output_error(weight: torch.Tensor, layer: PackedLinear, moments: torch.Tensor) -> float:
-    """The mean of |x (W - Q)ᵀ|² over the calibration's inputs x."""
-    lost = weight - layer.dense() / layer.factors
+def output_error(weight: torch.Tensor, rounded: torch.Tensor, moments: torch.Tensor) -> float:
+    """The mean of |x (W - Q)ᵀ|² over the calibration's inputs x, both weights (out, in)."""
+    lost = weight - rounded
     return ((lost @ moments) * lost).sum().item()

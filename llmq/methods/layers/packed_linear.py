@@ -47,6 +47,11 @@ class Grid:
         """The nearest codes, in the dtype of `weight`; `scale` and `zero` broadcast against it."""
         return (torch.round(weight / scale.to(weight.dtype)) + zero).clamp(0, 2**self.bits - 1)
 
+    def nearest(self, weight: torch.Tensor) -> torch.Tensor:
+        """The numbers of the grid, float32 like `weight` (out, in), that are nearest to it."""
+        scale, zero = (self.spread(values.to(weight.dtype), weight.shape[1]) for values in self.of(weight))
+        return (self.round(weight, scale, zero) - zero) * scale
+
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """(out, in) codes below 2^bits -> uint8 (out, ceil(in / 8) · bits): eight codes in `bits` bytes, the first code in
