@@ -188,6 +188,8 @@ def test_where_texts_part_it_is_said_how_sure_each_model_was():
     sure = [Step(**(vars(e) | {"logprob": -0.1})) if isinstance(e, Step) else e for e in lane("fp16")]
     assert "FP16 gave its own choice 90% and BF16 gave its own choice 37%. After" in said(sure, lane("bf16", ids=[9]))
     assert "37%, so little decided it. After" in said(lane("fp16"), lane("bf16", ids=[9]))
+    forged = [Step(**(vars(e) | {"logprob": 1e300})) if isinstance(e, Step) else e for e in lane("fp16")]
+    assert "FP16 gave its own choice 100% and" in said(forged, lane("bf16", ids=[9])), "a file may hold any number"
 
 
 def test_three_methods_are_each_held_against_the_first():

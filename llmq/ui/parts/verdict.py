@@ -139,7 +139,7 @@ def _agreement(summary: Summary, baseline: Outcome, other: Outcome) -> str:
 
 def _how_sure(baseline: Outcome, other: Outcome, place: int) -> str:
     """How likely each model held the token that it wrote where they part."""
-    chances = [math.exp(outcome.logprobs[place]) for outcome in (baseline, other)]
+    chances = [math.exp(min(outcome.logprobs[place], 0.0)) for outcome in (baseline, other)]
     pairs = zip((baseline, other), chances, strict=True)
     told = " and ".join(f"{_name(outcome)} gave its own choice {chance:.0%}" for outcome, chance in pairs)
     return f", where {told}{', so little decided it' if max(chances) < 0.5 else ''}"
