@@ -498,7 +498,9 @@ def test_it_is_said_how_sure_each_model_was_where_they_part(page, address):
     page.get_by_role("option", name="on NVIDIA H100").click()
     press(page, "replay")
     page.locator("[data-part=skip]").click()
-    page.wait_for_function("/differ from the first token on/.test(document.querySelector('#status').textContent)")
+    page.wait_for_function(
+        "/At the first token FP16 took “Planning” at 15%/.test(document.querySelector('#status').textContent)"
+    )
     page.locator("#why summary").click()
     assert "gave its own choice 12%, so little decided it" in page.locator("#why").inner_text()
 

@@ -17,8 +17,8 @@ from llmq.cli import Parser, build_parser
 PROGRAM = """
 import json, sys
 sys.modules["gradio"] = None
-import llmq.bench.setup, llmq.cli
-llmq.bench.setup.BANDWIDTH_BYTES["cpu"] = 1 << 20
+import llmq.bench.bandwidth, llmq.cli
+llmq.bench.bandwidth.BANDWIDTH_BYTES["cpu"] = 1 << 20
 
 def status(arguments):
     try:
