@@ -65,8 +65,13 @@ def spread_of(low: float, middle: float, high: float) -> float:
 
 def shown_spread(low: float, middle: float, high: float) -> str:
     """', spread 84 %' where repeats lie WIDE apart or further; '' elsewhere."""
-    width = spread_of(low, middle, high)
-    return f", spread {width:.0%}".replace("%", " %") if width >= WIDE else ""
+    told = wide(spread_of(low, middle, high))
+    return f", {told}" if told else ""
+
+
+def wide(width: float) -> str:
+    """'spread 84 %' where a spread is WIDE or more; '' elsewhere."""
+    return f"spread {width:.0%}".replace("%", " %") if width >= WIDE else ""
 
 
 def format_count(count: int | None) -> str:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from llmq.bench.rounds import spread_of_key
-from llmq.formatting import WIDE
+from llmq.formatting import wide
 
 TABLE = re.compile(r"(<!-- table:([\w-]+) -->).*?(<!-- /table -->)", re.DOTALL)
 _FIGURE = re.compile(r"<!-- from ([^>]*?) -->([^<]*)")
@@ -86,7 +86,7 @@ def _fault(claim: str, text: str, stored: Callable[[str], dict]) -> str:
         return f"nothing of that name is stored ({error})"
     if (right := _as_written(number[0], value)) != number[0]:
         return f"stored is {right}"
-    said = f"spread {width:.0%}".replace("%", " %") if width >= WIDE else ""
+    said = wide(width)
     return "" if said in text else f"its rounds lie far apart: say '{said}' behind it"
 
 

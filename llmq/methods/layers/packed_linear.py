@@ -48,7 +48,7 @@ class Grid:
         return (torch.round(weight / scale.to(weight.dtype)) + zero).clamp(0, 2**self.bits - 1)
 
     def nearest(self, weight: torch.Tensor) -> torch.Tensor:
-        """The numbers of the grid, float32 like `weight` (out, in), that are nearest to it."""
+        """The numbers of the grid that are nearest to `weight` (out, in), in its dtype."""
         scale, zero = (self.spread(values.to(weight.dtype), weight.shape[1]) for values in self.of(weight))
         return (self.round(weight, scale, zero) - zero) * scale
 
