@@ -44,3 +44,9 @@ def test_what_one_visitor_changes_no_other_sees(page):
     for other in (second, SessionState(page)):
         assert other.config_values[number]["props"]["label"] == "Prompt" and other[number] is page.blocks[number]
         assert other.config_values[number]["props"]["value"] != "mine"
+
+
+def test_a_visitor_costs_no_copy_of_the_page(page):
+    describe_once(page)
+    first, second = SessionState(page).config_values, SessionState(page).config_values
+    assert all(first[number] is second[number] for number in first)

@@ -18,7 +18,7 @@ from llmq.ui.shell.theme import build_css, build_theme
 
 CELL_PIXELS = 900  # of the page inside a notebook's cell
 THREADS = 160  # all who wait for the machine have one, and clicks that need no device have the rest
-KEPT_SESSIONS = 100  # of visitors' pages, 0.3 MB each; one who is forgotten goes on with a new one
+KEPT_SESSIONS = 100  # of visitors' pages, 0.05 MB each; one who is forgotten goes on with a new one
 QUEUE_POLL_SECONDS = 0.05  # Gradio's 0.001 keeps its idle loop on the GIL a tenth of the time (profiled)
 
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import gradio as gr
 from fastapi import FastAPI
 from gradio.blocks import BlocksConfig
+from gradio.state_holder import SessionState
 from gradio.utils import get_function_description
 from starlette.middleware import Middleware
 
@@ -80,15 +81,27 @@ def fail_briefly(page: gr.Blocks) -> None:
 
 
 def describe_once(page: gr.Blocks) -> None:
-    """Describe each part of the page once and give every visitor a copy: Gradio describes all parts anew for each, 0.04
-    seconds of the thread that serves everybody else."""
+    """Describe each part of the page once, for all visitors: Gradio describes all parts anew for each, 0.04 seconds of
+    the thread that serves everybody else, and keeps it."""
     described = _Described(page)
     vars(described).update(vars(page.default_config), made={})
     page.default_config = described  # no public setting
+    SessionState._update_value_in_config = _set_value  # no public setting
+
+
+def _set_value(visitor: SessionState, number: int, value) -> None:
+    """Set a part's value in one visitor's description of it; Gradio writes into what here all visitors share."""
+    if number not in visitor.config_values:
+        block = visitor.blocks_config.blocks[number]
+        visitor.config_values[number] = visitor.blocks_config.config_for_block(number, [], block)
+    described = visitor.config_values[number]
+    if "props" in described:
+        visitor.config_values[number] = {**described, "props": {**described["props"], "value": value}}
 
 
 class _Described(BlocksConfig):
-    """What a page is made of, which remembers how its parts are described; so do its copies, one for every visitor."""
+    """What a page is made of, which remembers how its parts are described; so do its copies, one for every visitor.
+    The descriptions are shared: read them, and set a value by `_set_value`."""
 
     made: dict[int, tuple[gr.blocks.Block, dict]]
 
@@ -104,7 +117,7 @@ class _Described(BlocksConfig):
         if known is not block:  # not yet described, or a visitor's own
             description = super().config_for_block(number, rendered_ids, block)
             self.made.setdefault(number, (block, description))
-        return {**description, "props": dict(description["props"])}
+        return description
 
 
 def _as_json_text(server) -> None:
