@@ -24,17 +24,19 @@ def draw_of(settings: SamplingSettings) -> tuple:
 @dataclass(frozen=True)
 class InFlight:
     """A step under way on a GPU: where on the host its token arrives, what its logits were (the next step, under way
-    too, overwrites the decoder's), and the events of its start and end."""
+    too, overwrites the decoder's), and the events of its start, its end, and of its logits being kept."""
 
     chosen: torch.Tensor
     logits: torch.Tensor
     begun: torch.cuda.Event
     ended: torch.cuda.Event
+    kept: torch.cuda.Event
 
     @classmethod
     def make(cls, logits: torch.Tensor) -> InFlight:
-        events = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        return cls(torch.empty(2, dtype=torch.float64, pin_memory=True), torch.empty_like(logits), *events)
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        chosen = torch.empty(2, dtype=torch.float64, pin_memory=True)
+        return cls(chosen, torch.empty_like(logits), begun, ended, torch.cuda.Event())
 
 
 class StepGraph:

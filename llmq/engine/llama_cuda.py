@@ -72,6 +72,7 @@ class CudaGeneration(LlamaGeneration):
         oldest = self._in_flight.popleft()
         oldest.ended.synchronize()
         self._logits = oldest.logits
+        self._engine.beside.wait_event(oldest.kept)
         self.allocator_peak_bytes = torch.cuda.max_memory_allocated(self._engine.device)
         return token_of(*oldest.chosen.tolist(), oldest.begun.elapsed_time(oldest.ended) / 1e3)
 
@@ -92,9 +93,10 @@ class CudaGeneration(LlamaGeneration):
         new = self._workspace.slots[self._begun % len(self._workspace.slots)]
         new.begun.record()
         self._workspace.step()
-        new.logits.copy_(self._workspace.decoder.logits)
         new.chosen.copy_(self._workspace.decoder.chosen, non_blocking=True)
         new.ended.record()
+        new.logits.copy_(self._workspace.decoder.logits)
+        new.kept.record()
         self._in_flight.append(new)
         self._begun += 1
 
