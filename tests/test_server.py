@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -19,6 +20,7 @@ import httpx
 import load_server
 import pytest
 from browser_support import ROOT, wait_for
+from gradio.queueing import Queue
 from load_server import Visitor
 from test_api import served
 from tiny_runs import light
@@ -122,6 +124,22 @@ def test_who_only_opens_and_closes_connections_leaves_nothing_behind(server):
     """Gradio makes a page for a session whose end the page wants to hear of, and anybody can invent sessions."""
     dependencies = httpx.get(f"{server}/config").json()["dependencies"]
     assert dependencies and all(event != "unload" for one in dependencies for _, event in one["targets"])
+
+
+def test_nothing_is_kept_of_visitors_who_were_answered(server):
+    visitors = [Visitor(server, number) for number in range(3)]
+    queues = [thing for thing in gc.get_objects() if isinstance(thing, Queue)]
+
+    def kept() -> list[Queue]:
+        lines = [{*queue.pending_messages_per_session, *queue.pending_event_ids_session} for queue in queues]
+        return [line for line in lines if line & {visitor.session for visitor in visitors}]
+
+    for _ in range(2):  # who comes back has a new line of answers
+        assert not any(visitor.light().error for visitor in visitors)
+        wait_until(lambda: not kept())
+    event = visitors[0].http.post("/gradio_api/queue/join", json=joined(visitors[0])).json()["event_id"]
+    assert event and kept(), "what nobody heard yet"
+    visitors[0].stop()
 
 
 @pytest.mark.parametrize(

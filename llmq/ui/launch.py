@@ -75,7 +75,7 @@ def launch(
         run_history=False,
         inbrowser=False,
         height=CELL_PIXELS,
-        app_kwargs=watched(server_options(page, state.frames), state),
+        app_kwargs=watched(server_options(page, state.frames), state, page._queue),
         mcp_server=mcp or None,
     )
     if block:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from urllib.parse import parse_qs
 
+from gradio.queueing import Queue
 from starlette.middleware import Middleware
 
 from llmq.machine.jobs import Listeners
@@ -17,10 +19,13 @@ OPEN = re.compile(r".*/gradio_api/heartbeat/(?P<session>[^/]+)")
 BY_NAME = re.compile(r".*/gradio_api/call/(?:v2/)?[^/]+/(?P<session>[^/]+)/?")
 
 
-def watched(options: dict, state: AppState) -> dict:
-    """`options` of the web server, with what watches over the jobs of `state`."""
+def watched(options: dict, state: AppState, queue: Queue) -> dict:
+    """`options` of the web server, with what watches over the jobs of `state` and the page's `queue`."""
     listeners = state.jobs.listeners if state.jobs else Listeners()
-    ears = Middleware(Ears, listeners=listeners, left=state.stop, uploaded=state.prune, opened=state.opened.set)
+    ears = Middleware(
+        Ears, listeners=listeners, left=state.stop, uploaded=state.prune, opened=state.opened.set,
+        heard=partial(forget, queue),
+    )  # fmt: skip
     return options | {
         "middleware": [*options.get("middleware", ()), ears],
         "routes": [*options.get("routes", ()), *(routes_of(state.jobs) if state.jobs else ())],
@@ -29,13 +34,14 @@ def watched(options: dict, state: AppState) -> dict:
 
 class Ears:
     """Stands in front of the server: counts the streams of answers, and calls `left(session)` when a page is closed,
-    `opened()` after one was sent, and `uploaded()` after an upload."""
+    `opened()` after one was sent, `uploaded()` after an upload, and `heard(session)` when a stream of answers ended."""
 
     def __init__(
         self, app, listeners: Listeners, left: Callable[[str], object], uploaded: Callable[[], object],
-        opened: Callable[[], object],
+        opened: Callable[[], object], heard: Callable[[str], object],
     ):  # fmt: skip
         self.app, self.listeners, self.left, self.uploaded, self.opened = app, listeners, left, uploaded, opened
+        self.heard = heard
         listeners.told = True
 
     async def __call__(self, scope, receive, send) -> None:
@@ -44,12 +50,22 @@ class Ears:
             with self.listeners.listening(session) if session else nullcontext():
                 await self.app(scope, receive, send)
         finally:
+            if session:
+                self.heard(session)
             if page:
                 self.left(page)
             if scope.get("method") == "POST" and scope["path"].endswith("/gradio_api/upload"):
                 self.uploaded()
             if scope.get("method") == "GET" and scope["path"] in ("/", "/config"):  # a browser's, a program's
                 self.opened()
+
+
+def forget(queue: Queue, session: str) -> None:
+    """Drop the empty line of answers of a session that waits for none; Gradio keeps 2,000, 4 kB each, and makes a new
+    one with the next click."""
+    if not queue.pending_event_ids_session.get(session):
+        queue.pending_event_ids_session.pop(session, None)
+        queue.pending_messages_per_session.pop(session, None)
 
 
 def page_of(scope) -> str:
