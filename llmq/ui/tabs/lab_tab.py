@@ -6,6 +6,7 @@ import gradio as gr
 
 from llmq.labs import load_answer
 from llmq.labs.attention import Attention
+from llmq.labs.caching import Caching
 from llmq.labs.race import PROMPT, Race
 from llmq.ui.parts.bits import bits_view
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
@@ -23,7 +24,7 @@ class LabTab:
     def __init__(self, state: AppState):
         self.state = state
         self.rounding, self.race = RoundingPanel(state), LabsPanel(state, (Race,))
-        self.attention = LabsPanel(state, (Attention,))
+        self.attention = LabsPanel(state, (Attention, Caching))
 
     def build(self) -> None:
         with gr.Column(elem_id="lab-view"), gr.Tabs(elem_id="lab-parts"):
