@@ -51,6 +51,7 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
     "attention": {"longest": 2048, "dtype": "bfloat16", **WHERE},
     "causal": {**WINDOWS, "methods": CAUSAL, "changes": 3, **WHERE},
     "kv_cache": {"longest": 256, **WHERE},
+    "rounded_cache": {**WINDOWS, **WHERE},
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
     "outliers": {"prompt": "", "method": "bnb-int8", "new_tokens": 8, "sweep": "", **WHERE},
     "quality": {

@@ -46,8 +46,8 @@ class Caching(TableLab):
     )
     explained = (
         "**What the cache saves, and what not.** With P weights in the linear layers, L layers, h heads of width d and "
-        "N tokens, one more token takes 2·P + 4·L·h·d·N operations with the cache and N times as many without. The "
-        "cache removes the factor N, but attention still looks at all N tokens, so the time of a token is not "
+        "N tokens, one more token takes 2·P + 4·L·h·d·N operations with the cache, and about N times as many without. "
+        "The cache removes the factor N, but attention still looks at all N tokens, so the time of a token is not "
         "constant: it grows with the text. Operations are not time either: a single token leaves most of the machine "
         "waiting for weights, so a short text read again costs little more. The price is memory: 2·L·G·d numbers a "
         "token, where G heads of keys and values are kept. Grouped-query attention (GQA) lets h/G heads share one of "
@@ -136,11 +136,12 @@ class Caching(TableLab):
             return ""
         row, off = rows[-1], max(_off(row, side) for row in rows for side in SIDES)
         share = "" if row["sharing"] == 1 else f", {row['sharing']} times less than if no heads shared keys and values"
+        counted = f"lie within {100 * off:.2g} % of the formulas" if off else "are those of the formulas exactly"
         return (
             f"At {row['tokens']:,} tokens one more takes {format_seconds(row['cached_seconds'])} with the cache and "
             f"{format_seconds(row['whole_seconds'])} without, **{row['whole_over_cached']:.3g} times as long** for "
             f"{row['whole_operations'] / row['cached_operations']:.3g} times the operations. The cache holds "
-            f"{format_bytes(row['kv_bytes'])}{share}. Counted operations lie within {100 * off:.2g} % of the formulas."
+            f"{format_bytes(row['kv_bytes'])}{share}. Counted operations {counted}."
         )
 
     @classmethod

@@ -8,6 +8,7 @@ from llmq.labs import load_answer
 from llmq.labs.attention import Attention
 from llmq.labs.caching import Caching
 from llmq.labs.race import PROMPT, Race
+from llmq.labs.rounded_cache import RoundedCache
 from llmq.ui.parts.bits import bits_view
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.explanation import explanation
@@ -24,7 +25,7 @@ class LabTab:
     def __init__(self, state: AppState):
         self.state = state
         self.rounding, self.race = RoundingPanel(state), LabsPanel(state, (Race,))
-        self.attention = LabsPanel(state, (Attention, Caching))
+        self.attention = LabsPanel(state, (Attention, Caching, RoundedCache))
 
     def build(self) -> None:
         with gr.Column(elem_id="lab-view"), gr.Tabs(elem_id="lab-parts"):
