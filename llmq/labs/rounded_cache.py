@@ -1,7 +1,7 @@
 """A KV cache in 8 bit: half of the memory, and what rounding keys and values costs in quality.
 
-Absmax for each token and head, as weights are rounded row by row. How a token is rounded depends on no other token, so a
-text read in one call gives what it gives a token at a time.
+Absmax for each token and head, as weights are rounded row by row. How a token is rounded depends on no other, so a text
+read in one call gives what it gives a token at a time.
 """
 
 from __future__ import annotations
