@@ -9,6 +9,7 @@ def bench_named(kind: str) -> type:
     from llmq.bench.hooks import HooksBench
     from llmq.bench.peers import PeersBench
     from llmq.bench.speed import DecodeBench, LoadBench, PrefillBench
+    from llmq.bench.stages import StagesBench
 
-    benches = (DecodeBench, PrefillBench, LoadBench, PeersBench, HooksBench, GenerateBench)
+    benches = (DecodeBench, PrefillBench, LoadBench, PeersBench, HooksBench, GenerateBench, StagesBench)
     return {bench.kind: bench for bench in benches}[kind]
