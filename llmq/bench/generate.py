@@ -32,7 +32,7 @@ NO_TOKEN = -1  # as the end of text: every generation is as long as asked
 
 
 @dataclass
-class _Home:
+class Home:
     """Where the model of a contestant is, for all its modes."""
 
     model: PreTrainedModel | None = None
@@ -43,7 +43,7 @@ class ModeSide(Side):
     """A contestant in one of its modes. `tokens`: those of its last turn; `error`: why it takes part no longer."""
 
     mode: str = "eager"
-    home: _Home = field(default_factory=_Home)
+    home: Home = field(default_factory=Home)
     tokens: list[int] = field(default_factory=list)
     error: str = ""
 
@@ -81,10 +81,21 @@ class GenerateBench(DecodingBench):
     def sides(self, setup: Setup) -> list[Side]:
         found = []
         for contestant, key in setup.entries:
-            home = _Home()
+            home = Home()
             modes = [mode for mode in self.modes.split(",") if mode == "eager" or contestant.method.name != "bnb-int8"]
             found += [ModeSide(contestant, key, mode=mode, home=home) for mode in modes]
         return found
+
+    def groups(self, sides: list[ModeSide]) -> list[list[ModeSide]]:
+        """A contestant with all its modes."""
+        homes: dict[int, list[ModeSide]] = {}
+        for side in sides:
+            homes.setdefault(id(side.home), []).append(side)
+        return list(homes.values())
+
+    def prompts(self, side: ModeSide, setup: Setup) -> list[list[int]]:
+        """As many sequences as are decoded together, of one length."""
+        return [setup.prompt_ids]
 
     def begin(self, lease: Lease, side: ModeSide, setup: Setup) -> dict:
         if side.home.model is None:
@@ -98,12 +109,12 @@ class GenerateBench(DecodingBench):
         generate = self._generate if number else self._first
         try:
             if not side.error:
-                generate(side, setup.prompt_ids, arrivals)
+                generate(side, self.prompts(side, setup), arrivals)
         except RuntimeError as error:  # a compiler's, or no memory: the others go on
             side.error = first_line(error)
         return {} if side.error else arrivals.figures(self.new_tokens)
 
-    def _first(self, side: ModeSide, ids: list[int], arrivals: _Arrivals) -> None:
+    def _first(self, side: ModeSide, prompts: list[list[int]], arrivals: _Arrivals) -> None:
         import torch
         from torch._dynamo.utils import counters
 
@@ -113,7 +124,7 @@ class GenerateBench(DecodingBench):
         before = torch.cuda.memory_allocated(device) if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        self._generate(side, ids, arrivals)
+        self._generate(side, prompts, arrivals)
         growth = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
         side.known |= {
             "ready_seconds": arrivals.clock() - started,
@@ -122,7 +133,7 @@ class GenerateBench(DecodingBench):
             "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
         }
 
-    def _generate(self, side: ModeSide, ids: list[int], arrivals: _Arrivals) -> None:
+    def _generate(self, side: ModeSide, prompts: list[list[int]], arrivals: _Arrivals) -> None:
         import torch
         from transformers import GenerationConfig
 
@@ -132,10 +143,10 @@ class GenerateBench(DecodingBench):
             cache_implementation="static" if side.mode == "compiled" else None,
             compile_config=_compiler(side.mode, model.device.type),
         )  # fmt: skip
-        prompt = torch.tensor([ids], device=model.device)
+        prompt = torch.tensor(prompts, device=model.device)
         mask = torch.ones_like(prompt)
         made = model.generate(prompt, attention_mask=mask, generation_config=settings, streamer=arrivals)
-        side.tokens = made[0, len(ids) :].tolist()
+        side.tokens = made[0, prompt.shape[1] :].tolist()
 
     def end(self, lease: Lease, setup: Setup, sides: list[ModeSide]) -> None:
         _forget_graphs()

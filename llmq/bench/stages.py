@@ -20,7 +20,6 @@ from llmq.contestant import Contestant
 from llmq.environment import doubts
 from llmq.errors import BadChoice
 from llmq.events import Progress
-from llmq.kernels.backend import current
 from llmq.machine.door import Lease
 from llmq.methods import METHODS
 from llmq.methods.bnb_steps import OF_OUTLIERS, STEPS, marked
@@ -144,12 +143,16 @@ class StagesBench(Asked):
         """Layers with random weights on the device."""
         import torch
 
+        from llmq.kernels.backend import current
+
         with torch.inference_mode(), current(self.device):
             return [layer_of(contestant, shape, self.device) for _ in range(self.layers)]
 
     def _measured(self, case: Case, sides: list[Side], marks: Marks, lease: Lease) -> list[dict]:
         """The rows of a case: rounds in which everybody has a turn, of which the first is not counted."""
         import torch
+
+        from llmq.kernels.backend import current
 
         with torch.inference_mode(), current(self.device):
             x = case.input(self.device)
