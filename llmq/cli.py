@@ -181,7 +181,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--busy", action="store_true", help="peers: while another process takes a core")
-    parser.add_argument("--modes", default=argparse.SUPPRESS, help="transformers: eager, compiled (default: both)")
+    parser.add_argument("--modes", default=argparse.SUPPRESS, help="transformers, batch: eager, compiled")
     parser.add_argument("--batches", default="1,2,4,8,16,32,64", help="batch: sequences decoded together")
     parser.add_argument("--shapes", default="4096x4096,11008x4096", help="stages: outputs x inputs of a layer")
     parser.add_argument("--rows", default="1,2,4,8,16,32,64", help="stages: how many tokens a call has")

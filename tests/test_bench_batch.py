@@ -96,15 +96,18 @@ def test_what_will_not_fit_is_not_tried_on_a_cpu(tiny_folder, monkeypatch):
     assert result["results"][2]["tokens_per_second"] is None and result["results"][3]["over_fp16"] is None
     assert [row["largest_batch"] for row in result["results"]] == [1, 3, 1, 3]
     assert any(note.startswith("no rounds") for note in result["notes"])
-    assert "fp16: the largest batch that fits alone is 1 by prediction; decoded 1, failed at 3." in result["findings"]
+    assert (
+        "fp16 (eager): the largest batch that fits alone is 1 by prediction; decoded 1, failed at 3."
+        in result["findings"]
+    )
 
 
-def test_whoever_is_alone_is_loaded_once_for_all_batches(tiny_folder, monkeypatch):
+def test_whoever_is_alone_is_loaded_once_for_a_batch(tiny_folder, monkeypatch):
     loaded = []
     monkeypatch.setattr(generate, "_loaded", lambda key: loaded.append(key.method.name) or tiny_llama())
     monkeypatch.setattr(BatchBench, "_apart", lambda self, keys: "no rounds: too large")
     result = answer(asked(tiny_folder))
-    assert loaded == ["fp16", "llm-int8"] and not result["conditions"]["rounds"]
+    assert loaded == ["fp16", "llm-int8"] * 2 and not result["conditions"]["rounds"]
     assert result["results"][3]["over_fp16"] > 0 and "over_fp16_min" not in result["results"][3]
 
 
@@ -126,17 +129,24 @@ def test_a_batch_that_memory_refuses_is_that_batch_s_own(tiny_folder, monkeypatc
 @pytest.mark.parametrize(
     ("ratios", "words"),
     [
-        ([0.5, 0.9, 1.1], "a overtakes fp16 between batch 2 and 4."),
-        ([1.5, 1.1, 0.9], "fp16 overtakes a between batch 2 and 4."),
-        ([0.5, 0.6, 1.0], "a is no faster than fp16 at every batch that both decoded (1, 2, 4)."),
-        ([1.5, None, 1.2], "a is faster than fp16 at every batch that both decoded (1, 4)."),
-        ([1.5, 0.9, 1.2], "a is faster than fp16 at batch 1, 4, not at 2."),
-        ([None, None, None], "a and fp16 decoded no batch both."),
+        ([0.5, 0.9, 1.1], "a (eager) overtakes fp16 between batch 2 and 4."),
+        ([1.5, 1.1, 0.9], "fp16 overtakes a (eager) between batch 2 and 4."),
+        ([0.5, 0.6, 1.0], "a (eager) is no faster than fp16 at every batch that both decoded (1, 2, 4)."),
+        ([1.5, None, 1.2], "a (eager) is faster than fp16 at every batch that both decoded (1, 4)."),
+        ([1.5, 0.9, 1.2], "a (eager) is faster than fp16 at batch 1, 4, not at 2."),
+        ([None, None, None], "a (eager) and fp16 decoded no batch both."),
     ],
 )
 def test_a_crossover_or_its_absence_is_said(ratios, words):
     rows = [
-        {"method": name, "batch": batch, "over_fp16": over if name == "a" else 1.0, "error": "", "largest_batch": 9}
+        {
+            "method": name,
+            "mode": "eager",
+            "batch": batch,
+            "over_fp16": over if name == "a" else 1.0,
+            "error": "",
+            "largest_batch": 9,
+        }
         for name in ("fp16", "a")
         for batch, over in zip((1, 2, 4), ratios, strict=True)
     ]
@@ -147,7 +157,7 @@ def test_a_crossover_or_its_absence_is_said(ratios, words):
     ("settings", "words"),
     [
         ({"batches": "1,0"}, "batches is '1,0'; choose whole numbers"),
-        ({"modes": "eager,compiled"}, "batches are decoded eagerly"),
+        ({"modes": "fast"}, "unknown mode 'fast'"),
         ({"engine": "lean"}, "engine 'lean'"),
     ],
 )

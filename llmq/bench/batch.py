@@ -1,7 +1,8 @@
 """What a batch does to the throughput: several sequences decoded together through transformers' own `generate`.
 
 A step reads the weights once for all its sequences, so the tokens a second grow with the batch until memory holds no
-more of them: then a method with smaller weights has room for a larger batch.
+more of them: then a method with smaller weights has room for a larger batch. For every batch the models are loaded
+anew: what was compiled for one is none of another's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llmq import memory, telemetry
-from llmq.bench.generate import GenerateBench, Home, ModeSide
+from llmq.bench.generate import GenerateBench, ModeSide, grouped, speeds_of
 from llmq.bench.rounds import ratio, spread
 from llmq.bench.setup import Setup, Side, whole_numbers
-from llmq.errors import BadChoice
 from llmq.machine.door import Lease
 from llmq.models.opening import Model
 from llmq.models.reference_text import reference_text
@@ -35,7 +35,7 @@ class BatchSide(ModeSide):
 
     @property
     def title(self) -> str:
-        return f"{self.label}, batch {self.batch}"
+        return f"{self.label}, {self.mode}, batch {self.batch}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,13 @@ class BatchBench(GenerateBench):
     the fixed text, `prompt_tokens` long."""
 
     kind = "batch"
-    columns = ("method", "batch", "tokens_per_second", "row_tokens_per_second", "over_fp16", "prefill_seconds")
+    columns = ("method", "mode", "batch", "tokens_per_second", "row_tokens_per_second", "over_fp16", "prefill_seconds")
     columns += ("predicted_bytes", "peak_bytes", "largest_batch")
     modes: str = "eager"
     batches: str = "1,2,4,8,16,32,64"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.modes != "eager":
-            raise BadChoice(f"modes is {self.modes!r}; batches are decoded eagerly: leave it out")
         whole_numbers("batches", self.batches)
 
     def conditions(self) -> dict:
@@ -63,12 +61,15 @@ class BatchBench(GenerateBench):
         batches = whole_numbers("batches", self.batches)
         prompts = stretches(setup.model, self.prompt_tokens, max(batches))
         room = memory.HEADROOM * telemetry.free_bytes(self.device)
-        homes = [(*entry, Home()) for entry in setup.entries]
-        return [
-            self._limited(BatchSide(contestant, key, home=home, prompts=prompts[:batch]), room)
-            for batch in batches
-            for contestant, key, home in homes
-        ]
+        found = []
+        for batch in batches:
+            for side in super().sides(setup):
+                facts = {"mode": side.mode, "home": side.home, "prompts": prompts[:batch]}
+                found.append(self._limited(BatchSide(side.contestant, side.key, **facts), room))
+        return found
+
+    def groups(self, sides: list[BatchSide], *, apart: bool) -> list[list[BatchSide]]:
+        return grouped(sides, lambda side: (side.batch, id(side.home) if apart else None))
 
     def _limited(self, side: BatchSide, room: float) -> BatchSide:
         """With what it will need. What does not fit is tried on a GPU, which refuses it; a CPU's system would end the
@@ -114,11 +115,10 @@ class BatchBench(GenerateBench):
         return row | {"notes": [f"batch {side.batch}: {note}" for note in row["notes"]]}
 
     def beside(self, side: BatchSide, sides: list[BatchSide], setup: Setup) -> dict:
-        """Against FP16 with the same batch."""
-        same = (other for other in sides if other.label == "fp16" and other.batch == side.batch and not other.error)
-        fp16 = next(same, None)
-        own = [] if side.error else side.of("speed")
-        return ratio("over_fp16", own, fp16 and fp16.of("speed"), rounds=not setup.apart)
+        """Against FP16 with the same batch, in the same mode."""
+        found = {(other.label, other.mode, other.batch): other for other in sides}
+        fp16 = found.get(("fp16", side.mode, side.batch))
+        return ratio("over_fp16", speeds_of(side), speeds_of(fp16), rounds=not setup.apart)
 
     def result(self, setup: Setup, results: list[dict], conditions: dict, facts: dict | None = None) -> dict:
         return super().result(setup, results, conditions, facts) | {"findings": list(findings(results))}
@@ -133,12 +133,12 @@ def stretches(model: Model, tokens: int, count: int) -> list[list[int]]:
 
 def findings(rows: list[dict]) -> Iterator[str]:
     """At which batches a method is faster than FP16, and what fits, a sentence each."""
-    methods = dict.fromkeys(row["method"] for row in rows)
-    for method in methods:
-        own = [row for row in rows if row["method"] == method]
-        if method != "fp16" and "fp16" in methods:
-            yield _crossover(method, own)
-        yield _limit(method, own)
+    everybody = dict.fromkeys((row["method"], row["mode"]) for row in rows)
+    for method, mode in everybody:
+        own = [row for row in rows if (row["method"], row["mode"]) == (method, mode)]
+        if method != "fp16" and ("fp16", mode) in everybody:
+            yield _crossover(f"{method} ({mode})", own)
+        yield _limit(f"{method} ({mode})", own)
 
 
 def _crossover(method: str, rows: list[dict]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from llmq.bench.rounds import ratio, spread
 from llmq.bench.setup import DecodingBench, Setup, Side
@@ -26,6 +26,7 @@ from llmq.models.opening import Model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
 MODES = ("eager", "compiled")
 CPU_COMPILER = {"mode": "default", "backend": "inductor"}  # of a CPU, for which transformers compiles nothing by itself
 NO_TOKEN = -1  # as the end of text: every generation is as long as asked
@@ -86,12 +87,9 @@ class GenerateBench(DecodingBench):
             found += [ModeSide(contestant, key, mode=mode, home=home) for mode in modes]
         return found
 
-    def groups(self, sides: list[ModeSide]) -> list[list[ModeSide]]:
-        """A contestant with all its modes."""
-        homes: dict[int, list[ModeSide]] = {}
-        for side in sides:
-            homes.setdefault(id(side.home), []).append(side)
-        return list(homes.values())
+    def groups(self, sides: list[ModeSide], *, apart: bool) -> list[list[ModeSide]]:
+        """A contestant is there once for all its modes."""
+        return grouped(sides, lambda side: id(side.home)) if apart else [sides]
 
     def prompts(self, side: ModeSide, setup: Setup) -> list[list[int]]:
         """As many sequences as are decoded together, of one length."""
@@ -174,11 +172,20 @@ class GenerateBench(DecodingBench):
         twin = found.get((side.label, "eager"))
         row = {"tokens_as_eager": _common(side.tokens, twin.tokens) if twin else None}
         for name, other in (("over_fp16", ("fp16", side.mode)), ("over_bnb", ("bnb-int8", "eager"))):
-            row |= ratio(name, _speeds(side), _speeds(found.get(other)), rounds=not setup.apart)
+            row |= ratio(name, speeds_of(side), speeds_of(found.get(other)), rounds=not setup.apart)
         return row
 
 
-def _speeds(side: ModeSide | None) -> list[float] | None:
+def grouped(sides: list[T], key: Callable[[T], object]) -> list[list[T]]:
+    """Those together that have the same key, in the order of the first of each."""
+    found: dict[object, list[T]] = {}
+    for side in sides:
+        found.setdefault(key(side), []).append(side)
+    return list(found.values())
+
+
+def speeds_of(side: ModeSide | None) -> list[float] | None:
+    """Tokens a second of every round; None for nobody, and for one that failed."""
     return None if side is None or side.error else side.of("speed")
 
 

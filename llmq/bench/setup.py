@@ -121,7 +121,7 @@ class Bench(Asked):
         conditions = self.conditions()
         setup = yield from self.prepare(lease)
         sides = self.sides(setup)
-        for group in self.groups(sides) if setup.apart else [sides]:
+        for group in self.groups(sides, apart=bool(setup.apart)):
             yield from self._measure(lease, setup, group)
         rows = [self._row(side, sides, setup) for side in sides]
         yield self.result(setup, rows, conditions, self.facts(sides))
@@ -130,9 +130,9 @@ class Bench(Asked):
         """Who takes part."""
         return [Side(contestant, key) for contestant, key in setup.entries]
 
-    def groups(self, sides: list[Side]) -> list[list[Side]]:
-        """Who is in memory together where not all are."""
-        return [[side] for side in sides]
+    def groups(self, sides: list[Side], *, apart: bool) -> list[list[Side]]:
+        """Who is in memory together."""
+        return [[side] for side in sides] if apart else [sides]
 
     def _measure(self, lease: Lease, setup: Setup, sides: list[Side]) -> Iterator[Event | Progress]:
         """Load these, let everybody have a turn in every round, and free them."""
