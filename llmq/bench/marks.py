@@ -108,7 +108,7 @@ def _host_syncs(device: str, work: Callable[[], object]) -> int:
             work()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    return sum("synchroniz" in str(warning.message) for warning in told)
+    return sum("called a synchronizing" in str(warning.message) for warning in told)
 
 
 def _kernel_launches(device: str, work: Callable[[], object]) -> int:

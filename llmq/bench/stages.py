@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -119,11 +120,13 @@ class StagesBench(Asked):
         marks = Marks(clock_of(self.device))
         for shape in shapes_of(self.shapes):
             yield lease.progress(f"making {self.layers} layers of {shape[0]} x {shape[1]} for every method")
-            sides = [Side(contestant, self._made(contestant, shape)) for contestant in self.contestants]
+            sides = self._sides(shape, self.layers)
             for case in self._cases(shape):
                 yield lease.progress(case.name)
                 results += self._measured(case, sides, marks, lease)
                 clocks += [clock for clock in [telemetry.clock_mhz(self.device)] if clock is not None]
+        yield lease.progress("counting what the host waits for and launches")
+        results = [row | counts for row, counts in zip(results, self._counts(), strict=True)]
         conditions = {"layers": self.layers, "schedule": SCHEDULE, "mark_seconds": marks.cost}
         conditions |= {"passes": self._passes, "steps": STEPS} | self.circumstances(clocks)
         yield {
@@ -139,22 +142,33 @@ class StagesBench(Asked):
         for outliers in (0, self.outliers):
             yield from (Case(shape, rows, outliers) for rows in whole_numbers("rows", self.rows))
 
-    def _made(self, contestant: Contestant, shape: tuple[int, int]) -> list[nn.Module]:
-        """Layers with random weights on the device."""
-        import torch
+    def _sides(self, shape: tuple[int, int], layers: int) -> list[Side]:
+        """Everybody with so many layers."""
+        with _computing(self.device):
+            return [
+                Side(contestant, [layer_of(contestant, shape, self.device) for _ in range(layers)])
+                for contestant in self.contestants
+            ]
 
-        from llmq.kernels.backend import current
+    def _counts(self) -> Iterator[dict[str, int | None]]:
+        """Of everybody in every case, once all times are known: a profiler may slow what comes after it."""
+        for shape in shapes_of(self.shapes):
+            sides = self._sides(shape, layers=1)
+            for case in self._cases(shape):
+                with _computing(self.device):
+                    x = case.input(self.device)
+                    for side in sides:
+                        side.begin(x)
+                        side.call()
+                yield from (self._count(side) for side in sides)
 
-        with torch.inference_mode(), current(self.device):
-            return [layer_of(contestant, shape, self.device) for _ in range(self.layers)]
+    def _count(self, side: Side) -> dict[str, int | None]:
+        with _computing(self.device):
+            return counted(self.device, side.call)
 
     def _measured(self, case: Case, sides: list[Side], marks: Marks, lease: Lease) -> list[dict]:
         """The rows of a case: rounds in which everybody has a turn, of which the first is not counted."""
-        import torch
-
-        from llmq.kernels.backend import current
-
-        with torch.inference_mode(), current(self.device):
+        with _computing(self.device):
             x = case.input(self.device)
             for side in sides:
                 side.begin(x)
@@ -166,14 +180,13 @@ class StagesBench(Asked):
                     if number:
                         side.steps += [steps] if told else []
                         side.seconds += [] if told else [sum(steps.values())]
-            fp16 = next((side for side in sides if side.contestant.label == "fp16"), None)
-            counts = [counted(self.device, lambda side=side: side.layers[0](side.x)) for side in sides]
-        return [self._row(case, side, fp16) | counts for side, counts in zip(sides, counts, strict=True)]
+        fp16 = next((side for side in sides if side.contestant.label == "fp16"), None)
+        return [self._row(case, side, fp16) for side in sides]
 
     def _turn(self, side: Side, marks: Marks, told: bool) -> dict[str, float]:
         """Seconds of a call, by step where these are told: of the pass over all layers that took the median time."""
         passes = sorted(
-            (_pass(side, marks, told, self.device) for _ in range(self._passes)), key=lambda s: sum(s.values())
+            (one_pass(side, marks, told, self.device) for _ in range(self._passes)), key=lambda s: sum(s.values())
         )
         return {step: seconds / self.layers for step, seconds in passes[len(passes) // 2].items()}
 
@@ -189,7 +202,18 @@ class StagesBench(Asked):
         return row | {"notes": [f"{case.name}: {note}" for note in notes_of(row)]}
 
 
-def _pass(side: Side, marks: Marks, told: bool, device: str) -> dict[str, float]:
+@contextmanager
+def _computing(device: str) -> Iterator[None]:
+    """A block that computes on the device and keeps nothing for a gradient."""
+    import torch
+
+    from llmq.kernels.backend import current
+
+    with torch.inference_mode(), current(device):
+        yield
+
+
+def one_pass(side: Side, marks: Marks, told: bool, device: str) -> dict[str, float]:
     """Seconds of calling every layer once, by step where these are told."""
     if not told:
         return marks.took(side.call)
