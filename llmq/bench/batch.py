@@ -69,6 +69,7 @@ class BatchBench(GenerateBench):
         return found
 
     def groups(self, sides: list[BatchSide], *, apart: bool) -> list[list[BatchSide]]:
+        """All with the same batch; alone where they do not fit together."""
         return grouped(sides, lambda side: (side.batch, id(side.home) if apart else None))
 
     def _limited(self, side: BatchSide, room: float) -> BatchSide:
@@ -83,7 +84,7 @@ class BatchBench(GenerateBench):
         return side
 
     def _apart(self, keys: list) -> str:
-        """Weights of all are in memory at once, and the batch of one."""
+        """Why the weights of all and the largest batch of one are not in memory at once; '' where they are."""
         most = max(whole_numbers("batches", self.batches))
         found = [memory.predict(key.model.shape, key.method, tokens=self.positions, batch=most) for key in keys]
         weights = [one.weights + one.scales for one in found]

@@ -40,14 +40,14 @@ def _case_cells(rows: list[dict]) -> list[str]:
     first, told = rows[0], next((row for row in rows if row["stages"]), None)
     cells = [first["shape"], str(first["rows"]), str(first["outlier_columns"])]
     cells += [f"{1e6 * row['seconds']:,.1f}{wide(row, 'seconds')}" for row in rows]
-    cells += ["; ".join(map(_counts, rows)), *(_step(told, step) for step in STEPS)]
+    cells += ["; ".join(filter(None, map(_counts, rows))) or MISSING, *(_step(told, step) for step in STEPS)]
     return [*cells, f"{told['stages_over_whole']:.0%}" if told else ""]
 
 
 def _counts(row: dict) -> str:
-    """'2, 14': of a row that has neither, '–'."""
+    """'2, 14'; '' of a row that has neither."""
     counts = row["host_syncs"], row["kernel_launches"]
-    return MISSING if counts == (None, None) else ", ".join(MISSING if n is None else str(n) for n in counts)
+    return "" if counts == (None, None) else ", ".join(MISSING if n is None else str(n) for n in counts)
 
 
 def _step(row: dict | None, step: str) -> str:
