@@ -273,23 +273,25 @@ def test_a_layer_has_a_row_a_case_and_bitsandbytes_steps_in_it(made):
     def row(method: str, case: str, microseconds: float, **more) -> dict:
         ends = dict.fromkeys(("seconds", "seconds_min", "seconds_max"), microseconds / 1e6)
         place = {"shape": "8x4", "rows": 2, "outlier_columns": 1, "host_syncs": None, "kernel_launches": None}
+        place["kernel_seconds"] = None
         return {"method": method, "case": case, **place, **ends, "stages": None, "stages_over_whole": None, **more}
 
     steps = {"search": 20e-6, "quantize": 5e-6, "gather": 0.0, "int8_product": 1e-5, "scale": 1e-6}
     steps |= {"outlier_product": 0.0, "dispatch": 4e-6}
     told = {"stages": steps, "stages_over_whole": 0.97, "host_syncs": 2, "kernel_launches": 14}
+    told["kernel_seconds"] = 31.25e-6
     rows = row("fp16", "a", 11.25, host_syncs=0, kernel_launches=1), row("bnb-int8", "a", 1234.5, **told)
     conditions = CONDITIONS | {"device": "cuda:0", "layers": 8, "steps": {"search": "look", "scale": "back to FP16"}}
     lines = made("one", one=result("stages", *rows) | {"conditions": conditions, "notes": ["a note"]})
-    header = (
-        "| layer | rows | outlier columns | `fp16` | `bnb-int8` | waits, launches | search, wait | quantize | gather "
-    )
-    assert lines[0] == f"{header}| int8 product | scale | FP16 product | dispatch | sum of the steps |"
-    assert lines[2] == "| 8x4 | 2 | 1 | 11.2 | 1,234.5 | 0, 1; 2, 14 | 20.0 | 5.0 |  | 10.0 | 1.0 |  | 4.0 | 97% |"
+    header = "| layer | rows | outlier columns | `fp16` | `bnb-int8` | waits | launches | GPU computes "
+    header += "| search, wait | quantize | gather | int8 product | scale | FP16 product | dispatch | sum of the steps |"
+    steps = "20.0 | 5.0 |  | 10.0 | 1.0 |  | 4.0 | 97% |"
+    assert lines[0] == header
+    assert lines[2] == f"| 8x4 | 2 | 1 | 11.2 | 1,234.5 | 0; 2 | 1; 14 | –; 31.2 | {steps}"
     assert "(search, wait: look; scale: back to FP16)" in lines[-1] and lines[-1].endswith("A note.*")
     on_cpu = row("fp16", "a", 1.0)
     lines = made("one", one=result("stages", on_cpu) | {"conditions": conditions | {"device": "cpu"}})
-    assert lines[2] == "| 8x4 | 2 | 1 | 1.0 | – |  |  |  |  |  |  |  |  |" and "a CPU has neither" in lines[-1]
+    assert lines[2] == f"| 8x4 | 2 | 1 | 1.0 | – | – | – |{'  |' * 8}" and "a CPU has none of it" in lines[-1]
 
 
 def test_batches_stand_with_what_each_sequence_gets_and_what_failed(made):

@@ -14,21 +14,22 @@ STEPS = {  # as a header has them
     "outlier_product": "FP16 product",
     "dispatch": "dispatch",
 }
+COUNTS = {"waits": ("host_syncs", 1), "launches": ("kernel_launches", 1), "GPU computes": ("kernel_seconds", 1e6)}
 
 
 def stages_table(result: dict) -> str:
     """A line for every case: microseconds of a call by method, then bitsandbytes' steps."""
     rows, c = result["results"], result["conditions"]
     methods = [f"`{name}`" for name in dict.fromkeys(row["method"] for row in rows)]
-    headers = ["layer", "rows", "outlier columns", *methods, "waits, launches", *STEPS.values(), "sum of the steps"]
+    headers = ["layer", "rows", "outlier columns", *methods, *COUNTS, *STEPS.values(), "sum of the steps"]
     lines = [f"| {' | '.join(headers)} |", f"|---|{'---:|' * (len(headers) - 1)}"]
     for case in dict.fromkeys(row["case"] for row in rows):
         lines.append(f"| {' | '.join(_case_cells([row for row in rows if row['case'] == case]))} |")
-    counted = "a CPU has neither" if c["device"] == "cpu" else "of one call, in the order of the methods"
+    counted = "a CPU has none of it" if c["device"] == "cpu" else "of a call, in the order of the methods"
     about = "; ".join(f"{STEPS[name]}: {told}" for name, told in c["steps"].items())
     note = (
         f"{c['device_name']}, one linear layer (outputs x inputs) with random weights, {c['layers']} of them called "
-        f"one after the other. Microseconds of a call; {schedule(c)}. Waits of the host and launches of kernels: "
+        f"one after the other. Microseconds of a call; {schedule(c)}. Waits of the host, kernels and their time: "
         f"{counted}. Then the steps inside bitsandbytes' own code, and their sum against the layer without marks "
         f"({about}). {origin(c)}."
     )
@@ -40,14 +41,17 @@ def _case_cells(rows: list[dict]) -> list[str]:
     first, told = rows[0], next((row for row in rows if row["stages"]), None)
     cells = [first["shape"], str(first["rows"]), str(first["outlier_columns"])]
     cells += [f"{1e6 * row['seconds']:,.1f}{wide(row, 'seconds')}" for row in rows]
-    cells += ["; ".join(filter(None, map(_counts, rows))) or MISSING, *(_step(told, step) for step in STEPS)]
+    cells += [_counts(rows, name, unit) for name, unit in COUNTS.values()]
+    cells += [_step(told, step) for step in STEPS]
     return [*cells, f"{told['stages_over_whole']:.0%}" if told else ""]
 
 
-def _counts(row: dict) -> str:
-    """'2, 14'; '' of a row that has neither."""
-    counts = row["host_syncs"], row["kernel_launches"]
-    return "" if counts == (None, None) else ", ".join(MISSING if n is None else str(n) for n in counts)
+def _counts(rows: list[dict], name: str, unit: float) -> str:
+    """'0; 2; 0': of every method; '–' where none is known."""
+    counts = [row[name] for row in rows]
+    if not any(count is not None for count in counts):
+        return MISSING
+    return "; ".join(MISSING if count is None else f"{count * unit:.3g}" for count in counts)
 
 
 def _step(row: dict | None, step: str) -> str:

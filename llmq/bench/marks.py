@@ -86,12 +86,16 @@ class Marks:
         return found
 
 
-def counted(device: str, work: Callable[[], object]) -> dict[str, int | None]:
-    """How often the host waits for the GPU during `work`, and how many kernels it launches; None on a CPU, which has
-    neither, and where the profiler sees no kernel."""
+def counted(device: str, work: Callable[[], object]) -> dict[str, float | None]:
+    """How often the host waits for the GPU during `work`, how many kernels it launches, and the seconds that these
+    compute; None on a CPU, which has none of it, and where the profiler sees no kernel."""
+    found = dict.fromkeys(("host_syncs", "kernel_launches", "kernel_seconds"))
     if not device.startswith("cuda"):
-        return {"host_syncs": None, "kernel_launches": None}
-    return {"host_syncs": _host_syncs(device, work), "kernel_launches": _kernel_launches(device, work) or None}
+        return found
+    found["host_syncs"] = _host_syncs(device, work)
+    if seconds := _kernel_seconds(device, work):
+        found |= {"kernel_launches": len(seconds), "kernel_seconds": sum(seconds)}
+    return found
 
 
 def _host_syncs(device: str, work: Callable[[], object]) -> int:
@@ -111,8 +115,8 @@ def _host_syncs(device: str, work: Callable[[], object]) -> int:
     return sum("called a synchronizing" in str(warning.message) for warning in told)
 
 
-def _kernel_launches(device: str, work: Callable[[], object]) -> int:
-    """What ran on the GPU, without copies and fills of memory."""
+def _kernel_seconds(device: str, work: Callable[[], object]) -> list[float]:
+    """Of each that ran on the GPU, without copies and fills of memory."""
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -120,5 +124,5 @@ def _kernel_launches(device: str, work: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         work()
         torch.cuda.synchronize(device)
-    ran = [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in ran)
+    ran = [event for event in seen.events() if event.device_type == DeviceType.CUDA]
+    return [event.time_range.elapsed_us() / 1e6 for event in ran if not event.name.startswith(("Memcpy", "Memset"))]

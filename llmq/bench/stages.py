@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from llmq import telemetry
@@ -120,13 +121,13 @@ class StagesBench(Asked):
         marks = Marks(clock_of(self.device))
         for shape in shapes_of(self.shapes):
             yield lease.progress(f"making {self.layers} layers of {shape[0]} x {shape[1]} for every method")
-            sides = self._sides(shape, self.layers)
+            sides = self._sides(shape)
             for case in self._cases(shape):
                 yield lease.progress(case.name)
                 results += self._measured(case, sides, marks, lease)
                 clocks += [clock for clock in [telemetry.clock_mhz(self.device)] if clock is not None]
         yield lease.progress("counting what the host waits for and launches")
-        results = [row | counts for row, counts in zip(results, self._counts(), strict=True)]
+        results = [row | counts for row, counts in zip(results, self._counts(), strict=False)]
         conditions = {"layers": self.layers, "schedule": SCHEDULE, "mark_seconds": marks.cost}
         conditions |= {"passes": self._passes, "steps": STEPS} | self.circumstances(clocks)
         yield {
@@ -142,18 +143,20 @@ class StagesBench(Asked):
         for outliers in (0, self.outliers):
             yield from (Case(shape, rows, outliers) for rows in whole_numbers("rows", self.rows))
 
-    def _sides(self, shape: tuple[int, int], layers: int) -> list[Side]:
-        """Everybody with so many layers."""
+    def _sides(self, shape: tuple[int, int]) -> list[Side]:
+        """Everybody with layers of a shape."""
         with _computing(self.device):
             return [
-                Side(contestant, [layer_of(contestant, shape, self.device) for _ in range(layers)])
+                Side(contestant, [layer_of(contestant, shape, self.device) for _ in range(self.layers)])
                 for contestant in self.contestants
             ]
 
-    def _counts(self) -> Iterator[dict[str, int | None]]:
-        """Of everybody in every case, once all times are known: a profiler may slow what comes after it."""
+    def _counts(self) -> Iterator[dict[str, float | None]]:
+        """Of a call of everybody in every case, once all times are known: a profiler may slow what comes after it."""
+        if not self.device.startswith("cuda"):
+            yield from repeat(counted(self.device, lambda: None))
         for shape in shapes_of(self.shapes):
-            sides = self._sides(shape, layers=1)
+            sides = self._sides(shape)
             for case in self._cases(shape):
                 with _computing(self.device):
                     x = case.input(self.device)
@@ -162,9 +165,10 @@ class StagesBench(Asked):
                         side.call()
                 yield from (self._count(side) for side in sides)
 
-    def _count(self, side: Side) -> dict[str, int | None]:
+    def _count(self, side: Side) -> dict[str, float | None]:
         with _computing(self.device):
-            return counted(self.device, side.call)
+            found = counted(self.device, side.call)
+        return {name: None if count is None else count / self.layers for name, count in found.items()}
 
     def _measured(self, case: Case, sides: list[Side], marks: Marks, lease: Lease) -> list[dict]:
         """The rows of a case: rounds in which everybody has a turn, of which the first is not counted."""
