@@ -142,6 +142,24 @@ def findings(rows: list[dict]) -> Iterator[str]:
         yield _limit(f"{method} ({mode})", own)
 
 
+def _crossover(method: str, rows: list[dict]) -> str:
+    """Faster, or slower, is what a method is in every round."""
+    compared = [row for row in rows if row["over_fp16"] is not None]
+    if not compared:
+        return f"{method} and fp16 decoded no batch both."
+    faster = [row["batch"] for row in compared if row.get("over_fp16_min", row["over_fp16"]) > 1]
+    slower = [row["batch"] for row in compared if row.get("over_fp16_max", row["over_fp16"]) < 1]
+    neither = [row["batch"] for row in compared if row["batch"] not in faster + slower]
+    told = [f"{word} at {_listed(batches)}" for word, batches in (("faster", faster), ("slower", slower)) if batches]
+    told += [f"neither at {_listed(neither)}, where the rounds disagree"] if neither else []
+    against = f"{method} against fp16, by batch: {'; '.join(told)}"
+    if faster and slower and min(faster) > max(slower):
+        return f"{against}. It overtakes fp16 between batch {max(slower)} and {min(faster)}."
+    if faster and slower and max(faster) < min(slower):
+        return f"{against}. fp16 overtakes it between batch {max(faster)} and {min(slower)}."
+    return f"{against}. There is no crossover."
+
+
 def _limit(method: str, rows: list[dict]) -> str:
     """The largest batch, predicted and met."""
     met, failed = ([row["batch"] for row in rows if bool(row["error"]) == ended] for ended in (False, True))
