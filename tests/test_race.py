@@ -50,6 +50,11 @@ def test_a_row_comes_as_soon_as_it_is_measured_and_progress_only_grows(items):
     assert shares == sorted(shares) and shares[-1] <= 1
 
 
+def test_an_answer_says_which_command_gives_it(items, tiny_folder):
+    said = f"python -m llmq race --model {tiny_folder} --methods {RUN} --tokens 1024 --device cpu"
+    assert items[-1].result["conditions"]["command"] == said
+
+
 def test_quality_is_the_quality_labs_own(rows, tiny_folder):
     asked = Quality(model=str(tiny_folder), contestants=Contestant.parse_all("absmax"), tokens=1024)
     *_, answer = Machine().run(asked)

@@ -81,6 +81,7 @@ class Race(TableLab):
                 except UserError as error:
                     result = result | {"missing": result["missing"] | {contestant.label: str(error)}}
                     continue
+                told["conditions"] |= {"command": self.typed()}
                 told = {name: told[name] for name in ("text", "tokens", "conditions")}
                 result = result | told | {"results": [*result["results"], row]}
                 yield RowAnswer(type(self), result, done=False)

@@ -187,7 +187,7 @@ class Workbench:
 
     def __post_init__(self):
         self.texts = windows(self.model, self.lab.windows, self.lab.text)
-        self.environment = describe(self.lab.device, self.model.source)
+        self.environment = {"command": self.lab.typed()} | describe(self.lab.device, self.model.source)
 
     @property
     def channels(self) -> int:
