@@ -104,7 +104,8 @@ class Race(TableLab):
         found: list[RowAnswer] = []
         yield from _within(self._read(lease, contestant, found), contestant, start + half, half)
         row = next(row for row in found[0].rows if row["method"] == contestant.label)
-        weights, emulated = contestant.method.predict(model.shape), contestant.method.emulated_on(self.device)
+        emulated = contestant.method.emulated_on(self.device)
+        weights = contestant.method.predict(model.shape, rest="float16" if emulated else "")  # as it would be stored
         costs |= {"bytes": weights.weights + weights.scales, "emulated": emulated}
         engines = [] if emulated else [lease.get(key, c.method) for key, c in zip(keys, pair, strict=True)]
         costs |= _speeds(engines, model.encode(self.prompt.strip() or PROMPT), lease)

@@ -152,7 +152,10 @@ class LabsPanel:
     def opened(self, section: Section, answer: RowAnswer, what: str) -> dict:
         """What shows an answer that was not measured now; `what` says where it is from."""
         rows = self._rows(section, answer, [])
-        said = f"{what}, {model_title(str(answer.result['model']))}. {_ended(answer)}"
+        device = answer.result.get("conditions", {}).get("device_name", "")
+        said = (
+            f"{what}, {model_title(str(answer.result['model']))}{f' on {device}' if device else ''}. {_ended(answer)}"
+        )
         return self._shown(section, rows) | self._kept(section, answer, rows) | {section.status: said}
 
     def _rows(self, section: Section, answer: RowAnswer, kept: list[dict]) -> list[dict]:
@@ -185,5 +188,5 @@ def _ended(answer: RowAnswer | None, early: str = "") -> str:
     told = [f"{name}: not measured: {reason}." for name, reason in answer.result.get("missing", {}).items()]
     if answer.rows:
         stopped = early or ("Stopped early; what was measured stays." if answer.result["stopped"] else "")
-        told = [f"{stopped} Measured on {answer.result['tokens']} tokens of {answer.result['text']}.".strip(), *told]
+        told = [f"{stopped} Measured on {answer.result['tokens']:,} tokens of {answer.result['text']}.".strip(), *told]
     return " ".join(told)
