@@ -104,7 +104,8 @@ def run_bench(options) -> int:
 
 
 def _notes(result: dict) -> Iterator[str]:
-    """What speaks against the figures, below them."""
+    """What the figures come to, and what speaks against them, below them."""
+    yield from result.get("findings", ())
     yield from result["notes"]
     for row in result["results"]:
         yield from (f"{row['method']}: {note}" for note in row["notes"])

@@ -142,7 +142,7 @@ def test_every_source_is_read():
         ("plotly", ("llmq.figures", "llmq.ui")),
         ("triton", ("llmq.kernels",)),
         ("pynvml", ("llmq.telemetry",)),
-        ("bitsandbytes", ("llmq.methods.bnb_int8", "llmq.methods.nf4", "app")),
+        ("bitsandbytes", ("llmq.methods.bnb_int8", "llmq.methods.bnb_steps", "llmq.methods.nf4", "app")),
         ("spaces", ("app",)),
         ("huggingface_hub", ("llmq.models",)),
         ("gguf", ("llmq.models.gguf_convert",)),
