@@ -48,6 +48,7 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
         **WINDOWS, "factors": "1,4,16,64", "channels": "", "spread": 3, "methods": "fp16,llm-int8,vectorwise,absmax",
         **WHERE,
     },
+    "attention": {"longest": 2048, "dtype": "bfloat16", **WHERE},
     "causal": {**WINDOWS, "methods": CAUSAL, "changes": 3, **WHERE},
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
     "outliers": {"prompt": "", "method": "bnb-int8", "new_tokens": 8, "sweep": "", **WHERE},

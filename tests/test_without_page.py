@@ -48,6 +48,7 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("experiment", "amplifying", "--factors", 2),
         ("experiment", "thresholds", "--thresholds", "0,6"),
         ("experiment", "causal", "--changes", 1),
+        ("experiment", "attention", "--longest", 64),
         ("experiment", "sensitivity", "--by", "layers"),
         ("quality", "--tokens", 1024),
         ("race", "--methods", "fp16,llm-int8", "--tokens", 1024),

@@ -45,9 +45,11 @@ class TableLab(Lab):
     """A lab whose answer is rows. A subclass says how they are shown: `columns`, `finding`, `figures`.
 
     `columns`: what makes the cell under each header, a function of the row or a format such as '{kl_to_fp16:.3g}'.
+    `explained`: how it works, below the figures.
     """
 
     columns: ClassVar[dict[str, Cell]] = {}
+    explained: ClassVar[str] = ""
 
     @classmethod
     def headers(cls) -> list[str]:
@@ -83,6 +85,23 @@ class TableLab(Lab):
         """The rows to show when `kept` ones of an earlier question are on the page."""
         return rows or kept
 
+    def gathered(self, measured: Rows, conditions: dict, facts: dict | None = None) -> Iterator:
+        """Pass on what is measured, with an answer after every row; stopped early, what was measured stays."""
+        asked = {"kind": self.kind, "model": self.model, "device": self.device}
+        rows, stopped = [], False
+
+        def answer(done: bool) -> RowAnswer:
+            told = {"stopped": stopped or not done, "conditions": conditions, "results": list(rows)}
+            return RowAnswer(type(self), asked | (facts or {}) | told, done)
+
+        try:
+            for item in measured:
+                rows += [item] if isinstance(item, dict) else []
+                yield answer(done=False) if isinstance(item, dict) else item
+        except Interrupted:
+            stopped = True
+        yield answer(done=True)
+
     @classmethod
     def restore(cls, stored: dict[str, Any]) -> RowAnswer:
         """A number that is not finite is stored as null."""
@@ -112,30 +131,10 @@ class RowLab(TableLab):
     def run(self, lease: Lease) -> Iterator[Event | Progress | RowAnswer]:
         """Yield events, progress, and an answer after every row; stopped early, what was measured stays."""
         model = yield from lease.open(self.model)
-        bench, rows, stopped = Workbench(self, model, lease), [], False
-        try:
-            for item in self.measure(bench):
-                if isinstance(item, dict):
-                    rows.append(item)
-                    yield RowAnswer(type(self), self._result(bench, rows, stopped=True), done=False)
-                else:
-                    yield item
-        except Interrupted:
-            stopped = True
-        yield RowAnswer(type(self), self._result(bench, rows, stopped=stopped))
-
-    def _result(self, bench: Workbench, rows: list[dict], *, stopped: bool) -> dict:
+        bench = Workbench(self, model, lease)
         read = {"window": len(bench.texts[0]), "windows": len(bench.texts)}
-        return {
-            "kind": self.kind,
-            "model": self.model,
-            "device": self.device,
-            "text": TEXTS[self.text],
-            "tokens": sum(len(ids) - 1 for ids in bench.texts),
-            "stopped": stopped,
-            "conditions": read | self.conditions() | bench.environment,
-            "results": list(rows),
-        }
+        text = {"text": TEXTS[self.text], "tokens": sum(len(ids) - 1 for ids in bench.texts)}
+        yield from self.gathered(self.measure(bench), read | self.conditions() | bench.environment, text)
 
 
 @dataclass(frozen=True)
@@ -170,6 +169,8 @@ class RowAnswer:
         yield Table(self.lab.headers(), [self.lab.row(row) for row in self.lab.shown(self.rows)], "Measured")
         if taken := self.lab.takeaway(self.rows):
             yield Verbatim(taken)
+        if self.lab.explained:
+            yield self.lab.explained
 
     def to_json(self) -> dict:
         return plain_json(self.result)

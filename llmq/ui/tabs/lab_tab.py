@@ -5,6 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 from llmq.labs import load_answer
+from llmq.labs.attention import Attention
 from llmq.labs.race import PROMPT, Race
 from llmq.ui.parts.bits import bits_view
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
@@ -22,6 +23,7 @@ class LabTab:
     def __init__(self, state: AppState):
         self.state = state
         self.rounding, self.race = RoundingPanel(state), LabsPanel(state, (Race,))
+        self.attention = LabsPanel(state, (Attention,))
 
     def build(self) -> None:
         with gr.Column(elem_id="lab-view"), gr.Tabs(elem_id="lab-parts"):
@@ -30,6 +32,10 @@ class LabTab:
                     self.rounding.build()
             with gr.Tab("Race", id="race", elem_id="part-race"):
                 self._build_race()
+            with gr.Tab("Attention", id="attention", elem_id="part-attention"):
+                offered = self.state.access.offered
+                self.heads_of = model_field(self.state.model, elem_id="attention-model", names=offered)
+                self.attention.build()
             with gr.Tab("Bits", id="bits", elem_id="part-bits"):
                 explanation(
                     "A number of 16 or 8 bits, bit by bit: click a box to turn it over. A floating-point number has "
@@ -55,6 +61,7 @@ class LabTab:
     def wire(self, tab: gr.Tab) -> None:
         self.rounding.wire(tab, self._stop)
         self.race.wire(self.prompt, self.model, self._stop)
+        self.attention.wire(gr.State(""), self.heads_of, self._stop)
         self.method.change(lambda name: explained_methods([name]), self.method, self.how, **QUIET)
         section = self.race.section(Race)
         tab.select(self._recorded, section.rows, section.outputs, **QUIET)

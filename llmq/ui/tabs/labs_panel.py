@@ -89,6 +89,8 @@ class LabsPanel:
                 label="To copy", buttons=["copy"], interactive=False, elem_id=f"{kind}-takeaway", visible=False,
                 max_lines=6,
             )  # fmt: skip
+            if lab.explained:
+                explanation(lab.explained)
             keeping.build(kind, "this answer")
         controls = [(field, component) for field, component in made if component is not None]
         return Section(lab, controls, button, status, said, figure, table, takeaway, gr.State([]), keeping)
@@ -188,5 +190,7 @@ def _ended(answer: RowAnswer | None, early: str = "") -> str:
     told = [f"{name}: not measured: {reason}." for name, reason in answer.result.get("missing", {}).items()]
     if answer.rows:
         stopped = early or ("Stopped early; what was measured stays." if answer.result["stopped"] else "")
-        told = [f"{stopped} Measured on {answer.result['tokens']:,} tokens of {answer.result['text']}.".strip(), *told]
+        result = answer.result
+        read = f"Measured on {result['tokens']:,} tokens of {result['text']}." if "text" in result else ""
+        told = [f"{stopped} {read}".strip(), *told]
     return " ".join(told)
