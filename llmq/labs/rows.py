@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from llmq.contestant import Contestant
@@ -21,7 +22,7 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number
-from llmq.figures.blocks import Block, Drawing, Table, Verbatim
+from llmq.figures.blocks import Block, Drawing, Table, Texts, Verbatim
 from llmq.formatting import format_share, plain_json
 from llmq.labs.base import Lab
 from llmq.models.edits import Edit
@@ -74,6 +75,11 @@ class TableLab(Lab):
         return rows
 
     @classmethod
+    def texts(cls, rows: list[dict]) -> Texts | None:
+        """What models wrote, side by side."""
+        return None
+
+    @classmethod
     def takeaway(cls, rows: list[dict]) -> str:
         """What people copy from the answer, verbatim; '' where there is nothing."""
         return ""
@@ -112,19 +118,10 @@ class RowLab(TableLab):
     def run(self, lease: Lease) -> Iterator[Event | Progress | RowAnswer]:
         """Yield events, progress, and an answer after every row; stopped early, what was measured stays."""
         model = yield from lease.open(self.model)
-        bench, rows, stopped = Workbench(self, model, lease), [], False
-        try:
-            for item in self.measure(bench):
-                if isinstance(item, dict):
-                    rows.append(item)
-                    yield RowAnswer(type(self), self._result(bench, rows, stopped=True), done=False)
-                else:
-                    yield item
-        except Interrupted:
-            stopped = True
-        yield RowAnswer(type(self), self._result(bench, rows, stopped=stopped))
+        bench = Workbench(self, model, lease)
+        yield from answers(type(self), self.measure(bench), partial(self._result, bench))
 
-    def _result(self, bench: Workbench, rows: list[dict], *, stopped: bool) -> dict:
+    def _result(self, bench: Workbench, rows: list[dict], stopped: bool) -> dict:
         read = {"window": len(bench.texts[0]), "windows": len(bench.texts)}
         return {
             "kind": self.kind,
@@ -134,8 +131,26 @@ class RowLab(TableLab):
             "tokens": sum(len(ids) - 1 for ids in bench.texts),
             "stopped": stopped,
             "conditions": read | self.conditions() | bench.environment,
-            "results": list(rows),
+            "results": rows,
         }
+
+
+def answers(
+    lab: type[TableLab], items: Rows, result: Callable[[list[dict], bool], dict]
+) -> Iterator[Event | Progress | RowAnswer]:
+    """Pass `items` through, with an answer after every row; stopped early, what was measured stays. `result`: what the
+    rows so far come to, and whether others were to follow."""
+    rows, stopped = [], False
+    try:
+        for item in items:
+            if isinstance(item, dict):
+                rows.append(item)
+                yield RowAnswer(lab, result(list(rows), True), done=False)
+            else:
+                yield item
+    except Interrupted:
+        stopped = True
+    yield RowAnswer(lab, result(rows, stopped))
 
 
 @dataclass(frozen=True)
@@ -159,7 +174,7 @@ class RowAnswer:
         return self.result["results"]
 
     def blocks(self) -> Iterator[Block]:
-        """The finding, what was measured and what was not, the figures, the table, what to take away."""
+        """The finding, what was measured and what was not, the figures, the table, the texts, what to take away."""
         yield self.lab.finding(self.rows)
         if "tokens" in self.result:
             yield f"{self.result['tokens']:,} tokens of {self.result['text']}, {self.result['device']}."
@@ -168,6 +183,8 @@ class RowAnswer:
         if self.rows:
             yield from self.lab.figures(self.rows)
         yield Table(self.lab.headers(), [self.lab.row(row) for row in self.lab.shown(self.rows)], "Measured")
+        if texts := self.lab.texts(self.rows):
+            yield texts
         if taken := self.lab.takeaway(self.rows):
             yield Verbatim(taken)
 
