@@ -7,14 +7,17 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
-from gradio.queueing import Queue
 from starlette.middleware import Middleware
 
 from llmq.machine.jobs import Listeners
 from llmq.ui.shell.owner import routes_of
 from llmq.ui.shell.state import AppState
+
+if TYPE_CHECKING:
+    from gradio.queueing import Queue
 
 OPEN = re.compile(r".*/gradio_api/heartbeat/(?P<session>[^/]+)")
 BY_NAME = re.compile(r".*/gradio_api/call/(?:v2/)?[^/]+/(?P<session>[^/]+)/?")

@@ -12,6 +12,7 @@ import gradio as gr
 from llmq.contestant import shown_name
 from llmq.errors import UserError
 from llmq.fields import Field, fields_of
+from llmq.figures.pages import texts_markup
 from llmq.labs import lab_classes
 from llmq.labs.rows import RowAnswer, TableLab
 from llmq.models.presets import model_title
@@ -42,6 +43,7 @@ class Section:
     finding: gr.Markdown
     figure: gr.HTML
     table: gr.Dataframe
+    texts: gr.HTML
     takeaway: gr.Textbox
     rows: gr.State
     keeping: Keeping
@@ -49,7 +51,7 @@ class Section:
     @property
     def outputs(self) -> list:
         """What a question of this section may change."""
-        shown = [self.status, self.finding, self.table, self.takeaway, self.rows, self.figure]
+        shown = [self.status, self.finding, self.table, self.texts, self.takeaway, self.rows, self.figure]
         return [*shown, self.keeping.key]
 
 
@@ -85,6 +87,7 @@ class LabsPanel:
                 headers=lab.headers(), value=[], label="Measured", interactive=False, wrap=True, type="array",
                 elem_id=f"{kind}-table", elem_classes=["llmq-table"], visible=False,
             )  # fmt: skip
+            texts = gr.HTML("", elem_id=f"{kind}-texts", visible=False)
             takeaway = gr.Textbox(
                 label="To copy", buttons=["copy"], interactive=False, elem_id=f"{kind}-takeaway", visible=False,
                 max_lines=6,
@@ -93,7 +96,7 @@ class LabsPanel:
                 explanation(lab.explained)
             keeping.build(kind, "this answer")
         controls = [(field, component) for field, component in made if component is not None]
-        return Section(lab, controls, button, status, said, figure, table, takeaway, gr.State([]), keeping)
+        return Section(lab, controls, button, status, said, figure, table, texts, takeaway, gr.State([]), keeping)
 
     def wire(self, prompt, model, stop) -> None:
         for section in self.sections:
@@ -170,9 +173,11 @@ class LabsPanel:
     def _shown(self, section: Section, rows: list[dict]) -> dict:
         lab, named = section.lab, [_named(row) for row in rows]
         said, figures, taken = lab.finding(named), lab.figures(named), lab.takeaway(named)
+        texts = lab.texts(named)
         return {
             section.finding: gr.Markdown(said, visible=bool(said)),
             section.table: gr.Dataframe(value=[lab.row(row) for row in lab.shown(named)], visible=True),
+            section.texts: gr.HTML(texts_markup(texts) if texts else "", visible=bool(texts)),
             section.takeaway: gr.Textbox(value=taken, visible=bool(taken)),
             section.rows: rows,
             section.figure: sent(figures[0].make() if figures else None),
