@@ -142,22 +142,6 @@ def findings(rows: list[dict]) -> Iterator[str]:
         yield _limit(f"{method} ({mode})", own)
 
 
-def _crossover(method: str, rows: list[dict]) -> str:
-    compared = [row for row in rows if row["over_fp16"] is not None]
-    faster = [row["batch"] for row in compared if row["over_fp16"] > 1]
-    slower = [row["batch"] for row in compared if row["over_fp16"] <= 1]
-    if not compared:
-        return f"{method} and fp16 decoded no batch both."
-    if not faster or not slower:
-        than = "faster" if faster else "no faster"
-        return f"{method} is {than} than fp16 at every batch that both decoded ({_listed(faster or slower)})."
-    if min(faster) > max(slower):
-        return f"{method} overtakes fp16 between batch {max(slower)} and {min(faster)}."
-    if max(faster) < min(slower):
-        return f"fp16 overtakes {method} between batch {max(faster)} and {min(slower)}."
-    return f"{method} is faster than fp16 at batch {_listed(faster)}, not at {_listed(slower)}."
-
-
 def _limit(method: str, rows: list[dict]) -> str:
     """The largest batch, predicted and met."""
     met, failed = ([row["batch"] for row in rows if bool(row["error"]) == ended] for ended in (False, True))
