@@ -75,6 +75,11 @@ def page(title: str, blocks: Iterable[Block]) -> str:
     return _filled(_PAGE, title, parts)
 
 
+def markup(blocks: Iterable[Block]) -> str:
+    """Blocks without drawings as HTML for the inside of a page."""
+    return "\n".join(filter(None, map(_markup, blocks)))
+
+
 def cell(title: str, blocks: Iterable[Block]) -> str:
     """Paragraphs and tables inside somebody else's page, such as a notebook's; drawings are left out."""
     return _filled(_CELL, title, [_markup(block) for block in blocks if not isinstance(block, Drawing)])
