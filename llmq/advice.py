@@ -250,7 +250,7 @@ def _cost(row: Mapping) -> str:
     if quality := row["quality"]:
         return f"and its perplexity changes by {shown_change(quality)}"
     other = row["quality_elsewhere"]
-    beside = f" ({other['model']}: {shown_change(other)})" if other else ""
+    beside = f"; on {other['model']} it costs {shown_change(other)}" if other else ""
     return f"and what it costs in perplexity is not measured for this model{beside}"
 
 

@@ -123,7 +123,7 @@ def test_nothing_is_made_up():
         assert "what it costs in perplexity is not measured for this model." in said(advice)
     advice = advised(Place.named("t4"), NEAR, model=LLAMA)
     assert said(advice).startswith("Yes, with int8 weights only: FP16 needs 16.8 GB and 15.3 GB may be used on a T4")
-    assert "not measured for this model (demo: +0.0 % (-0.1 to +0.1))" in said(advice)
+    assert "not measured for this model; on demo it costs +0.0 % (-0.1 to +0.1)" in said(advice)
     assert rows_of(advice)["int8-weight-only"]["quality"] is None
     assert json.loads(json.dumps(advice.to_json()))["kind"] == "advice"
 
