@@ -57,6 +57,7 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("tasks", "no-such-task"),
         ("quantize", model, "--method", "rtn@group=32", "--save", folder / "quantized"),
         ("memory", "--context", 64),
+        ("advise", "--context", 64),
         ("models",),
         *(("bench", what, *SHORT) for what in ("decode", "prefill", "load", "hooks")),
     ]

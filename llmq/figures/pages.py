@@ -75,6 +75,11 @@ def page(title: str, blocks: Iterable[Block]) -> str:
     return _filled(_PAGE, title, parts)
 
 
+def markup(blocks: Iterable[Block]) -> str:
+    """Blocks without drawings as HTML for the inside of a page."""
+    return "\n".join(filter(None, map(_markup, blocks)))
+
+
 def cell(title: str, blocks: Iterable[Block]) -> str:
     """Paragraphs and tables inside somebody else's page, such as a notebook's; drawings are left out."""
     return _filled(_CELL, title, [_markup(block) for block in blocks if not isinstance(block, Drawing)])
@@ -113,7 +118,7 @@ def _bold(text: str) -> str:
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.headers)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def texts_markup(texts: Texts) -> str:
