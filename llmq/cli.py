@@ -103,6 +103,8 @@ def build_parser() -> Parser:
     _command(commands, "quantize", actions.run_quantize, written, _quantize)
     predicted = "predicted bytes before anything is loaded, and whether they fit"
     _command(commands, "memory", actions.run_memory, predicted, _memory)
+    advised = "should I quantize? what fits, how fast and how good each method is, and a recommendation"
+    _command(commands, "advise", actions.run_advise, advised, _advise)
     _command(commands, "models", actions.run_models, "the models that have names, and the methods", _models)
     return parser
 
@@ -217,6 +219,13 @@ def _memory(parser: argparse.ArgumentParser) -> None:
         metavar="AMOUNT",
         help=f"memory to fit into: a number of GB (1e9), 16GiB with its unit, or a card: {', '.join(CARDS)}",
     )
+
+
+def _advise(parser: argparse.ArgumentParser) -> None:
+    _memory(parser)
+    parser.set_defaults(methods="fp16,llm-int8,int8-weight-only,bnb-int8,nf4", save=None)
+    parser.add_argument("--measure", action="store_true", help="measure the speed of what fits, here and now")
+    _add(parser, "--device", "--html")
 
 
 def _models(parser: argparse.ArgumentParser) -> None:

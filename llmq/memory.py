@@ -15,7 +15,7 @@ from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.methods import Method, WeightBytes
 from llmq.methods.coverage import predicted_coverage
-from llmq.models.config import ENDLESS, PlainConfig
+from llmq.models.config import ENDLESS, PlainConfig, heads_of
 from llmq.models.opening import Model, describe_model
 
 if TYPE_CHECKING:
@@ -127,10 +127,7 @@ def kv_bytes(config: PretrainedConfig | PlainConfig, *, tokens: int, batch: int 
     of width d_h; with a sliding window of w it keeps w - 1. None where layers keep something else: latents (MLA), the
     state of a linear attention, one pair for each of several loops, heads that differ from layer to layer."""
     try:
-        heads, kept = config.num_attention_heads, _kept(config, tokens)
-        alone = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-        kv_heads = 1 if alone else getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        (_, kv_heads, head_dim), kept = heads_of(config), _kept(config, tokens)
     except (AttributeError, KeyError, RuntimeError):  # what transformers raises for a setting each layer has its own of
         return None
     other = any(getattr(config, name, None) for name in ("kv_lora_rank", "n_recurrent_loops", "block_types"))

@@ -21,7 +21,7 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number
-from llmq.figures.blocks import Block, Drawing, Table, Verbatim
+from llmq.figures.blocks import Block, Drawing, Table, Texts, Verbatim
 from llmq.formatting import format_share, plain_json
 from llmq.labs.base import Lab
 from llmq.models.edits import Edit
@@ -45,9 +45,11 @@ class TableLab(Lab):
     """A lab whose answer is rows. A subclass says how they are shown: `columns`, `finding`, `figures`.
 
     `columns`: what makes the cell under each header, a function of the row or a format such as '{kl_to_fp16:.3g}'.
+    `explained`: how it works, below the figures.
     """
 
     columns: ClassVar[dict[str, Cell]] = {}
+    explained: ClassVar[str] = ""
 
     @classmethod
     def headers(cls) -> list[str]:
@@ -74,6 +76,11 @@ class TableLab(Lab):
         return rows
 
     @classmethod
+    def texts(cls, rows: list[dict]) -> Texts | None:
+        """What models wrote, side by side."""
+        return None
+
+    @classmethod
     def takeaway(cls, rows: list[dict]) -> str:
         """What people copy from the answer, verbatim; '' where there is nothing."""
         return ""
@@ -82,6 +89,26 @@ class TableLab(Lab):
     def beside(cls, kept: list[dict], rows: list[dict]) -> list[dict]:
         """The rows to show when `kept` ones of an earlier question are on the page."""
         return rows or kept
+
+    def gathered(
+        self, measured: Rows, conditions: dict, facts: Callable[[list[dict]], dict] = lambda rows: {}
+    ) -> Iterator[Event | Progress | RowAnswer]:
+        """Pass on what is measured, with an answer after every row; stopped early, what was measured stays. `facts`:
+        what the rows so far come to."""
+        asked = {"kind": self.kind, "model": self.model, "device": self.device}
+        rows, stopped = [], False
+
+        def answer(done: bool) -> RowAnswer:
+            told = {"stopped": stopped or not done, "conditions": conditions, "results": list(rows)}
+            return RowAnswer(type(self), asked | facts(rows) | told, done)
+
+        try:
+            for item in measured:
+                rows += [item] if isinstance(item, dict) else []
+                yield answer(done=False) if isinstance(item, dict) else item
+        except Interrupted:
+            stopped = True
+        yield answer(done=True)
 
     @classmethod
     def restore(cls, stored: dict[str, Any]) -> RowAnswer:
@@ -112,30 +139,10 @@ class RowLab(TableLab):
     def run(self, lease: Lease) -> Iterator[Event | Progress | RowAnswer]:
         """Yield events, progress, and an answer after every row; stopped early, what was measured stays."""
         model = yield from lease.open(self.model)
-        bench, rows, stopped = Workbench(self, model, lease), [], False
-        try:
-            for item in self.measure(bench):
-                if isinstance(item, dict):
-                    rows.append(item)
-                    yield RowAnswer(type(self), self._result(bench, rows, stopped=True), done=False)
-                else:
-                    yield item
-        except Interrupted:
-            stopped = True
-        yield RowAnswer(type(self), self._result(bench, rows, stopped=stopped))
-
-    def _result(self, bench: Workbench, rows: list[dict], *, stopped: bool) -> dict:
+        bench = Workbench(self, model, lease)
         read = {"window": len(bench.texts[0]), "windows": len(bench.texts)}
-        return {
-            "kind": self.kind,
-            "model": self.model,
-            "device": self.device,
-            "text": TEXTS[self.text],
-            "tokens": sum(len(ids) - 1 for ids in bench.texts),
-            "stopped": stopped,
-            "conditions": read | self.conditions() | bench.environment,
-            "results": list(rows),
-        }
+        text = {"text": TEXTS[self.text], "tokens": sum(len(ids) - 1 for ids in bench.texts)}
+        yield from self.gathered(self.measure(bench), read | self.conditions() | bench.environment, lambda rows: text)
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ class RowAnswer:
         return self.result["results"]
 
     def blocks(self) -> Iterator[Block]:
-        """The finding, what was measured and what was not, the figures, the table, what to take away."""
+        """The finding, what was measured and what was not, the figures, the table, the texts, what to take away."""
         yield self.lab.finding(self.rows)
         if "tokens" in self.result:
             yield f"{self.result['tokens']:,} tokens of {self.result['text']}, {self.result['device']}."
@@ -168,8 +175,12 @@ class RowAnswer:
         if self.rows:
             yield from self.lab.figures(self.rows)
         yield Table(self.lab.headers(), [self.lab.row(row) for row in self.lab.shown(self.rows)], "Measured")
+        if texts := self.lab.texts(self.rows):
+            yield texts
         if taken := self.lab.takeaway(self.rows):
             yield Verbatim(taken)
+        if self.lab.explained:
+            yield self.lab.explained
 
     def to_json(self) -> dict:
         return plain_json(self.result)
@@ -187,7 +198,7 @@ class Workbench:
 
     def __post_init__(self):
         self.texts = windows(self.model, self.lab.windows, self.lab.text)
-        self.environment = describe(self.lab.device, self.model.source)
+        self.environment = {"command": self.lab.typed()} | describe(self.lab.device, self.model.source)
 
     @property
     def channels(self) -> int:

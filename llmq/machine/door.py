@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,7 +29,7 @@ from llmq.methods import METHODS, Method
 from llmq.methods.calibrate import Calibration, save_statistics
 from llmq.methods.coverage import coverage
 from llmq.methods.swap import telling
-from llmq.models.opening import Model, open_model
+from llmq.models.opening import Model, describe_model, open_model
 from llmq.models.reference_text import CALIBRATION, windows
 
 if TYPE_CHECKING:
@@ -159,6 +159,11 @@ class Lease:
             yield Loading(contestant="", message=f"{progress.message} · {progress.fraction:.0%}")
         self.check()
         return model
+
+    def describe(self, name: str) -> Model:
+        """A model to count and not to run, of those that may be opened: no weights are fetched."""
+        described, fetching = describe_model(name), self.find(name).source.fetching
+        return replace(described, source=replace(described.source, fetching=fetching))
 
     def load(
         self, key: Key, contestant: Contestant, prediction: Prediction | None = None, note: str = ""

@@ -57,6 +57,15 @@ def context_of(config) -> int:
     return int(getattr(config, "max_position_embeddings", ENDLESS))
 
 
+def heads_of(config) -> tuple[int, int, int]:
+    """Return how many heads ask, how many of keys and values they share (GQA: fewer), and the width of each. Raises
+    AttributeError, KeyError or RuntimeError where the layers differ in them."""
+    heads = config.num_attention_heads
+    alone = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    kv_heads = 1 if alone else getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def generation_settings(folder: Path) -> dict:
     """Return what `generation_config.json` in `folder` says, {} without one. Raises ValueError if it is not JSON."""
     path = folder / "generation_config.json"
