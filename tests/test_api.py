@@ -54,6 +54,8 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
         "prompt": "", "methods": "llm-int8", "tokens": 40, "width": 4, "temperature": 0.7, "top_k": 40, "top_p": 0.9,
         "seed": 0, **WHERE,
     },
+    "kv_cache": {"longest": 256, **WHERE},
+    "rounded_cache": {**WINDOWS, **WHERE},
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
     "outliers": {"prompt": "", "method": "bnb-int8", "new_tokens": 8, "sweep": "", **WHERE},
     "quality": {

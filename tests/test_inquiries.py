@@ -106,6 +106,7 @@ def test_a_sweep_notes_what_is_not_at_hand(run, tiny_folder, monkeypatch):
     (["experiment", "silencing", "--counts", "0"], "is 0"),
     (["experiment", "attention", "--longest", "63"], "longest is 63"),
     (["experiment", "attention", "--dtype", "int8"], "'int8'; choose from bfloat16, float16, float32"),
+    (["experiment", "kv-cache", "--longest", "129"], "longest is 129"),
     (["experiment", "causal", "--changes", "0"], "changes is 0"),
     (["experiment", "causal", "--methods", "llm-int8@outliers=column"], "'column'"),
     (["experiment", "thresholds", "--thresholds", "-1"], "-1"),

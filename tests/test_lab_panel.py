@@ -107,7 +107,7 @@ def test_a_saved_answer_opens_without_its_tensor(lab, tmp_path):
 
 
 def test_the_race_begins_with_a_recording_and_keeps_what_was_measured(lab, tmp_path):
-    part = lab.parts[Race]
+    part = lab.parts["Race"]
     section = part.panel.section(Race)
     assert part.recorded([]) == {section.status: gr.skip()}
     result = {"kind": "race", "model": "demo", "device": "cpu", "text": "x", "tokens": 3, "stopped": False}
@@ -123,14 +123,14 @@ def test_the_race_begins_with_a_recording_and_keeps_what_was_measured(lab, tmp_p
 
 
 def test_every_lab_with_a_part_is_asked_with_its_own_model_and_prompt(lab):
-    prompts = {kind.part: part.prompt for kind, part in lab.parts.items()}
+    prompts = {name: part.prompt for name, part in lab.parts.items()}
     assert [(name, prompt.placeholder) for name, prompt in prompts.items() if prompt.visible] == [
         ("Decoding", Decoding.example),
         ("Race", Race.example),
     ]
-    section = lab.parts[Decoding].panel.section(Decoding)
+    section = lab.parts["Decoding"].panel.section(Decoding)
     defaults = [component.value for _, component in section.controls]
-    ask = lab.parts[Decoding].panel.handler(section)
+    ask = lab.parts["Decoding"].panel.handler(section)
     *_, shown, last = ask(lab.state.model, "Hi", [], ANN, *defaults[:1], 2, *defaults[2:])
     assert len(shown[section.rows]) == 10 and last[section.status] == "Measured on 20 tokens of what follows “Hi”."
     assert shown[section.texts].visible and shown[section.texts].value.count("<i>") == 10

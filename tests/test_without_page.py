@@ -50,6 +50,8 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("experiment", "causal", "--changes", 1),
         ("experiment", "attention", "--longest", 64),
         ("experiment", "decoding", "--tokens", 2),
+        ("experiment", "kv-cache", "--longest", 64),
+        ("experiment", "rounded-cache"),
         ("experiment", "sensitivity", "--by", "layers"),
         ("quality", "--tokens", 1024),
         ("race", "--methods", "fp16,llm-int8", "--tokens", 1024),

@@ -17,8 +17,8 @@ from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number
-from llmq.figures.attention import attention_figure
 from llmq.figures.blocks import Drawing
+from llmq.figures.lengths import Curve, lengths_figure, power_of
 from llmq.formatting import MISSING, format_bytes, format_seconds, shown_spread
 from llmq.labs.rows import RowAnswer, Rows, TableLab
 from llmq.machine.door import Lease
@@ -167,7 +167,21 @@ class Attention(TableLab):
     @classmethod
     def figures(cls, rows: list[dict]) -> list[Drawing]:
         """Time and memory by length, with the lines of N and N²."""
-        return [Drawing.of(attention_figure, found)] if (found := _measured(rows)) else []
+        if not (found := _measured(rows)):
+            return []
+        time, memory = (
+            {kernel: [(row["tokens"], row[key] / unit) for row in some] for kernel, some in found.items()}
+            for key, unit in (("seconds", 1e-3), ("peak_bytes", 1e6))
+        )
+        over, under = (
+            [Curve(kernel, points, number) for number, (kernel, points) in enumerate(some.items())]
+            for some in (time, memory)
+        )
+        under += power_of("memory ∝ N²", memory.get("eager", ()), 2) + power_of(
+            "memory ∝ N", memory.get("flash", ()), 1
+        )
+        title = "Attention by length: time of a layer, and memory beside its inputs"
+        return [Drawing.of(lengths_figure, title, ("ms", over), ("MB", under))]
 
 
 def _measured(rows: list[dict]) -> dict[str, list[dict]]:

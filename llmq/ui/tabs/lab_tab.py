@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import gradio as gr
 
 from llmq.labs import lab_classes, load_answer
@@ -17,30 +19,34 @@ from llmq.ui.tabs.rounding_panel import RoundingPanel
 
 
 class LabPart:
-    """A part of one lab, with a model and, where it is asked for, a prompt of its own."""
+    """A part of labs that share a model and, where one of them asks for it, a prompt."""
 
-    def __init__(self, state: AppState, lab: type[TableLab]):
-        self.state, self.lab, self.panel = state, lab, LabsPanel(state, (lab,))
+    def __init__(self, state: AppState, name: str):
+        self.state, self.name = state, name
+        self.labs = tuple(lab for lab in lab_classes().values() if lab.part == name)
+        self.panel = LabsPanel(state, self.labs)
 
     def build(self) -> None:
-        lab, offered = self.lab, self.state.access.offered
-        with gr.Tab(lab.part, id=lab.kind, elem_id=f"part-{lab.kind}"):
+        first = next((lab for lab in self.labs if lab.prompted), self.labs[0])
+        kind, offered = self.labs[0].kind, self.state.access.offered
+        with gr.Tab(self.name, id=kind, elem_id=f"part-{kind}"):
             with gr.Row(equal_height=True):
-                self.model = model_field(self.state.model, elem_id=f"{lab.kind}-model", names=offered, min_width=220)
+                self.model = model_field(self.state.model, elem_id=f"{kind}-model", names=offered, min_width=220)
                 self.prompt = gr.Textbox(
-                    "", label="Prompt", info=lab.prompted, elem_id=f"{lab.kind}-prompt", placeholder=lab.example,
-                    min_width=220, visible=bool(lab.prompted),
+                    "", label="Prompt", info=first.prompted, elem_id=f"{kind}-prompt", placeholder=first.example,
+                    min_width=220, visible=bool(first.prompted),
                 )  # fmt: skip
             self.panel.build()
 
     def wire(self, tab: gr.Tab, stop) -> None:
         self.panel.wire(self.prompt, self.model, stop)
-        section = self.panel.section(self.lab)
-        tab.select(self.recorded, section.rows, section.outputs, **QUIET)
+        for lab in self.labs:
+            section = self.panel.section(lab)
+            tab.select(partial(self.recorded, lab), section.rows, section.outputs, **QUIET)
 
-    def recorded(self, rows) -> dict:
+    def recorded(self, lab: type[TableLab], rows) -> dict:
         """The recorded answer where the lab was not asked here."""
-        section, path = self.panel.section(self.lab), self.state.recorded_answers.get(self.lab.kind)
+        section, path = self.panel.section(lab), self.state.recorded_answers.get(lab.kind)
         if rows or path is None:
             return {section.status: gr.skip()}
         return self.panel.opened(section, load_answer(path), "A recording")
@@ -52,7 +58,8 @@ class LabTab:
     def __init__(self, state: AppState):
         self.state = state
         self.rounding = RoundingPanel(state)
-        self.parts = {lab: LabPart(state, lab) for lab in lab_classes().values() if lab.part}
+        names = sorted({lab.part for lab in lab_classes().values() if lab.part})
+        self.parts = {name: LabPart(state, name) for name in names}
 
     def build(self) -> None:
         with gr.Column(elem_id="lab-view"), gr.Tabs(elem_id="lab-parts"):
