@@ -186,7 +186,7 @@ def test_without_triton_or_a_graph_the_tokens_come_slower_and_one_line_says_so(m
     triton = engine(Machine(), demo, method, "lean")
     ids += generate(triton, ids, 1)  # from here on it counts, and is sure of it
     expected = generate(triton, ids, 7)
-    assert all(first > 5 * second for first, second in best_two(triton, ids, 7)), "no near tie that rounding turns"
+    assert all(first > 3 * second for first, second in best_two(triton, ids, 7)), "no near tie that rounding turns"
     monkeypatch.setattr(backend, "_why_not_triton", lambda device: "triton is not installed")
     assert generate(engine(Machine(), demo, method, "lean"), ids, 7) == expected
     assert [record.message.split(",")[0] for record in caplog.records] == ["triton is not installed", "no CUDA graph"]
