@@ -104,7 +104,8 @@ def run_bench(options) -> int:
 
 
 def _notes(result: dict) -> Iterator[str]:
-    """What speaks against the figures, below them."""
+    """What the figures come to, and what speaks against them, below them."""
+    yield from result.get("findings", ())
     yield from result["notes"]
     for row in result["results"]:
         yield from (f"{row['method']}: {note}" for note in row["notes"])
@@ -157,6 +158,21 @@ def run_memory(options) -> int:
     asked = {"tokens": options.context, "batch": options.batch, "device_bytes": room}
     result = forecast(options.model, _contestants(options), **asked)
     return _print(options, result, memory_lines(result))
+
+
+def run_advise(options) -> int:
+    """Advise on a model for the memory that is free here, or for what is named; measure first where that is asked."""
+    from llmq.advice import Place, advise, stored_results
+    from llmq.models.opening import describe_model
+
+    device, named = device_for(options.device), options.device_memory
+    model, place = describe_model(options.model), Place.here(device) if named is None else Place.named(named)
+    asked = {"results": stored_results(), "tokens": options.context, "batch": options.batch}
+    advice = advise(model, _contestants(options), place, **asked)
+    if options.measure:
+        measured = answer_to(advice.bench(device), verbose=True)
+        advice = advise(model, _contestants(options), place, **asked, measured=measured)
+    return show(Finding(advice), options)
 
 
 def run_models(options) -> int:

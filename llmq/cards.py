@@ -56,6 +56,17 @@ CARDS: dict[str, Card] = {
 AMOUNT = re.compile(r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([a-z]*)", re.IGNORECASE)
 
 
+HERE = "here"  # for the memory that is free on this machine
+
+
+def place_named(text: str) -> str:
+    """'an RTX 4080 (16 GB)' for a card, '16GiB of memory' for an amount."""
+    said = text.strip()
+    if card := CARDS.get(said.lower()):
+        return f"{'an' if card.model[0] in 'AHLR' else 'a'} {card.title}"  # as the letters are said
+    return f"{said}{'' if said[-1:].isalpha() else ' GB'} of memory"
+
+
 def device_bytes(text: str, named: str = "device memory") -> float:
     """Return the bytes of a card ('rtx-4080'), of an amount with its unit ('16GiB', '16 GB'), or of a plain number,
     which counts GB of 1e9. Raises BadChoice, which calls it `named`."""

@@ -103,6 +103,8 @@ def build_parser() -> Parser:
     _command(commands, "quantize", actions.run_quantize, written, _quantize)
     predicted = "predicted bytes before anything is loaded, and whether they fit"
     _command(commands, "memory", actions.run_memory, predicted, _memory)
+    advised = "should I quantize? what fits, how fast and how good each method is, and a recommendation"
+    _command(commands, "advise", actions.run_advise, advised, _advise)
     _command(commands, "models", actions.run_models, "the models that have names, and the methods", _models)
     return parser
 
@@ -173,13 +175,20 @@ def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["decode", "prefill", "load", "peers", "hooks", "transformers"])
+    parser.add_argument(
+        "what", choices=["decode", "prefill", "load", "peers", "hooks", "transformers", "stages", "batch"]
+    )
     _add(parser, *MODEL, "--methods", "--engine", "--random-weights")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--busy", action="store_true", help="peers: while another process takes a core")
-    parser.add_argument("--modes", default="eager,compiled", help="transformers: eager, compiled (default: both)")
+    parser.add_argument("--modes", default=argparse.SUPPRESS, help="transformers, batch: eager, compiled")
+    parser.add_argument("--batches", default="1,2,4,8,16,32,64", help="batch: sequences decoded together")
+    parser.add_argument("--shapes", default="4096x4096,11008x4096", help="stages: outputs x inputs of a layer")
+    parser.add_argument("--rows", default="1,2,4,8,16,32,64", help="stages: how many tokens a call has")
+    parser.add_argument("--outliers", type=int, default=4, help="stages: columns of outliers in half of the cases")
+    parser.add_argument("--layers", type=int, default=8, help="stages: different layers that are called in turn")
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
 
 
@@ -210,6 +219,13 @@ def _memory(parser: argparse.ArgumentParser) -> None:
         metavar="AMOUNT",
         help=f"memory to fit into: a number of GB (1e9), 16GiB with its unit, or a card: {', '.join(CARDS)}",
     )
+
+
+def _advise(parser: argparse.ArgumentParser) -> None:
+    _memory(parser)
+    parser.set_defaults(methods="fp16,llm-int8,int8-weight-only,bnb-int8,nf4", save=None)
+    parser.add_argument("--measure", action="store_true", help="measure the speed of what fits, here and now")
+    _add(parser, "--device", "--html")
 
 
 def _models(parser: argparse.ArgumentParser) -> None:

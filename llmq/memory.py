@@ -109,6 +109,19 @@ def _largest_context(model: Model, method: Method, room: float, batch: int) -> i
     return bisect_right(range(1, model.context + 1), room, key=needed)
 
 
+def largest_batch(model: Model, method: Method, room: float, *, tokens: int) -> int | None:
+    """The most sequences of `tokens`, prompt and answer, with which a method needs at most `room` bytes, 0 for none;
+    None where what its attention keeps is not known."""
+    config, weights = model.shape.config.get_text_config(), method.predict(model.shape)
+    if kv_bytes(config, tokens=tokens) is None:
+        return None
+
+    def needed(batch: int) -> int:
+        return _predict(config, method, weights, tokens=tokens, batch=batch).total
+
+    return bisect_right(range(1, MOST_TOKENS // tokens), room, key=needed)
+
+
 def kv_bytes(config: PretrainedConfig | PlainConfig, *, tokens: int, batch: int = 1, itemsize: int = 2) -> int | None:
     """2·batch·G·d_h·itemsize for every token that a layer keeps: keys and values of G key/value heads (GQA: G < heads)
     of width d_h; with a sliding window of w it keeps w - 1. None where layers keep something else: latents (MLA), the

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Progress, Waiting
-from llmq.figures.blocks import Block, Markup, Table, Verbatim
+from llmq.figures.blocks import Block, Markup, Table, Texts, Verbatim
 
 
 def progress_line(event: Event | Progress) -> str:
@@ -49,11 +49,19 @@ def reported(items: Iterable) -> Iterator:
 
 def shown_block(block: Block) -> str:
     """A block of an answer as a terminal shows it; '' for what it cannot."""
+    if isinstance(block, Texts):
+        return "\n\n".join(_titled(block))
     if isinstance(block, Table):
         return "\n".join(_aligned(block)) if block.rows else ""
     if isinstance(block, Verbatim):
         return block
     return block.replace("**", "") if isinstance(block, str) and not isinstance(block, Markup) else ""
+
+
+def _titled(texts: Texts) -> Iterator[str]:
+    yield texts.label
+    for name, *cells in texts.rows:
+        yield from (f"{name}, {header}:\n{cell}" for header, cell in zip(texts.headers[1:], cells, strict=True))
 
 
 def _aligned(table: Table) -> Iterator[str]:

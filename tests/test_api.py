@@ -50,6 +50,10 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
     },
     "attention": {"longest": 2048, "dtype": "bfloat16", **WHERE},
     "causal": {**WINDOWS, "methods": CAUSAL, "changes": 3, **WHERE},
+    "decoding": {
+        "prompt": "", "methods": "llm-int8", "tokens": 40, "width": 4, "temperature": 0.7, "top_k": 40, "top_p": 0.9,
+        "seed": 0, **WHERE,
+    },
     "kv_cache": {"longest": 256, **WHERE},
     "rounded_cache": {**WINDOWS, **WHERE},
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
@@ -251,7 +255,7 @@ def test_the_readme_lists_every_endpoint():
 def test_parameters_have_the_names_and_defaults_of_the_flags(name):
     """A switch that is on has a flag to turn it off; a text from a file is a text here; no answer is written there."""
     required = {option: "x" for option, default in TABLE[name].items() if default is ... or option == "prompt"}
-    words = words_of(name, {} if name in ("silencing", "rounding") else required)
+    words = words_of(name, {} if name in ("decoding", "silencing", "rounding") else required)
     options = vars(build_parser().parse_args([str(word) for word in words]))
     fields = {"baseline": "baseline", "read": "text", "method": "contestant", "methods": "contestants"}
     for option, default in TABLE[name].items():

@@ -178,8 +178,9 @@ def test_the_page_asks_and_shows_it(folder):
     with gr.Blocks():
         tab = LabTab(state)
         tab.build()
-    section = tab.attention.section(Attention)
-    handler = tab.attention.handler(section)
+    panel = tab.parts["Attention"].panel
+    section = panel.section(Attention)
+    handler = panel.handler(section)
     *_, last = handler(folder, "", [], SimpleNamespace(session_hash="ann", client=None), 64, "float32")
     shown = [update for update in [*_, last] if section.table in update][-1]
     assert len(shown[section.table].value["data"]) == 2 + 6 * 3 and shown[section.figure]["data"]

@@ -122,7 +122,7 @@ def test_a_joined_caption_speaks_of_every_file_and_numbers_of_dates_and_versions
 
 
 def test_every_table_of_the_documents_has_its_caption_looked_at(documents, monkeypatch):
-    monkeypatch.setattr(speed_tables, "_length", lambda conditions: "64 prompt tokens")
+    monkeypatch.setattr(speed_tables, "length", lambda conditions: "64 prompt tokens")
     assert documents(TABLE, one=stored()) == ["table one: its caption does not say new_tokens 32 of one.json"]
 
 

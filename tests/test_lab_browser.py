@@ -13,7 +13,7 @@ FINDING = "document.querySelector('#rounding-finding')?.innerText ?? ''"
 STATUS = "document.querySelector('#rounding-status .llmq-status').textContent"
 SHOWN = """name => [...document.querySelectorAll('#lab-parts [role=tab]')].some(
   tab => tab.textContent.trim() === name && tab.getAttribute('aria-selected') === 'true')"""
-PARTS = ("Rounding", "Race", "Attention", "Bits", "Methods")
+PARTS = ("Rounding", "Attention", "Decoding", "Race", "Bits", "Methods")
 
 
 def open_lab(page, address: str, query: str = "") -> None:

@@ -9,6 +9,7 @@ import pytest
 from tiny_runs import light
 
 from llmq.labs import save_answer
+from llmq.labs.decoding import Decoding
 from llmq.labs.race import Race
 from llmq.labs.rounding import EXAMPLE
 from llmq.labs.rows import RowAnswer
@@ -106,18 +107,34 @@ def test_a_saved_answer_opens_without_its_tensor(lab, tmp_path):
 
 
 def test_the_race_begins_with_a_recording_and_keeps_what_was_measured(lab, tmp_path):
-    section = lab.race.section(Race)
-    assert lab._recorded([]) == {section.status: gr.skip()}
+    part = lab.parts["Race"]
+    section = part.panel.section(Race)
+    assert part.recorded([]) == {section.status: gr.skip()}
     result = {"kind": "race", "model": "demo", "device": "cpu", "text": "x", "tokens": 3, "stopped": False}
     save_answer(
         RowAnswer(Race, result | {"missing": {"nf4": "it is too narrow"}, "results": [ROW]}), tmp_path / "r.json"
     )
     lab.state.recorded_answers = {"race": tmp_path / "r.json"}
-    shown = lab._recorded([])
+    shown = part.recorded([])
     told = "A recording, SmolLM2-135M (demo). Measured on 3 tokens of x. nf4: not measured: it is too narrow."
     assert shown[section.status] == told and shown[section.figure]["data"]
     assert shown[section.table].value["data"][0][0] == METHODS["absmax"].label
-    assert lab._recorded([ROW]) == {section.status: gr.skip()}
+    assert part.recorded([ROW]) == {section.status: gr.skip()}
+
+
+def test_every_lab_with_a_part_is_asked_with_its_own_model_and_prompt(lab):
+    prompts = {name: part.prompt for name, part in lab.parts.items()}
+    assert [(name, prompt.placeholder) for name, prompt in prompts.items() if prompt.visible] == [
+        ("Decoding", Decoding.example),
+        ("Race", Race.example),
+    ]
+    section = lab.parts["Decoding"].panel.section(Decoding)
+    defaults = [component.value for _, component in section.controls]
+    ask = lab.parts["Decoding"].panel.handler(section)
+    *_, shown, last = ask(lab.state.model, "Hi", [], ANN, *defaults[:1], 2, *defaults[2:])
+    assert len(shown[section.rows]) == 10 and last[section.status] == "Measured on 20 tokens of what follows “Hi”."
+    assert shown[section.texts].visible and shown[section.texts].value.count("<i>") == 10
+    assert shown[section.figure]["data"] and not shown[section.takeaway].visible
 
 
 def test_methods_are_explained_by_what_was_chosen():

@@ -50,6 +50,11 @@ def test_a_row_comes_as_soon_as_it_is_measured_and_progress_only_grows(items):
     assert shares == sorted(shares) and shares[-1] <= 1
 
 
+def test_an_answer_says_which_command_gives_it(items, tiny_folder):
+    said = f"python -m llmq race --model {tiny_folder} --methods {RUN} --tokens 1024 --device cpu"
+    assert items[-1].result["conditions"]["command"] == said
+
+
 def test_quality_is_the_quality_labs_own(rows, tiny_folder):
     asked = Quality(model=str(tiny_folder), contestants=Contestant.parse_all("absmax"), tokens=1024)
     *_, answer = Machine().run(asked)
@@ -62,7 +67,7 @@ def test_bytes_speed_and_calibration(rows, tiny_folder):
     from llmq.models.opening import open_model
 
     for name, row in rows.items():
-        weights = METHODS[name].predict(open_model(str(tiny_folder)).shape)
+        weights = METHODS[name].predict(open_model(str(tiny_folder)).shape, rest="float16")  # fp32 arithmetic or not
         assert row["bytes"] == weights.weights + weights.scales
     assert {name for name, row in rows.items() if row["tokens_per_second"]} == {"fp16", "llm-int8"}
     assert rows["absmax"]["emulated"] and rows["gptq"]["emulated"] and not rows["llm-int8"]["emulated"]
@@ -120,6 +125,16 @@ def test_the_axis_is_logarithmic_only_where_one_method_would_squash_the_rest():
     assert emulated.y[1] - emulated.error_y.arrayminus[1] == pytest.approx(_symlog(8999.0))
     assert _symlog(-9) == -_symlog(9) == -1 and json.loads(figure.to_json())
     assert list(speeds_figure([measured("a", 0.0, 1)]).data[0].x) == [1.5] and math.isfinite(_symlog(0))
+
+
+def test_names_stand_where_they_cover_nothing_and_inside():
+    rows = [measured("a long name", 0.30, 100), measured("another", 0.31, 100), measured("at the right end", 0.0, 300)]
+    (points,) = (series for series in trade_off_figure(rows).data if len(series.x))
+    assert dict(zip(points.text, points.textposition, strict=True)) == {
+        "a long name": "middle right", "another": "middle left", "at the right end": "middle left",
+    }  # fmt: skip
+    left, right = trade_off_figure(rows[:1]).layout.xaxis.range
+    assert left < 100 / 1e6 < right
 
 
 def test_the_finding_names_the_smallest_that_is_sure_to_be_near():

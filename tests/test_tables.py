@@ -267,3 +267,41 @@ def test_generate_stands_against_fp16_and_bitsandbytes(made):
         "ran in turn, ratios within a round, against FP16 of the same mode and eager bitsandbytes; torch 2.1, "
         f"transformers 5.1, bitsandbytes 0.5; 2026-11-22, commit 0123456.{SPREAD}*",
     ]
+
+
+def test_a_layer_has_a_row_a_case_and_bitsandbytes_steps_in_it(made):
+    def row(method: str, case: str, microseconds: float, **more) -> dict:
+        ends = dict.fromkeys(("seconds", "seconds_min", "seconds_max"), microseconds / 1e6)
+        place = {"shape": "8x4", "rows": 2, "outlier_columns": 1, "host_syncs": None, "kernel_launches": None}
+        place["kernel_seconds"] = None
+        return {"method": method, "case": case, **place, **ends, "stages": None, "stages_over_whole": None, **more}
+
+    steps = {"search": 20e-6, "quantize": 5e-6, "gather": 0.0, "int8_product": 1e-5, "scale": 1e-6}
+    steps |= {"outlier_product": 0.0, "dispatch": 4e-6}
+    told = {"stages": steps, "stages_over_whole": 0.97, "host_syncs": 2, "kernel_launches": 14}
+    told["kernel_seconds"] = 31.25e-6
+    rows = row("fp16", "a", 11.25, host_syncs=0, kernel_launches=1), row("bnb-int8", "a", 1234.5, **told)
+    conditions = CONDITIONS | {"device": "cuda:0", "layers": 8, "steps": {"search": "look", "scale": "back to FP16"}}
+    lines = made("one", one=result("stages", *rows) | {"conditions": conditions, "notes": ["a note"]})
+    header = "| layer | rows | outlier columns | `fp16` | `bnb-int8` | waits | launches | GPU computes "
+    header += "| search, wait | quantize | gather | int8 product | scale | FP16 product | dispatch | sum of the steps |"
+    steps = "20.0 | 5.0 |  | 10.0 | 1.0 |  | 4.0 | 97% |"
+    assert lines[0] == header
+    assert lines[2] == f"| 8x4 | 2 | 1 | 11.2 | 1,234.5 | 0; 2 | 1; 14 | –; 31.2 | {steps}"
+    assert "(search, wait: look; scale: back to FP16)" in lines[-1] and lines[-1].endswith("A note.*")
+    on_cpu = row("fp16", "a", 1.0)
+    lines = made("one", one=result("stages", on_cpu) | {"conditions": conditions | {"device": "cpu"}})
+    assert lines[2] == f"| 8x4 | 2 | 1 | 1.0 | – | – | – |{'  |' * 8}" and "a CPU has none of it" in lines[-1]
+
+
+def test_batches_stand_with_what_each_sequence_gets_and_what_failed(made):
+    more = {"mode": "eager", "error": "", "predicted_bytes": 3_000_000, "over_fp16": 0.5}
+    fine = speed("bnb-int8", 40, 41, 42, batch=4, row_tokens_per_second=10.25, **more)
+    failed = fine | {"batch": 64, "error": "CUDA out of memory.", "peak_bytes": None, "prefill_seconds": None}
+    failed |= {"row_tokens_per_second": None, "over_fp16": None}
+    lines = made("one", one=result("batch", fine, failed, findings=["fp16 overtakes it."], notes=[]))
+    assert lines[2:4] == [
+        "| 4 | `bnb-int8` | eager | 41.0 (40.0–42.0) | 10.2 | 0.50× | 250 ms | 2.00 MB | 3.00 MB |",
+        "| 64 | `bnb-int8` | eager | CUDA out of memory. | – |  | – | – | 3.00 MB |",
+    ]
+    assert "64 prompt tokens, 32 new tokens for every sequence" in lines[-1] and "fp16 overtakes it." in lines[-1]

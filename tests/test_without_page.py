@@ -49,6 +49,7 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("experiment", "thresholds", "--thresholds", "0,6"),
         ("experiment", "causal", "--changes", 1),
         ("experiment", "attention", "--longest", 64),
+        ("experiment", "decoding", "--tokens", 2),
         ("experiment", "kv-cache", "--longest", 64),
         ("experiment", "rounded-cache"),
         ("experiment", "sensitivity", "--by", "layers"),
@@ -58,6 +59,7 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("tasks", "no-such-task"),
         ("quantize", model, "--method", "rtn@group=32", "--save", folder / "quantized"),
         ("memory", "--context", 64),
+        ("advise", "--context", 64),
         ("models",),
         *(("bench", what, *SHORT) for what in ("decode", "prefill", "load", "hooks")),
     ]
@@ -118,4 +120,4 @@ def test_every_command_runs_without_the_page(bare, tiny_folder):
         " ".join(line[:2]): status for line, status in zip(asked, found["statuses"], strict=True) if status
     } == REFUSED
     pages = [Path(line[-1]) for line in asked if "--html" in line]
-    assert len(pages) == 18 and all(page.read_text().startswith("<!doctype html>") for page in pages)
+    assert len(pages) == 20 and all(page.read_text().startswith("<!doctype html>") for page in pages)

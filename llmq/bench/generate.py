@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from llmq.bench.rounds import ratio, spread
 from llmq.bench.setup import DecodingBench, Setup, Side
@@ -26,13 +26,14 @@ from llmq.models.opening import Model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
 MODES = ("eager", "compiled")
 CPU_COMPILER = {"mode": "default", "backend": "inductor"}  # of a CPU, for which transformers compiles nothing by itself
 NO_TOKEN = -1  # as the end of text: every generation is as long as asked
 
 
 @dataclass
-class _Home:
+class Home:
     """Where the model of a contestant is, for all its modes."""
 
     model: PreTrainedModel | None = None
@@ -43,7 +44,7 @@ class ModeSide(Side):
     """A contestant in one of its modes. `tokens`: those of its last turn; `error`: why it takes part no longer."""
 
     mode: str = "eager"
-    home: _Home = field(default_factory=_Home)
+    home: Home = field(default_factory=Home)
     tokens: list[int] = field(default_factory=list)
     error: str = ""
 
@@ -81,10 +82,18 @@ class GenerateBench(DecodingBench):
     def sides(self, setup: Setup) -> list[Side]:
         found = []
         for contestant, key in setup.entries:
-            home = _Home()
+            home = Home()
             modes = [mode for mode in self.modes.split(",") if mode == "eager" or contestant.method.name != "bnb-int8"]
             found += [ModeSide(contestant, key, mode=mode, home=home) for mode in modes]
         return found
+
+    def groups(self, sides: list[ModeSide], *, apart: bool) -> list[list[ModeSide]]:
+        """A contestant is there once for all its modes."""
+        return grouped(sides, lambda side: id(side.home)) if apart else [sides]
+
+    def prompts(self, side: ModeSide, setup: Setup) -> list[list[int]]:
+        """As many sequences as are decoded together, of one length."""
+        return [setup.prompt_ids]
 
     def begin(self, lease: Lease, side: ModeSide, setup: Setup) -> dict:
         if side.home.model is None:
@@ -98,12 +107,12 @@ class GenerateBench(DecodingBench):
         generate = self._generate if number else self._first
         try:
             if not side.error:
-                generate(side, setup.prompt_ids, arrivals)
+                generate(side, self.prompts(side, setup), arrivals)
         except RuntimeError as error:  # a compiler's, or no memory: the others go on
             side.error = first_line(error)
         return {} if side.error else arrivals.figures(self.new_tokens)
 
-    def _first(self, side: ModeSide, ids: list[int], arrivals: _Arrivals) -> None:
+    def _first(self, side: ModeSide, prompts: list[list[int]], arrivals: _Arrivals) -> None:
         import torch
         from torch._dynamo.utils import counters
 
@@ -113,7 +122,7 @@ class GenerateBench(DecodingBench):
         before = torch.cuda.memory_allocated(device) if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        self._generate(side, ids, arrivals)
+        self._generate(side, prompts, arrivals)
         growth = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
         side.known |= {
             "ready_seconds": arrivals.clock() - started,
@@ -122,7 +131,7 @@ class GenerateBench(DecodingBench):
             "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
         }
 
-    def _generate(self, side: ModeSide, ids: list[int], arrivals: _Arrivals) -> None:
+    def _generate(self, side: ModeSide, prompts: list[list[int]], arrivals: _Arrivals) -> None:
         import torch
         from transformers import GenerationConfig
 
@@ -132,10 +141,10 @@ class GenerateBench(DecodingBench):
             cache_implementation="static" if side.mode == "compiled" else None,
             compile_config=_compiler(side.mode, model.device.type),
         )  # fmt: skip
-        prompt = torch.tensor([ids], device=model.device)
+        prompt = torch.tensor(prompts, device=model.device)
         mask = torch.ones_like(prompt)
         made = model.generate(prompt, attention_mask=mask, generation_config=settings, streamer=arrivals)
-        side.tokens = made[0, len(ids) :].tolist()
+        side.tokens = made[0, prompt.shape[1] :].tolist()
 
     def end(self, lease: Lease, setup: Setup, sides: list[ModeSide]) -> None:
         _forget_graphs()
@@ -163,11 +172,20 @@ class GenerateBench(DecodingBench):
         twin = found.get((side.label, "eager"))
         row = {"tokens_as_eager": _common(side.tokens, twin.tokens) if twin else None}
         for name, other in (("over_fp16", ("fp16", side.mode)), ("over_bnb", ("bnb-int8", "eager"))):
-            row |= ratio(name, _speeds(side), _speeds(found.get(other)), rounds=not setup.apart)
+            row |= ratio(name, speeds_of(side), speeds_of(found.get(other)), rounds=not setup.apart)
         return row
 
 
-def _speeds(side: ModeSide | None) -> list[float] | None:
+def grouped(sides: list[T], key: Callable[[T], object]) -> list[list[T]]:
+    """Those together that have the same key, in the order of the first of each."""
+    found: dict[object, list[T]] = {}
+    for side in sides:
+        found.setdefault(key(side), []).append(side)
+    return list(found.values())
+
+
+def speeds_of(side: ModeSide | None) -> list[float] | None:
+    """Tokens a second of every round; None for nobody, and for one that failed."""
     return None if side is None or side.error else side.of("speed")
 
 

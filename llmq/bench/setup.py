@@ -18,6 +18,7 @@ from llmq.errors import BadChoice
 from llmq.events import Event, Progress
 from llmq.machine.door import Lease
 from llmq.machine.pool import FreedMemory
+from llmq.models.loading import Source
 from llmq.models.opening import Model
 from llmq.models.reference_text import reference_text
 
@@ -65,28 +66,54 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What to measure. The prompt is `prompt_tokens` tokens of a fixed text, fed as they are. Every figure is a median
-    over `repeats` rounds, in each of which every contestant has a turn; one more round before them is not counted.
-
-    A subclass names its `kind`, the `columns` that people see and the figure that is `compared` with FP16's, and says
-    what to note of an engine once loaded (`begin`), what one turn measures (`turn`) and what a row has (`row`).
-    """
+class Asked:
+    """Who is measured, where, and in how many rounds that count. A subclass names its `kind`, which is its word at the
+    command line, and the `columns` that people see."""
 
     kind: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
-    compared: ClassVar[str] = ""
-    model: str = "demo"
     contestants: tuple[Contestant, ...]
     device: str = "cpu"
+    repeats: int = 5
+
+    def __post_init__(self):
+        require_whole("repeats", self.repeats, 1)
+
+    def circumstances(self, clocks: list[float], source: Source | None = None) -> dict:
+        """How and on what this was measured."""
+        clock_mhz = [min(clocks), max(clocks)] if clocks else None
+        asked = {"repeats": self.repeats, "clock_mhz": clock_mhz, "command": self.typed()}
+        return asked | describe(self.device, source)
+
+    def typed(self) -> str:
+        """The words that ask for this benchmark at the command line."""
+        words = ["python", "-m", "llmq", "bench", self.kind, "--device", self.device]
+        words += ["--methods", ",".join(contestant.label for contestant in self.contestants)]
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name not in ("contestants", "device") and value != setting.default:
+                words += [f"--{setting.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+        return shlex.join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Asked):
+    """What to measure. The prompt is `prompt_tokens` tokens of a fixed text, fed as they are. Every figure is a median
+    over `repeats` rounds, in each of which every contestant has a turn; one more round before them is not counted.
+
+    A subclass names the figure that is `compared` with FP16's, and says what to note of an engine once loaded
+    (`begin`), what one turn measures (`turn`) and what a row has (`row`).
+    """
+
+    compared: ClassVar[str] = ""
+    model: str = "demo"
     random_weights: bool = False
     prompt_tokens: int = 64
-    repeats: int = 5
     engine: str = "auto"
 
     def __post_init__(self):
-        for name in ("prompt_tokens", "repeats"):
-            require_whole(name, getattr(self, name), 1)
+        super().__post_init__()
+        require_whole("prompt_tokens", self.prompt_tokens, 1)
 
     def run(self, lease: Lease) -> Iterator[Event | Progress | dict]:
         """Everybody in turn, round by round; last comes the result with the stable keys of `bench --json`. Where not
@@ -94,7 +121,7 @@ class Bench:
         conditions = self.conditions()
         setup = yield from self.prepare(lease)
         sides = self.sides(setup)
-        for group in [[side] for side in sides] if setup.apart else [sides]:
+        for group in self.groups(sides, apart=bool(setup.apart)):
             yield from self._measure(lease, setup, group)
         rows = [self._row(side, sides, setup) for side in sides]
         yield self.result(setup, rows, conditions, self.facts(sides))
@@ -102,6 +129,10 @@ class Bench:
     def sides(self, setup: Setup) -> list[Side]:
         """Who takes part."""
         return [Side(contestant, key) for contestant, key in setup.entries]
+
+    def groups(self, sides: list[Side], *, apart: bool) -> list[list[Side]]:
+        """Who is in memory together."""
+        return [[side] for side in sides] if apart else [sides]
 
     def _measure(self, lease: Lease, setup: Setup, sides: list[Side]) -> Iterator[Event | Progress]:
         """Load these, let everybody have a turn in every round, and free them."""
@@ -200,28 +231,15 @@ class Bench:
         conditions = {
             "random_weights": self.random_weights,
             "prompt_tokens": self.prompt_tokens,
-            "repeats": self.repeats,
             "batch": 1,
             "rounds": not setup.apart,
             "schedule": ALONE if setup.apart else SCHEDULE,
-            "clock_mhz": [min(setup.clocks), max(setup.clocks)] if setup.clocks else None,
-            "command": self.typed(),
             **conditions,
-            **describe(self.device, setup.model.source),
+            **self.circumstances(setup.clocks, setup.model.source),
         }
         told = [*filter(None, [setup.apart]), *setup.doubts, *wide_figures(facts or {})]
         asked = {"kind": self.kind, "device": self.device, "model": self.model}
         return {**asked, "conditions": conditions, "notes": told, "results": results, **(facts or {})}
-
-    def typed(self) -> str:
-        """The words that ask for this benchmark at the command line."""
-        words = ["python", "-m", "llmq", "bench", self.kind, "--device", self.device]
-        words += ["--methods", ",".join(contestant.label for contestant in self.contestants)]
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if setting.name not in ("contestants", "device") and value != setting.default:
-                words += [f"--{setting.name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-        return shlex.join(words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +271,14 @@ def notes_of(row: dict) -> Iterator[str]:
 def require_whole(name: str, value, lowest: int) -> None:
     if not isinstance(value, int) or value < lowest:
         raise BadChoice(f"{name} is {value!r}; choose a whole number of at least {lowest}")
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """'1,2,4' as numbers of at least 1. Raises BadChoice for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise BadChoice(f"{name} is {text!r}; choose whole numbers of at least 1 with commas between them")
+    return [int(part) for part in parts]
 
 
 def fixed_prompt(model: Model, tokens: int) -> list[int]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmq.bench import checks, speed_tables
+from llmq.bench import batch_tables, checks, shown, speed_tables
 from llmq.labs import lab_classes
 from llmq.labs.quality import FLOOR, shown_change, shown_margin
 from llmq.methods import METHODS
@@ -66,6 +66,8 @@ def table(name: str) -> str:
         "hooks": speed_tables.hooks_table,
         "kernels": speed_tables.kernels_table,
         "transformers": speed_tables.generate_table,
+        "stages": batch_tables.stages_table,
+        "batch": batch_tables.batch_table,
         "quality": _quality_table,
     }
     return (kinds.get(kind) or (_lab_table if kind in lab_classes() else speed_tables.decode_table))(results[0])
@@ -122,7 +124,7 @@ def _quality_table(*results: dict) -> str:
     lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
     lines += [f"| {' | '.join(row)} |" for row in rows.values()]
     note = (
-        f"*demo model, {speed_tables.days(*results)}; windows of 512 tokens, each read in one call. Change: of the "
+        f"*demo model, {shown.days(*results)}; windows of 512 tokens, each read in one call. Change: of the "
         "perplexity against FP16, paired by window; equal within: the smallest margin of two one-sided tests at 5 %. "
         "KL in nats per token: the mean, then its spread over tokens.*"
     )
@@ -149,7 +151,7 @@ def _headline_table(*results: dict) -> str:
                 kl, same = f"{row['kl_to_fp16']:.2g}", f"{row['top1_agreement']:.1%}"
                 cells = (f"`{row['method']}`", shown_change(row), shown_margin(row), kl, same, _read_by(result))
                 lines.append(f"| {' | '.join(cells)} |")
-    about = f"The 135M demo model, {speed_tables.days(*results)}; differences paired by window of 512 tokens."
+    about = f"The 135M demo model, {shown.days(*results)}; differences paired by window of 512 tokens."
     note = f"*{'; '.join(said)}. {about}*"
     return "\n".join([*lines, "", note])
 

@@ -110,6 +110,24 @@ class HFEngine:
         generation.close()
         return torch.stack(rows)
 
+    def beam_search(
+        self, ids: list[int], width: int, tokens: int, stopped: Callable[[], bool] | None = None
+    ) -> list[int]:
+        """Return the continuation of at most `tokens` tokens that has the highest log-probability a token among the
+        `width` likeliest that transformers' beam search keeps, with its end of text. `stopped` as in `prefill`."""
+        import torch
+
+        self.settle()
+        prompt = torch.tensor([ids], device=self.device)
+        with torch.inference_mode(), _interruptible(self.model, stopped):
+            found = self.model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), num_beams=width, max_new_tokens=tokens,
+                do_sample=False, length_penalty=1.0, repetition_penalty=1.0, no_repeat_ngram_size=0,
+                pad_token_id=min(self.eos_ids, default=0),
+            )[0, len(ids) :].tolist()  # fmt: skip
+        end = next((place for place, token in enumerate(found, 1) if token in self.eos_ids), len(found))
+        return found[:end]
+
     def outlier_share(self, ids: list[int]) -> float:
         """Return the mean share of input columns that a linear layer says it multiplied in 16 bit while the model read
         `ids` in one call; over the layers that can say, 0 if none can."""

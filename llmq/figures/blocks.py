@@ -20,6 +20,10 @@ class Table:
     label: str = ""
 
 
+class Texts(Table):
+    """A table whose cells are whole texts, each row's below its first cell, which names it."""
+
+
 @dataclass(frozen=True)
 class Drawing:
     """A figure that is made when somebody looks at it."""

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from llmq.figures.blocks import Block, Drawing, Markup, Table, Verbatim
+from llmq.figures.blocks import Block, Drawing, Markup, Table, Texts, Verbatim
 from llmq.figures.palette import DARK, KL_EDGES, LIGHT, PAINT, properties
 from llmq.figures.style import new_figure
 
@@ -24,6 +24,9 @@ th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px soli
 .text { border: 1px solid var(--llmq-grid); border-radius: 6px; padding: .8rem 1rem; line-height: 2;
   overflow-wrap: anywhere; }
 .text span { border-radius: 3px; padding: 1px 2px; white-space: pre-wrap; }
+.llmq-texts p { margin: .4rem 0; overflow-wrap: anywhere; }
+.llmq-texts div { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
+  gap: 0 1.5rem; }
 .k1 { background: var(--llmq-kl-1); } .k2 { background: var(--llmq-kl-2); }
 .k3 { background: var(--llmq-kl-3); } .k4 { background: var(--llmq-kl-4); }
 .other { text-decoration: underline 3px var(--llmq-text-1); text-underline-offset: 4px; font-weight: 650; }"""
@@ -72,6 +75,11 @@ def page(title: str, blocks: Iterable[Block]) -> str:
     return _filled(_PAGE, title, parts)
 
 
+def markup(blocks: Iterable[Block]) -> str:
+    """Blocks without drawings as HTML for the inside of a page."""
+    return "\n".join(filter(None, map(_markup, blocks)))
+
+
 def cell(title: str, blocks: Iterable[Block]) -> str:
     """Paragraphs and tables inside somebody else's page, such as a notebook's; drawings are left out."""
     return _filled(_CELL, title, [_markup(block) for block in blocks if not isinstance(block, Drawing)])
@@ -94,6 +102,8 @@ def _markup(block: Block) -> str:
     if isinstance(block, Drawing):
         figure = block.make()
         return _FIGURE.format(json=figure.to_json(), height=figure.layout.height)
+    if isinstance(block, Texts):
+        return texts_markup(block)
     if isinstance(block, Table):
         return _table(block)
     if isinstance(block, Markup) or not block:
@@ -108,7 +118,18 @@ def _bold(text: str) -> str:
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in table.headers)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def texts_markup(texts: Texts) -> str:
+    """Each row's texts side by side where there is room, below one another where there is none."""
+    parts = [f"<p>{html.escape(texts.label)}</p>"]
+    for name, *cells in texts.rows:
+        parts.append(f"<p><b>{html.escape(name)}</b></p>")
+        told = (f"<p><i>{html.escape(head)}</i>\n{html.escape(cell)}</p>"
+                for head, cell in zip(texts.headers[1:], cells, strict=True))  # fmt: skip
+        parts.append(f"<div>{''.join(told)}</div>")
+    return f'<div class="llmq-texts">{"".join(parts)}</div>'
 
 
 def text_markup(value: dict) -> Markup:

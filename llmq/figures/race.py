@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 LINEAR = 1.0  # per cent of perplexity up to where the axis is about linear
 TICKS = (-10, -3, -1, 0, 1, 3, 10, 30, 100, 1_000, 10_000, 100_000, 1_000_000)
+ROOM = 0.12  # of the width, left and right of the points
+GAP, LETTER, LINE = (
+    0.008,
+    0.0085,
+    0.035,
+)  # shares of a figure 800 by 450 pixels: beside a point, a letter, a line's height
 SQUASHED = 30.0  # per cent from where on a linear axis would squash the rest
 
 
@@ -23,11 +29,20 @@ def trade_off_figure(rows: Sequence[dict]) -> go.Figure:
     figure = new_figure()
     reach = max(100 * row["perplexity_change_interval"][1] for row in rows)
     place = _symlog if reach > SQUASHED else float
+    left, right = _margins([row["bytes"] / 1e6 for row in rows])
+    heights = [place(100 * row["perplexity_change"]) for row in rows]
+    low, high = min(heights), max(heights) or 1.0
+    shares = [
+        ((row["bytes"] / 1e6 - left) / (right - left), (y - low) / (high - low or 1.0))
+        for row, y in zip(rows, heights, strict=True)
+    ]
+    sides = _sides([(*share, len(row["name"])) for share, row in zip(shares, rows, strict=True)])
+    placed = [row | {"side": side} for row, side in zip(rows, sides, strict=True)]
     for emulated in (False, True):
-        _points(figure, [row for row in rows if bool(row.get("emulated")) == emulated], place, emulated)
+        _points(figure, [row for row in placed if bool(row.get("emulated")) == emulated], place, emulated)
     style(figure, "What each method loses, and what it weighs", height=560)
     figure.update_layout(
-        xaxis={"title": {"text": "weights (MB)"}, "rangemode": "normal"},
+        xaxis={"title": {"text": "weights (MB)"}, "range": [left, right]},
         yaxis={"title": {"text": "perplexity change (%)" + ", logarithmic beyond 1 %" * (place is _symlog)}},
     )
     if place is _symlog:
@@ -37,8 +52,40 @@ def trade_off_figure(rows: Sequence[dict]) -> go.Figure:
     return figure
 
 
+def _margins(values: Sequence[float]) -> tuple[float, float]:
+    """Where an axis begins and ends that leaves room for names beside the outermost points."""
+    room = ROOM * (max(values) - min(values) or max(values))
+    return min(values) - room, max(values) + room
+
+
+def _sides(points: Sequence[tuple[float, float, int]]) -> list[str]:
+    """Where the name of each point stands: right of it, or else left, above or below, where it stays inside and covers
+    no other name or point. `points`: shares of the width and of the height, and how many letters."""
+    taken: list[tuple[float, float, float]] = [(x, x, y) for x, y, _ in points]  # from, to, and how high
+    sides = [""] * len(points)
+    for number in sorted(range(len(points)), key=lambda number: points[number][1]):
+        x, y, letters = points[number]
+        far = GAP + letters * LETTER
+        places = {
+            f"{height} {side}": (x + a, x + b, y + up)
+            for height, up in (("middle", 0), ("top", LINE), ("bottom", -LINE))
+            for side, a, b in (("right", GAP, far), ("left", -far, -GAP))
+        }
+        free = (
+            side for side, place in places.items() if 0 <= place[0] and place[1] <= 1 and not _covered(place, taken)
+        )
+        sides[number] = side = next(free, "middle right" if x < 0.5 else "middle left")
+        taken.append(places[side])
+    return sides
+
+
+def _covered(place: tuple[float, float, float], taken: Sequence[tuple[float, float, float]]) -> bool:
+    begin, end, y = place
+    return any(begin < b and a < end and abs(y - height) < LINE for a, b, height in taken)
+
+
 def _points(figure: go.Figure, rows: Sequence[dict], place, emulated: bool) -> None:
-    """One series; names stand right and left of their points in turn, from the least change up."""
+    """One series; each name stands at its row's `side`."""
     rows = sorted(rows, key=lambda row: row["perplexity_change"])
     values = [100 * row["perplexity_change"] for row in rows]
     lows, highs = ([100 * row["perplexity_change_interval"][end] for row in rows] for end in (0, 1))
@@ -47,7 +94,7 @@ def _points(figure: go.Figure, rows: Sequence[dict], place, emulated: bool) -> N
         x=[row["bytes"] / 1e6 for row in rows], y=ys, mode="markers+text",
         name="emulated: no speed of its own" if emulated else "multiplied as stored",
         text=[escape(row["name"]) for row in rows],
-        textposition=["middle right" if i % 2 == emulated else "middle left" for i in range(len(rows))],
+        textposition=[row["side"] for row in rows], cliponaxis=False,
         marker={"color": named(f"line-{int(emulated)}"), "size": 10, "symbol": "square-open" if emulated else "circle"},
         error_y={
             "type": "data", "symmetric": False, "thickness": 1, "width": 4,

@@ -38,7 +38,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 class Attention(TableLab):
     """Six lengths up to `longest` tokens, each half of the next. `prompt`: the page's, which plays no part."""
 
-    kind, command = "attention", ("experiment", "attention")
+    kind, command, part = "attention", ("experiment", "attention"), "Attention"
     title = "Attention with the N × N matrix, and without"
     about = (
         "One layer's attention as the textbook writes it (**eager**), which keeps a score for every pair of tokens, "

@@ -42,7 +42,8 @@ class Answer(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Lab:
     """A question. `kind`: its name in files and at the command line; `command`: the words that ask it there; `title`,
-    `about`, `button`: on the page, where a lab with `panel` gets a part of its own."""
+    `about`, `button`: on the page, where a lab with `panel` gets a section among the others, and one with `part` a part
+    of the Lab tab by that name, with a prompt where it is `prompted`, `example` where none is given."""
 
     kind: ClassVar[str] = ""
     command: ClassVar[tuple[str, ...]] = ()
@@ -50,6 +51,9 @@ class Lab:
     about: ClassVar[str] = ""
     button: ClassVar[str] = "Measure"
     panel: ClassVar[bool] = False
+    part: ClassVar[str] = ""
+    prompted: ClassVar[str] = ""
+    example: ClassVar[str] = ""
     patient: ClassVar[bool] = True
     model: str = "demo"
     device: str = "cpu"

@@ -37,7 +37,7 @@ SIDES = {"cached": "with the cache", "whole": "without"}
 class Caching(TableLab):
     """Six lengths up to `longest` tokens, each half of the next. `prompt`: the page's, which plays no part."""
 
-    kind, command = "kv-cache", ("experiment", "kv-cache")
+    kind, command, part = "kv-cache", ("experiment", "kv-cache"), "Attention"
     title = "One more token, with the KV cache and without"
     about = (
         "A model that keeps the keys and values of what it has read feeds only the new token; one that keeps nothing "

@@ -31,7 +31,6 @@ from llmq.machine.door import Lease
 from llmq.models.opening import Model
 from llmq.models.reference_text import WINDOW
 
-PROMPT = "Name three colours."
 SPEED_TOKENS = 12
 FIELD = (
     "fp16,int8-weight-only,llm-int8,vectorwise,groupwise,zeropoint,absmax,smoothquant,fp8,nf4,rtn,gptq,awq,rtn@3,gptq@3"
@@ -42,12 +41,13 @@ FIELD = (
 class Race(TableLab):
     """`contestants` on `tokens` tokens of the reference text."""
 
-    kind, command = "race", ("race",)
+    kind, command, part = "race", ("race",), "Race"
     title, button = "Which method loses least?", "Start the race"
     about = (
         "Every method reads the same text as FP16. Far down is little lost, far left is little memory. Speed is of "
         "methods whose arithmetic is real here. GPTQ, AWQ and SmoothQuant calibrate first, once for each model."
     )
+    example, prompted = "Name three colours.", "What is written on from while speed is measured."
     contestants: Annotated[
         tuple[Contestant, ...], Contestants(label="Methods", help="names with commas between them")
     ] = Contestant.parse_all(FIELD)
@@ -81,6 +81,7 @@ class Race(TableLab):
                 except UserError as error:
                     result = result | {"missing": result["missing"] | {contestant.label: str(error)}}
                     continue
+                told["conditions"] |= {"command": self.typed()}
                 told = {name: told[name] for name in ("text", "tokens", "conditions")}
                 result = result | told | {"results": [*result["results"], row]}
                 yield RowAnswer(type(self), result, done=False)
@@ -103,10 +104,11 @@ class Race(TableLab):
         found: list[RowAnswer] = []
         yield from _within(self._read(lease, contestant, found), contestant, start + half, half)
         row = next(row for row in found[0].rows if row["method"] == contestant.label)
-        weights, emulated = contestant.method.predict(model.shape), contestant.method.emulated_on(self.device)
+        emulated = contestant.method.emulated_on(self.device)
+        weights = contestant.method.predict(model.shape, rest="float16" if emulated else "")  # as it would be stored
         costs |= {"bytes": weights.weights + weights.scales, "emulated": emulated}
         engines = [] if emulated else [lease.get(key, c.method) for key, c in zip(keys, pair, strict=True)]
-        costs |= _speeds(engines, model.encode(self.prompt.strip() or PROMPT), lease)
+        costs |= _speeds(engines, model.encode(self.prompt.strip() or self.example), lease)
         return found[0].result, row | costs
 
     def _read(self, lease: Lease, contestant: Contestant, found: list[RowAnswer]) -> Iterator[Event | Progress]:

@@ -16,7 +16,7 @@ from llmq.labs.rows import BASELINE, SCORES, RowLab, Rows, Workbench, share_of
 class RoundedCache(RowLab):
     """The text read with keys and values in FP16, then in int8; the weights stay in FP16."""
 
-    kind, command = "rounded-cache", ("experiment", "rounded-cache")
+    kind, command, part = "rounded-cache", ("experiment", "rounded-cache"), "Attention"
     title = "The KV cache in 8 bit"
     about = (
         "Keys and values rounded to int8 as they are kept, with a scale for each token and head: what a long text "

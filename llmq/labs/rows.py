@@ -21,7 +21,7 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number
-from llmq.figures.blocks import Block, Drawing, Table, Verbatim
+from llmq.figures.blocks import Block, Drawing, Table, Texts, Verbatim
 from llmq.formatting import format_share, plain_json
 from llmq.labs.base import Lab
 from llmq.models.edits import Edit
@@ -76,6 +76,11 @@ class TableLab(Lab):
         return rows
 
     @classmethod
+    def texts(cls, rows: list[dict]) -> Texts | None:
+        """What models wrote, side by side."""
+        return None
+
+    @classmethod
     def takeaway(cls, rows: list[dict]) -> str:
         """What people copy from the answer, verbatim; '' where there is nothing."""
         return ""
@@ -85,14 +90,17 @@ class TableLab(Lab):
         """The rows to show when `kept` ones of an earlier question are on the page."""
         return rows or kept
 
-    def gathered(self, measured: Rows, conditions: dict, facts: dict | None = None) -> Iterator:
-        """Pass on what is measured, with an answer after every row; stopped early, what was measured stays."""
+    def gathered(
+        self, measured: Rows, conditions: dict, facts: Callable[[list[dict]], dict] = lambda rows: {}
+    ) -> Iterator[Event | Progress | RowAnswer]:
+        """Pass on what is measured, with an answer after every row; stopped early, what was measured stays. `facts`:
+        what the rows so far come to."""
         asked = {"kind": self.kind, "model": self.model, "device": self.device}
         rows, stopped = [], False
 
         def answer(done: bool) -> RowAnswer:
             told = {"stopped": stopped or not done, "conditions": conditions, "results": list(rows)}
-            return RowAnswer(type(self), asked | (facts or {}) | told, done)
+            return RowAnswer(type(self), asked | facts(rows) | told, done)
 
         try:
             for item in measured:
@@ -134,7 +142,7 @@ class RowLab(TableLab):
         bench = Workbench(self, model, lease)
         read = {"window": len(bench.texts[0]), "windows": len(bench.texts)}
         text = {"text": TEXTS[self.text], "tokens": sum(len(ids) - 1 for ids in bench.texts)}
-        yield from self.gathered(self.measure(bench), read | self.conditions() | bench.environment, text)
+        yield from self.gathered(self.measure(bench), read | self.conditions() | bench.environment, lambda rows: text)
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ class RowAnswer:
         return self.result["results"]
 
     def blocks(self) -> Iterator[Block]:
-        """The finding, what was measured and what was not, the figures, the table, what to take away."""
+        """The finding, what was measured and what was not, the figures, the table, the texts, what to take away."""
         yield self.lab.finding(self.rows)
         if "tokens" in self.result:
             yield f"{self.result['tokens']:,} tokens of {self.result['text']}, {self.result['device']}."
@@ -167,6 +175,8 @@ class RowAnswer:
         if self.rows:
             yield from self.lab.figures(self.rows)
         yield Table(self.lab.headers(), [self.lab.row(row) for row in self.lab.shown(self.rows)], "Measured")
+        if texts := self.lab.texts(self.rows):
+            yield texts
         if taken := self.lab.takeaway(self.rows):
             yield Verbatim(taken)
         if self.lab.explained:
@@ -188,7 +198,7 @@ class Workbench:
 
     def __post_init__(self):
         self.texts = windows(self.model, self.lab.windows, self.lab.text)
-        self.environment = describe(self.lab.device, self.model.source)
+        self.environment = {"command": self.lab.typed()} | describe(self.lab.device, self.model.source)
 
     @property
     def channels(self) -> int:

@@ -195,21 +195,21 @@ class Method:
         """Bytes of one linear weight of `shape` (out, in); in 8 bit it has a scale a row."""
         return WeightBytes(shape[0] * shape[1] * self.bits // 8, 4 * shape[0] if self.bits == 8 else 0)
 
-    def predict(self, meta_model: nn.Module) -> WeightBytes:
+    def predict(self, meta_model: nn.Module, rest: str = "") -> WeightBytes:
         """Bytes this method will need, from a dense model on the meta device; tied weights count once, buffers keep
-        their type."""
+        their type. `rest`: the dtype of what it leaves, where that is not as it is computed with."""
         import torch
 
         replaced = {
             id(layer.weight): self.bytes(swap.shape_of(layer)) for layer in swap.replaced_layers(meta_model, self)
         }
-        itemsize = getattr(torch, self.dtype).itemsize
-        rest = sum(
+        itemsize = getattr(torch, rest or self.dtype).itemsize
+        left = sum(
             tensor.numel() * itemsize if tensor.requires_grad else tensor.nbytes
             for tensor in swap.stored_tensors(meta_model)
             if id(tensor) not in replaced
         )
-        return WeightBytes(rest + sum(b.weights for b in replaced.values()), sum(b.scales for b in replaced.values()))
+        return WeightBytes(left + sum(b.weights for b in replaced.values()), sum(b.scales for b in replaced.values()))
 
     def scale_bytes(self, model: nn.Module) -> int:
         """Bytes of quantization scales that are neither parameters nor buffers of a loaded model."""

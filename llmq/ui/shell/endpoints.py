@@ -82,26 +82,20 @@ def fail_briefly(page: gr.Blocks) -> None:
 
 def describe_once(page: gr.Blocks) -> None:
     """Describe each part of the page once, for all visitors: Gradio describes all parts anew for each, 0.04 seconds of
-    the thread that serves everybody else, and keeps it."""
+    the thread that serves everybody else, and keeps that with all that the visitor sees, 0.6 MB, for a link to it."""
     described = _Described(page)
     vars(described).update(vars(page.default_config), made={})
     page.default_config = described  # no public setting
-    SessionState._update_value_in_config = _set_value  # no public setting
+    SessionState._update_value_in_config = _keep_no_value  # no public setting
 
 
-def _set_value(visitor: SessionState, number: int, value) -> None:
-    """Set a part's value in one visitor's description of it; Gradio writes into what here all visitors share."""
-    if number not in visitor.config_values:
-        block = visitor.blocks_config.blocks[number]
-        visitor.config_values[number] = visitor.blocks_config.config_for_block(number, [], block)
-    described = visitor.config_values[number]
-    if "props" in described:
-        visitor.config_values[number] = {**described, "props": {**described["props"], "value": value}}
+def _keep_no_value(visitor: SessionState, number: int, value) -> None:
+    """Leave a part's description as it is: the page's own links say what a visitor sees."""
 
 
 class _Described(BlocksConfig):
     """What a page is made of, which remembers how its parts are described; so do its copies, one for every visitor.
-    The descriptions are shared: read them, and set a value by `_set_value`."""
+    The descriptions are shared, and only to be read."""
 
     made: dict[int, tuple[gr.blocks.Block, dict]]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 
-from llmq.cards import CARDS, device_bytes
+from llmq.cards import CARDS, HERE, device_bytes
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
 from llmq.labs.compare import SCHEDULES
@@ -53,7 +53,7 @@ def fit_wishes_of(query: Mapping[str, str]) -> dict:
     wishes: dict = {"model": query["model"]} if query.get("model") else {}
     card = query.get("card", "").strip()
     with suppress(UserError):
-        wishes |= {"card": card.lower()} if card.lower() in CARDS else _amount(card)
+        wishes |= {"card": card.lower()} if card.lower() in (*CARDS, HERE) else _amount(card)
     for name in ("context", "batch"):
         with suppress(KeyError, ValueError):
             if 1 <= (number := int(query[name])) <= 10**9:

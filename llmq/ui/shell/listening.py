@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
-from gradio.queueing import Queue
 from starlette.middleware import Middleware
 
 from llmq.machine.jobs import Listeners
 from llmq.ui.shell.owner import routes_of
 from llmq.ui.shell.state import AppState
+
+if TYPE_CHECKING:
+    from gradio.queueing import Queue
 
 OPEN = re.compile(r".*/gradio_api/heartbeat/(?P<session>[^/]+)")
 BY_NAME = re.compile(r".*/gradio_api/call/(?:v2/)?[^/]+/(?P<session>[^/]+)/?")
@@ -61,11 +65,17 @@ class Ears:
 
 
 def forget(queue: Queue, session: str) -> None:
-    """Drop the empty line of answers of a session that waits for none; Gradio keeps 2,000, 4 kB each, and makes a new
-    one with the next click."""
+    """Drop the empty line of answers of a session that waits for none, and give back the memory that its figures took.
+    Gradio keeps 2,000 lines, 4 kB each, and makes a new one with the next click."""
     if not queue.pending_event_ids_session.get(session):
         queue.pending_event_ids_session.pop(session, None)
-        queue.pending_messages_per_session.pop(session, None)
+        if queue.pending_messages_per_session.pop(session, None):
+            _trim()
+
+
+def _trim() -> None:
+    """Return what was freed to the system (glibc alone keeps it, 20 MB after a hundred visitors): 2 ms."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
 
 
 def page_of(scope) -> str:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.cards import CARDS, Card, device_bytes
+from llmq.advice import METHODS, Advice, Place, advise, stored_results
+from llmq.cards import CARDS, HERE
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice, NoModel, UserError
+from llmq.figures.pages import markup
 from llmq.memory import forecast
 from llmq.models.opening import Model
 from llmq.models.presets import PRESETS, model_title
@@ -46,6 +48,7 @@ class FitTab:
             with gr.Row(equal_height=True, elem_id="fit-form"):
                 self._build_form()
             self.panel = fit_panel()
+            self.advice = gr.HTML("", elem_id="advice")
             with gr.Column(elem_classes=["llmq-keep"]):
                 self.link = gr.Textbox(
                     label="Link to this answer", buttons=["copy"], elem_id="fit-link", interactive=False, max_lines=1
@@ -59,8 +62,8 @@ class FitTab:
             elem_id="fit-model", min_width=240, scale=3,
         )  # fmt: skip
         self.card = gr.Dropdown(
-            [(card.title, card.name) for card in CARDS.values()] + [("other", OTHER)], value="rtx-4080", label="Card",
-            info="As its driver counts it.", elem_id="fit-card", min_width=260, scale=2,
+            [("this machine", HERE), *((card.title, card.name) for card in CARDS.values()), ("other", OTHER)],
+            value="rtx-4080", label="Card", info="As its driver counts it.", elem_id="fit-card", min_width=260, scale=2,
         )  # fmt: skip
         self.memory = gr.Textbox(
             "16 GiB", label="Its memory", info="In GiB or GB.", elem_id="fit-memory", min_width=120, visible=False
@@ -80,17 +83,17 @@ class FitTab:
     def wire(self, page: gr.Blocks, tab: gr.Tab) -> None:
         changed = [part.change for part in self.form]
         gr.on(
-            [tab.select, *changed], self._answer, self.form, [self.panel, self.memory], trigger_mode="always_last",
-            **AT_ONCE,
+            [tab.select, *changed], self._answer, self.form, [self.panel, self.advice, self.memory],
+            trigger_mode="always_last", **AT_ONCE,
         )  # fmt: skip
         gr.on([tab.select, *changed], None, self.form, self.link, js=script("fit_link.js"), **AT_ONCE)
         keep_in_address(self.link)
         page.load(self._from_link, None, self.form, **AT_ONCE)
 
     def _answer(self, model, card, memory, context, batch) -> dict:
-        """What every method needs, and whether the card has it."""
-        found = answer(model, card, memory, context, batch, self.state.access)
-        return {self.panel: found, self.memory: gr.Textbox(visible=card == OTHER)}
+        """What every method needs, whether the card has it, and what follows from that."""
+        view, advice = answers(model, card, memory, context, batch, self.state.access, self.state.device)
+        return {self.panel: view, self.advice: advice, self.memory: gr.Textbox(visible=card == OTHER)}
 
     def _from_link(self, request: gr.Request) -> dict:
         wishes = fit_wishes_of(dict(request.query_params))
@@ -99,31 +102,37 @@ class FitTab:
 
 def answer(model, card, memory, context, batch, access: Access = ANYBODY) -> dict:
     """The view of a form's values, or of what is wrong with them, in one line that names no place on this machine."""
+    view, _ = answers(model, card, memory, context, batch, access)
+    return view
+
+
+def answers(model, card, memory, context, batch, access: Access, device: str = "cpu") -> tuple[dict, str]:
+    """As `answer`, and the card 'Should I quantize?' as HTML, '' where something is wrong. `device`: this machine's."""
     name = str(model or "").strip()
+    typed = str(memory or "") if card == OTHER else str(card)
     try:
-        device = device_bytes(str(memory or "") if card == OTHER else str(card))
+        place = Place.here(device) if card == HERE else Place.named(typed)
         asked, batch = (_whole(*pair) for pair in (("context", context), ("batch", batch)))
         opened = described(name, access)
         contestants = [Contestant.parse(method) for method in METHODS_SHOWN]
-        result = forecast(opened, contestants, tokens=min(asked, opened.context), batch=batch, device_bytes=device)
+        tokens = min(asked, opened.context)
+        result = forecast(opened, contestants, tokens=tokens, batch=batch, device_bytes=place.bytes)
+        advice = advise(opened, Contestant.parse_all(METHODS), place, stored_results(), tokens=tokens, batch=batch)
     except NoModel:
-        return failed(f"Not counted: {NO_MODEL.format(name)}")
+        return failed(f"Not counted: {NO_MODEL.format(name)}"), ""
     except UserError as error:
-        return failed(f"Not counted: {_without_places(str(error), name)}")
+        return failed(f"Not counted: {_without_places(str(error), name)}"), ""
     except Exception:  # the boundary: a configuration may come from anybody
         log.exception("%s cannot be counted", name)
-        return failed(f"Not counted: {NO_MODEL.format(name)}")
-    known = CARDS.get(str(memory).strip().lower() if card == OTHER else card)
-    return fit_view(
-        result, title=model_title(name), place=_place(known, memory), asked=asked, by_driver=known is not None
-    )
+        return failed(f"Not counted: {NO_MODEL.format(name)}"), ""
+    counted = typed.strip().lower() in CARDS
+    view = fit_view(result, title=model_title(name), place=place.name, asked=asked, by_driver=counted)
+    return view, advice_card(advice)
 
 
-def _place(known: Card | None, memory) -> str:
-    if known:
-        return f"{'an' if known.model[0] in 'AHLR' else 'a'} {known.title}"  # as the letters are said
-    amount = str(memory).strip()
-    return f"{amount}{'' if amount[-1].isalpha() else ' GB'} of memory"
+def advice_card(advice: Advice) -> str:
+    """The card 'Should I quantize?' as HTML."""
+    return f'<section class="llmq-advice"><h2>Should I quantize?</h2>{markup(advice.blocks())}</section>'
 
 
 def described(name: str, access: Access) -> Model:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import gradio as gr
 
-from llmq.labs import load_answer
-from llmq.labs.attention import Attention
-from llmq.labs.caching import Caching
-from llmq.labs.race import PROMPT, Race
-from llmq.labs.rounded_cache import RoundedCache
+from llmq.labs import lab_classes, load_answer
+from llmq.labs.rows import TableLab
 from llmq.ui.parts.bits import bits_view
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.explanation import explanation
@@ -19,25 +18,56 @@ from llmq.ui.tabs.labs_panel import LabsPanel
 from llmq.ui.tabs.rounding_panel import RoundingPanel
 
 
+class LabPart:
+    """A part of labs that share a model and, where one of them asks for it, a prompt."""
+
+    def __init__(self, state: AppState, name: str):
+        self.state, self.name = state, name
+        self.labs = tuple(lab for lab in lab_classes().values() if lab.part == name)
+        self.panel = LabsPanel(state, self.labs)
+
+    def build(self) -> None:
+        first = next((lab for lab in self.labs if lab.prompted), self.labs[0])
+        kind, offered = self.labs[0].kind, self.state.access.offered
+        with gr.Tab(self.name, id=kind, elem_id=f"part-{kind}"):
+            with gr.Row(equal_height=True):
+                self.model = model_field(self.state.model, elem_id=f"{kind}-model", names=offered, min_width=220)
+                self.prompt = gr.Textbox(
+                    "", label="Prompt", info=first.prompted, elem_id=f"{kind}-prompt", placeholder=first.example,
+                    min_width=220, visible=bool(first.prompted),
+                )  # fmt: skip
+            self.panel.build()
+
+    def wire(self, tab: gr.Tab, stop) -> None:
+        self.panel.wire(self.prompt, self.model, stop)
+        for lab in self.labs:
+            section = self.panel.section(lab)
+            tab.select(partial(self.recorded, lab), section.rows, section.outputs, **QUIET)
+
+    def recorded(self, lab: type[TableLab], rows) -> dict:
+        """The recorded answer where the lab was not asked here."""
+        section, path = self.panel.section(lab), self.state.recorded_answers.get(lab.kind)
+        if rows or path is None:
+            return {section.status: gr.skip()}
+        return self.panel.opened(section, load_answer(path), "A recording")
+
+
 class LabTab:
     """Builds the tab inside an open `gr.Blocks`; `wire()` connects it."""
 
     def __init__(self, state: AppState):
         self.state = state
-        self.rounding, self.race = RoundingPanel(state), LabsPanel(state, (Race,))
-        self.attention = LabsPanel(state, (Attention, Caching, RoundedCache))
+        self.rounding = RoundingPanel(state)
+        names = sorted({lab.part for lab in lab_classes().values() if lab.part})
+        self.parts = {name: LabPart(state, name) for name in names}
 
     def build(self) -> None:
         with gr.Column(elem_id="lab-view"), gr.Tabs(elem_id="lab-parts"):
             with gr.Tab("Rounding", id="rounding", elem_id="part-rounding") as self.rounding_part:
                 with gr.Column(elem_classes=["llmq-part"]):
                     self.rounding.build()
-            with gr.Tab("Race", id="race", elem_id="part-race"):
-                self._build_race()
-            with gr.Tab("Attention", id="attention", elem_id="part-attention"):
-                offered = self.state.access.offered
-                self.heads_of = model_field(self.state.model, elem_id="attention-model", names=offered)
-                self.attention.build()
+            for part in self.parts.values():
+                part.build()
             with gr.Tab("Bits", id="bits", elem_id="part-bits"):
                 explanation(
                     "A number of 16 or 8 bits, bit by bit: click a box to turn it over. A floating-point number has "
@@ -50,30 +80,11 @@ class LabTab:
                 self.method = gr.Dropdown(METHOD_CHOICES, value="llm-int8", label="Method", elem_id="explained-method")
                 self.how = how_it_works("llm-int8", elem_id="explained")
 
-    def _build_race(self) -> None:
-        with gr.Row(equal_height=True):
-            offered = self.state.access.offered
-            self.model = model_field(self.state.model, elem_id="race-model", names=offered, min_width=220)
-            self.prompt = gr.Textbox(
-                "", label="Prompt", info="What is written on from while speed is measured.", elem_id="race-prompt",
-                placeholder=PROMPT, min_width=220,
-            )  # fmt: skip
-        self.race.build()
-
     def wire(self, tab: gr.Tab) -> None:
         self.rounding.wire(tab, self._stop)
-        self.race.wire(self.prompt, self.model, self._stop)
-        self.attention.wire(gr.State(""), self.heads_of, self._stop)
+        for part in self.parts.values():
+            part.wire(tab, self._stop)
         self.method.change(lambda name: explained_methods([name]), self.method, self.how, **QUIET)
-        section = self.race.section(Race)
-        tab.select(self._recorded, section.rows, section.outputs, **QUIET)
-
-    def _recorded(self, rows) -> dict:
-        """The recorded race where none was run here."""
-        section, path = self.race.section(Race), self.state.recorded_answers.get(Race.kind)
-        if rows or path is None:
-            return {section.status: gr.skip()}
-        return self.race.opened(section, load_answer(path), "A recording")
 
     def _stop(self, request: gr.Request) -> None:
         self.state.stop(owner_of(request))

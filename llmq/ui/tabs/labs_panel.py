@@ -12,6 +12,7 @@ import gradio as gr
 from llmq.contestant import shown_name
 from llmq.errors import UserError
 from llmq.fields import Field, fields_of
+from llmq.figures.pages import texts_markup
 from llmq.labs import lab_classes
 from llmq.labs.rows import RowAnswer, TableLab
 from llmq.models.presets import model_title
@@ -42,6 +43,7 @@ class Section:
     finding: gr.Markdown
     figure: gr.HTML
     table: gr.Dataframe
+    texts: gr.HTML
     takeaway: gr.Textbox
     rows: gr.State
     keeping: Keeping
@@ -49,7 +51,7 @@ class Section:
     @property
     def outputs(self) -> list:
         """What a question of this section may change."""
-        shown = [self.status, self.finding, self.table, self.takeaway, self.rows, self.figure]
+        shown = [self.status, self.finding, self.table, self.texts, self.takeaway, self.rows, self.figure]
         return [*shown, self.keeping.key]
 
 
@@ -85,6 +87,7 @@ class LabsPanel:
                 headers=lab.headers(), value=[], label="Measured", interactive=False, wrap=True, type="array",
                 elem_id=f"{kind}-table", elem_classes=["llmq-table"], visible=False,
             )  # fmt: skip
+            texts = gr.HTML("", elem_id=f"{kind}-texts", visible=False)
             takeaway = gr.Textbox(
                 label="To copy", buttons=["copy"], interactive=False, elem_id=f"{kind}-takeaway", visible=False,
                 max_lines=6,
@@ -93,7 +96,7 @@ class LabsPanel:
                 explanation(lab.explained)
             keeping.build(kind, "this answer")
         controls = [(field, component) for field, component in made if component is not None]
-        return Section(lab, controls, button, status, said, figure, table, takeaway, gr.State([]), keeping)
+        return Section(lab, controls, button, status, said, figure, table, texts, takeaway, gr.State([]), keeping)
 
     def wire(self, prompt, model, stop) -> None:
         for section in self.sections:
@@ -154,7 +157,10 @@ class LabsPanel:
     def opened(self, section: Section, answer: RowAnswer, what: str) -> dict:
         """What shows an answer that was not measured now; `what` says where it is from."""
         rows = self._rows(section, answer, [])
-        said = f"{what}, {model_title(str(answer.result['model']))}. {_ended(answer)}"
+        device = answer.result.get("conditions", {}).get("device_name", "")
+        said = (
+            f"{what}, {model_title(str(answer.result['model']))}{f' on {device}' if device else ''}. {_ended(answer)}"
+        )
         return self._shown(section, rows) | self._kept(section, answer, rows) | {section.status: said}
 
     def _rows(self, section: Section, answer: RowAnswer, kept: list[dict]) -> list[dict]:
@@ -167,9 +173,11 @@ class LabsPanel:
     def _shown(self, section: Section, rows: list[dict]) -> dict:
         lab, named = section.lab, [_named(row) for row in rows]
         said, figures, taken = lab.finding(named), lab.figures(named), lab.takeaway(named)
+        texts = lab.texts(named)
         return {
             section.finding: gr.Markdown(said, visible=bool(said)),
             section.table: gr.Dataframe(value=[lab.row(row) for row in lab.shown(named)], visible=True),
+            section.texts: gr.HTML(texts_markup(texts) if texts else "", visible=bool(texts)),
             section.takeaway: gr.Textbox(value=taken, visible=bool(taken)),
             section.rows: rows,
             section.figure: sent(figures[0].make() if figures else None),
@@ -187,10 +195,7 @@ def _ended(answer: RowAnswer | None, early: str = "") -> str:
     told = [f"{name}: not measured: {reason}." for name, reason in answer.result.get("missing", {}).items()]
     if answer.rows:
         stopped = early or ("Stopped early; what was measured stays." if answer.result["stopped"] else "")
-        read = (
-            f"Measured on {answer.result['tokens']} tokens of {answer.result['text']}."
-            if "text" in answer.result
-            else ""
-        )
+        result = answer.result
+        read = f"Measured on {result['tokens']:,} tokens of {result['text']}." if "text" in result else ""
         told = [f"{stopped} {read}".strip(), *told]
     return " ".join(told)
