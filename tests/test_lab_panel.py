@@ -109,17 +109,17 @@ def test_a_saved_answer_opens_without_its_tensor(lab, tmp_path):
 def test_the_race_begins_with_a_recording_and_keeps_what_was_measured(lab, tmp_path):
     part = lab.parts["Race"]
     section = part.panel.section(Race)
-    assert part.recorded([]) == {section.status: gr.skip()}
+    assert part.recorded(Race, []) == {section.status: gr.skip()}
     result = {"kind": "race", "model": "demo", "device": "cpu", "text": "x", "tokens": 3, "stopped": False}
     save_answer(
         RowAnswer(Race, result | {"missing": {"nf4": "it is too narrow"}, "results": [ROW]}), tmp_path / "r.json"
     )
     lab.state.recorded_answers = {"race": tmp_path / "r.json"}
-    shown = part.recorded([])
+    shown = part.recorded(Race, [])
     told = "A recording, SmolLM2-135M (demo). Measured on 3 tokens of x. nf4: not measured: it is too narrow."
     assert shown[section.status] == told and shown[section.figure]["data"]
     assert shown[section.table].value["data"][0][0] == METHODS["absmax"].label
-    assert part.recorded([ROW]) == {section.status: gr.skip()}
+    assert part.recorded(Race, [ROW]) == {section.status: gr.skip()}
 
 
 def test_every_lab_with_a_part_is_asked_with_its_own_model_and_prompt(lab):
