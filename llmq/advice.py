@@ -269,18 +269,13 @@ def _bytes(row: Mapping) -> str:
 def _cells(row: Mapping) -> list[str]:
     fits = {None: "not known", True: "yes", False: "no"}[row["fits"]]
     saves = format_bytes(row["saved"]) if row["saved"] is None or row["saved"] > 0 else "nothing"
-    reach = format_count(row["largest_context"])
+    speed, where, reach = NOT_MEASURED, MISSING, format_count(row["largest_context"])
+    if row["speed"]:
+        ratio = f", {_ratio(row):.2f}× FP16" if _ratio(row) else ""
+        speed, where = f"{format_speed(row['speed']['tokens_per_second'])}{ratio}", row["speed"]["device_name"]
     quality = NOT_MEASURED if not row["quality"] else shown_change(row["quality"])
-    where = row["speed"]["device_name"] if row["speed"] else MISSING
     quality = MISSING if row["method"] == BASELINE.label else quality
-    return [_name(row), fits, _bytes(row), saves, reach, _shown_speed(row["speed"]), where, quality]
-
-
-def _shown_speed(speed: Mapping | None) -> str:
-    if not speed:
-        return NOT_MEASURED
-    ratio = f", {speed['over_fp16']:.2f}× FP16" if speed["over_fp16"] else ""
-    return f"{format_speed(speed['tokens_per_second'])}{ratio}"
+    return [_name(row), fits, _bytes(row), saves, reach, speed, where, quality]
 
 
 def _notes(result: Mapping) -> Iterator[str]:
