@@ -145,15 +145,16 @@ def test_the_cost_in_quality_is_certain_and_mostly_that_of_activations():
     assert "most of it the rounding of activations" in README
 
 
+def paired(rows: dict[str, dict], more: str, less: str, digits: int = 1) -> str:
+    """By how much the perplexity of one is over the other's, in per cent, with its interval."""
+    pairs = zip(rows[more]["window_losses"], rows[less]["window_losses"], strict=True)
+    found = [a - b for a, b in pairs]
+    mean, low, high = (100 * math.expm1(x) for x in (sum(found) / len(found), *mean_interval(found)))
+    return f"{mean:.{digits}f} % ({low:.{digits}f} to {high:.{digits}f})".replace("-", "−")
+
+
 def test_the_sentences_about_methods_are_of_paired_windows():
     rows, text = rows_of("gpu-methods-quality"), " ".join(REPORT.split())
-
-    def said(more: str, less: str, digits: int = 1) -> str:
-        """By how much the perplexity of one is over the other's, in per cent, with its interval."""
-        pairs = zip(rows[more]["window_losses"], rows[less]["window_losses"], strict=True)
-        found = [a - b for a, b in pairs]
-        mean, low, high = (100 * math.expm1(x) for x in (sum(found) / len(found), *mean_interval(found)))
-        return f"{mean:.{digits}f} % ({low:.{digits}f} to {high:.{digits}f})".replace("-", "−")
 
     for more, less, digits, words in (
         ("llm-int8", "int8-weight-only", 1, "LLM.int8() costs {} more than they do"),
@@ -171,8 +172,33 @@ def test_the_sentences_about_methods_are_of_paired_windows():
         ("gptq@group=64:act_order=off:even=off", "rtn@group=64", 1, "it costs {} more than rounding to nearest: the"),
         ("gptq@group=64:act_order=off", "rtn@group=64", 1, "counted alike it still costs {} more"),
     ):
-        assert words.format(said(more, less, digits)) in text
+        assert words.format(paired(rows, more, less, digits)) in text
     assert rows["int8-weight-only"]["perplexity_change_interval"][0] < 0 < rows["int8-weight-only"]["equivalent_within"]
+
+
+def test_the_sentences_about_a_second_model_are_of_paired_windows():
+    rows, text = rows_of("gpu-qwen-methods"), " ".join(REPORT.split())
+    for more, less, words in (
+        ("llm-int8", "int8-weight-only", "what LLM.int8() costs over int8 weights alone is {},"),
+        ("vectorwise", "llm-int8", "vector-wise int8 costs {} more than LLM.int8() and"),
+        ("vectorwise", "smoothquant@auto", "and {} more than SmoothQuant with an α searched for each layer. At 4 bits"),
+        ("gptq@group=64", "rtn@group=64", "GPTQ changes the perplexity of rounding to nearest by {},"),
+        ("awq@group=64", "rtn@group=64", "AWQ by {},"),
+    ):
+        assert words.format(paired(rows, more, less)) in text
+    assert all(
+        rows[name]["kl_to_fp16"] < rows["rtn@group=64"]["kl_to_fp16"] for name in ("gptq@group=64", "awq@group=64")
+    )
+
+
+def test_the_sentences_about_steps_and_batches_are_the_stored_results():
+    sums = sorted(row["stages_over_whole"] for row in stored("gpu-7b-stages")["results"] if row["stages"])
+    assert sums[-1] < 2 and "by 3 to 27 %, once to twice" in " ".join(REPORT.split())
+    assert (round(100 * sums[0]), round(100 * sums[-2])) == (103, 127)
+    ratios = {
+        row["batch"]: row["over_fp16"] for row in stored("gpu-7b-batch-compiled")["results"] if row["method"] != "fp16"
+    }
+    assert ratios[1] > 1 > max(ratios[batch] for batch in ratios if batch > 1)
 
 
 def commands() -> list[str]:

@@ -123,12 +123,17 @@ def _quality_table(*results: dict) -> str:
     headers = ["Device and text", *lab.headers()]
     lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
     lines += [f"| {' | '.join(row)} |" for row in rows.values()]
+    measured = f"{_model_of(results[0])}, {shown.days(*results)}"
     note = (
-        f"*demo model, {shown.days(*results)}; windows of 512 tokens, each read in one call. Change: of the "
+        f"*{measured}; windows of 512 tokens, each read in one call. Change: of the "
         "perplexity against FP16, paired by window; equal within: the smallest margin of two one-sided tests at 5 %. "
         "KL in nats per token: the mean, then its spread over tokens.*"
     )
     return "\n".join([*lines, "", note])
+
+
+def _model_of(result: dict) -> str:
+    return "demo model" if result["model"] == "demo" else str(result["model"])
 
 
 def _read_by(result: dict) -> str:

@@ -117,7 +117,8 @@ class Attention(TableLab):
             shorter = last[kernel.name]
             needed = shorter["peak_bytes"] * (inputs.tokens / shorter["tokens"]) ** 2
         free = telemetry.free_bytes(self.device)
-        return f"needs {format_bytes(needed)}, free are {format_bytes(free)}" if needed > HEADROOM * free else ""
+        told = f"needs {format_bytes(needed)}, and {format_bytes(int(HEADROOM * free))} may be used"
+        return told if needed > HEADROOM * free else ""
 
     def _rows(self, lease: Lease, inputs: Inputs, able: list[Kernel], done: float):
         """The row of each kernel at one length, everybody in turn, round by round."""
