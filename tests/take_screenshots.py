@@ -67,7 +67,7 @@ def lab(page: Page, address: str) -> Iterator[str]:
     page.wait_for_selector("#rounding-errors .js-plotly-plot .hm")
     yield "lab"
     page.get_by_role("tab", name="Race").click()
-    page.wait_for_selector("#part-race .js-plotly-plot .scatterlayer")
+    page.wait_for_selector("#part-race .js-plotly-plot .main-svg")
     yield "lab-race"
     page.get_by_role("tab", name="Bits").click()
     page.wait_for_selector("#bits .llmq-bit")
