@@ -29,7 +29,7 @@ class LabPart:
     def build(self) -> None:
         first = next((lab for lab in self.labs if lab.prompted), self.labs[0])
         kind, offered = self.labs[0].kind, self.state.access.offered
-        with gr.Tab(self.name, id=kind, elem_id=f"part-{kind}"):
+        with gr.Tab(self.name, id=kind, elem_id=f"part-{kind}") as self.tab:
             with gr.Row(equal_height=True):
                 self.model = model_field(self.state.model, elem_id=f"{kind}-model", names=offered, min_width=220)
                 self.prompt = gr.Textbox(
@@ -38,11 +38,12 @@ class LabPart:
                 )  # fmt: skip
             self.panel.build()
 
-    def wire(self, tab: gr.Tab, stop) -> None:
+    def wire(self, stop) -> None:
         self.panel.wire(self.prompt, self.model, stop)
         for lab in self.labs:
-            section = self.panel.section(lab)
-            tab.select(partial(self.recorded, lab), section.rows, section.outputs, **QUIET)
+            if lab.kind in self.state.recorded_answers:
+                section = self.panel.section(lab)
+                self.tab.select(partial(self.recorded, lab), section.rows, section.outputs, **QUIET)
 
     def recorded(self, lab: type[TableLab], rows) -> dict:
         """The recorded answer where the lab was not asked here."""
@@ -83,7 +84,7 @@ class LabTab:
     def wire(self, tab: gr.Tab) -> None:
         self.rounding.wire(tab, self._stop)
         for part in self.parts.values():
-            part.wire(tab, self._stop)
+            part.wire(self._stop)
         self.method.change(lambda name: explained_methods([name]), self.method, self.how, **QUIET)
 
     def _stop(self, request: gr.Request) -> None:
