@@ -128,7 +128,8 @@ def test_memory_on_the_way_counts_and_what_is_there_before_does_not():
 def test_what_does_not_fit_is_told_and_not_tried(folder, monkeypatch):
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: 2_000_000)
     rows = {(row["tokens"], row["kernel"]): row for row in ask(folder).rows}
-    assert rows[256, "eager"]["absent"].startswith("needs 3.") and rows[256, "eager"]["absent"].endswith("and 1.90 MB may be used")
+    absent = rows[256, "eager"]["absent"]
+    assert absent.startswith("needs 3.") and absent.endswith("and 1.90 MB may be used")
     assert rows[128, "eager"]["seconds"] > 0 and rows[256, "flash"]["units_to_eager"] is None
     assert rows[256, "flash"]["within_rounding"] and rows[256, "flash"]["over_eager"] is None
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: 10)
