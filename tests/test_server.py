@@ -126,7 +126,7 @@ def test_who_only_opens_and_closes_connections_leaves_nothing_behind(server):
     assert dependencies and all(event != "unload" for one in dependencies for _, event in one["targets"])
 
 
-def test_nothing_is_kept_of_visitors_who_were_answered(server):
+def test_nothing_is_kept_of_visitors_who_were_answered(server, quiet_limits):
     visitors = [Visitor(server, number) for number in range(3)]
     queues = [thing for thing in gc.get_objects() if isinstance(thing, Queue)]
 
@@ -139,7 +139,7 @@ def test_nothing_is_kept_of_visitors_who_were_answered(server):
         wait_until(lambda: not kept())
     event = visitors[0].http.post("/gradio_api/queue/join", json=joined(visitors[0])).json()["event_id"]
     assert event and kept(), "what nobody heard yet"
-    visitors[0].stop()
+    wait_until(lambda: not list(app.JOBS))
 
 
 @pytest.mark.parametrize(
