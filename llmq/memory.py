@@ -1,27 +1,23 @@
-"""Predicted bytes, from a configuration alone: weights, KV cache, workspace; and whether they fit what is free.
-
-Weights and KV cache are exact tensor sizes (the model is built without storage and its tensors are counted). Workspace
-is an upper estimate of what one prefill needs besides: attention and MLP activations of one layer, and the last logits.
-"""
+"""Predicted bytes, from a configuration alone: weights, KV cache, workspace (`formulas`); and whether they fit what is
+free."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
+from llmq.formulas import SYMBOLS, Use, kv_bytes, weight_formulas, worst_moment
 from llmq.methods import Method, WeightBytes
 from llmq.methods.coverage import predicted_coverage
-from llmq.models.config import ENDLESS, PlainConfig, heads_of
+from llmq.models.config import ENDLESS
 from llmq.models.opening import Model, describe_model
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PretrainedConfig
-
 
 MOST_TOKENS = 10**12  # of a forecast: whatever the model, the bytes stay a whole number of 64 bit
 HEADROOM = 0.95  # share of the free bytes a plan may use; the rest is the allocator's rounding and fragmentation
@@ -51,16 +47,25 @@ class Plan:
     free_bytes: int
 
 
-def predict(shape: nn.Module, method: Method, *, tokens: int, batch: int = 1) -> Prediction:
-    """Bytes for one contestant; `shape` is the model's (`Model.shape`), `tokens` counts prompt and answer."""
-    return _predict(shape.config.get_text_config(), method, method.predict(shape), tokens=tokens, batch=batch)
+def predict(
+    shape: nn.Module, method: Method, *, tokens: int, answer: int = 0, batch: int = 1, loop: str = "hf",
+    device: str = "cuda",
+) -> Prediction:  # fmt: skip
+    """Bytes for one contestant when it needs most; `shape` is the model's (`Model.shape`), `tokens` counts prompt and
+    answer, `answer` those that are not read in one call. `loop` and `device`: what runs it."""
+    use = Use(tokens, answer, batch, _itemsize(method), loop, device)
+    return _predict(shape.config.get_text_config(), method.predict(shape), use)
 
 
-def _predict(config, method: Method, weights: WeightBytes, *, tokens: int, batch: int) -> Prediction:
+def _itemsize(method: Method) -> int:
     import torch
 
-    sizes = {"tokens": tokens, "batch": batch, "itemsize": getattr(torch, method.dtype).itemsize}
-    return Prediction(weights.weights, weights.scales, kv_bytes(config, **sizes), _workspace(config, **sizes))
+    return getattr(torch, method.dtype).itemsize
+
+
+def _predict(config, weights: WeightBytes, use: Use) -> Prediction:
+    cache, workspace = worst_moment(config, use)
+    return Prediction(weights.weights, weights.scales, cache and cache.bytes, workspace.bytes)
 
 
 def forecast(
@@ -68,48 +73,61 @@ def forecast(
     contestants: Sequence[Contestant],
     *,
     tokens: int,
+    answer: int = 0,
     batch: int = 1,
     device_bytes: float | None = None,
 ) -> dict:
     """Predicted bytes of every method for a model that need not be here: a preset's shape or a configuration is enough.
+    `answer`: how many of the tokens are written and not read.
 
-    With `device_bytes`, each row says whether the method alone fits into HEADROOM of them, and the largest context
-    that does, 0 for none. Raises BadChoice for tokens or batch out of range.
+    With `device_bytes`, each row says whether the method alone fits into HEADROOM of them, and the largest context and
+    the largest batch that do, 0 for none. Raises BadChoice for tokens, answer or batch out of range.
     """
     if tokens < 1 or batch < 1 or tokens * batch > MOST_TOKENS:
         most = f"both must be at least 1, and their product {MOST_TOKENS:.0e} at most"
         raise BadChoice(f"context is {tokens:.12g} and batch is {batch:.12g}; {most}")
+    if not 0 <= answer < tokens:
+        raise BadChoice(f"the answer is {answer} of {tokens} tokens; choose at least 0, and fewer than the context has")
     if device_bytes is not None and not 0 < device_bytes <= 1e18:
         raise BadChoice(f"device memory is {device_bytes / 1e9!r} GB; choose a number over 0")
     opened = model if isinstance(model, Model) else describe_model(model)
-    room, rows = None if device_bytes is None else HEADROOM * device_bytes, []
-    for contestant in contestants:
-        found = predict(opened.shape, contestant.method, tokens=tokens, batch=batch)
-        covered = predicted_coverage(opened.shape, contestant.method)
-        known = found.kv is not None
-        row = {"method": contestant.label, **asdict(found), "total": found.total if known else None}
-        row |= {"fits": None, "largest_context": None, "coverage": covered.shares}
-        if room is not None and known:
-            row["fits"] = found.total <= room
-            row["largest_context"] = _largest_context(opened, contestant.method, room, batch)
-        rows.append(row)
-    asked = {"model": model if isinstance(model, str) else model.name, "context": tokens, "batch": batch}
+    room = None if device_bytes is None else HEADROOM * device_bytes
+    asked = {"model": model if isinstance(model, str) else model.name, "context": tokens, "answer": answer}
     limit = None if opened.context == ENDLESS else opened.context
-    asked |= {"device_memory": device_bytes, "usable_memory": room, "model_context": limit}
-    return asked | {"results": rows}
+    asked |= {"batch": batch, "device_memory": device_bytes, "usable_memory": room, "model_context": limit}
+    rows = [_row(opened, contestant, Use(tokens, answer, batch), room) for contestant in contestants]
+    return asked | {"symbols": SYMBOLS, "results": rows}
 
 
-def _largest_context(model: Model, method: Method, room: float, batch: int) -> int:
+def _row(model: Model, contestant: Contestant, use: Use, room: float | None) -> dict:
+    """What a forecast says of one method."""
+    method, config = contestant.method, model.shape.config.get_text_config()
+    use = replace(use, itemsize=_itemsize(method))
+    weights, scales = weight_formulas(model.shape, method)
+    cache, workspace = worst_moment(config, use)
+    told = {"weights": weights, "scales": scales, "kv": cache, "workspace": workspace}
+    found = Prediction(*(part and part.bytes for part in told.values()))
+    row = {"method": contestant.label, **asdict(found), "total": None if found.kv is None else found.total}
+    row |= {"fits": None, "largest_context": None, "largest_batch": None}
+    if room is not None and found.kv is not None:
+        row["fits"] = found.total <= room
+        row["largest_context"] = _largest_context(model, method, room, use)
+        row["largest_batch"] = largest_batch(model, method, room, tokens=use.tokens, answer=use.answer)
+    formulas = {name: part and {"text": part.text, "symbols": part.symbols} for name, part in told.items()}
+    return row | {"coverage": predicted_coverage(model.shape, method).shares, "formulas": formulas}
+
+
+def _largest_context(model: Model, method: Method, room: float, use: Use) -> int:
     """The most tokens, prompt and answer, that the model reads and with which a method needs at most `room` bytes."""
     config, weights = model.shape.config.get_text_config(), method.predict(model.shape)
 
     def needed(tokens: int) -> int:
-        return _predict(config, method, weights, tokens=tokens, batch=batch).total
+        return _predict(config, weights, replace(use, tokens=tokens)).total
 
     return bisect_right(range(1, model.context + 1), room, key=needed)
 
 
-def largest_batch(model: Model, method: Method, room: float, *, tokens: int) -> int | None:
+def largest_batch(model: Model, method: Method, room: float, *, tokens: int, answer: int = 0) -> int | None:
     """The most sequences of `tokens`, prompt and answer, with which a method needs at most `room` bytes, 0 for none;
     None where what its attention keeps is not known."""
     config, weights = model.shape.config.get_text_config(), method.predict(model.shape)
@@ -117,33 +135,9 @@ def largest_batch(model: Model, method: Method, room: float, *, tokens: int) -> 
         return None
 
     def needed(batch: int) -> int:
-        return _predict(config, method, weights, tokens=tokens, batch=batch).total
+        return _predict(config, weights, Use(tokens, answer, batch, _itemsize(method))).total
 
     return bisect_right(range(1, MOST_TOKENS // tokens), room, key=needed)
-
-
-def kv_bytes(config: PretrainedConfig | PlainConfig, *, tokens: int, batch: int = 1, itemsize: int = 2) -> int | None:
-    """2·batch·G·d_h·itemsize for every token that a layer keeps: keys and values of G key/value heads (GQA: G < heads)
-    of width d_h; with a sliding window of w it keeps w - 1. None where layers keep something else: latents (MLA), the
-    state of a linear attention, one pair for each of several loops, heads that differ from layer to layer."""
-    try:
-        (_, kv_heads, head_dim), kept = heads_of(config), _kept(config, tokens)
-    except (AttributeError, KeyError, RuntimeError):  # what transformers raises for a setting each layer has its own of
-        return None
-    other = any(getattr(config, name, None) for name in ("kv_lora_rank", "n_recurrent_loops", "block_types"))
-    return None if other or kept is None else 2 * batch * kept * kv_heads * head_dim * itemsize
-
-
-def _kept(config: PretrainedConfig | PlainConfig, tokens: int) -> int | None:
-    """The sum over the layers of how many of `tokens` each keeps; None where one keeps no keys and values."""
-    if isinstance(config, PlainConfig):
-        return tokens * config.num_hidden_layers  # the lean loop computes no window
-    from transformers import DynamicCache
-
-    layers = DynamicCache(config=config).layers
-    if {type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
-        return None
-    return sum(min(tokens, layer.sliding_window - 1) if layer.is_sliding else tokens for layer in layers)
 
 
 def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> Plan:
@@ -157,11 +151,3 @@ def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> P
 
 def fit_together(predictions: Sequence[Prediction], free_bytes: int) -> bool:
     return sum(p.total for p in predictions) <= HEADROOM * free_bytes
-
-
-def _workspace(config: PretrainedConfig, *, tokens: int, batch: int, itemsize: int) -> int:
-    hidden, ffn = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
-    wide = max(hidden, getattr(config, "num_attention_heads", 0) * (getattr(config, "head_dim", None) or 0))
-    # Residual and norm; q, k, v, two for their rotation, attention output; gate, up, product, and an int32 sum of two.
-    rows = batch * tokens * itemsize * (2 * hidden + 6 * wide + 3 * ffn + 2 * ffn)
-    return rows + 4 * 2 * batch * config.vocab_size

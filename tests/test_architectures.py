@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from llmq import memory
+from llmq import formulas
 from llmq.engine.hf import HFEngine, cache_name
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError
@@ -160,7 +160,7 @@ def test_keys_and_values_are_forecast_or_unknown(model_type, tokens, folders):
     model = (dense(model_type, folders(model_type)) or {}).get(torch.float32)
     if model is None or not {"cache", "past_key_values"} & {*inspect.signature(type(model).forward).parameters}:
         pytest.skip("not made small by these numbers, or without a cache")
-    forecast = memory.kv_bytes(model.config.get_text_config(), tokens=tokens, itemsize=4)
+    forecast = formulas.kv_bytes(model.config.get_text_config(), tokens=tokens, itemsize=4)
     assert forecast is None if model_type in UNKNOWN else True
     if forecast is not None:
         cache = DynamicCache(config=model.config)
@@ -193,7 +193,7 @@ def test_greedy_tokens_are_those_of_generate(model_type, folders):
 
 @pytest.mark.parametrize("model_type", ["gemma4_text", "mamba", "deepseek_v4"])
 def test_a_setting_of_each_layer_is_not_known(model_type):
-    assert memory.kv_bytes(CONFIGS[model_type]().get_text_config(), tokens=10) is None
+    assert formulas.kv_bytes(CONFIGS[model_type]().get_text_config(), tokens=10) is None
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma", "mixtral", "opt"])

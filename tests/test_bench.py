@@ -16,7 +16,7 @@ from llmq.contestant import Contestant
 from llmq.errors import BadChoice
 from llmq.kernels import backend, reference
 from llmq.machine.door import Machine
-from llmq.memory import kv_bytes
+from llmq.formulas import kv_bytes
 
 COMMON = {"method", "engine", "weight_bytes", "memory_freed", "notes"}
 KEYS = {

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_llama
 from tiny_runs import light
 
-from llmq import memory, telemetry
+from llmq import formulas, memory, telemetry
 from llmq.bench import generate
 from llmq.bench.batch import BatchBench, BatchSide, findings, stretches
 from llmq.cli import main
@@ -51,7 +51,9 @@ def test_every_batch_is_decoded_by_everybody(tiny_folder, capsys):
         assert not row["error"] and row["peak_bytes"] is None and row["memory_freed"]
         assert all(note.startswith(f"batch {row['batch']}: ") for note in row["notes"])
     assert [row["over_fp16"] for row in rows if row["method"] == "fp16"] == [1.0, 1.0]
-    assert rows[3]["predicted_bytes"] - rows[0]["predicted_bytes"] > 2 * memory.kv_bytes(tiny_llama().config, tokens=9)
+    assert rows[3]["predicted_bytes"] - rows[0]["predicted_bytes"] > 2 * formulas.kv_bytes(
+        tiny_llama().config, tokens=9
+    )
     assert result["conditions"]["batch"] == [1, 3] and len(result["findings"]) == 5
 
 
@@ -88,7 +90,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(tiny_folder):
 
 def test_what_will_not_fit_is_not_tried_on_a_cpu(tiny_folder, monkeypatch):
     model = open_model(str(tiny_folder))
-    free = memory.predict(model.shape, METHODS[1].method, tokens=8, batch=3).total * 1.01 / memory.HEADROOM
+    free = memory.predict(model.shape, METHODS[1].method, tokens=8, answer=3, batch=3).total * 1.01 / memory.HEADROOM
     monkeypatch.setattr(telemetry, "free_bytes", lambda device: free)
     result = answer(asked(tiny_folder))
     errors = [row["error"] for row in result["results"]]

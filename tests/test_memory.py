@@ -13,7 +13,7 @@ from tiny_runs import engine_of, light, source_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from llmq import memory
+from llmq import formulas, memory
 from llmq.cli import main
 from llmq.engine.hf import HFEngine, cache_name
 from llmq.machine.door import Machine
@@ -43,7 +43,7 @@ def test_kv_formula_equals_a_real_cache(kv_heads, changes, batch, tokens):
     with torch.inference_mode():
         model(torch.ones(batch, tokens, dtype=torch.long), **{cache_name(model): cache}, use_cache=True)
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert memory.kv_bytes(model.config, tokens=tokens, batch=batch, itemsize=2) == real
+    assert formulas.kv_bytes(model.config, tokens=tokens, batch=batch, itemsize=2) == real
 
 
 def test_grouped_queries_divide_the_cache():
@@ -57,7 +57,7 @@ def test_grouped_queries_divide_the_cache():
             num_attention_heads=shape.num_attention_heads,
             num_key_value_heads=shape.num_key_value_heads,
         )
-        sizes[name] = memory.kv_bytes(config, tokens=1)
+        sizes[name] = formulas.kv_bytes(config, tokens=1)
     assert sizes == {"llama-3.1-8b-instruct": 131_072, "llama-2-7b-chat": 524_288}
 
 

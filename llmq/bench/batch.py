@@ -76,8 +76,9 @@ class BatchBench(GenerateBench):
         """With what it will need. What does not fit is tried on a GPU, which refuses it; a CPU's system would end the
         process."""
         model, method = side.key.model, side.contestant.method
-        found = memory.predict(model.shape, method, tokens=self.positions, batch=side.batch)
-        side.largest = memory.largest_batch(model, method, room, tokens=self.positions)
+        asked = {"tokens": self.positions, "answer": self.new_tokens}
+        found = memory.predict(model.shape, method, **asked, batch=side.batch)
+        side.largest = memory.largest_batch(model, method, room, **asked)
         side.predicted = None if found.kv is None else found.total
         if self.device == "cpu" and found.total > room:
             side.error = f"not tried: it needs about {found.total / 1e9:.2f} GB, and {room / 1e9:.2f} may be used"

@@ -222,7 +222,10 @@ class Bench(Asked):
     def _apart(self, keys: list[Key]) -> str:
         """Why not everybody can be in memory at once, with room for a reading of the bandwidth; '' where all can."""
         free = telemetry.free_bytes(self.device) - bytes_to_read(self.device)
-        wanted = [memory.predict(key.model.shape, key.method, tokens=self.positions) for key in dict.fromkeys(keys)]
+        wanted = [
+            memory.predict(key.model.shape, key.method, tokens=self.positions, loop=key.loop, device=key.device)
+            for key in dict.fromkeys(keys)
+        ]
         reason = memory.plan("interleave", wanted, free).reason if len(wanted) > 1 else ""
         return reason and f"no rounds, and no ratio within one: {reason}"
 

@@ -18,8 +18,9 @@ from llmq import memory
 from llmq.bench.bandwidth import bandwidth_share, read_bandwidth
 from llmq.bench.rounds import spread
 from llmq.bench.setup import Bench, DecodingBench, Setup, Side
-from llmq.engine.base import Engine, capacity_for
+from llmq.engine.base import Engine
 from llmq.engine.sampling import SamplingSettings
+from llmq.formulas import kv_bytes
 from llmq.machine.door import Lease
 from llmq.models.opening import Model
 
@@ -51,7 +52,7 @@ class DecodeBench(DecodingBench):
     def _bytes_per_token(self, engine: Engine, model: Model) -> int | None:
         """Weights, and the keys and values in use halfway through the new tokens."""
         itemsize = 4 if engine.method.dtype == "float32" else 2
-        kv = memory.kv_bytes(model.config, tokens=self.prompt_tokens + self.new_tokens // 2, itemsize=itemsize)
+        kv = kv_bytes(model.config, tokens=self.prompt_tokens + self.new_tokens // 2, itemsize=itemsize)
         return None if kv is None else engine.read_bytes_per_token + kv
 
     def turn(self, lease: Lease, side: Side, setup: Setup, number: int) -> dict:
@@ -117,9 +118,8 @@ class DecodeBench(DecodingBench):
 
 def _predicted_bytes(engine: Engine, setup: Setup) -> int | None:
     """Weights, scales and the cache that the loop allocates for the prompt, from the configuration."""
-    tokens = len(setup.prompt_ids)
-    tokens = capacity_for(tokens + 1, engine.context) if engine.name == "lean" else tokens
-    predicted = memory.predict(setup.model.shape, engine.method, tokens=tokens)
+    tokens = len(setup.prompt_ids) + (engine.name == "lean")  # which makes room for the token it is asked for
+    predicted = memory.predict(setup.model.shape, engine.method, tokens=tokens, loop=engine.name)
     return None if predicted.kv is None else predicted.weights + predicted.scales + predicted.kv
 
 

@@ -168,13 +168,15 @@ class Generation:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the cache now, exact tensor sizes: keys and values, or whatever else a layer keeps of a text."""
+        """Bytes of the cache now: keys and values, or whatever else a layer keeps of a text, with the memory that they
+        are a view of. What a sliding window shows of a long prompt is one."""
         import torch
 
         layers = self._cache.layers if self._cache is not None else ()
         kept = (part for layer in layers for part in vars(layer).values())
         parts = (part for value in kept for part in (value.values() if isinstance(value, dict) else [value]))
-        return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor) and part.ndim)
+        tensors = (part.untyped_storage() for part in parts if isinstance(part, torch.Tensor) and part.ndim)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in tensors}.values())
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
         """Read the whole prompt in one call and sample token 0; its seconds are the time to first token.

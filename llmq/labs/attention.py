@@ -20,9 +20,10 @@ from llmq.fields import Choice, Number
 from llmq.figures.blocks import Drawing
 from llmq.figures.lengths import Curve, lengths_figure, power_of
 from llmq.formatting import MISSING, format_bytes, format_seconds, shown_spread
+from llmq.formulas import kv_bytes
 from llmq.labs.rows import RowAnswer, Rows, TableLab
 from llmq.machine.door import Lease
-from llmq.memory import HEADROOM, kv_bytes
+from llmq.memory import HEADROOM
 from llmq.models.config import heads_of
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from llmq.fields import Number
 from llmq.figures.blocks import Drawing
 from llmq.figures.lengths import Curve, lengths_figure
 from llmq.formatting import format_bytes, format_number, format_seconds, shown_spread
+from llmq.formulas import kv_bytes
 from llmq.labs.rows import BASELINE, RowAnswer, Rows, TableLab
 from llmq.machine.door import Lease
-from llmq.memory import kv_bytes
 from llmq.models.config import heads_of
 from llmq.models.reference_text import reference_text
 

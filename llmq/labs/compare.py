@@ -17,7 +17,7 @@ from typing import Annotated
 
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
-from llmq.engine.base import Engine, Generation, Interrupted, Token, capacity_for, tokens_of
+from llmq.engine.base import Engine, Generation, Interrupted, Token, tokens_of
 from llmq.engine.choice import ENGINES, choose_engines
 from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
@@ -151,12 +151,13 @@ class _Race:
         comparison = self.comparison
         self.prompt_ids = model.encode(comparison.prompt)
         tokens = min(model.context, len(self.prompt_ids) + comparison.sampling.max_new_tokens)
+        answer = tokens - len(self.prompt_ids)
         methods = [contestant.method for contestant in comparison.contestants]
         loops = choose_engines(comparison.engine, methods, model.config.to_dict(), comparison.device)
         for contestant, loop in zip(comparison.contestants, loops, strict=True):
-            room = capacity_for(tokens, model.context) if loop == "lean" else tokens
-            prediction = memory.predict(model.shape, contestant.method, tokens=room)
-            self.lanes.append(_Lane(contestant, Key.of(model, contestant.method, comparison.device, loop), prediction))
+            key, asked = Key.of(model, contestant.method, comparison.device, loop), {"tokens": tokens, "answer": answer}
+            prediction = memory.predict(model.shape, key.method, **asked, loop=loop, device=comparison.device)
+            self.lanes.append(_Lane(contestant, key, prediction))
         plan = self._make_room()
         yield Planned(
             schedule=plan.schedule,

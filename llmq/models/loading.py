@@ -36,6 +36,7 @@ GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transfo
 class Source:
     """Where a model comes from. `kind`: 'demo', 'hub', 'folder' or 'random' (a preset's shape, no checkpoint).
     `edit`: what is done to its weights on their way (`edits`). `revision`: of a hub's repository, None for its main.
+    `window`: tokens that the attention of a random shape sees, as Mistral's; None for all.
     `fetching`: what may come from there, which says nothing about the model."""
 
     name: str
@@ -43,6 +44,7 @@ class Source:
     location: str
     edit: Edit | None = None
     revision: str | None = None
+    window: int | None = None
     fetching: hub.Fetching = field(default=hub.ANYTHING, compare=False, repr=False)
 
 
@@ -114,12 +116,13 @@ def load_config(source: Source) -> PretrainedConfig | PlainConfig:
 
 def transformers_config(source: Source) -> PretrainedConfig:
     """Return the configuration that transformers makes models from. Raises ModelUnavailable as `load_config`."""
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, MistralConfig
 
     if source.kind == "random":
         shape = asdict(PRESETS[source.location].shape)
         rope = {"rope_theta": shape.pop("rope_theta"), **(shape.pop("rope_scaling") or {"rope_type": "default"})}
-        return LlamaConfig(**shape, rope_parameters=rope, dtype="float16", borrowed_tokenizer=True)
+        kind, windowed = (MistralConfig, {"sliding_window": source.window}) if source.window else (LlamaConfig, {})
+        return kind(**shape, **windowed, rope_parameters=rope, dtype="float16", borrowed_tokenizer=True)
     return config_in(folder_of(source), source)
 
 
