@@ -176,12 +176,12 @@ def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
 
 def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", choices=["decode", "prefill", "load", "peers", "hooks", "transformers", "stages", "batch"]
+        "what", choices=["decode", "prefill", "load", "peers", "hooks", "transformers", "stages", "batch", "memory"]
     )
     _add(parser, *MODEL, "--methods", "--engine", "--random-weights")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=argparse.SUPPRESS, help="rounds (default: 5; memory: 1)")
     parser.add_argument("--busy", action="store_true", help="peers: while another process takes a core")
     parser.add_argument("--modes", default=argparse.SUPPRESS, help="transformers, batch: eager, compiled")
     parser.add_argument("--batches", default="1,2,4,8,16,32,64", help="batch: sequences decoded together")
@@ -189,6 +189,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", default="1,2,4,8,16,32,64", help="stages: how many tokens a call has")
     parser.add_argument("--outliers", type=int, default=4, help="stages: columns of outliers in half of the cases")
     parser.add_argument("--layers", type=int, default=8, help="stages: different layers that are called in turn")
+    parser.add_argument("--window", type=int, default=0, help="memory: tokens of a sliding window, of random weights")
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
 
 

@@ -86,6 +86,11 @@ def format_share(share: float | None) -> str:
     return f"{share:.0%}" if share == 0 or share >= 0.1 else f"{100 * share:.2g} %".replace(" %", "%")
 
 
+def format_change(change: float) -> str:
+    """How far one figure lies from another: '+1.4 %'."""
+    return f"{100 * change:+.1f} %"
+
+
 def shown_coverage(shares: Mapping[str, float]) -> str:
     """Which share of a model a method stores in 8 bit, in words; '' where nothing is, or nothing is known."""
     if not shares.get("all"):

@@ -214,10 +214,19 @@ class _MallInfo(ctypes.Structure):
 
 def _live_heap_bytes() -> int:
     """Bytes in blocks handed out by malloc, heap and mapped; 0 where the C library does not say (not glibc >= 2.33)."""
+    found = _mallinfo()
+    return found.uordblks + found.hblkhd
+
+
+def spare_heap_bytes() -> int:
+    """Bytes in free blocks that malloc keeps for itself; 0 where the C library does not say."""
+    return _mallinfo().fordblks
+
+
+def _mallinfo() -> _MallInfo:
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError, TypeError):
-        return 0
+        return _MallInfo()
     mallinfo.restype = _MallInfo
-    found = mallinfo()
-    return found.uordblks + found.hblkhd
+    return mallinfo()

@@ -14,9 +14,9 @@ from llmq.bench.speed import PrefillBench
 from llmq.cli import main
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
+from llmq.formulas import kv_bytes
 from llmq.kernels import backend, reference
 from llmq.machine.door import Machine
-from llmq.formulas import kv_bytes
 
 COMMON = {"method", "engine", "weight_bytes", "memory_freed", "notes"}
 KEYS = {

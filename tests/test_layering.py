@@ -21,7 +21,7 @@ FLOORS = [
     "llmq.events llmq.kernels llmq.stored",
     "llmq.methods llmq.telemetry",
     "llmq.contestant llmq.models llmq.transformers",
-    "llmq.convert llmq.engine llmq.environment llmq.parting",
+    "llmq.convert llmq.engine llmq.environment llmq.levels llmq.parting",
     "llmq.formulas",
     "llmq.memory",
     "llmq.inspect llmq.machine",

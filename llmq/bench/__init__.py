@@ -8,9 +8,11 @@ def bench_named(kind: str) -> type:
     from llmq.bench.batch import BatchBench
     from llmq.bench.generate import GenerateBench
     from llmq.bench.hooks import HooksBench
+    from llmq.bench.ledger import LedgerBench
     from llmq.bench.peers import PeersBench
     from llmq.bench.speed import DecodeBench, LoadBench, PrefillBench
     from llmq.bench.stages import StagesBench
 
     benches = (DecodeBench, PrefillBench, LoadBench, PeersBench, HooksBench, GenerateBench, StagesBench, BatchBench)
+    benches += (LedgerBench,)
     return {bench.kind: bench for bench in benches}[kind]

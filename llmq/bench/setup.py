@@ -205,11 +205,15 @@ class Bench(Asked):
         """Tokens that prompt and answer need together."""
         return self.prompt_tokens + 1
 
+    def opened(self, lease: Lease) -> Generator[Event, None, Model]:
+        """The model that is measured."""
+        return (yield from lease.open(self.model, random_weights=self.random_weights))
+
     def prepare(self, lease: Lease) -> Generator[Event, None, Setup]:
         """Make the model ready, free what was loaded before, and choose the loops: each takes the best it has, also
         where there are two, and is labelled with it. Raises BadChoice for more tokens than the model reads.
         """
-        model = yield from lease.open(self.model, random_weights=self.random_weights)
+        model = yield from self.opened(lease)
         if self.positions > model.context:
             needed = f"prompt and answer are {self.positions:,} tokens"
             raise BadChoice(f"{needed} and {self.model} reads {model.context:,}; choose fewer")

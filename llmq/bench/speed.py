@@ -82,7 +82,7 @@ class DecodeBench(DecodingBench):
 
         A CPU has no allocator to ask."""
         taken = [self._generation_bytes(lease, side, setup) for side in sides]
-        workspace = _free_library_workspace(self.device)
+        workspace = free_library_workspace(self.device)
         super().end(lease, setup, sides)
         for side, bytes_taken in zip(sides, taken, strict=True):
             held = None if bytes_taken is None else side.freed.freed_bytes + bytes_taken
@@ -123,7 +123,7 @@ def _predicted_bytes(engine: Engine, setup: Setup) -> int | None:
     return None if predicted.kv is None else predicted.weights + predicted.scales + predicted.kv
 
 
-def _free_library_workspace(device: str) -> int | None:
+def free_library_workspace(device: str) -> int | None:
     """Bytes of scratch that cuBLAS kept inside torch's allocator (about 32 MB a process, whatever the model), freed.
     Nothing may compute afterwards that was captured before."""
     if not device.startswith("cuda"):

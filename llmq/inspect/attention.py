@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
-from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmq.engine.timing import timer_for
 from llmq.errors import first_line, is_allocation_failure
+from llmq.levels import highest_level
 
 CHECKED = 256  # tokens whose result is compared
 TURN_SECONDS = 0.01  # a turn lasts as long at least: one call of a fast kernel is shorter than its launch
@@ -184,23 +183,10 @@ def peak_bytes(kernel: Kernel, inputs: Inputs, device: str) -> int:
     """The most that the allocator holds during one call beyond the inputs: what is on the way, and the result."""
     with kernel.chosen():
         if not device.startswith("cuda"):
-            return _highest_level(partial(kernel.attend, inputs))
+            return highest_level(partial(kernel.attend, inputs))
         with (timer := timer_for(device)):
             kernel.attend(inputs)
         return timer.growth_bytes
-
-
-def _highest_level(call: Callable) -> int:
-    """The highest level of the CPU's allocator during a call, above where it began. `torch.profiler` would tell too,
-    but its library starts in the main thread only, and in seconds."""
-    kind = (ProfilerState.CPU, False, True, False, False, False)  # of what is recorded: memory, and nothing else
-    _enable_profiler_legacy(ProfilerConfig(*kind, torch._C._profiler._ExperimentalConfig()))
-    try:
-        call()
-    finally:
-        threads = _disable_profiler_legacy()
-    sizes = [e.cpu_memory_usage() for events in threads for e in events if e.kind() == "memory_alloc"]
-    return max(accumulate(sizes), default=0)
 
 
 def calls_in_a_turn(kernel: Kernel, inputs: Inputs, device: str) -> int:
