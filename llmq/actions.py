@@ -155,7 +155,7 @@ def run_memory(options) -> int:
     from llmq.memory import forecast
 
     room = None if options.device_memory is None else device_bytes(options.device_memory)
-    asked = {"tokens": options.context, "batch": options.batch, "device_bytes": room}
+    asked = {"tokens": options.context, "answer": options.new_tokens, "batch": options.batch, "device_bytes": room}
     result = forecast(options.model, _contestants(options), **asked)
     return _print(options, result, memory_lines(result))
 

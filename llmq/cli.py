@@ -211,6 +211,12 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
 
 
 def _memory(parser: argparse.ArgumentParser) -> None:
+    _fit(parser)
+    told = "of the context, tokens that are written and not read in one call (default: 0, which needs most)"
+    parser.add_argument("--new-tokens", type=int, default=0, help=told)
+
+
+def _fit(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--model", "--methods")
     parser.add_argument("--threshold", type=float, default=6.0, help=argparse.SUPPRESS)
     parser.add_argument("--context", type=int, default=2048, help="tokens, prompt and answer (default: 2048)")
@@ -223,7 +229,7 @@ def _memory(parser: argparse.ArgumentParser) -> None:
 
 
 def _advise(parser: argparse.ArgumentParser) -> None:
-    _memory(parser)
+    _fit(parser)
     parser.set_defaults(methods="fp16,llm-int8,int8-weight-only,bnb-int8,nf4", save=None)
     parser.add_argument("--measure", action="store_true", help="measure the speed of what fits, here and now")
     _add(parser, "--device", "--html")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Planned, Progress, Waiting
 from llmq.figures.blocks import Block, Markup, Table, Texts, Verbatim
+from llmq.formatting import format_bytes
 
 
 def progress_line(event: Event | Progress) -> str:
@@ -71,17 +72,38 @@ def _aligned(table: Table) -> Iterator[str]:
         yield "  ".join(f"{cell[:width]:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
+PARTS = {"weights": "weights", "scales": "scales", "kv": "KV cache", "workspace": "workspace", "total": "total"}
+
+
 def memory_lines(result: dict) -> Iterator[str]:
-    """The forecast as a table in GB (1e9 bytes)."""
-    yield f"{result['model']}, {result['context']:,} tokens, batch {result['batch']}; GB"
-    names = ("weights", "scales", "kv", "workspace", "total")
-    yield f"  {'method':<14}" + "".join(f"{name:>11}" for name in names)
+    """The forecast as a table, then its formulas with the numbers of their symbols."""
+    written = f" ({result['answer']:,} of them written)" if result["answer"] else ""
+    yield f"{result['model']}, {result['context']:,} tokens{written}, batch {result['batch']}"
+    yield f"  {'method':<14}" + "".join(f"{name:>11}" for name in PARTS.values())
     for row in result["results"]:
         fits = {None: "", True: "  fits", False: "  does not fit"}[row["fits"]]
-        fits += f"; at most {row['largest_context']:,} tokens do" if row["largest_context"] else ""
-        cells = ("not known" if row[name] is None else f"{row[name] / 1e9:.3f}" for name in names)
+        if row["largest_context"]:
+            fits += f"; at most {row['largest_context']:,} tokens do, or a batch of {row['largest_batch']:,}"
+        cells = ("not known" if row[name] is None else format_bytes(row[name]) for name in PARTS)
         yield f"  {row['method']:<14}" + "".join(f"{cell:>11}" for cell in cells) + fits
     if device := result["device_memory"]:
         usable = result["usable_memory"]
         size = f"{device / 1e9:.4g} GB ({device / 2**30:.4g} GiB)"
         yield f"To fit is to need at most {usable / device:.0%} of {size}, {usable / 1e9:.3f} GB."
+    yield from _formula_lines(result)
+
+
+def _formula_lines(result: dict) -> Iterator[str]:
+    """Every formula once, with the methods that it holds for, and what its symbols are."""
+    methods: dict[str, list[str]] = {}
+    for row in result["results"]:
+        for name, formula in row["formulas"].items():
+            if formula and formula["symbols"]:
+                numbers = ", ".join(f"{symbol} = {value:,.10g}" for symbol, value in formula["symbols"].items())
+                line = f"  {PARTS[name]} = {formula['text']} with {numbers}"
+                methods.setdefault(line, []).append(row["method"])
+    everybody = len(result["results"])
+    yield from (line + ("" if len(own) == everybody else f" ({', '.join(own)})") for line, own in methods.items())
+    formulas = [formula for row in result["results"] for formula in row["formulas"].values() if formula]
+    used = {symbol for formula in formulas for symbol in formula["symbols"]}
+    yield "  " + "; ".join(f"{symbol}: {told}" for symbol, told in result["symbols"].items() if symbol in used)

@@ -1,9 +1,9 @@
 """README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
-or 'headline', 'quality', 'lean', 'load', 'prompts' or 'peers', which join several of them; 'methods' is their
-explanations. What `--check` finds wrong beside tables out of date, and how a figure in the text is held to a stored
-result, is told in `checks`.
+or 'headline', 'quality', 'lean', 'load', 'prompts', 'peers', 'cpu-ledger' or 'gpu-ledger', which join several of them;
+'methods' is their explanations. What `--check` finds wrong beside tables out of date, and how a figure in the text is
+held to a stored result, is told in `checks`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmq.bench import batch_tables, checks, shown, speed_tables
+from llmq.bench.ledger_tables import ledger_table
 from llmq.labs import lab_classes
 from llmq.labs.quality import FLOOR, shown_change, shown_margin
 from llmq.methods import METHODS
@@ -69,6 +70,7 @@ def table(name: str) -> str:
         "stages": batch_tables.stages_table,
         "batch": batch_tables.batch_table,
         "quality": _quality_table,
+        "memory": ledger_table,
     }
     return (kinds.get(kind) or (_lab_table if kind in lab_classes() else speed_tables.decode_table))(results[0])
 
@@ -102,6 +104,10 @@ def _qualities_of_many_windows() -> list[str]:
     return [name for name in _qualities() if stored(name)["conditions"]["windows"] >= HEADLINE_WINDOWS]
 
 
+def _ledgers(device: str) -> list[str]:
+    return sorted(path.stem for path in RESULTS.glob(f"{device}-memory*.json"))
+
+
 _JOINED = {  # how each is drawn, and from which results
     "headline": (lambda *results: _headline_table(*results), _qualities_of_many_windows),
     "quality": (lambda *results: _quality_table(*results), _qualities),
@@ -109,6 +115,8 @@ _JOINED = {  # how each is drawn, and from which results
     "lean": (speed_tables.lean_table, ("gpu-7b-lean", "gpu-7b-lean-2000", "gpu-7b-prefill")),
     "load": (speed_tables.load_table, [f"gpu-7b-load-{name}" for name in ("cold", "warm", "file", "int8")]),
     "peers": (speed_tables.peers_table, ("cpu-peers", "cpu-peers-busy")),
+    "cpu-ledger": (ledger_table, lambda: _ledgers("cpu")),
+    "gpu-ledger": (ledger_table, lambda: _ledgers("gpu")),
     "prompts": (speed_tables.prompts_table, [f"gpu-7b-prefill-{length}" for length in (64, 300, 512)]),
 }
 

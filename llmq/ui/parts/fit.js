@@ -23,7 +23,7 @@ const fitRow = (row) => {
   return node("tr", { role: "row", "data-fits": kind, "data-method": row.method }, head,
     node("td", { role: "cell", class: "llmq-fit-scale" }, bar),
     ...CELLS.map(([key, label, colour]) => cell(row.figures[key], label, colour)),
-    cell(row.largest, "Longest context", ""));
+    cell(row.largest, "Longest context", ""), cell(row.batch, "Largest batch", ""));
 };
 
 const draw = () => {

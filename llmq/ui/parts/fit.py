@@ -24,6 +24,7 @@ TEMPLATE = f"""
       <th role="columnheader" scope="col">Total</th>
       <th role="columnheader" scope="col">Free left</th>
       <th role="columnheader" scope="col">Longest context</th>
+      <th role="columnheader" scope="col">Largest batch</th>
     </tr></thead>
     <tbody role="rowgroup" data-part="rows"></tbody>
   </table>

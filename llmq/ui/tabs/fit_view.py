@@ -112,6 +112,7 @@ def _row(same: Sequence[Mapping], device: float) -> dict:
         "bytes": [sizes[part] or 0 for part in PARTS],
         "figures": {name: _known(size) for name, size in sizes.items()} | {"left": left},
         "largest": "not known" if row["largest_context"] is None else _tokens(row["largest_context"]),
+        "batch": "not known" if row["largest_batch"] is None else format_count(row["largest_batch"]),
     }
 
 
