@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
-from llmq.telemetry import MemoryReader, spare_heap_bytes
+from llmq.telemetry import MemoryReader
 
 NVML_PROCESS, NVML_DEVICE, RESERVED = "NVML, this process", "NVML, the whole device", "torch's reserved memory"
 RESIDENT = "the process's resident size"
@@ -15,18 +15,17 @@ RESIDENT = "the process's resident size"
 @dataclass(frozen=True)
 class Level:
     """Bytes on a device. `process`: by what `counted` names; `allocated` and `reserved`: by torch's CUDA allocator, 0
-    on a CPU; `spare`: free blocks that the CPU's heap keeps, 0 on a GPU."""
+    on a CPU."""
 
     process: int
     counted: str
     allocated: int = 0
     reserved: int = 0
-    spare: int = 0
 
     @classmethod
     def of(cls, device: str) -> Level:
         if not device.startswith("cuda"):
-            return cls(*process_of(MemoryReader(device)(), device), spare=spare_heap_bytes())
+            return cls(*process_of(MemoryReader(device)(), device))
         import torch
 
         torch.cuda.synchronize(device)

@@ -84,13 +84,20 @@ def memory_lines(result: dict) -> Iterator[str]:
         fits = {None: "", True: "  fits", False: "  does not fit"}[row["fits"]]
         if row["largest_context"]:
             fits += f"; at most {row['largest_context']:,} tokens do, or a batch of {row['largest_batch']:,}"
-        cells = ("not known" if row[name] is None else format_bytes(row[name]) for name in PARTS)
+        cells = (_forecast_bytes(row[name]) for name in PARTS)
         yield f"  {row['method']:<14}" + "".join(f"{cell:>11}" for cell in cells) + fits
     if device := result["device_memory"]:
         usable = result["usable_memory"]
         size = f"{device / 1e9:.4g} GB ({device / 2**30:.4g} GiB)"
         yield f"To fit is to need at most {usable / device:.0%} of {size}, {usable / 1e9:.3f} GB."
     yield from _formula_lines(result)
+
+
+def _forecast_bytes(size: int | None) -> str:
+    """With the digits by which methods differ."""
+    if size is None:
+        return "not known"
+    return f"{size / 1e9:.3f} GB" if size >= 1e9 else format_bytes(size)
 
 
 def _formula_lines(result: dict) -> Iterator[str]:

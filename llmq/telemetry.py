@@ -214,19 +214,10 @@ class _MallInfo(ctypes.Structure):
 
 def _live_heap_bytes() -> int:
     """Bytes in blocks handed out by malloc, heap and mapped; 0 where the C library does not say (not glibc >= 2.33)."""
-    found = _mallinfo()
-    return found.uordblks + found.hblkhd
-
-
-def spare_heap_bytes() -> int:
-    """Bytes in free blocks that malloc keeps for itself; 0 where the C library does not say."""
-    return _mallinfo().fordblks
-
-
-def _mallinfo() -> _MallInfo:
     try:
         mallinfo = ctypes.CDLL(None).mallinfo2
     except (AttributeError, OSError, TypeError):
-        return _MallInfo()
+        return 0
     mallinfo.restype = _MallInfo
-    return mallinfo()
+    found = mallinfo()
+    return found.uordblks + found.hblkhd

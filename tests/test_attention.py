@@ -20,7 +20,6 @@ from llmq.inspect.attention import (
     Heads,
     Inputs,
     Kernel,
-    _highest_level,
     exact,
     kernels,
     peak_bytes,
@@ -29,6 +28,7 @@ from llmq.inspect.attention import (
 )
 from llmq.labs import load_answer, save_answer
 from llmq.labs.attention import Attention
+from llmq.levels import highest_level
 from llmq.machine.door import Machine
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.lab_tab import LabTab
@@ -117,8 +117,8 @@ def test_a_kernel_that_looks_ahead_is_told(folder, monkeypatch, tmp_path):
 
 def test_memory_on_the_way_counts_and_what_is_there_before_does_not():
     there = torch.ones(1000)
-    assert _highest_level(lambda: there.add_(1)) < 100
-    assert _highest_level(lambda: (torch.ones(250_000) + 1).sum()) == pytest.approx(2_000_000, abs=1000)
+    assert highest_level(lambda: there.add_(1)) < 100
+    assert highest_level(lambda: (torch.ones(250_000) + 1).sum()) == pytest.approx(2_000_000, abs=1000)
     inputs = Inputs.random(HEADS, 64, torch.float32, "cpu")
     with pytest.raises(RuntimeError):
         peak_bytes(Kernel("wrong", lambda inputs: inputs.q @ inputs.q), inputs, "cpu")

@@ -107,7 +107,6 @@ class LedgerBench(DecodingBench):
             "activation_bytes": most.activations,
             "library_bytes": free_library_workspace(self.device),
             "reserved_bytes": after.reserved - before.reserved,
-            "spare_bytes": after.spare - before.spare,
         }
 
     def _start(self, engine: Engine, setup: Setup) -> Generation:
@@ -139,11 +138,11 @@ class LedgerBench(DecodingBench):
         turns = sorted(side.turns, key=lambda turn: turn["process_bytes"])
         found, told = turns[len(turns) // 2], side.known
         known = found["weight_bytes"] + found["kv_bytes"] + found["activation_bytes"] + (found["library_bytes"] or 0)
-        slack = max(0, found["spare_bytes"] if self.device == "cpu" else found["reserved_bytes"] - known)
+        slack = max(0, found["reserved_bytes"] - known) if found["reserved_bytes"] else None  # a CPU has no allocator
         predicted = told["predicted_weight_bytes"] + told["predicted_kv_bytes"]
         return found | {
             "slack_bytes": slack,
-            "unexplained_bytes": found["process_bytes"] - known - slack,
+            "unexplained_bytes": found["process_bytes"] - known - (slack or 0),
             "weights_kv_error": predicted / (found["weight_bytes"] + found["kv_bytes"]) - 1,
             "error": told["predicted_bytes"] / found["process_bytes"] - 1,
             "memory_freed": all(side.of("memory_freed")),
