@@ -92,9 +92,9 @@ class LedgerBench(DecodingBench):
         reclaim(self.device)  # what loading needed besides
         loaded = Level.of(self.device)
         with telemetry.Sampler(self.device, hz=WATCHED_HZ) as sampler, closing(self._start(engine, setup)) as written:
-            moments = self._written(written)
+            moments, peaks = self._written(written, sampler)
             after = Level.of(self.device)
-        peak = max(after.process, *(process_of(vars(sample), self.device)[0] for sample in sampler.drain()))
+        peak = max(after.process, *peaks)
         if self.device == "cpu" and engine.name == "hf":
             moments = list(self._watched(engine, setup))
         most = max(moments, key=lambda moment: moment.kv + moment.activations)
@@ -112,14 +112,18 @@ class LedgerBench(DecodingBench):
     def _start(self, engine: Engine, setup: Setup) -> Generation:
         return engine.start(setup.prompt_ids, SamplingSettings(max_new_tokens=self.new_tokens))
 
-    def _written(self, generation: Generation) -> list[Moment]:
-        """Read the prompt and write; what a GPU's allocator tells of it."""
+    def _written(self, generation: Generation, sampler: telemetry.Sampler) -> tuple[list[Moment], list[int]]:
+        """Read the prompt and write; what a GPU's allocator tells of it, and the process's highest in every call."""
         generation.prefill()
-        read = Moment(generation.kv_bytes, generation.workspace_bytes)
+        read, peaks = Moment(generation.kv_bytes, generation.workspace_bytes), [self._peak(sampler)]
         for _ in range(self.new_tokens - 1):
             generation.step()
+            peaks.append(self._peak(sampler))
         kv = generation.kv_bytes
-        return [read, Moment(kv, max(0, generation.peak_bytes - kv))]
+        return [read, Moment(kv, max(0, generation.peak_bytes - kv))], peaks
+
+    def _peak(self, sampler: telemetry.Sampler) -> int:
+        return max((process_of(vars(sample), self.device)[0] for sample in sampler.drain()), default=0)
 
     def _watched(self, engine: Engine, setup: Setup) -> Iterator[Moment]:
         """The same once more under the eyes of the CPU's allocator, whose notes take memory themselves."""
