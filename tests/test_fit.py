@@ -69,6 +69,7 @@ def test_the_page_says_what_the_command_line_says(context, batch, capsys):
         assert figures.keys() < mine["figures"].keys()
         assert {name: mine["figures"][name] for name in figures} == {n: format_bytes(v) for n, v in figures.items()}
         assert mine["fits"] == row["fits"] and mine["largest"] == f"{row['largest_context']:,} tokens"
+        assert mine["batch"] == f"{row['largest_batch']:,}" and row["largest_batch"] >= batch * row["fits"]
     assert len(shown["rows"]) == 4, "methods that weigh the same share a row"
 
 

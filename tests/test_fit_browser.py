@@ -43,7 +43,7 @@ def test_a_link_opens_the_answer_and_the_answer_its_link(page, address, browser)
     assert rows.count() == len(wanted["rows"]) == 4
     for row, shown in zip(wanted["rows"], rows.all(), strict=True):
         said = shown.inner_text()
-        assert all(figure in said for figure in (*row["figures"].values(), row["largest"], row["method"]))
+        assert all(figure in said for figure in (*row["figures"].values(), row["largest"], row["batch"], row["method"]))
         assert ("✓ fits" if row["fits"] else "✕ does not fit") in said
     page.wait_for_function("/batch=2/.test(document.querySelector('#fit-link textarea, #fit-link input').value)")
     other = new_tab(browser)

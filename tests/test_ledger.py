@@ -14,6 +14,7 @@ from tiny_runs import key_of, light, run_cli
 from llmq import levels
 from llmq.bench import tables
 from llmq.bench.ledger import BOUNDS, LINES, LedgerBench, finding, unused_file_bytes
+from llmq.bench.ledger_tables import ledger_table
 from llmq.bench.setup import Side
 from llmq.contestant import Contestant
 from llmq.engine.loading import Key, load_engine
@@ -212,6 +213,23 @@ def test_the_command_tells_each_formula_with_its_numbers(tiny_folder, capsys):
     assert "  KV cache = 2·B·L·n·G·d·p with B = 1, L = 2, n = 30, G = 2, d = 8, p = 2" in out
     assert any("(bnb-int8)" in line for line in out) and "B: sequences at once" in out[-1] and "w: " not in out[-1]
     assert " kB " in out[2] and "0.00" not in out[2], "what is small has a unit that shows it"
+
+
+def test_the_table_has_predicted_beside_measured():
+    sizes = {"predicted_weight_bytes": 1000, "weight_bytes": 1010, "predicted_kv_bytes": 100, "kv_bytes": 90}
+    sizes |= {"predicted_activation_bytes": 50, "activation_bytes": 40, "predicted_bytes": 1150, "process_bytes": 1400}
+    sizes |= {"library_bytes": None, "slack_bytes": 128, "unexplained_bytes": 132, "base_bytes": 5000, "file_bytes": 70}
+    row = {"method": "fp16", "engine": "hf", "weights_kv_error": 0.0, "error": -0.179} | sizes
+    conditions = {"device_name": "Abacus", "random_weights": True, "prompt_tokens": 64, "new_tokens": 8, "repeats": 1}
+    conditions |= {"window": 32, "counted": levels.RESIDENT, "date": "2026-11-26T09:30", "commit": "0123456789ab"}
+    conditions |= {"versions": {"torch": "2.1", "transformers": "5.1", "bitsandbytes": "0.5"}}
+    _, _, line, _, caption = ledger_table({"model": "m", "conditions": conditions, "results": [row]}).splitlines()
+    assert line == (
+        "| m (random weights), a window of 32 tokens | `fp16` | hf | 1.00 kB / 1.01 kB | 100 B / 90 B | 50 B / 40 B | – "
+        "| 128 B | 132 B | 1.15 kB / 1.40 kB | +0.0 % | -17.9 % |"
+    )
+    said = f"Abacus, 64 prompt tokens, 8 new tokens, 1 counted round; in all by {levels.RESIDENT};"
+    assert f"{said} 5.00 kB of it was there before, less up to 70 B of a mapped file that no weight lies in" in caption
 
 
 STORED = [path for path in sorted(tables.RESULTS.glob("*-memory*.json"))]

@@ -50,6 +50,6 @@ def _measured(result: dict) -> str:
     mapped = f", less up to {format_bytes(files)} of a mapped file that no weight lies in" if files else ""
     rounds = f"{c['repeats']} counted round{'' if c['repeats'] == 1 else 's'}"
     return (
-        f"{_shape(result)}: {c['device_name']}, {length(c)}, {rounds}; in all by {c['counted']}, of which "
-        f"{before} was there before{mapped}; {origin(c)}."
+        f"{_shape(result)}: {c['device_name']}, {length(c)}, {rounds}; in all by {c['counted']}; "
+        f"{before} of it was there before{mapped}; {origin(c)}."
     )
