@@ -71,7 +71,7 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
     "silencing": {**WINDOWS, "prompt": "", "counts": "1,2,4,8", "draws": 3, **WHERE},
     "thresholds": {**WINDOWS, "method": "llm-int8", "thresholds": "0,2,4,6,8,inf", **WHERE},
     "memory": {
-        "model": "demo", "methods": "fp16,bnb-int8", "threshold": 6.0, "context": 2048, "batch": 1,
+        "model": "demo", "methods": "fp16,bnb-int8", "threshold": 6.0, "context": 2048, "new_tokens": 0, "batch": 1,
         "device_memory": None,
     },
     "models": {},

@@ -117,18 +117,20 @@ class Api:
 
     def memory(
         self, owner: str, model: str = "demo", methods: str = "fp16,bnb-int8", threshold: float = 6.0,
-        context: int = 2048, batch: int = 1, device_memory: str | float | None = None,
+        context: int = 2048, new_tokens: int = 0, batch: int = 1, device_memory: str | float | None = None,
     ) -> dict:  # fmt: skip
         """Predict the bytes that each method needs, before anything is loaded, and whether they fit.
 
         Args:
             context: tokens, prompt and answer
+            new_tokens: those of them that are written and not read in one call
             batch: how many prompts at once
             device_memory: what they are to fit into: GB (1e9 bytes), an amount such as 16GiB, a card such as rtx-4080
         """
         room = None if device_memory is None else device_bytes(str(device_memory))
         opened = self.state.access.describe_model(model)
-        return forecast(opened, _contestants(methods, threshold), tokens=context, batch=batch, device_bytes=room)
+        asked = {"tokens": context, "answer": new_tokens, "batch": batch, "device_bytes": room}
+        return forecast(opened, _contestants(methods, threshold), **asked)
 
     def models(self, owner: str) -> dict:
         """List the models that have names, and the methods."""
