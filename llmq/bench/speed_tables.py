@@ -166,6 +166,25 @@ def peers_table(quiet: dict, busy: dict) -> str:
     return drawn(rows, note, quiet, busy)
 
 
+def others_table(result: dict) -> str:
+    """Loops that others made beside ours on one card."""
+    rows = ["| system | decode, tok/s | weights | compiles for | what it computes |", "|---|---:|---:|---:|---|"]
+    for row in result["results"]:
+        low, high = (row.get(f"tokens_per_second_{end}") for end in ("min", "max"))
+        cells = [
+            row["method"],
+            f"{row['tokens_per_second']:.1f}" + (f" ({low:.1f}–{high:.1f})" if low else ""),
+            format_bytes(row["weight_bytes"]),
+            f"{row['compile_seconds']} s" if row["compile_seconds"] else "",
+            row["about"] + "; another start of the machine" * (row["start"] > 1),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    c = result["conditions"]
+    versions = ", ".join(f"{name} {version}" for name, version in c["versions"].items())
+    note = f"{c['device_name']}, {result['model']} ({weights(c)}); batch {c['batch']}, {length(c)}; {versions}; "
+    return drawn(rows, f"{note}{days(result)}{commit(c)}; {c['how']}.", result)
+
+
 def hooks_table(result: dict) -> str:
     """What watching a model costs it."""
     rows = ["| method | prefill, watched over not | decode, watched over not | held afterwards |"]
