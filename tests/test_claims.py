@@ -71,7 +71,9 @@ def test_every_claim_has_its_command():
     assert all(not lines or "$ " not in "".join(lines) for _, lines in CHECKS)
 
 
-@pytest.mark.parametrize("out", [[], ["fp16 13.4 0.0"], ["fp16  13.477 0.000 1.074 and"], ["x fp16 13.477 0.000 1.074"]])
+@pytest.mark.parametrize(
+    "out", [[], ["fp16 13.4 0.0"], ["fp16  13.477 0.000 1.074 and"], ["x fp16 13.477 0.000 1.074"]]
+)
 def test_another_number_is_not_what_is_said(out):
     assert not stands("fp16 13.477 0.000 1.074", out)
     assert stands("fp16 13.477 … 1.074 …", ["  fp16     13.477   0.000  1.074   0.360  14.910"])
