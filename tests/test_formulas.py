@@ -24,6 +24,7 @@ SUMS = {
     "a step with an outlier": (60 / 127, ".2f", "$60/127 \\approx {}$"),
     "linear layers of a token": (LAYERS * (8 * D * D + 6 * D * F) / 1e9, ".2f", "take {} billion operations a token"),
     "attention of a token": (LAYERS * 4 * 4096 * D / 1e9, ".2f", "attention at 4,096 tokens adds {} billion"),
+    "activations of 2,048 tokens": ((2048 * 2 * (8 * D + 5 * F) + 8 * 32000) / 1e9, ".3f", "logits are {} GB"),
     "reserved": (20 * 4096 * KV / 1e9, ".1f", "bytes = {} GB, of which 12 % hold tokens"),
     "paged": (20 * math.ceil(500 / 16) * 16 * KV / 1e9, ".1f", "bytes = {} GB, of which 98 % do"),
     "greedy": (0.6 * 0.4, ".2f", "0.6 \\cdot 0.4 = {}$"),
@@ -36,6 +37,8 @@ SUMS = {
     "T4 perplexities": (100 * (8.25 / 8.12 - 1), ".1f", "| 8.12 | 8.25 | +{} %"),
     "gpt-fast": (155.58 / 104.9, ".2f", "the gain is {}x, not 2x"),
     "1B megakernel": (1.236e9 * 2 / 979.51e-6 / 1e12, ".2f", "in 979.51 µs are {} TB/s"),
+    "the embedding of the demo model": (100 * 49152 * 576 / 134_515_008, ".0f", "holds {} % of the parameters"),
+    "positions of 64 windows": (64 * 511, ",", "average over {} positions"),
     "t of 8 windows": (t_quantile(7), ".2f", "({} for eight windows"),
     "t of 64 windows": (t_quantile(63), ".2f", "{} for 64)"),
 }
@@ -124,3 +127,28 @@ def test_sentences_that_a_mark_cannot_hold():
         assert low < seconds["int8-weight-only"] / seconds["fp16"] < high
     lost = [row for row in stored("gpu-amplifying-507")["results"] if row["method"] == "llm-int8"]
     assert f"loses {lost[1]['perplexity'] / lost[0]['perplexity'] - 1:.0%} perplexity".replace("%", " %") in TEXT
+
+
+def test_what_is_said_of_sizes_and_prototypes():
+    def share(name: str, method: str) -> float:
+        sizes = {row["method"]: row["weight_bytes"] + row["scale_bytes"] for row in stored(name)["results"]}
+        return 100 * sizes[method] / sizes["fp16"]
+
+    whole, head, demo = share("gpu-7b-head", "llm-int8"), share("gpu-7b-head", "llm-int8-head"), "gpu-demo-lean"
+    assert f"is really {whole:.0f} % of LLaMA-2-7B's FP16 weights" in TEXT and f"brings it to {head:.1f} %" in TEXT
+    assert f"save {100 - share(demo, 'llm-int8'):.0f} % of the weights' memory" in TEXT
+    assert f"**Memory.** {whole:.0f} % of FP16's weights at 7B, {share(demo, 'llm-int8'):.0f} % with the demo" in TEXT
+    for length in (300, 512):
+        seconds = {row["method"]: row["seconds"] for row in stored(f"gpu-7b-prefill-{length}")["results"]}
+        assert f"slower than FP16, by {100 * (seconds['llm-int8'] / seconds['fp16'] - 1):.0f} %" in TEXT
+    kernels = stored("gpu-kernels")
+    square = [row for row in kernels["products"] if (row["outputs"], row["inputs"]) == (4096, 4096)]
+    best = {row["arithmetic"]: row["microseconds"] for row in square if row["dependent_launch"]}
+    int8 = [value for name, value in best.items() if name.startswith("int8")]
+    assert f"product in {sorted(int8)[1]:.1f} µs instead of {min(int8):.1f}" in TEXT
+    lists: dict[str, list[float]] = {}
+    for row in kernels["splits"]:
+        lists.setdefault(row["list"], []).append(row["microseconds"])
+    assert f"({lists['prefix sum'][-1]:.2f} µs instead of {lists['atomic counter'][-1]:.2f} for 11,008 values)" in TEXT
+    more = [a - b for a, b in zip(lists["atomic counter"], lists["none"], strict=True)]
+    assert f"costs {min(more):.1f} to {max(more):.1f} µs a vector more than none" in TEXT
