@@ -195,6 +195,20 @@ def test_what_watching_costs(made):
     assert "64 prompt tokens, 32 new tokens; medians of 5 rounds" in lines[-1]
 
 
+def test_loops_of_others_stand_beside_ours_with_how_they_were_noted(made):
+    row = {"method": "gpt-slow int8", "weight_bytes": 7_000_000, "start": 1, "about": "head too"}
+    rows = [row | {"tokens_per_second": 226.06, "compile_seconds": 139}]
+    rows[0] |= {"tokens_per_second_min": 226.0, "tokens_per_second_max": 226.1}
+    rows += [row | {"tokens_per_second": 14.0, "compile_seconds": None, "about": "", "start": 2}]
+    lines = made("one", one=result("others", *rows) | {"conditions": CONDITIONS | {"batch": 1, "how": "by hand"}})
+    assert lines[2:4] == [
+        "| gpt-slow int8 | 226.1 (226.0–226.1) | 7.00 MB | 139 s | head too |",
+        "| gpt-slow int8 | 14.0 | 7.00 MB |  | another start of the machine |",
+    ]
+    assert lines[-1].startswith("*Abacus, demo (r1); batch 1, 64 prompt tokens, 32 new tokens; torch 2.1, transform")
+    assert lines[-1].endswith("2026-11-22, commit 0123456; by hand.*")
+
+
 def test_kernels_have_a_row_a_kind_and_a_column_a_shape(made):
     def product(outputs: int, arithmetic: str, launch: bool, microseconds: float) -> dict:
         shape = {"outputs": outputs, "inputs": 4096, "arithmetic": arithmetic}

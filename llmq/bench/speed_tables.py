@@ -176,7 +176,7 @@ def others_table(result: dict) -> str:
             f"{row['tokens_per_second']:.1f}" + (f" ({low:.1f}–{high:.1f})" if low else ""),
             format_bytes(row["weight_bytes"]),
             f"{row['compile_seconds']} s" if row["compile_seconds"] else "",
-            row["about"] + "; another start of the machine" * (row["start"] > 1),
+            "; ".join(filter(None, (row["about"], "another start of the machine" * (row["start"] > 1)))),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     c = result["conditions"]
