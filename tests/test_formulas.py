@@ -152,3 +152,30 @@ def test_what_is_said_of_sizes_and_prototypes():
     assert f"({lists['prefix sum'][-1]:.2f} µs instead of {lists['atomic counter'][-1]:.2f} for 11,008 values)" in TEXT
     more = [a - b for a, b in zip(lists["atomic counter"], lists["none"], strict=True)]
     assert f"costs {min(more):.1f} to {max(more):.1f} µs a vector more than none" in TEXT
+
+
+def test_what_is_said_of_ablation_and_amplifying():
+    rows = rows_of("gpu-ablation")
+    fp32, weights, activations = (rows[name]["perplexity"] for name in ("fp32", "absmax-w8a32", "absmax-w32a8"))
+    said = f"weights alone cost {weights - fp32:.1f} of perplexity, 8-bit activations alone {activations - fp32:.0f}."
+    assert said in TEXT
+
+    def lost(name: str, method: str) -> float:
+        before, after = (row["perplexity"] for row in stored(name)["results"] if row["method"] == method)
+        return 100 * (after / before - 1)
+
+    methods = "gpu-amplifying-methods"
+    groups, a_row = lost(methods, "groupwise"), lost(methods, "vectorwise")
+    assert f"LLM.int8() loses {lost(methods, 'llm-int8'):.0f} %, one scale a group {groups:.0f} %" in TEXT
+    assert 20 <= a_row < 25 and "one scale a row a fifth" in TEXT
+    assert abs(lost(methods, "fp8")) < 1 and lost("gpu-amplifying-507", "llm-int8@outlier_weights=16") < 0.1
+    assert f"the perplexity hides that ({lost('gpu-amplifying', 'llm-int8'):.1f} % more)" in TEXT
+    kls = {(row["factor"], row["method"]): row["kl_to_fp16"] for row in stored("gpu-amplifying")["results"]}
+    assert kls[64, "llm-int8"] > kls[1, "vectorwise"]
+    quality = [row for name in ("cpu-quality", "gpu-methods-quality") for row in stored(name)["results"]]
+    int8 = [row for row in quality if row["method"] in ("llm-int8", "bnb-int8")]
+    assert len(int8) == 3 and all(row["perplexity_change_interval"][0] > 0 for row in int8)
+    kl = {row["method"]: row["kl_to_fp16"] for row in quality}
+    nearer = [name for name in ("smoothquant@auto", "groupwise", "int8-weight-only") if kl[name] < kl["llm-int8"]]
+    rounded = stored("cpu-rounded-cache")["results"][1]
+    assert len(nearer) == 3 and 3 * rounded["kl_to_fp16"] < kl["int8-weight-only"]
