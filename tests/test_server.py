@@ -126,7 +126,7 @@ def test_who_only_opens_and_closes_connections_leaves_nothing_behind(server):
     assert dependencies and all(event != "unload" for one in dependencies for _, event in one["targets"])
 
 
-def test_nothing_is_kept_of_visitors_who_were_answered(server, quiet_limits):
+def test_nothing_is_kept_of_visitors_who_were_answered(server):
     visitors = [Visitor(server, number) for number in range(3)]
     queues = [thing for thing in gc.get_objects() if isinstance(thing, Queue)]
 
@@ -137,9 +137,13 @@ def test_nothing_is_kept_of_visitors_who_were_answered(server, quiet_limits):
     for _ in range(2):  # who comes back has a new line of answers
         assert not any(visitor.light().error for visitor in visitors)
         wait_until(lambda: not kept())
-    event = visitors[0].http.post("/gradio_api/queue/join", json=joined(visitors[0])).json()["event_id"]
-    assert event and kept(), "what nobody heard yet"
-    wait_until(lambda: not list(app.JOBS))
+    visitor = visitors[0]
+    assert visitor.http.post(load_server.JOIN, json=joined(visitor)).json()["event_id"]
+    assert kept(), "what nobody heard yet"
+    with visitor.http.stream("GET", load_server.DATA, params={"session_hash": visitor.session}) as stream:
+        heard = {message["msg"] for message in load_server.messages(stream.iter_lines())}
+    assert "process_completed" in heard
+    wait_until(lambda: not kept())
 
 
 @pytest.mark.parametrize(
