@@ -201,8 +201,9 @@ def test_the_sentences_about_steps_and_batches_are_the_stored_results():
 
 
 def commands() -> list[str]:
-    """Every command that REPORT and README tell a reader to run, without `python -m llmq`."""
-    told = re.findall(r"(?:`|\$ )python -m llmq ([^`\n]*)", REPORT)
+    """Every command that REPORT section 8 and README tell a reader to run, without `python -m llmq`."""
+    section = REPORT.partition("## 8. ")[2].partition("## 9. ")[0]
+    told = re.findall(r"`((?:bench|compare|memory|outliers) [^`]*)`", section.replace('"…"', '"text"'))
     return told + re.findall(r"^    python -m llmq (.*)$", README, re.MULTILINE)
 
 
@@ -214,7 +215,7 @@ def test_every_command_that_is_told_is_understood():
 
 
 def memory(capsys, command: str) -> dict[str, dict]:
-    assert f"python -m llmq {command}" in REPORT
+    assert command in REPORT
     status, out, _ = run_cli(capsys, *shlex.split(command.removesuffix(" --json")), "--json")
     assert status == 0
     return {row["method"]: row for row in json.loads(out[-1])["results"]}
