@@ -10,6 +10,7 @@ from test_documents import REPORT
 from tiny_runs import light, run_cli
 
 from llmq.bench import tables
+from llmq.cli import build_parser
 
 SECTION = re.search(r"\n## 8\. .*?(?=\n## 9\. )", REPORT, re.DOTALL)[0]
 FEWEST = 25  # claims that have a command
@@ -69,6 +70,11 @@ def test_every_claim_has_its_command():
     claims = re.split(r"\n(?=\*\*)", SECTION)[1:]
     assert len(claims) >= FEWEST and [claim[:60] for claim in claims if "\n    $ python -" not in claim] == []
     assert all(not lines or "$ " not in "".join(lines) for _, lines in CHECKS)
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"(?:`|\$ )python -m llmq ([^`\n…]+)", REPORT))))
+def test_every_command_of_the_report_is_understood(command):
+    build_parser().parse_args(shlex.split(command))
 
 
 @pytest.mark.parametrize(
