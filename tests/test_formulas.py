@@ -179,3 +179,9 @@ def test_what_is_said_of_ablation_and_amplifying():
     nearer = [name for name in ("smoothquant@auto", "groupwise", "int8-weight-only") if kl[name] < kl["llm-int8"]]
     rounded = stored("cpu-rounded-cache")["results"][1]
     assert len(nearer) == 3 and 3 * rounded["kl_to_fp16"] < kl["int8-weight-only"]
+    read, again = (stored(name)["read_bandwidth_bytes_per_second"] for name in ("cpu-peers", "cpu-peers-busy"))
+    share = rows_of("cpu-peers")["fp16"]["bandwidth_fraction"]
+    said = (
+        f"one reading of it, {read / 1e9:.0f} GB/s; two minutes later it was {again / 1e9:.0f}, by which `fp16` would "
+    )
+    assert said + f"have {100 * share * read / again:.0f} % and not {100 * share:.0f}." in TEXT
