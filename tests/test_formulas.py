@@ -175,6 +175,8 @@ def test_what_is_said_of_ablation_and_amplifying():
     quality = [row for name in ("cpu-quality", "gpu-methods-quality") for row in stored(name)["results"]]
     int8 = [row for row in quality if row["method"] in ("llm-int8", "bnb-int8")]
     assert len(int8) == 3 and all(row["perplexity_change_interval"][0] > 0 for row in int8)
+    low, high = rows_of("cpu-quality")["llm-int8"]["perplexity_change_interval"]
+    assert f"1.4 % perplexity ({100 * low:.1f} to {100 * high:.1f}, [in pairs]" in TEXT
     kl = {row["method"]: row["kl_to_fp16"] for row in quality}
     nearer = [name for name in ("smoothquant@auto", "groupwise", "int8-weight-only") if kl[name] < kl["llm-int8"]]
     rounded = stored("cpu-rounded-cache")["results"][1]
