@@ -117,6 +117,10 @@ def test_sentences_that_a_mark_cannot_hold():
     assert max(map(abs, off.values())) < 0.07 and "within 7 % of the measured peak" in TEXT
     high = " and ".join(f"{100 * off[name, 64]:.0f}" for name in ("fp16", "llm-int8"))
     assert f"at 64 sequences they are {high} % high" in TEXT
+    eager = [row for name in ("gpu-7b", "gpu-demo") for row in rows_of(name).values()]
+    widths = sorted((row["tokens_per_second_spread"], row["method"]) for row in eager)
+    assert f"spread by {100 * widths[0][0]:.0f} to {100 * widths[-1][0]:.0f} %" in TEXT
+    assert {method for _, method in widths[-2:]} == {"fp16"}
     bnb = rows_of("gpu-7b")["bnb-int8"]
     assert f"{100 * (bnb['allocated_bytes'] / bnb['predicted_bytes'] - 1):.1f} % more, which the library keeps" in TEXT
     speeds, kls = rows_of("gpu-7b-lean"), rows_of("gpu-methods-quality")
