@@ -30,6 +30,7 @@ from llmq.summary import RunAnswer
 from llmq.terminal import show_progress
 
 EXIT_FAILED = 1
+ALL_BENCHES = {"what", "device", "threshold", "methods", "save", "json", "run"}  # options of every kind of `bench`
 
 
 def run_compare(options) -> int:
@@ -94,8 +95,11 @@ def run_bench(options) -> int:
     from llmq.bench import bench_named
 
     cls = bench_named(options.what)
-    known = {field.name for field in fields(cls)} & vars(options).keys()
-    given = {name: getattr(options, name) for name in known}
+    given = {name: value for name, value in vars(options).items() if name not in ALL_BENCHES}
+    known = [field.name for field in fields(cls) if field.name not in ("contestants", "device")]
+    for name in given.keys() - set(known):
+        own, *others = (f"--{one.replace('_', '-')}" for one in (name, *known))
+        raise BadChoice(f"bench {options.what} has no {own}; it has {', '.join(others)}")
     bench = cls(**given | {"contestants": _contestants(options), "device": device_for(options.device)})
     result = answer_to(bench, verbose=True)
     if options.save:
