@@ -231,9 +231,9 @@ def _memory(parser: argparse.ArgumentParser) -> None:
 
 def _advise(parser: argparse.ArgumentParser) -> None:
     _memory(parser)
-    parser.set_defaults(methods="fp16,llm-int8,int8-weight-only,bnb-int8,nf4", save=None)
+    parser.set_defaults(methods="fp16,llm-int8,int8-weight-only,bnb-int8,nf4")
     parser.add_argument("--measure", action="store_true", help="measure the speed of what fits, here and now")
-    _add(parser, "--device", "--html")
+    _add(parser, "--device", *FILES)
 
 
 def _models(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ FLOORS = [
     "llmq.figures",
     "llmq.labs llmq.quantizing llmq.reporting llmq.summary",
     "llmq.bench llmq.face",
-    "llmq.advice llmq.tasks",
+    "llmq.tasks",
     "llmq.actions llmq.ui",
     "llmq.cli",
     "app llmq.__main__",

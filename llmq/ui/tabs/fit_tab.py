@@ -12,11 +12,11 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.advice import METHODS, Advice, Place, advise, stored_results
 from llmq.cards import CARDS, HERE
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice, NoModel, UserError
 from llmq.figures.pages import markup
+from llmq.labs.advice import METHODS, Advice, Place, advise, stored_results
 from llmq.memory import forecast
 from llmq.models.opening import Model
 from llmq.models.presets import PRESETS, model_title
