@@ -16,7 +16,7 @@ from llmq.memory import forecast
 from llmq.models.opening import describe_model
 from llmq.ui.shell.access import ANYBODY
 from llmq.ui.shell.link import fit_wishes_of
-from llmq.ui.tabs.fit_tab import answers
+from llmq.ui.tabs.fit_tab import advice_card, answers
 
 DEMO, LLAMA = "demo", "llama-3.1-8b-instruct"
 H100, EPYC = "NVIDIA H100 80GB HBM3", "AMD EPYC, 2 cores"
@@ -230,11 +230,13 @@ def test_at_the_command_line_speed_is_measured_where_that_is_asked(run, tiny_fol
 
 
 def test_the_page_has_the_card_of_the_same_form():
-    view, card = answers(LLAMA, "t4", "", 2048, 1, ANYBODY)
+    view, found = answers(LLAMA, "t4", "", 2048, 1, ANYBODY)
+    card = advice_card(found)
     advice = advised(Place.named("t4"), *stored_results(), model=LLAMA)
     assert view["headline"].startswith("Llama") and "<h2>Should I quantize?</h2>" in card
     assert f"<b>Yes, with int8 weights only</b>{said(advice).removeprefix('Yes, with int8 weights only')}" in card
-    assert answers(LLAMA, "other", "cow", 2048, 1, ANYBODY)[1] == ""
-    view, card = answers(DEMO, HERE, "", 64, 1, ANYBODY)
-    assert "fits this machine" in view["headline"] and "fits this machine" in card
+    wrong, nothing = answers(LLAMA, "other", "cow", 2048, 1, ANYBODY)
+    assert wrong["failed"] and nothing is None and advice_card(nothing) == ""
+    view, found = answers(DEMO, HERE, "", 64, 1, ANYBODY)
+    assert "fits this machine" in view["headline"] and "fits this machine" in advice_card(found)
     assert fit_wishes_of({"view": "fit", "card": HERE})["card"] == HERE
