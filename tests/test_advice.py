@@ -14,9 +14,10 @@ from llmq.figures.blocks import Table
 from llmq.labs.advice import METHODS, NOT_MEASURED, Advice, Place, advise, stored_results
 from llmq.memory import forecast
 from llmq.models.opening import describe_model
+from llmq.ui.parts.advice_card import advice_card
 from llmq.ui.shell.access import ANYBODY
 from llmq.ui.shell.link import fit_wishes_of
-from llmq.ui.tabs.fit_tab import advice_card, answers
+from llmq.ui.tabs.fit_tab import answers
 
 DEMO, LLAMA = "demo", "llama-3.1-8b-instruct"
 H100, EPYC = "NVIDIA H100 80GB HBM3", "AMD EPYC, 2 cores"
@@ -129,7 +130,7 @@ def test_nothing_is_made_up():
         assert "what it costs in perplexity is not measured for this model." in said(advice)
     advice = advised(Place.named("t4"), NEAR, model=LLAMA)
     assert said(advice).startswith("Yes, with int8 weights only: FP16 needs 16.8 GB and 15.3 GB may be used on a T4")
-    assert "not measured for this model; on demo it costs +0.0 % (-0.1 to +0.1)" in said(advice)
+    assert "not measured for this model; on SmolLM2-135M (demo) it costs +0.0 % (-0.1 to +0.1)" in said(advice)
     assert rows_of(advice)["int8-weight-only"]["quality"] is None
     assert json.loads(json.dumps(advice.to_json()))["kind"] == "advice"
 
@@ -206,8 +207,9 @@ def test_the_figure_has_every_method_with_what_is_known_of_it():
     for number, row in enumerate(advice.result["results"]):
         assert sum(bar.x[number] for bar in figure.data) * 1e9 == pytest.approx(row["total"])
     assert figure.layout.shapes[0].x0 == pytest.approx(0.304)
-    alone = advice.figure(said(advice))
+    alone = advice.picture()
     assert "Yes, with int8 weights only" in alone.layout.title.text and alone.layout.height > figure.layout.height
+    assert "Decode: batch 1 after 64 tokens" in alone.layout.annotations[-1].text
 
 
 def test_at_the_command_line_speed_is_measured_where_that_is_asked(run, tiny_folder, tmp_path, monkeypatch):

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmq import telemetry
 from llmq.cards import CARDS, device_bytes, place_named
 from llmq.contestant import Contestant, shown_name
 from llmq.environment import describe, device_label
 from llmq.figures.blocks import Block, Drawing, Table
-from llmq.figures.fits import Need, fits_figure
+from llmq.figures.fits import Need, fits_figure, with_words
 from llmq.formatting import MISSING, format_bytes, format_count, format_joules, format_speed, plain_json
 from llmq.labs.quality import shown_change
 from llmq.labs.recommendation import recommended, speed_ratio
@@ -26,11 +27,15 @@ from llmq.labs.rows import BASELINE
 from llmq.memory import forecast
 from llmq.models.loading import Source
 from llmq.models.opening import Model
+from llmq.models.presets import model_title
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 METHODS = "fp16,llm-int8,int8-weight-only,bnb-int8,nf4"
 RESULTS = Path(__file__).parents[1] / "results"
 NOT_MEASURED = "not measured"
-HEADERS = ["Method", "Fits", "Needs", "Saves", "Longest context", "Decode", "on", "Perplexity change (95 %)"]
+HEADERS = ["Method", "Fits", "Needs", "Saves", "Longest context", "Decode", "Measured on", "Perplexity change (95 %)"]
 MEASURED_UNDER = ("device_name", "date", "prompt_tokens", "random_weights")
 MADE_WITH = ("date", "versions", "commit", "model_revision")
 
@@ -72,7 +77,7 @@ class Advice:
 
     @property
     def title(self) -> str:
-        return f"Should I quantize {self.result['model']}?"
+        return f"Should I quantize {model_title(self.result['model'])}?"
 
     @property
     def sentence(self) -> str:
@@ -89,10 +94,14 @@ class Advice:
     def notes(self) -> str:
         return " ".join(_notes(self.result))
 
-    def figure(self, said: str = ""):
-        """Bytes by method beside what may be used. `said`: below the title, for a picture that stands alone."""
+    def figure(self) -> go.Figure:
+        """Bytes by method beside what may be used."""
         needs = [_need(row) for row in self.result["results"]]
-        return fits_figure(self.title, needs, self.result["usable_memory"], self.result["place"], said)
+        return fits_figure(self.title, needs, self.result["usable_memory"], self.result["place"])
+
+    def picture(self) -> go.Figure:
+        """The figure with the recommendation above and the notes below, to stand alone."""
+        return with_words(self.figure(), self.sentence.replace("**", ""), self.notes)
 
     def to_json(self) -> dict:
         """With the command that asks this again, the date and the versions, as `conditions`."""
@@ -207,9 +216,11 @@ def _qualities(results: Sequence[Mapping]) -> dict[str, dict]:
 def _cells(row: Mapping) -> list[str]:
     fits = {None: "not known", True: "yes", False: "no"}[row["fits"]]
     saves = format_bytes(row["saved"]) if row["saved"] is None or row["saved"] > 0 else "nothing"
-    speed, where, reach = NOT_MEASURED, MISSING, format_count(row["largest_context"])
+    speed, where = NOT_MEASURED, MISSING
+    reach = "none" if row["largest_context"] == 0 else format_count(row["largest_context"])
     if row["speed"]:
-        ratio = f", {speed_ratio(row):.2f}× FP16" if speed_ratio(row) else ""
+        dense = row["method"] == BASELINE.label
+        ratio = f", {speed_ratio(row):.2f}× FP16" if speed_ratio(row) and not dense else ""
         speed, where = f"{format_speed(row['speed']['tokens_per_second'])}{ratio}", row["speed"]["device_name"]
     quality = NOT_MEASURED if not row["quality"] else shown_change(row["quality"])
     quality = MISSING if row["method"] == BASELINE.label else quality

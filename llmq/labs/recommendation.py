@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from llmq.contestant import shown_name
 from llmq.formatting import format_bytes
 from llmq.labs.quality import shown_change
+from llmq.models.presets import model_title
 
 BEST_KNOWN = "llm-int8"  # what the recommended method is held against
 SURE = 0.01  # of perplexity: a method is sure to cost less where the end of its interval does
@@ -34,10 +35,12 @@ def recommended(rows: Sequence[Mapping], place: str, usable: float) -> tuple[str
             f"{format_bytes(usable)} that may be used{reach}."
         )
     best = min(fitting, key=_loss)
-    return best["method"], (
-        f"**Yes, with {_name(best)}**: FP16 needs {_bytes(dense)} and {format_bytes(usable)} may be used on "
-        f"{place}; it needs {_bytes(best)}{_pace(best)}, {_cost(best)}{_against(best, others)}."
-    )
+    may = f"{format_bytes(usable)} may be used on {place}"
+    short = f"FP16 needs {_bytes(dense)} and {may}"
+    if _bytes(dense) == format_bytes(usable):
+        short = f"FP16 needs {format_bytes(dense['total'] - usable)} more than the {may.replace('may', 'that may', 1)}"
+    rest = f"it needs {_bytes(best)}{_pace(best)}, {_cost(best)}{_against(best, others)}"
+    return best["method"], f"**Yes, with {_name(best)}**: {short}; {rest}."
 
 
 def _faster(dense: Mapping, fitting: Sequence[Mapping], place: str, usable: float) -> tuple[str | None, str]:
@@ -77,8 +80,10 @@ def _against(best: Mapping, rows: Sequence[Mapping]) -> str:
             far, near = (row[where]["kl_to_fp16"] for row in (other, best))
             if far < NEARER * near:
                 return ""
-            told = f"{far / near:.2g} times nearer to FP16 than {_name(other)} (KL {near:.2g} against {far:.2g} nats"
-            told += ")" if where == "quality" else f" on {best[where]['model']})"
+            on = "" if where == "quality" else f" on {model_title(best[where]['model'])}"
+            told = (
+                f"{far / near:.2g} times nearer to FP16 than {_name(other)}{on} (KL {near:.2g} against {far:.2g} nats)"
+            )
             return f"; at batch 1 it is {pace} and {told}" if (pace := _relative(best, other)) else f"; it is {told}"
     return ""
 
@@ -106,7 +111,7 @@ def _cost(row: Mapping) -> str:
     if quality := row["quality"]:
         return f"and its perplexity changes by {shown_change(quality)}"
     other = row["quality_elsewhere"]
-    beside = f"; on {other['model']} it costs {shown_change(other)}" if other else ""
+    beside = f"; on {model_title(other['model'])} it costs {shown_change(other)}" if other else ""
     return f"and what it costs in perplexity is not measured for this model{beside}"
 
 

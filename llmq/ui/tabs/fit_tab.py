@@ -15,14 +15,13 @@ import gradio as gr
 from llmq.cards import CARDS, HERE
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice, NoModel, UserError
-from llmq.figures.blocks import Drawing
-from llmq.figures.pages import markup
 from llmq.labs import save_answer
 from llmq.labs.advice import METHODS, Advice, Place, advise, stored_results
 from llmq.memory import forecast
 from llmq.models.opening import Model
 from llmq.models.presets import PRESETS, model_title
 from llmq.ui.parts.address import keep_in_address
+from llmq.ui.parts.advice_card import advice_card
 from llmq.ui.parts.controls import model_field
 from llmq.ui.parts.fit import fit_panel
 from llmq.ui.parts.keeping import download
@@ -53,7 +52,7 @@ class FitTab:
             with gr.Row(equal_height=True, elem_id="fit-form"):
                 self._build_form()
             self.panel = fit_panel()
-            self.advice = gr.HTML("", elem_id="advice")
+            self.advice = gr.HTML("", elem_id="advice", elem_classes=["llmq-flush"])
             with gr.Row(elem_classes=["llmq-keeping"]):
                 self.save = gr.Button("Save as JSON", size="sm", elem_id="fit-save", min_width=120)
                 self.draw = gr.Button("Save as PNG", size="sm", elem_id="fit-draw", min_width=120)
@@ -121,8 +120,7 @@ class FitTab:
     def _drawn(self, *form) -> dict:
         """The answer to the form as a picture."""
         advice = self._advice(form)
-        figure = advice.figure(advice.sentence.replace("**", ""))
-        return pictured(figure, _name(advice), self.state.next_run())
+        return pictured(advice.picture(), _name(advice), self.state.next_run())
 
     def _advice(self, form: tuple) -> Advice:
         view, advice = answers(*form, self.state.access, self.state.device)
@@ -165,14 +163,6 @@ def answers(
     counted = typed.strip().lower() in CARDS
     view = fit_view(result, title=model_title(name), place=place.name, asked=asked, by_driver=counted)
     return view, advice
-
-
-def advice_card(advice: Advice | None) -> str:
-    """The card 'Should I quantize?' as HTML; its figure is for pages without the bars above it."""
-    if advice is None:
-        return ""
-    blocks = [block for block in advice.blocks() if not isinstance(block, Drawing)]
-    return f'<section class="llmq-advice"><h2>Should I quantize?</h2>{markup(blocks)}</section>'
 
 
 def _name(advice: Advice) -> str:
