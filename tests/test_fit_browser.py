@@ -83,6 +83,10 @@ def test_every_change_is_answered_at_once_and_beside_the_queue(page, address):
     assert queued == []
     page.get_by_role("tab", name="Compare").click()
     page.locator("#stop").click()
+    with page.expect_popup() as opened:
+        page.locator("#advise").click()
+    opened.value.wait_for_selector("#advice table")
+    wait_for_answer(opened.value, "demo", "rtx-4080", "", 8192, 1)
 
 
 def test_a_card_that_is_not_listed_is_an_amount(page, address):
