@@ -193,8 +193,8 @@ def energy_table(result: dict) -> str:
     note = (
         f"{c['device_name']}, {result['model']} ({weights(c)}); batch 1, {length(c)}; {schedule(c)}. {c['counter']}, "
         f"over stretches of {c['seconds']} s or longer that begin and end with a step of the counter "
-        f"({format_seconds(c['counter_step_seconds'])} apart); with all models loaded and nothing computing it is "
-        f"{idle}; over idle: without these; {origin(c)}."
+        f"({format_seconds(c['counter_step_seconds'])} apart). Over idle: without the {idle} that are drawn while all "
+        f"models are loaded and nothing computes. {origin(c)}."
     )
     return drawn(rows, note, result)
 
