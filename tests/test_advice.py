@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 from tiny_runs import light
 
@@ -17,7 +19,7 @@ from llmq.models.opening import describe_model
 from llmq.ui.parts.advice_card import advice_card
 from llmq.ui.shell.access import ANYBODY
 from llmq.ui.shell.link import fit_wishes_of
-from llmq.ui.tabs.fit_tab import answers
+from llmq.ui.tabs.fit_tab import FitTab, answers
 
 DEMO, LLAMA = "demo", "llama-3.1-8b-instruct"
 H100, EPYC = "NVIDIA H100 80GB HBM3", "AMD EPYC, 2 cores"
@@ -239,6 +241,10 @@ def test_the_page_has_the_card_of_the_same_form():
     assert f"<b>Yes, with int8 weights only</b>{said(advice).removeprefix('Yes, with int8 weights only')}" in card
     wrong, nothing = answers(LLAMA, "other", "cow", 2048, 1, ANYBODY)
     assert wrong["failed"] and nothing is None and advice_card(nothing) == ""
+    tab = FitTab(SimpleNamespace(access=ANYBODY, device="cpu"))
+    for save in (tab._written, tab._drawn):
+        with pytest.raises(gr.Error, match="Not counted: device memory is .*cow"):
+            save(LLAMA, "other", "cow", 2048, 1)
     view, found = answers(DEMO, HERE, "", 64, 1, ANYBODY)
     assert "fits this machine" in view["headline"] and "fits this machine" in advice_card(found)
     assert fit_wishes_of({"view": "fit", "card": HERE})["card"] == HERE
