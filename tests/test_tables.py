@@ -319,3 +319,28 @@ def test_batches_stand_with_what_each_sequence_gets_and_what_failed(made):
         "| 64 | `bnb-int8` | eager | CUDA out of memory. | – |  | – | – | 3.00 MB |",
     ]
     assert "64 prompt tokens, 32 new tokens for every sequence" in lines[-1] and "fp16 overtakes it." in lines[-1]
+
+
+def test_energy_stands_beside_what_idle_takes(made):
+    def row(method: str, spread: float = 0.0) -> dict:
+        found = {"method": method}
+        for phase, joules, ratio in (("prefill", 0.0112, 1.0), ("decode", 2.5, 0.6)):
+            for name, value in (("_joules_per_token", joules), ("_joules_per_token_over_idle", joules / 2)):
+                found |= {f"{phase}{name}": value, f"{phase}{name}_min": value, f"{phase}{name}_max": value}
+            found |= {f"{phase}_watts": 512.4, f"{phase}_joules_over_fp16": ratio}
+        return found | {"decode_joules_per_token_max": 2.5 * (1 + spread)}
+
+    idle = {f"idle_watts{end}": 119.6 for end in ("", "_min", "_max")}
+    measured = result("energy", row("fp16"), row("llm-int8", spread=0.2), **idle)
+    counter = {"seconds": 3, "counter": "NVML's joules of the whole GPU", "counter_step_seconds": 0.1}
+    lines = made("one", one=measured | {"conditions": CONDITIONS | counter})
+    assert lines[0] == (
+        "| method | prefill, a token | against FP16 | over idle | power "
+        "| decode, a token | against FP16 | over idle | power |"
+    )
+    assert lines[3] == (
+        "| `llm-int8` | 11.2 mJ | 1.00× | 5.60 mJ | 512 W | 2.50 J (spread 20 %) | 0.60× | 1.25 J | 512 W |"
+    )
+    assert "NVML's joules of the whole GPU, over stretches of 3 s or longer" in lines[-1]
+    assert "a step of the counter (100 ms apart). Over idle: without the 120 W that are drawn while all" in lines[-1]
+    assert "64 prompt tokens, 32 new tokens" in lines[-1]

@@ -69,6 +69,7 @@ def table(name: str) -> str:
         "transformers": speed_tables.generate_table,
         "stages": batch_tables.stages_table,
         "batch": batch_tables.batch_table,
+        "energy": speed_tables.energy_table,
         "quality": _quality_table,
     }
     return (kinds.get(kind) or (_lab_table if kind in lab_classes() else speed_tables.decode_table))(results[0])
