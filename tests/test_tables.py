@@ -316,9 +316,9 @@ def test_a_chart_has_a_bar_a_row_on_one_scale_and_says_how_it_was_measured():
     fast |= {"conditions": CONDITIONS | {"new_tokens": 200}}
     light, dark = (chart.speed_chart(side, {"theirs": slow, "ours <7B>": fast}) for side in chart.SIDES)
     assert re.findall(r'width="([\d.]+)" height="17" fill="(.*?)"', light) == [
-        ("77.5", LIGHT["line-1"]),
-        ("77.5", LIGHT["line-0"]),
-        ("232.5", LIGHT["line-1"]),
+        ("47.5", LIGHT["line-1"]),
+        ("47.5", LIGHT["line-0"]),
+        ("142.5", LIGHT["line-1"]),
     ]
     said = [element.text for element in ElementTree.fromstring(light).iter("{http://www.w3.org/2000/svg}text")]
     assert said[:4] == ["theirs", "int8 · bitsandbytes, threshold 0", "100 tok/s · 1.50 MB, spread 40 %", "FP16"]

@@ -14,7 +14,7 @@ from llmq.figures.style import FONT
 from llmq.formatting import format_bytes, format_speed, shown_spread
 
 SIDES = {"light": LIGHT, "dark": DARK}
-WIDTH, BARS, LONGEST = 760, 260, 310  # pixels: the picture, where bars begin, the fastest round
+WIDTH, BARS, LONGEST = 600, 246, 190  # pixels: the picture, where bars begin, the fastest round
 ROW, BAR, HEADING, NOTE = 27, 17, 36, 18
 TEXT, SMALL = 15, 12
 
@@ -61,7 +61,7 @@ def _notes(groups: dict[str, dict]) -> list[str]:
     return [
         f"{devices}, {shown.days(*groups.values())}. LLaMA-2-7B's shape with random weights, batch 1, decode;",
         f"{prompts} prompt tokens, then {new} new tokens below one heading after the other.",
-        "GB: weights with scales. Lines: from the slowest round to the fastest; everybody has a turn in each.",
+        "GB: weights with scales. Lines: slowest to fastest round; everybody has a turn in each.",
     ]
 
 
