@@ -16,13 +16,13 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, sync_playwright
 
 WINDOW = {"width": 960, "height": 640}
-QUALITY = 50  # of WebP: the text is read, and the whole stays under 2 MB
+QUALITY = 60  # of WebP: the text is read, and the whole stays under 2 MB
 PACE, LONGEST, HOLD = 0.2, 0.6, 2.5  # seconds: between pictures, of a picture while something moves, of a result
 MOST_SECONDS = 600  # until a model that shares the machine has answered
 PROMPT = "Plan a 3-day itinerary in Paris."
 POINTER = """() => { const dot = document.createElement('div'); dot.id = 'pointer'; document.body.append(dot);
-  Object.assign(dot.style, {position: 'fixed', width: '22px', height: '22px', borderRadius: '50%', zIndex: 9999,
-    background: '#d55e0088', border: '2px solid #d55e00', pointerEvents: 'none', translate: '-50% -50%'}); }"""
+  Object.assign(dot.style, {position: 'fixed', left: '-50px', width: '22px', height: '22px', translate: '-50% -50%',
+    borderRadius: '50%', background: '#d55e0088', border: '2px solid #d55e00', zIndex: 9999, pointerEvents: 'none'}); }"""
 POINT = "([x, y]) => Object.assign(document.querySelector('#pointer').style, {left: `${x}px`, top: `${y}px`})"
 
 
