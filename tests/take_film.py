@@ -17,12 +17,12 @@ from playwright.sync_api import Locator, Page, sync_playwright
 
 WINDOW = {"width": 960, "height": 640}
 QUALITY = 60  # of WebP: the text is read, and the whole stays under 2 MB
-PACE, LONGEST, HOLD = 0.2, 0.6, 2.5  # seconds: between pictures, of a picture while something moves, of a result
+PACE, LONGEST, HOLD = 0.1, 0.6, 2.5  # seconds: between pictures, of a picture while something moves, of a result
 MOST_SECONDS = 600  # until a model that shares the machine has answered
 PROMPT = "Plan a 3-day itinerary in Paris."
 POINTER = """() => { const dot = document.createElement('div'); dot.id = 'pointer'; document.body.append(dot);
   Object.assign(dot.style, {position: 'fixed', left: '-50px', width: '22px', height: '22px', translate: '-50% -50%',
-    borderRadius: '50%', background: '#d55e0088', border: '2px solid #d55e00', zIndex: 9999, pointerEvents: 'none'}); }"""
+    borderRadius: '50%', background: '#d55e0088', border: '2px solid #d55e00', zIndex: 99, pointerEvents: 'none'}); }"""
 POINT = "([x, y]) => Object.assign(document.querySelector('#pointer').style, {left: `${x}px`, top: `${y}px`})"
 
 
@@ -91,13 +91,13 @@ def agreement(film: Film) -> None:
     page = film.page
     film.click(page.get_by_role("tab", name="Outliers"))
     film.click(page.get_by_role("tab", name="Agreement and cause"))
-    page.locator("#reading-tokens input[type=number]").fill("6")
-    page.keyboard.press("Enter")
+    film.click(page.locator("#outlier-method input"))
+    page.get_by_role("option", name="int8 · ours", exact=True).click()
     page.locator("#patch input").uncheck()
     film.click(page.locator("#read"))
     page.wait_for_function("/first choice/.test(document.querySelector('#reading-status .llmq-status').textContent)")
     film.show("#reading-status")
-    film.click(page.locator("#reading button.llmq-other").first)
+    film.click(page.locator("#reading .llmq-first ~ button.llmq-other").first)
     film.shoot(HOLD)
     page.wait_for_selector("#layer-errors .js-plotly-plot .main-svg")
     film.show("#cause-title")
@@ -118,7 +118,7 @@ def take(address: str, path: Path) -> None:
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
         page = new_tab(browser, viewport=WINDOW, color_scheme="light")
         page.set_default_timeout(1000 * MOST_SECONDS)
-        open_page(page, address, "max_new_tokens=64")
+        open_page(page, address, "max_new_tokens=160")
         page.evaluate(POINTER)
         film = Film(page)
         for part in (compare, agreement, activations):
