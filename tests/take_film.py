@@ -118,7 +118,7 @@ def take(address: str, path: Path) -> None:
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_FLAGS)
         page = new_tab(browser, viewport=WINDOW, color_scheme="light")
         page.set_default_timeout(1000 * MOST_SECONDS)
-        open_page(page, address, "max_new_tokens=160")
+        open_page(page, address, "max_new_tokens=96")
         page.evaluate(POINTER)
         film = Film(page)
         for part in (compare, agreement, activations):
