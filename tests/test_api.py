@@ -55,6 +55,7 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
         "seed": 0, **WHERE,
     },
     "kv_cache": {"longest": 256, **WHERE},
+    "paged_cache": {"requests": 8, "longest": 256, "page": 16, **WHERE},
     "rounded_cache": {**WINDOWS, **WHERE},
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
     "outliers": {"prompt": "", "method": "bnb-int8", "new_tokens": 8, "sweep": "", **WHERE},

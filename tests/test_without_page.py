@@ -51,6 +51,7 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("experiment", "attention", "--longest", 64),
         ("experiment", "decoding", "--tokens", 2),
         ("experiment", "kv-cache", "--longest", 64),
+        ("experiment", "paged-cache", "--requests", 1, "--longest", 64),
         ("experiment", "rounded-cache"),
         ("experiment", "sensitivity", "--by", "layers"),
         ("quality", "--tokens", 1024),

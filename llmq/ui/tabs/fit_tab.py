@@ -33,7 +33,6 @@ from llmq.ui.tabs.fit_view import METHODS_SHOWN, failed, fit_view
 NO_MODEL = "the configuration of {} makes no model; choose another one, or mend its config.json"
 log = logging.getLogger(__name__)
 OTHER = "other"  # in the card field: an amount of memory, typed
-AT_ONCE = QUIET | {"queue": False}
 PLACE = re.compile(r"(?<![\w./:-])(?:/[\w.@+~-]+){2,}/?")  # a path from the root
 
 
@@ -84,11 +83,11 @@ class FitTab:
         changed = [part.change for part in self.form]
         gr.on(
             [tab.select, *changed], self._answer, self.form, [self.panel, self.advice, self.memory],
-            trigger_mode="always_last", **AT_ONCE,
+            trigger_mode="always_last", **QUIET,
         )  # fmt: skip
-        gr.on([tab.select, *changed], None, self.form, self.link, js=script("fit_link.js"), **AT_ONCE)
+        gr.on([tab.select, *changed], None, self.form, self.link, js=script("fit_link.js"), **QUIET)
         keep_in_address(self.link)
-        page.load(self._from_link, None, self.form, **AT_ONCE)
+        page.load(self._from_link, None, self.form, **QUIET)
 
     def _answer(self, model, card, memory, context, batch) -> dict:
         """What every method needs, whether the card has it, and what follows from that."""
