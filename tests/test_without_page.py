@@ -30,7 +30,7 @@ statuses = [status(arguments) for arguments in json.loads(sys.stdin.read())]
 print(json.dumps({"package": llmq.__file__, "statuses": statuses}))
 """
 REFUSED = {"tasks no-such-task": 2}
-SHORT = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
+SHORT = ("--prompt-tokens", 4, "--repeats", 1)
 
 
 def commands(model: Path, folder: Path) -> list[list[str]]:
@@ -62,7 +62,8 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("memory", "--context", 64),
         ("advise", "--context", 64),
         ("models",),
-        *(("bench", what, *SHORT) for what in ("decode", "prefill", "load", "hooks")),
+        *(("bench", what, *SHORT, "--new-tokens", 2) for what in ("decode", "hooks")),
+        *(("bench", what, *SHORT) for what in ("prefill", "load")),
     ]
     lines = []
     for number, words in enumerate(asked):

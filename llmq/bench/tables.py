@@ -77,9 +77,11 @@ def table(name: str) -> str:
         "paris": _judged_table,
         "hooks": speed_tables.hooks_table,
         "kernels": speed_tables.kernels_table,
+        "others": speed_tables.others_table,
         "transformers": speed_tables.generate_table,
         "stages": batch_tables.stages_table,
         "batch": batch_tables.batch_table,
+        "energy": speed_tables.energy_table,
         "quality": _quality_table,
     }
     return (kinds.get(kind) or (_lab_table if kind in lab_classes() else speed_tables.decode_table))(results[0])

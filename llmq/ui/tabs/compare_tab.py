@@ -36,6 +36,7 @@ MOST_CHARACTERS = 1_000_000  # of its texts
 LONGEST_REPLAY = 3600.0  # seconds
 UNSAVED = "This run cannot be downloaded: the server could not save it."
 UNREADABLE = "it holds values that no run has"
+ADVICE = 'model => void window.open("?" + new URLSearchParams({ view: "fit", model: model || "" }))'  # beside the run
 log = logging.getLogger(__name__)
 
 
@@ -133,6 +134,7 @@ class CompareTab:
                 self.download = gr.DownloadButton(
                     "Download this run", elem_id="download", interactive=False, min_width=200, scale=1
                 )
+                self.advise = gr.Button("Should I quantize it?", elem_id="advise", min_width=200, scale=1)
             with gr.Row(elem_id="recordings"):
                 runs = [(recording_title(path), name) for name, path in self.state.recorded_runs.items()]
                 self.recording = gr.Dropdown(
@@ -168,6 +170,7 @@ class CompareTab:
             [self.generate.click, self.prompt.submit], self._generate, form, self.result, **ASKED,
         )  # fmt: skip
         generated.then(self._keep, None, self.download, **QUIET)
+        self.advise.click(None, self.model, None, js=ADVICE, **QUIET)
         tell_end(generated, self.result.elem_id)
         shown = [self.result, self.download, *form]
         tell_end(self.replay.click(self._replay, self.recording, shown, **QUIET), self.result.elem_id)
