@@ -122,4 +122,4 @@ def test_every_command_runs_without_the_page(bare, tiny_folder):
         " ".join(line[:2]): status for line, status in zip(asked, found["statuses"], strict=True) if status
     } == REFUSED
     pages = [Path(line[-1]) for line in asked if "--html" in line]
-    assert len(pages) == 20 and all(page.read_text().startswith("<!doctype html>") for page in pages)
+    assert len(pages) == 21 and all(page.read_text().startswith("<!doctype html>") for page in pages)
