@@ -235,7 +235,7 @@ def test_a_word_of_the_result_is_explained_by_mouse_keyboard_and_touch(browser, 
     generate(page)
     finish(page)
     terms = page.locator("#result [data-part=shown] .llmq-term")
-    shown = page.locator("#result .llmq-says:visible")
+    shown = page.locator("#llmq-says:visible")
     words = " ".join(terms.all_text_contents())
     for word in ("Memory", "speed", "FP16", "int8", "outlier", "Peak memory", "First token after", "coverage"):
         assert word in words
@@ -243,7 +243,7 @@ def test_a_word_of_the_result_is_explained_by_mouse_keyboard_and_touch(browser, 
     terms.nth(1).hover()
     assert shown.inner_text().startswith("Tokens per second")
     page.mouse.move(0, 0)
-    page.locator("#again").focus()
+    page.locator("#why summary").focus()
     while not page.evaluate("document.activeElement.matches('.llmq-term')"):
         page.keyboard.press("Tab")
     assert "learnt" in shown.inner_text()

@@ -190,7 +190,7 @@ def test_a_word_is_explained_to_whoever_comes_by_keyboard(page, address):
     open_outliers(page, address)
     word = page.locator("#outliers-view .llmq-term", has_text="Prefill").first
     word.wait_for()
-    says = word.locator(".llmq-says")
+    says = page.locator("#llmq-says")
     assert not says.is_visible()
     word.focus()
     assert "reads the whole prompt at once" in says.inner_text() and says.is_visible()

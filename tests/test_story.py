@@ -6,11 +6,14 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 from test_observatory_views import SILENCED, module, report
 
-from llmq.ui.parts.glossary import KINDS, TERMS, explained, kinds_explained, with_terms
+from llmq.ui.parts.figure import sent
+from llmq.ui.parts.glossary import KINDS, TERMS, explained, kinds_explained, spoken_in, term
 from llmq.ui.parts.story import asked_of, headline, loudest_line, silenced, watched_line
+from llmq.ui.parts.words import words_script
 
 
 def streamed(peak: float = 31.6):
@@ -63,17 +66,35 @@ def test_silencing_is_told_before_and_after():
     }
 
 
-def test_a_word_is_explained_once_and_text_is_text():
-    markup = explained("<b>Tokens</b> and **tokens** of an outlier feature, an outlier & KL")
-    assert markup.count('role="tooltip"') == 4 and "<b>" not in markup and "&lt;b&gt;" in markup
-    assert "<strong>tokens</strong>" in markup and 'tabindex="0">outlier feature<' in markup
-    assert "KL" in TERMS and all(name in kinds_explained() for name in KINDS)
+def test_text_is_text_but_for_what_is_strong_or_code():
+    assert explained("<b>a</b> & **b** of `c=1`") == (
+        '<p class="llmq-explained">&lt;b&gt;a&lt;/b&gt; &amp; <strong>b</strong> of <code>c=1</code></p>'
+    )
+    assert term("o", 'a "b"') in kinds_explained().replace(KINDS["o"], "a &quot;b&quot;")
 
 
-def test_a_text_comes_in_pieces_that_make_it_whole_again():
-    text = "int8 weights, int8 products; Outliers keep FP16 & <b>"
-    pieces = with_terms(text)
-    assert "".join(piece if isinstance(piece, str) else piece[0] for piece in pieces) == text
-    known = [piece for piece in pieces if not isinstance(piece, str)]
-    assert [word for word, _ in known] == ["int8", "weights", "Outliers", "FP16"] and known[2][1] == "outlier"
-    assert with_terms("") == [] and with_terms("LLM.int8() is bnb-int8") == ["LLM.int8() is bnb-int8"]
+def test_every_word_has_a_short_line_and_is_found_by_itself():
+    """Two lines of a tooltip: nobody reads more while pointing at a word."""
+    for name, says in TERMS.items():
+        assert len(says) <= 150 and says.endswith("."), name
+        assert spoken_in([f"a {name}, here"], "") == [name], name
+
+
+def test_a_part_of_a_name_is_no_word():
+    assert spoken_in(["Tokens (KL, in nats)", "LLM.int8() is bnb-int8", "abnormal first-token"], "") == [
+        "token",
+        "KL",
+        "nat",
+    ]
+
+
+def test_what_a_picture_alone_says_stands_under_its_title():
+    axes = {f"{axis}axis": {"title": {"text": text}} for axis, text in (("x", "tok/s"), ("y", "KL"))}
+    layout = {"title": {"text": "KL by layer"}, "margin": {}, **axes}
+    picture = go.Figure([{"name": "int8 · ours"}, {"name": "a weight", "showlegend": False}], layout)
+    assert sent(picture)["words"] == "int8 · tok/s"
+
+
+def test_the_script_knows_every_word():
+    script = words_script()
+    assert "__" not in script and all(f'"{name.lower()}": ' in script for name in ("KL", "tok/s", "input of down"))

@@ -24,7 +24,8 @@ def headline(report: OutlierReport, threshold: float) -> str:
         return kept
     said = f"{int((peaks >= threshold).sum())} of the {peaks.size:,} channels that run through the model {reached}"
     loud, typical = format_number(peaks.max()), format_number(float(np.median(peaks)))
-    return f"{said}; the loudest, {peaks.argmax()}, is at {loud}, a typical one at {typical}. {kept}"
+    largest = f"The largest number is {loud}, in channel {peaks.argmax()}; in a typical channel it is {typical}."
+    return f"{said}. {largest} {kept}"
 
 
 def kept_in_16_bit(report: OutlierReport, threshold: float) -> str:
@@ -36,7 +37,7 @@ def kept_in_16_bit(report: OutlierReport, threshold: float) -> str:
     name = shown_name(report.method)
     if any(module.outlier_columns is not None for module in modules):
         return f"{name} keeps {share} in 16 bit, the orange ones."
-    return f"{name} keeps none apart; LLM.int8() would keep {share} in 16 bit, the orange ones."
+    return f"{name} keeps no column in 16 bit; LLM.int8() would keep {share}, the orange ones."
 
 
 def inputs_of(report: OutlierReport) -> list[ModuleOutliers]:
@@ -53,8 +54,8 @@ def stream_peaks(report: OutlierReport) -> np.ndarray:
 
 def watched_line(report: OutlierReport) -> str:
     """What was watched."""
-    said = f"{report.prompt_tokens} prompt tokens and {report.generated_tokens} generated tokens watched"
-    return f"{'Stopped early: ' if report.stopped else ''}{said} in {len(report.modules)} linear layers."
+    said = f"{report.prompt_tokens} tokens of the prompt and {report.generated_tokens} written ones"
+    return f"{'Stopped early: ' if report.stopped else ''}{said}, watched in {len(report.modules)} linear layers."
 
 
 def asked_of(model: str, method: str, prompt: str) -> dict:

@@ -27,8 +27,8 @@ from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
 
 ABOUT = (
-    "Each lab asks the model above, and writes on from the prompt above. The method and the threshold above play no "
-    "part here: every lab names its own."
+    "Each experiment asks the model above, and writes on from the prompt above. The method and the threshold above "
+    "play no part here: every experiment has its own."
 )
 
 

@@ -40,7 +40,7 @@ class MapPanel:
         self.card = silence_view(self.example, elem_id="silence-card")
         with gr.Column(elem_classes=["llmq-needs"]):
             gr.Markdown("## One layer, token by token")
-            explanation("Click a row of the picture above to see which token it comes from, or move the slider.")
+            explanation("Which tokens have the large numbers? Click a row of the picture above, or move the slider.")
             self.layer = gr.Slider(0, 31, 0, step=1, label="Layer", elem_id="layer")
             self.tokens = figure_view(elem_id="token-map")
             with gr.Accordion("The figures as tables", open=False, elem_id="outlier-tables"):
@@ -51,7 +51,7 @@ class MapPanel:
         self.threshold = gr.Slider(
             2, 20, 6.0, step=0.1, label="Threshold", elem_id="outlier-threshold",
         )  # fmt: skip
-        self.kind = gr.Radio(list(KINDS), value="down", label="What these layers read", elem_id="kind")
+        self.kind = gr.Radio(list(KINDS), value="down", label="Input of", elem_id="kind")
         shown(kinds_explained())
         self.phase = gr.Radio(PHASES, value="prefill", label="While", elem_id="phase")
 
