@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 MISSING = "–"
 WIDE = 0.1  # the spread of repeats from which on a figure says so
-LOOPS = {"hf": "transformers", "lean": "our own loop"}  # the engines, by the names that results have
+LOOPS = {"hf": "transformers", "lean": "the lean loop"}  # the engines, by the names that results have
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 

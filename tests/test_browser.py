@@ -23,7 +23,7 @@ from llmq.events import Run, Step, TimedEvent
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 PARIS = "prompt=Plan+a+3-day+itinerary+in+Paris."
-SURE = r"After \d+ equal tokens FP16 took “.+” at \d+%, int8 · ours “.+”, FP16's \w+ at \d+%"
+SURE = r"After \d+ equal tokens, FP16 took “.+” at \d+%, int8 · ours “.+”, FP16's \w+ at \d+%"
 LARGEST_UPDATE = 1024  # bytes of one streamed update
 SAMPLES_AN_UPDATE = 2  # five a second are drawn, and four updates a second are sent
 LARGEST_SHIFT = 0.05  # of the layout in a flow; 0.1 is called good
@@ -499,10 +499,10 @@ def test_it_is_said_how_sure_each_model_was_where_they_part(page, address):
     press(page, "replay")
     page.locator("[data-part=skip]").click()
     page.wait_for_function(
-        "/At the first token FP16 took “Planning” at 15%/.test(document.querySelector('#status').textContent)"
+        "/At the first token, FP16 took “Planning” at 15%/.test(document.querySelector('#status').textContent)"
     )
     page.locator("#why summary").click()
-    assert "gave its own choice 12%, so little decided it" in page.locator("#why").inner_text()
+    assert "gave its own choice 12%: little decided it" in page.locator("#why").inner_text()
 
 
 def test_outliers_heatmap_and_threshold(page, address, screenshots):

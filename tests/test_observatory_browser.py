@@ -63,7 +63,10 @@ def test_scrubber_shows_each_token_and_layers_agree_with_hooks(observatory, scre
     part(page, "Sent to 16 bit")
     prompt = drawn(page, "moment-figure")
     assert "the prompt" in prompt["title"]
-    own, hooks = prompt["series"]["sent to 16 bit by the layer itself"], prompt["series"]["found by the hooks"]
+    own, hooks = (
+        prompt["series"]["kept in 16 bit by the layer"],
+        prompt["series"]["reaches the threshold, as we saw it"],
+    )
     assert sorted(own) == sorted(hooks) and len(own) > 100
     page.locator("#moment input[type=range]").focus()
     page.keyboard.press("ArrowRight")
@@ -72,7 +75,7 @@ def test_scrubber_shows_each_token_and_layers_agree_with_hooks(observatory, scre
         "/generated token 2/.test(document.querySelector('#moment-figure [data-part=title]').textContent)"
     )
     token = drawn(page, "moment-figure")
-    own, hooks = token["series"]["sent to 16 bit by the layer itself"], token["series"]["found by the hooks"]
+    own, hooks = token["series"]["kept in 16 bit by the layer"], token["series"]["reaches the threshold, as we saw it"]
     assert sorted(own) == sorted(hooks) and 0 < len(own) < 200
     assert token["height"] > 400, "the figure keeps its height when its value changes"
     assert "1,050 of 1,050 calls" in page.locator("#moment-agreement").inner_text()

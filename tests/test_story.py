@@ -26,7 +26,8 @@ def streamed(peak: float = 31.6):
 
 def test_the_sentence_says_how_many_how_large_and_what_is_kept():
     assert headline(streamed(), 6.0) == (
-        "1 of the 16 channels that run through the model reaches 6; the loudest, 3, is at 31.6, a typical one at 0.5. "
+        "1 of the 16 channels that run through the model reaches 6. The largest number is 31.6, in channel 3; in a "
+        "typical channel it is 0.5. "
         "int8 · bitsandbytes keeps 4 of 64 columns (6.2%) in 16 bit, the orange ones."
     )
     assert "0 of the 16 channels that run through the model reach 32" in headline(streamed(), 32)
@@ -36,11 +37,11 @@ def test_the_sentence_says_how_many_how_large_and_what_is_kept():
 def test_a_method_without_columns_apart_is_not_said_to_keep_any():
     plain = replace(streamed(), method="absmax")
     plain = replace(plain, modules=tuple(replace(m, outlier_columns=None) for m in plain.modules))
-    assert "keeps none apart; LLM.int8() would keep 4 of 64 columns" in headline(plain, 6.0)
+    assert "keeps no column in 16 bit; LLM.int8() would keep 4 of 64 columns" in headline(plain, 6.0)
 
 
 def test_without_a_stream_there_is_still_a_sentence():
-    assert headline(replace(report(), modules=()), 6.0).endswith("keep 0 of 0 columns (0%) in 16 bit, the orange ones.")
+    assert headline(replace(report(), modules=()), 6.0).endswith("keep 0 of 0 columns (0%), the orange ones.")
     assert loudest_line(replace(report(), modules=())) == ""
 
 
@@ -90,7 +91,7 @@ def test_a_part_of_a_name_is_no_word():
 
 def test_what_a_picture_alone_says_stands_under_its_title():
     axes = {f"{axis}axis": {"title": {"text": text}} for axis, text in (("x", "tok/s"), ("y", "KL"))}
-    layout = {"title": {"text": "KL by layer"}, "margin": {}, **axes}
+    layout = {"title": {"text": "KL by layer"}, "margin": {"t": 9}, **axes}
     picture = go.Figure([{"name": "int8 · ours"}, {"name": "a weight", "showlegend": False}], layout)
     assert sent(picture)["words"] == "int8 · tok/s"
 

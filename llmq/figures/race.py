@@ -44,7 +44,7 @@ def trade_off_figure(rows: Sequence[dict]) -> go.Figure:
     style(figure, "What each method loses, and what memory it takes", height=560)
     figure.update_layout(
         xaxis={"title": {"text": "weights (MB)"}, "range": [left, right]},
-        yaxis={"title": {"text": "perplexity change (%)" + ", log beyond 1 %" * (place is _symlog)}},
+        yaxis={"title": {"text": "perplexity change (%)" + ", logarithmic beyond 1 %" * (place is _symlog)}},
     )
     if place is _symlog:
         lowest = min(100 * row["perplexity_change_interval"][0] for row in rows)

@@ -253,15 +253,11 @@ def drift_line(read: Read) -> str:
         shorter = min(len(drift.baseline_ids), len(drift.other_ids))
         return f"Writing by themselves, both write the same {shorter} tokens."
     own, other = (read.names[ids[drift.position]] for ids in (drift.baseline_ids, drift.other_ids))
-    ahead = (
-        f", each ahead of the other's by {drift.margins[0]:.3g} and {drift.margins[1]:.3g} nats"
-        if drift.margins
-        else ""
-    )
+    margins = "{:.3g} and {:.3g} nats".format(*drift.margins) if drift.margins else "unknown margins"
     return (
         f"Writing by themselves, they part at token {drift.position + 1}: {titles[0]} writes {quoted(own)}, "
-        f"{titles[1]} {quoted(other)}{ahead}. From there on each reads its own text, so a small difference of numbers can become a "
-        "large one of words."
+        f"{titles[1]} {quoted(other)}, each preferring its own by {margins}. From there on each reads its own text, so "
+        "a small difference of numbers can become a large one of words."
     )
 
 

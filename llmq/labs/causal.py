@@ -111,8 +111,8 @@ class Causal(RowLab):
         for change in dict.fromkeys(row["change"] for row in rows):
             there = [row for row in rows if row["change"] == change]
             flips = ", ".join(f"{row['flipped']:,} with {row['method']}" for row in there)
-            said.append(f"{change} flips of {there[0]['asked']:,} first choices {flips}")
-        return f"Prompts of {LENGTH} tokens: {'; '.join(said)}." if said else ""
+            said.append(f"{change}: of {there[0]['asked']:,} first choices flip {flips}")
+        return f"Prompts of {LENGTH} tokens, {'; '.join(said)}." if said else ""
 
     @classmethod
     def figures(cls, rows: list[dict]) -> list[Drawing]:

@@ -45,7 +45,7 @@ class Explanation(Lab):
         super().__post_init__()
         if not self.baseline.method.dense:
             dense = ", ".join(name for name, method in METHODS.items() if method.dense)
-            raise BadChoice(f"{self.baseline.label} has no modules in 16 bit to take from; choose one of {dense}")
+            raise BadChoice(f"{self.baseline.label} has no 16-bit modules to take from; choose one of {dense}")
 
     @classmethod
     def of(cls, read: Read, position: int, patch: bool) -> Explanation:

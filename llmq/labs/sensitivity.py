@@ -146,7 +146,7 @@ class Sensitivity(RowLab):
         share = worst["kl_to_fp16"] / (_sums(parts)["sum_of_parts"] or 1)
         name = QUANTIZED[worst["part"]].format_map(worst)
         said = (
-            f"Of {len(parts)} {worst['part']}s {name} hurts most: quantized alone it costs KL "
+            f"Of {len(parts)} {worst['part']}s, {name} hurts most: quantized alone it costs KL "
             f"{worst['kl_to_fp16']:.3g}, {format_share(share)} of the sum over all"
         )
         found = {row["part"]: row for row in _of(rows, "method", "recipe")}

@@ -40,7 +40,7 @@ class Silencing(RowLab):
     seed: int = 0
     prompt: Annotated[str, Text(help="how the model goes on after it", flag="--prompt")] = ""
     columns = {
-        "Switched off": lambda row: "none" if row["silenced"] == "none" else f"{row['count']} {row['silenced']}",
+        "Silenced": lambda row: "none" if row["silenced"] == "none" else f"{row['count']} {row['silenced']}",
         "Channels": lambda row: ", ".join(map(str, row["channels"])),
         **SCORES,
         "Text": "{text}",

@@ -71,7 +71,7 @@ TERMS = {
     "batch": "How many texts are worked on at once.",
     "kernel": "One piece of work as it is given to a GPU or CPU, such as a matrix product.",
     "tok/s": "Tokens per second. Each token is timed by itself, and reading the prompt is left out.",
-    "our own loop": "Our own program for LLaMA models, without transformers: less is done around each product.",
+    "lean loop": "Our own program for LLaMA models, without transformers: less is done around each product.",
     "GFLOP": "A billion operations on floating-point numbers: multiplications and additions.",
     "spread": "How far the slowest and the fastest repeat lie apart, as a share of the median.",
     "calibrate": "To run the model over a short text first, and to choose scales by what its layers read there.",

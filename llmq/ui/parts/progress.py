@@ -37,5 +37,7 @@ def event_line(event: Event) -> str:
         case Failed(contestant=contestant):
             return f"{shown_name(contestant)} failed; the others go on"
         case Freed(contestant=contestant, verified=verified):
-            return f"{shown_name(contestant)} freed" + ("" if verified else ", but its memory did not come back")
+            return f"{shown_name(contestant)} freed" + (
+                "" if verified else ", but its memory was not seen to come back"
+            )
     return ""

@@ -54,8 +54,8 @@ def stream_peaks(report: OutlierReport) -> np.ndarray:
 
 def watched_line(report: OutlierReport) -> str:
     """What was watched."""
-    said = f"{report.prompt_tokens} tokens of the prompt and {report.generated_tokens} written ones"
-    return f"{'Stopped early: ' if report.stopped else ''}{said}, watched in {len(report.modules)} linear layers."
+    said = f"{report.prompt_tokens} prompt tokens and {report.generated_tokens} generated tokens watched"
+    return f"{'Stopped early: ' if report.stopped else ''}{said} in {len(report.modules)} linear layers."
 
 
 def asked_of(model: str, method: str, prompt: str) -> dict:

@@ -19,7 +19,7 @@ WHY_SLOWER_GPU = (
 WHY_SLOWER_CPU = "on a CPU without AVX-512 it turns the int8 weights of every layer into FP32 again for each token."
 WHY_OURS_CPU = (
     "Through transformers on a CPU it runs on torch's own operations, which turn the int8 weights into FP32 too; "
-    "our own loop does not."
+    "the lean loop does not."
 )
 
 
@@ -101,10 +101,10 @@ def _times(ratio: float) -> str:
 def _speed(baseline: Outcome, other: Outcome, place: str) -> str:
     ratio = _ratio(baseline, other)
     if ratio is None:
-        return "Too few tokens were written to tell a speed."
+        return "There were too few tokens to state a speed."
     pair = " against ".join(format_speed(outcome.decode_tokens_per_second) for outcome in (other, baseline))
     reason = _reason(other, place) if ratio < 1 and not about_even(ratio) else ""
-    return f"It wrote {pair}{_crossing(baseline, other)}: {_times(ratio).removeprefix('at ')} in this run.{reason}"
+    return f"It decoded at {pair}{_crossing(baseline, other)}: {_times(ratio).removeprefix('at ')} in this run.{reason}"
 
 
 def _reason(slower: Outcome, place: str) -> str:
@@ -128,7 +128,7 @@ def _agreement(summary: Summary, baseline: Outcome, other: Outcome) -> str:
     if not (baseline.token_ids and other.token_ids):
         return ""
     if first is None:
-        return f"The two texts are the same in all {_tokens(same)} that both wrote."
+        return f"The two texts agree on all {_tokens(same)} that both produced."
     where = (
         f"are the same for {_tokens(same)} and part at token {first + 1}" if first else "differ from the first token on"
     )

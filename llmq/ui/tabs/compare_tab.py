@@ -88,8 +88,8 @@ class CompareTab:
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             free = "" if self.state.access.public else "A model may also be a hub id (owner/name) or a local folder. "
             gr.Markdown(
-                f"{free}A method may be typed with its settings: `bnb-int8@0` has no threshold, `gptq@bits=3:group=64` has "
-                "3 bits."
+                f"{free}A method may be typed with its settings: `bnb-int8@0` has no threshold, `gptq@bits=3:group=64` "
+                "has 3 bits."
             )
             chosen = [method.value for method in self.methods]
             self.method_settings = method_settings(chosen, elem_id="method-settings")

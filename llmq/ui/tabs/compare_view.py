@@ -127,7 +127,7 @@ class CompareView:
         if not outcomes:
             return "Stopped before anything ran."
         if any(outcome.error for outcome in outcomes):
-            return "Finished, but one method failed: see its text."
+            return "Finished, with a failure: see its text."
         if not all(outcome.reason or outcome.error for outcome in outcomes):
             return "Cut short: a text is not finished."
         stopped = any(outcome.reason == "stopped" for outcome in outcomes)
