@@ -16,6 +16,7 @@ from browser_support import (
     open_settings,
     raw_messages,
     status,
+    unexplained,
     wait_until_still,
 )
 
@@ -539,6 +540,7 @@ def test_accessible_and_never_wider_than_the_window(browser, address, theme, win
     generate(page)
     finish(page)
     wait_until_still(page)
+    assert unexplained(page) == []
     found = Axe().run(page).response["violations"]
     page.screenshot(path=screenshots / f"compare-{theme}-{window}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from browser_support import WINDOWS, new_tab, open_page, wait_until_still
+from browser_support import WINDOWS, new_tab, open_page, unexplained, wait_until_still
 
 from llmq.labs.rounding import HEADERS
 from llmq.methods import METHODS
@@ -140,6 +140,7 @@ def test_every_part_is_accessible_and_fits(browser, address, theme, window, scre
         wait_until_still(page)
         page.screenshot(path=screenshots / f"lab-{name.lower()}-{theme}-{window}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert unexplained(page) == []
         levels = page.evaluate(
             "[...document.querySelectorAll('h1,h2,h3,h4')].filter(h => h.offsetWidth).map(h => Number(h.tagName[1]))"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from browser_support import WINDOWS, new_tab, open_page, raw_messages, status, wait_until_still
+from browser_support import WINDOWS, new_tab, open_page, raw_messages, status, unexplained, wait_until_still
 from colours import rgb
 
 from llmq.figures.palette import DARK, LIGHT
@@ -176,6 +176,7 @@ def test_every_part_is_accessible_and_fits(browser, address, theme, window, scre
         page.wait_for_function(SHOWN, arg=name)
         wait_until_still(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert unexplained(page) == []
         levels = page.evaluate(
             "[...document.querySelectorAll('h1,h2,h3,h4')].filter(h => h.offsetWidth).map(h => Number(h.tagName[1]))"
         )
