@@ -49,7 +49,7 @@ def columns_figure(report: OutlierReport, kind: str, moment: int, threshold: flo
             "title": {"text": "layer"}, "domain": [0.36, 1], "type": "category", "categoryorder": "array",
             "categoryarray": layers, "range": [len(layers) - 0.5, -0.5],
         },
-        xaxis2={"title": {"text": "token (0: the prompt, then each written one)"}, "anchor": "y2", "dtick": 1},
+        xaxis2={"title": {"text": "token (0: the prompt)"}, "anchor": "y2", "dtick": 1},
         yaxis2={"title": {"text": "columns"}, "domain": [0, 0.2], "rangemode": "tozero"},
     )  # fmt: skip
     if len(counts) > 24:
@@ -76,7 +76,7 @@ def _moment_name(report: OutlierReport, moment: int) -> str:
         return "the prompt"
     place = report.prompt_tokens + moment - 1
     text = report.token_texts[place] if place < len(report.token_texts) else ""
-    return f"written token {moment} {escape(quoted(text))}"
+    return f"generated token {moment} {escape(quoted(text))}"
 
 
 def layer_error_figure(cause: Cause) -> go.Figure:

@@ -176,7 +176,7 @@ def account_line(report: OutlierReport, threshold: float) -> str:
 def emergence_line(found: Emergence) -> str:
     """The paper's figures in a sentence."""
     features = found.outlier_features
-    reach = f"{len(found.features)} channels reach 6 at one of the {found.positions} tokens or more"
+    reach = f"{len(found.features)} channels reach 6 at any of the {found.positions} tokens"
     if not features:
         return f"There is no outlier feature in this prompt; {reach}."
     names = ", ".join(str(feature.channel) for feature in features[:6]) + (", …" if len(features) > 6 else "")

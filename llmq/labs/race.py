@@ -50,8 +50,8 @@ class Race(TableLab):
     )
     explained = (
         "**The names.** One scale can serve a whole tensor, a row, or a group of a few numbers: the fewer numbers "
-        "share it, the fewer one outlier spoils. Rounded to nearest, GPTQ and AWQ have 4 bits for a weight where the name "
-        "says no other. A speed is told against FP16 in the same loop: the lean loop or transformers."
+        "share it, the fewer one outlier spoils. Rounded to nearest, GPTQ and AWQ have 4 bits for a weight where the "
+        "name says no other. A speed is told against FP16 in the same loop: the lean loop or transformers."
     )
     example, prompted = "Name three colours.", "What is answered while speed is measured."
     contestants: Annotated[
