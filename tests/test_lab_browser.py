@@ -102,6 +102,15 @@ def test_what_is_typed_wrongly_is_said_in_one_line_as_text(page, address):
     found(page, "your numbers (1 × 3 numbers)")
 
 
+@pytest.mark.parametrize("window", ["1400", "400"])
+def test_a_link_opens_its_part(browser, address, window):
+    page = new_tab(browser, **WINDOWS[window])
+    page.goto(f"{address}/?view=lab&part=race")
+    page.wait_for_selector("#race-run", state="visible")
+    assert unexplained(page) == []
+    page.close()
+
+
 def test_bits_turn_over_by_mouse_and_by_keyboard(page, address):
     open_lab(page, address)
     part(page, "Bits")

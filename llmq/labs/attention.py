@@ -16,10 +16,11 @@ from llmq import telemetry
 from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
-from llmq.fields import Choice, Number
+from llmq.fields import Choice
 from llmq.figures.blocks import Drawing
 from llmq.figures.lengths import Curve, lengths_figure, power_of
 from llmq.formatting import MISSING, format_bytes, format_seconds, shown_spread
+from llmq.labs.lengths import lengths_up_to, longest_text
 from llmq.labs.rows import RowAnswer, Rows, TableLab
 from llmq.machine.door import Lease
 from llmq.memory import HEADROOM, kv_bytes
@@ -28,7 +29,6 @@ from llmq.models.config import heads_of
 if TYPE_CHECKING:
     from llmq.inspect.attention import Heads, Inputs, Kernel
 
-LENGTHS = 6
 ROUNDS = 7
 BYTES_A_SCORE = 12  # of a kernel that keeps them all: the most before any is measured
 DTYPES = ("bfloat16", "float16", "float32")
@@ -57,10 +57,7 @@ class Attention(TableLab):
         "a block split it by queries, so that they exchange less.\n\n"
         "The mask of N² numbers that eager reads is made beforehand, once for all layers, and counted as an input."
     )
-    longest: Annotated[
-        int, Number(64, 65536, whole=True, help="tokens of the longest of six lengths, each half of the next",
-                    label="Longest text (tokens)", shown=16384, step=64),
-    ] = 2048  # fmt: skip
+    longest: Annotated[int, longest_text(shown=16384)] = 2048
     dtype: Annotated[str, Choice(DTYPES, help="type of the numbers", label="Numbers")] = "bfloat16"
     prompt: str = ""
     columns = {
@@ -94,7 +91,7 @@ class Attention(TableLab):
 
         from llmq.inspect.attention import Inputs, kernels
 
-        lengths, dtype = [self.longest >> halved for halved in reversed(range(LENGTHS))], getattr(torch, self.dtype)
+        lengths, dtype = lengths_up_to(self.longest), getattr(torch, self.dtype)
         yield lease.progress("looking for kernels", 0.0)
         found = list(kernels(Inputs.random(heads, lengths[0], dtype, self.device)))
         yield from ({"tokens": None, "kernel": kernel.name, "absent": why} for kernel, why in found if why)

@@ -14,10 +14,10 @@ from llmq.engine.loading import Key
 from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
-from llmq.fields import Number
 from llmq.figures.blocks import Drawing
 from llmq.figures.lengths import Curve, lengths_figure
 from llmq.formatting import format_bytes, format_number, format_seconds, shown_spread
+from llmq.labs.lengths import lengths_up_to, longest_text
 from llmq.labs.rows import BASELINE, RowAnswer, Rows, TableLab
 from llmq.machine.door import Lease
 from llmq.memory import kv_bytes
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from llmq.engine.hf import HFEngine
     from llmq.inspect.caching import Place
 
-LENGTHS = 6
 ROUNDS = 3
 SIDES = {"cached": "with the cache", "whole": "without"}
 
@@ -53,10 +52,7 @@ class Caching(TableLab):
         "grouped-query attention (GQA) h/G heads share one of them: the cache is h/G times smaller, and the 4·L·h·d·N "
         "operations stay."
     )
-    longest: Annotated[
-        int, Number(64, 65536, whole=True, help="tokens of the longest of six lengths, each half of the next",
-                    label="Longest text (tokens)", shown=4096, step=64),
-    ] = 256  # fmt: skip
+    longest: Annotated[int, longest_text(shown=4096)] = 256
     prompt: str = ""
     columns = {
         "Tokens": "{tokens:,}",
@@ -95,7 +91,7 @@ class Caching(TableLab):
         heads, kv_heads, head_dim = heads_of(config)
         formulas, itemsize = Operations.of(engine.model, heads, head_dim), engine.model.dtype.itemsize
         twin = twin_of(engine.model)
-        lengths = [self.longest >> halved for halved in reversed(range(LENGTHS))]
+        lengths = lengths_up_to(self.longest)
         for number, tokens in enumerate(lengths):
             done = sum(lengths[:number]) / sum(lengths)
             yield lease.progress(f"{tokens:,} tokens: reading", done)
