@@ -238,7 +238,7 @@ def test_a_word_of_the_result_is_explained_by_mouse_keyboard_and_touch(browser, 
     terms = page.locator("#result [data-part=shown] .llmq-term")
     shown = page.locator("#llmq-says:visible")
     words = " ".join(terms.all_text_contents())
-    for word in ("Memory", "speed", "FP16", "int8", "outlier", "Peak memory", "First token after", "coverage"):
+    for word in ("Memory", "speed", "FP16", "int8", "outlier", "Peak memory", "First token", "coverage"):
         assert word in words
     assert page.locator("#result q .llmq-term, #result .llmq-text .llmq-term").count() == 0, "not in anybody's text"
     terms.nth(1).hover()

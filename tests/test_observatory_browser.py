@@ -78,7 +78,7 @@ def test_scrubber_shows_each_token_and_layers_agree_with_hooks(observatory, scre
     own, hooks = token["series"]["kept in 16 bit by the layer"], token["series"]["reaches the threshold, as we saw it"]
     assert sorted(own) == sorted(hooks) and 0 < len(own) < 200
     assert token["height"] > 400, "the figure keeps its height when its value changes"
-    assert "1,050 of 1,050 calls" in page.locator("#moment-agreement").inner_text()
+    assert "All 1,050 layer calls" in page.locator("#moment-agreement").inner_text()
     page.screenshot(path=screenshots / "observatory-moments.png", full_page=True)
     part(page, "The paper's figures")
     assert "24,912" in page.locator("#massive").inner_text().replace(".0", "")
@@ -110,7 +110,7 @@ def test_a_click_on_a_token_finds_its_cause_and_stop_keeps_it(observatory, scree
     diverging = page.locator("#reading button.llmq-other")
     assert diverging.count() >= 1, "bnb-int8 has another first choice somewhere in the chat template's tokens"
     diverging.first.click()
-    page.wait_for_function("/in 16 bit it is/.test(document.querySelector('#cause-status .llmq-status').textContent)")
+    page.wait_for_function("/in 16 bit it predicts/.test(document.querySelector('#cause-status .llmq-status').textContent)")
     page.locator("#cause-status [data-part=stop]").click()
     wait_for_status(page, "cause-status", "Stopped early")
     assert "yes" in page.locator("#patches").inner_text()
