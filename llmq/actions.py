@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice
@@ -29,7 +30,11 @@ from llmq.reporting import memory_lines, shown_block
 from llmq.summary import RunAnswer
 from llmq.terminal import show_progress
 
+if TYPE_CHECKING:
+    from llmq.bench.speed import DecodeBench
+
 EXIT_FAILED = 1
+ALL_BENCHES = {"what", "device", "threshold", "methods", "save", "json", "run"}  # options of every kind of `bench`
 
 
 def run_compare(options) -> int:
@@ -94,8 +99,11 @@ def run_bench(options) -> int:
     from llmq.bench import bench_named
 
     cls = bench_named(options.what)
-    known = {field.name for field in fields(cls)} & vars(options).keys()
-    given = {name: getattr(options, name) for name in known}
+    given = {name: value for name, value in vars(options).items() if name not in ALL_BENCHES}
+    known = [field.name for field in fields(cls) if field.name not in ("contestants", "device")]
+    for name in given.keys() - set(known):
+        own, *others = (f"--{one.replace('_', '-')}" for one in (name, *known))
+        raise BadChoice(f"bench {options.what} has no {own}; it has {', '.join(others)}")
     bench = cls(**given | {"contestants": _contestants(options), "device": device_for(options.device)})
     result = answer_to(bench, verbose=True)
     if options.save:
@@ -162,7 +170,7 @@ def run_memory(options) -> int:
 
 def run_advise(options) -> int:
     """Advise on a model for the memory that is free here, or for what is named; measure first where that is asked."""
-    from llmq.advice import Place, advise, stored_results
+    from llmq.labs.advice import Place, advise, stored_results
     from llmq.models.opening import describe_model
 
     device, named = device_for(options.device), options.device_memory
@@ -170,9 +178,20 @@ def run_advise(options) -> int:
     asked = {"results": stored_results(), "tokens": options.context, "batch": options.batch}
     advice = advise(model, _contestants(options), place, **asked)
     if options.measure:
-        measured = answer_to(advice.bench(device), verbose=True)
+        measured = answer_to(_measuring(advice.result, device), verbose=True)
         advice = advise(model, _contestants(options), place, **asked, measured=measured)
     return show(Finding(advice), options)
+
+
+def _measuring(advice: dict, device: str) -> DecodeBench:
+    """What measures the speed of the methods that fit. Raises BadChoice where none does, or for several texts."""
+    from llmq.bench.speed import DecodeBench
+
+    fitting = tuple(Contestant.parse(row["method"]) for row in advice["results"] if row["fits"])
+    if not fitting or advice["batch"] != 1:
+        why = "speed is measured at batch 1" if fitting else "no method fits, so nothing can be measured"
+        raise BadChoice(f"{why}; leave out --measure")
+    return DecodeBench(model=advice["model"], contestants=fitting, device=device)
 
 
 def run_models(options) -> int:

@@ -175,21 +175,29 @@ def _add_field(parser: argparse.ArgumentParser, field: Field) -> None:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "what", choices=["decode", "prefill", "load", "peers", "hooks", "transformers", "stages", "batch"]
-    )
-    _add(parser, *MODEL, "--methods", "--engine", "--random-weights")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--busy", action="store_true", help="peers: while another process takes a core")
-    parser.add_argument("--modes", default=argparse.SUPPRESS, help="transformers, batch: eager, compiled")
-    parser.add_argument("--batches", default="1,2,4,8,16,32,64", help="batch: sequences decoded together")
-    parser.add_argument("--shapes", default="4096x4096,11008x4096", help="stages: outputs x inputs of a layer")
-    parser.add_argument("--rows", default="1,2,4,8,16,32,64", help="stages: how many tokens a call has")
-    parser.add_argument("--outliers", type=int, default=4, help="stages: columns of outliers in half of the cases")
-    parser.add_argument("--layers", type=int, default=8, help="stages: different layers that are called in turn")
+    """An option that is not given is not there: each kind has its own defaults, and refuses what it does not have."""
+    kinds = ("decode", "prefill", "load", "peers", "hooks", "transformers", "stages", "batch", "energy")
+    parser.add_argument("what", choices=kinds)
+    _add(parser, "--device", "--threshold", "--methods")
     parser.add_argument("--save", type=Path, metavar="RESULT.json")
+    whole, rows = {"type": int, "metavar": "N"}, "1,2,4,8,16,32,64"
+    for flag, more in {
+        "--model": OPTIONS["--model"],
+        "--engine": OPTIONS["--engine"],
+        "--random-weights": OPTIONS["--random-weights"],
+        "--prompt-tokens": whole | {"help": "of the prompt (default: 64; energy: 512)"},
+        "--new-tokens": whole | {"help": "of the answer (default: 64; peers: 128, energy: 512)"},
+        "--repeats": whole | {"help": "rounds that count (default: 5; energy: 3)"},
+        "--busy": {"action": "store_true", "help": "peers: while another process takes a core"},
+        "--modes": {"help": "transformers, batch: eager, compiled"},
+        "--batches": {"help": f"batch: sequences decoded together (default: {rows})"},
+        "--shapes": {"help": "stages: outputs x inputs of a layer (default: 4096x4096,11008x4096)"},
+        "--rows": {"help": f"stages: how many tokens a call has (default: {rows})"},
+        "--outliers": whole | {"help": "stages: columns of outliers in half of the cases (default: 4)"},
+        "--layers": whole | {"help": "stages: different layers that are called in turn (default: 8)"},
+        "--seconds": whole | {"help": "energy: how long each stretch takes at least (default: 3)"},
+    }.items():
+        parser.add_argument(flag, **more | {"default": argparse.SUPPRESS})
 
 
 def _tasks(parser: argparse.ArgumentParser) -> None:
@@ -223,9 +231,9 @@ def _memory(parser: argparse.ArgumentParser) -> None:
 
 def _advise(parser: argparse.ArgumentParser) -> None:
     _memory(parser)
-    parser.set_defaults(methods="fp16,llm-int8,int8-weight-only,bnb-int8,nf4", save=None)
+    parser.set_defaults(methods="fp16,llm-int8,int8-weight-only,bnb-int8,nf4")
     parser.add_argument("--measure", action="store_true", help="measure the speed of what fits, here and now")
-    _add(parser, "--device", "--html")
+    _add(parser, "--device", *FILES)
 
 
 def _models(parser: argparse.ArgumentParser) -> None:

@@ -46,6 +46,13 @@ def format_seconds(seconds: float | None) -> str:
     return f"{minutes} min {rest} s"
 
 
+def format_joules(joules: float | None) -> str:
+    """Energy: millijoules below one joule."""
+    if not _known(joules):
+        return MISSING
+    return f"{_three_digits(joules)} J" if abs(joules) >= 0.9995 else f"{_three_digits(joules * 1000)} mJ"
+
+
 def format_number(value: float) -> str:
     """A figure of any size as people read it, in four digits or up to the point: 0.01234, 17.53, 12,594, 20,220,000."""
     size = abs(value)

@@ -137,6 +137,11 @@ class Nvml:
         """The clock of the multiprocessors at this moment."""
         return self._guarded(lambda: self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM))
 
+    def energy_joules(self) -> float | None:
+        """What the whole board took since its driver was loaded; None before Volta, and where MIG hides it."""
+        millijoules = self._guarded(lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        return None if millijoules is None else millijoules / 1e3
+
     def _text(self, call) -> str | None:
         value = self._guarded(call)
         return value.decode() if isinstance(value, bytes) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -24,6 +25,17 @@ def pytest_report_header() -> str:
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no CUDA device"
     versions = f"transformers {transformers.__version__}, bitsandbytes {bitsandbytes.__version__}"
     return f"torch {torch.__version__}, {versions}, {device}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failure in a browser says what its tabs showed: a state that never came is told by the one that did."""
+    report = yield
+    if report.failed and call.when == "call" and (browser := item.funcargs.get("browser")):
+        for tab in (tab for context in browser.contexts for tab in context.pages):
+            with suppress(Exception):  # a tab that crashed shows nothing
+                report.sections.append((f"{tab.url:.80} shows", tab.locator("body").inner_text(timeout=5000)[:4000]))
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 from tiny_runs import light
 
-from llmq.advice import METHODS, NOT_MEASURED, Advice, Place, advise, stored_results
 from llmq.cards import HERE
 from llmq.contestant import Contestant
+from llmq.face import Finding, load
+from llmq.figures.blocks import Table
+from llmq.labs.advice import METHODS, NOT_MEASURED, Advice, Place, advise, stored_results
 from llmq.memory import forecast
 from llmq.models.opening import describe_model
+from llmq.ui.parts.advice_card import advice_card
 from llmq.ui.shell.access import ANYBODY
 from llmq.ui.shell.link import fit_wishes_of
-from llmq.ui.tabs.fit_tab import answers
+from llmq.ui.tabs.fit_tab import FitTab, answers
 
 DEMO, LLAMA = "demo", "llama-3.1-8b-instruct"
 H100, EPYC = "NVIDIA H100 80GB HBM3", "AMD EPYC, 2 cores"
@@ -51,6 +56,10 @@ def advised(place: Place, *results: dict, model: str = DEMO, **asked) -> Advice:
 
 def said(advice: Advice) -> str:
     return advice.result["recommendation"]["sentence"].replace("**", "")
+
+
+def table_of(advice: Advice) -> Table:
+    return next(block for block in advice.blocks() if isinstance(block, Table))
 
 
 def rows_of(advice: Advice) -> dict[str, dict]:
@@ -94,7 +103,7 @@ def test_the_speed_of_another_device_is_shown_and_proves_nothing_here():
     elsewhere = Place("a large card", 80e9, "RTX 4090")
     advice = advised(elsewhere, FAST, NEAR)
     assert "and whether a method is faster there is not measured" in said(advice)
-    table = next(block for block in advice.blocks() if not isinstance(block, str))
+    table = table_of(advice)
     assert table.rows[1][5:7] == ["150 tok/s, 1.50× FP16", H100]
     own = decode({"fp16": 10.0, "llm-int8": 20.0}, device="NVIDIA GeForce RTX 4090", date="2026-10-01")
     speeds = {name: row["speed"] for name, row in rows_of(advised(elsewhere, FAST, own)).items()}
@@ -118,12 +127,12 @@ def test_nothing_is_made_up():
     for results in ((), (decode({"llm-int8": 9.0}, model=LLAMA), decode({"llm-int8": 9.0}, batch=8))):
         advice = advised(SMALL, *results)
         assert all(row["speed"] is None and row["quality"] is None for row in advice.result["results"])
-        table = next(block for block in advice.blocks() if not isinstance(block, str))
+        table = table_of(advice)
         assert all(row[5:] == [NOT_MEASURED, "–", NOT_MEASURED] for row in table.rows[1:])
         assert "what it costs in perplexity is not measured for this model." in said(advice)
     advice = advised(Place.named("t4"), NEAR, model=LLAMA)
     assert said(advice).startswith("Yes, with int8 weights only: FP16 needs 16.8 GB and 15.3 GB may be used on a T4")
-    assert "not measured for this model; on demo it costs +0.0 % (-0.1 to +0.1)" in said(advice)
+    assert "not measured for this model; on SmolLM2-135M (demo) it costs +0.0 % (-0.1 to +0.1)" in said(advice)
     assert rows_of(advice)["int8-weight-only"]["quality"] is None
     assert json.loads(json.dumps(advice.to_json()))["kind"] == "advice"
 
@@ -154,6 +163,57 @@ def test_what_ships_with_the_project_is_read():
     assert rows["int8-weight-only"]["quality"]["kl_to_fp16"] * 3 < rows["llm-int8"]["quality"]["kl_to_fp16"]
 
 
+def test_energy_is_a_line_where_it_was_measured_of_this_model_and_batch():
+    def energy(device: str, date: str, *joules: float, batch: int = 1) -> dict:
+        names = [f"{phase}_joules_{end}" for phase in ("prefill", "decode") for end in ("per_token", "over_fp16")]
+        found = decode({"fp16": 1.0, "llm-int8": 1.0}, device=device, date=date, batch=batch)
+        rows = [
+            row | dict(zip(names, values, strict=True)) for row, values in zip(found["results"], joules, strict=True)
+        ]
+        return found | {"kind": "energy", "results": rows}
+
+    own = energy(H100, "2026-11-03", (0.011, 1.0, 2.5, 1.0), (0.012, 1.1, 1.4, 0.56))
+    newer = energy("NVIDIA L4", "2026-11-09", (9, 9, 9, 9), (9, 9, 9, 9))
+    several = energy(H100, "2026-11-09", (8, 8, 8, 8), (8, 8, 8, 8), batch=8)
+    told = "Energy of a token of the answer (of the prompt), batch 1: FP16 2.50 J (11.0 mJ); int8 · ours 1.40 J "
+    assert f"{told}(12.0 mJ); {H100}, 2026-11-03." in advised(LARGE, own, newer, several).notes
+    assert rows_of(advised(LARGE, newer, several, own))["llm-int8"]["energy"]["decode_joules_over_fp16"] == 0.56
+    assert (
+        "Energy" not in advised(LARGE, several, FAST, NEAR).notes and rows_of(advised(LARGE))["fp16"]["energy"] is None
+    )
+
+
+def test_an_answer_that_was_saved_is_shown_again_with_what_it_was_made_with(run, tmp_path):
+    words = ("advise", "--model", LLAMA, "--device-memory", "t4", "--context", 4096, "--device", "cpu")
+    status, told, _ = run(*words, "--save", tmp_path / "a.json")
+    assert status == 0 and run("replay", tmp_path / "a.json")[1] == told
+    again = load(tmp_path / "a.json")
+    conditions = again.to_json()["conditions"]
+    assert conditions["command"].endswith("--context 4096 --batch 1 --device-memory t4")
+    assert conditions["versions"]["llmq"] and conditions["date"] and "commit" in conditions
+    status, out, _ = run(*conditions["command"].split()[3:], "--json", "--device", "cpu")
+    repeated = json.loads(out[-1])
+    assert repeated | {"conditions": {}} == again.to_json() | {"conditions": {}}
+    (tmp_path / "a.json").write_text('{"kind": "advice", "results": []}')
+    status, _, err = run("replay", tmp_path / "a.json")
+    assert status == 2 and "is no whole answer of the kind 'advice'" in err[0]
+
+
+def test_the_figure_has_every_method_with_what_is_known_of_it():
+    advice = advised(SMALL, FAST, NEAR)
+    (figure,) = Finding(advice).figures()
+    words = [note.text for note in figure.layout.annotations]
+    assert words[0].startswith("<b>FP16</b> ✕ does not fit, 367 MB") and len(words) == 6
+    assert words[2] == "<b>int8 weights only</b> ✓ 261 MB, 1.48× FP16's speed, perplexity +0.0 % (-0.1 to +0.1)"
+    assert words[-1] == "304 MB may be used on a small card"
+    for number, row in enumerate(advice.result["results"]):
+        assert sum(bar.x[number] for bar in figure.data) * 1e9 == pytest.approx(row["total"])
+    assert figure.layout.shapes[0].x0 == pytest.approx(0.304)
+    alone = advice.picture()
+    assert "Yes, with int8 weights only" in alone.layout.title.text and alone.layout.height > figure.layout.height
+    assert "Decode: batch 1 after 64 tokens" in alone.layout.annotations[-1].text
+
+
 def test_at_the_command_line_speed_is_measured_where_that_is_asked(run, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("llmq.bench.speed.read_bandwidth", lambda device: 1e12)
     where = ("advise", "--model", tiny_folder, "--device", "cpu", "--context", 96, "--methods", "llm-int8")
@@ -174,11 +234,17 @@ def test_at_the_command_line_speed_is_measured_where_that_is_asked(run, tiny_fol
 
 
 def test_the_page_has_the_card_of_the_same_form():
-    view, card = answers(LLAMA, "t4", "", 2048, 1, ANYBODY)
+    view, found = answers(LLAMA, "t4", "", 2048, 1, ANYBODY)
+    card = advice_card(found)
     advice = advised(Place.named("t4"), *stored_results(), model=LLAMA)
     assert view["headline"].startswith("Llama") and "<h2>Should I quantize?</h2>" in card
     assert f"<b>Yes, with int8 weights only</b>{said(advice).removeprefix('Yes, with int8 weights only')}" in card
-    assert answers(LLAMA, "other", "cow", 2048, 1, ANYBODY)[1] == ""
-    view, card = answers(DEMO, HERE, "", 64, 1, ANYBODY)
-    assert "fits this machine" in view["headline"] and "fits this machine" in card
+    wrong, nothing = answers(LLAMA, "other", "cow", 2048, 1, ANYBODY)
+    assert wrong["failed"] and nothing is None and advice_card(nothing) == ""
+    tab = FitTab(SimpleNamespace(access=ANYBODY, device="cpu"))
+    for save in (tab._written, tab._drawn):
+        with pytest.raises(gr.Error, match="Not counted: device memory is .*cow"):
+            save(LLAMA, "other", "cow", 2048, 1)
+    view, found = answers(DEMO, HERE, "", 64, 1, ANYBODY)
+    assert "fits this machine" in view["headline"] and "fits this machine" in advice_card(found)
     assert fit_wishes_of({"view": "fit", "card": HERE})["card"] == HERE

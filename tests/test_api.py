@@ -25,6 +25,7 @@ from llmq.cli import build_parser
 from llmq.errors import Ended
 from llmq.events import Progress, Step, Waiting
 from llmq.labs import lab_classes
+from llmq.labs.advice import METHODS
 from llmq.labs.causal import FIELD as CAUSAL
 from llmq.labs.compare import Comparison
 from llmq.labs.race import FIELD
@@ -55,6 +56,7 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
         "seed": 0, **WHERE,
     },
     "kv_cache": {"longest": 256, **WHERE},
+    "paged_cache": {"requests": 8, "longest": 256, "page": 16, **WHERE},
     "rounded_cache": {**WINDOWS, **WHERE},
     "explain_token": READ | {"token": None, "patch": True, **WHERE},
     "outliers": {"prompt": "", "method": "bnb-int8", "new_tokens": 8, "sweep": "", **WHERE},
@@ -74,6 +76,10 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
         "model": "demo", "methods": "fp16,bnb-int8", "threshold": 6.0, "context": 2048, "batch": 1,
         "device_memory": None,
     },
+    "advise": {
+        "model": "demo", "device": None, "methods": METHODS, "threshold": 6.0, "context": 2048, "batch": 1,
+        "device_memory": None,
+    },
     "models": {},
     "methods": {},
 }  # fmt: skip
@@ -85,6 +91,7 @@ QUESTIONS = {  # endpoint -> what is asked on both sides
     "quality": {"methods": "llm-int8", "tokens": 1024},
     "rounding": {"layer": "0.q_proj", "what": "weight", "method": "rtn", "bits": 3, "outlier": 2.0},
     "memory": {"methods": "bnb-int8,llm-int8", "context": 100, "device_memory": "1GiB"},
+    "advise": {"methods": "fp16,llm-int8", "context": 100, "device_memory": "t4"},
     "models": {},
 }
 REFUSED = [  # endpoint, what is asked, a word of the refusal
@@ -245,15 +252,16 @@ def test_every_endpoint_has_its_parameters_and_nothing_else_is_listed(server):
         assert all(len(label) > 3 and kind for label, kind in told.values()), told
 
 
-def test_the_readme_lists_every_endpoint():
-    section = (Path(app.__file__).parent / "README.md").read_text(encoding="utf-8").partition("## For programs")[2]
-    listed = re.search(r"\n\n((?:    [a-z_ ]+\n)+)", section)[1]
+def test_the_document_lists_every_endpoint():
+    text = (Path(app.__file__).parent / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = re.search(r"\n\n((?:    [a-z_ ]+\n)+)", text)[1]
     assert set(listed.split()) == TABLE.keys()
 
 
 @pytest.mark.parametrize("name", [name for name in TABLE if name != "methods"])
 def test_parameters_have_the_names_and_defaults_of_the_flags(name):
-    """A switch that is on has a flag to turn it off; a text from a file is a text here; no answer is written there."""
+    """A switch that is on has a flag to turn it off; a text from a file is a text here; no answer is written there, and
+    `bench` is no endpoint, so that advice measures nothing."""
     required = {option: "x" for option, default in TABLE[name].items() if default is ... or option == "prompt"}
     words = words_of(name, {} if name in ("decoding", "silencing", "rounding") else required)
     options = vars(build_parser().parse_args([str(word) for word in words]))
@@ -264,8 +272,19 @@ def test_parameters_have_the_names_and_defaults_of_the_flags(name):
         dest = option if option in options else fields[option]
         labs = options[dest] is None  # the command line takes a lab's defaults from its fields
         assert labs or options[dest] == default, option
-    left = {"json", "run", "html", "save", "prompt_file", "text_file", "save_int8", "fetch", *fields.values()}
-    assert {dest for dest in options if dest not in TABLE[name]} <= left
+    left = {
+        "json",
+        "run",
+        "html",
+        "save",
+        "prompt_file",
+        "text_file",
+        "save_int8",
+        "fetch",
+        "measure",
+        *fields.values(),
+    }
+    assert {dest for dest in options if dest not in TABLE[name]} <= left | {*fields.values()}
 
 
 @pytest.mark.parametrize(("name", "asked", "word"), REFUSED + MISTYPED)

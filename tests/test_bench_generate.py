@@ -114,8 +114,11 @@ def test_models_that_do_not_fit_together_are_loaded_one_after_the_other(tiny_fol
         ({"modes": "eager,fast"}, "unknown mode 'fast'; choose from eager, compiled"),
         ({"engine": "lean"}, "engine 'lean' is not transformers' generate"),
         ({"new_tokens": 1}, "new_tokens is 1"),
+        ({"contestants": "llm-int8@outliers=row"}, "row is not measured: here llm-int8 is the drop-in"),
+        ({"contestants": "fp16,llm-int8@4:keep=0"}, "keep=0 is not measured: .* only the threshold can be set"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(settings, words):
+    contestants = Contestant.parse_all(settings.get("contestants", "fp16"))
     with pytest.raises(BadChoice, match=words):
-        GenerateBench(contestants=(Contestant.parse("fp16"),), **settings)
+        GenerateBench(**settings | {"contestants": contestants})

@@ -71,6 +71,8 @@ def test_a_result_that_no_table_shows_is_found(documents):
         ("a <!-- from one: tokens_per_second of wide -->200, spread 99 %", "say 'spread 100 %'"),
         ("a <!-- from one: tokens_per_second of twin,eager -->1", ""),
         ("a <!-- from one: tokens_per_second of twin,compiled -->1", "0 rows are twin,compiled"),
+        ("a <!-- from one: tokens_per_second of twin,0.5 -->1", "0 rows are twin,0.5"),
+        ("a <!-- from one: share of fp16,0.174 -->17 % of it", ""),
         ("a <!-- from one: joules of fp16 -->1", "nothing of that name is stored ('joules')"),
         ("a <!-- from none: share of fp16 -->1", "nothing of that name is stored"),
         ("a <!-- from one share -->1", "write 'from FILE: KEY of ROW'"),

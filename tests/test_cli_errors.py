@@ -84,6 +84,8 @@ def test_what_cannot_be_read_is_one_line_too(options, words, run, tiny_folder):
         (["bench", "decode", "--repeats", "0"], ["repeats", "0", "at least 1"]),
         (["bench", "decode", "--new-tokens", "1"], ["new_tokens", "1", "at least 2"]),
         (["bench", "decode", "--methods", "int3"], ["'int3'", *METHODS]),
+        (["bench", "prefill", "--new-tokens", "3"], ["bench prefill has no --new-tokens", "--prompt-tokens"]),
+        (["bench", "stages", "--random-weights"], ["bench stages has no --random-weights", "--shapes"]),
         (["quality", "--text", "/nowhere/at/all"], ["/nowhere/at/all"]),
         (["quality", "--methods", "int3"], ["'int3'", *METHODS]),
         (["outliers", "Hi", "--method", "int3"], ["'int3'", *METHODS]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from browser_support import WINDOWS, new_tab, open_page, unexplained, wait_until_still
 
@@ -46,6 +49,12 @@ def test_a_link_opens_the_answer_and_the_answer_its_link(page, address, browser)
         assert all(figure in said for figure in (*row["figures"].values(), row["largest"], row["method"]))
         assert ("✓ fits" if row["fits"] else "✕ does not fit") in said
     page.wait_for_function("/batch=2/.test(document.querySelector('#fit-link textarea, #fit-link input').value)")
+    for button, kind, begins in (("fit-save", "json", b'{\n "kind": "advice"'), ("fit-draw", "png", b"\x89PNG")):
+        with page.expect_download() as started:
+            page.locator(f"#{button}").click()
+        name, content = started.value.suggested_filename, Path(started.value.path()).read_bytes()
+        assert name.startswith(f"llmq-advice-{LLAMA}") and name.endswith(kind) and content.startswith(begins)
+        assert kind == "png" or "--batch 2 --device-memory rtx-4090" in json.loads(content)["conditions"]["command"]
     other = new_tab(browser)
     other.goto(link(page))
     wait_for_answer(other, LLAMA, "rtx-4090", "", 16384, 2)
@@ -74,6 +83,10 @@ def test_every_change_is_answered_at_once_and_beside_the_queue(page, address):
     assert queued == []
     page.get_by_role("tab", name="Compare").click()
     page.locator("#stop").click()
+    with page.expect_popup() as opened:
+        page.locator("#advise").click()
+    opened.value.wait_for_selector("#advice table")
+    wait_for_answer(opened.value, "demo", "rtx-4080", "", 8192, 1)
 
 
 def test_a_card_that_is_not_listed_is_an_amount(page, address):

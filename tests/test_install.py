@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def files_of(package: Path) -> set[Path]:
-    return {file.relative_to(package) for file in package.rglob("*.*") if file.suffix != ".pyc"}
+    """Also those behind a link: results are stored beside the package, and travel in it."""
+    found = {Path(folder, name) for folder, _, names in os.walk(package, followlinks=True) for name in names}
+    return {file.relative_to(package) for file in found if file.suffix != ".pyc"}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,8 @@ def away(installed, tmp_path):
 
 def test_every_file_of_the_package_goes_along(installed):
     own = files_of(ROOT / "llmq")
-    assert {".c", ".h", ".js", ".css", ".py", ".txt", ".md"} == {file.suffix for file in own}
-    assert files_of(installed / "llmq") == own
+    assert {".c", ".h", ".js", ".css", ".py", ".txt", ".md", ".json"} == {file.suffix for file in own}
+    assert files_of(installed / "llmq") == own and Path("results", "gpu-7b-lean.json") in own
     assert {path.name for path in installed.iterdir()} == {"bin", "llmq", f"llmq-{llmq.__version__}.dist-info"}
 
 

@@ -54,9 +54,9 @@ def settings(lab: LabTab, source: str, *, layer="1.down_proj", numbers=EXAMPLE, 
 
 def test_a_tensor_is_taken_once_and_drawn_without_the_machine(lab, monkeypatch):
     panel = lab.rounding
-    *_, last = panel._take(*settings(lab, "weight"), ANN)
-    key = last[panel.taken]
-    assert last[panel.status] == "Taken: 1.down_proj, weight."
+    *_, taken, _, drawn = panel._take(*settings(lab, "weight"), ANN)
+    key = taken[panel.taken]
+    assert "1.down_proj, weight" in drawn[panel.finding] and drawn[panel.table].value["data"]
     monkeypatch.setattr(lab.state, "run", None)
     first, whole = panel._draw(key, *settings(lab, "weight", method="vectorwise", outlier=20))
     assert panel.table not in first and first[panel.status] == "Measuring the other methods"

@@ -26,7 +26,7 @@ FLOORS = [
     "llmq.figures",
     "llmq.labs llmq.quantizing llmq.reporting llmq.summary",
     "llmq.bench llmq.face",
-    "llmq.advice llmq.tasks",
+    "llmq.tasks",
     "llmq.actions llmq.ui",
     "llmq.cli",
     "app llmq.__main__",
@@ -39,7 +39,7 @@ PAGE_FLOOR_OF = {package: floor for floor, packages in enumerate(PAGE) for packa
 PLAIN = {"llmq.ui", "llmq.ui.parts", "llmq.ui.shell", "llmq.ui.tabs"}
 PLAIN |= {
     f"llmq.ui.parts.{name}"
-    for name in ("difference", "examples", "glossary", "live_state", "progress", "recording", "story")
+    for name in ("advice_card", "difference", "examples", "glossary", "live_state", "progress", "recording", "story")
 }
 PLAIN |= {"llmq.ui.parts.token_alignment", "llmq.ui.parts.verdict"}
 PLAIN |= {f"llmq.ui.shell.{name}" for name in ("access", "address", "guard", "guesses", "link", "listening", "owner")}

@@ -110,7 +110,9 @@ def test_a_click_on_a_token_finds_its_cause_and_stop_keeps_it(observatory, scree
     diverging = page.locator("#reading button.llmq-other")
     assert diverging.count() >= 1, "bnb-int8 has another first choice somewhere in the chat template's tokens"
     diverging.first.click()
-    page.wait_for_function("/in 16 bit it predicts/.test(document.querySelector('#cause-status .llmq-status').textContent)")
+    page.wait_for_function(
+        "/in 16 bit it predicts/.test(document.querySelector('#cause-status .llmq-status').textContent)"
+    )
     page.locator("#cause-status [data-part=stop]").click()
     wait_for_status(page, "cause-status", "Stopped early")
     assert "yes" in page.locator("#patches").inner_text()

@@ -195,6 +195,20 @@ def test_what_watching_costs(made):
     assert "64 prompt tokens, 32 new tokens; medians of 5 rounds" in lines[-1]
 
 
+def test_loops_of_others_stand_beside_ours_with_how_they_were_noted(made):
+    row = {"method": "gpt-slow int8", "weight_bytes": 7_000_000, "start": 1, "about": "head too"}
+    rows = [row | {"tokens_per_second": 226.06, "compile_seconds": 139}]
+    rows[0] |= {"tokens_per_second_min": 226.0, "tokens_per_second_max": 226.1}
+    rows += [row | {"tokens_per_second": 14.0, "compile_seconds": None, "about": "", "start": 2}]
+    lines = made("one", one=result("others", *rows) | {"conditions": CONDITIONS | {"batch": 1, "how": "by hand"}})
+    assert lines[2:4] == [
+        "| gpt-slow int8 | 226.1 (226.0–226.1) | 7.00 MB | 139 s | head too |",
+        "| gpt-slow int8 | 14.0 | 7.00 MB |  | another start of the machine |",
+    ]
+    assert lines[-1].startswith("*Abacus, demo (r1); batch 1, 64 prompt tokens, 32 new tokens; torch 2.1, transform")
+    assert lines[-1].endswith("2026-11-22, commit 0123456; by hand.*")
+
+
 def test_kernels_have_a_row_a_kind_and_a_column_a_shape(made):
     def product(outputs: int, arithmetic: str, launch: bool, microseconds: float) -> dict:
         shape = {"outputs": outputs, "inputs": 4096, "arithmetic": arithmetic}
@@ -307,3 +321,28 @@ def test_batches_stand_with_what_each_sequence_gets_and_what_failed(made):
         "| 64 | `bnb-int8` | eager | CUDA out of memory. | – |  | – | – | 3.00 MB |",
     ]
     assert "64 prompt tokens, 32 new tokens for every sequence" in lines[-1] and "fp16 overtakes it." in lines[-1]
+
+
+def test_energy_stands_beside_what_idle_takes(made):
+    def row(method: str, spread: float = 0.0) -> dict:
+        found = {"method": method}
+        for phase, joules, ratio in (("prefill", 0.0112, 1.0), ("decode", 2.5, 0.6)):
+            for name, value in (("_joules_per_token", joules), ("_joules_per_token_over_idle", joules / 2)):
+                found |= {f"{phase}{name}": value, f"{phase}{name}_min": value, f"{phase}{name}_max": value}
+            found |= {f"{phase}_watts": 512.4, f"{phase}_joules_over_fp16": ratio}
+        return found | {"decode_joules_per_token_max": 2.5 * (1 + spread)}
+
+    idle = {f"idle_watts{end}": 119.6 for end in ("", "_min", "_max")}
+    measured = result("energy", row("fp16"), row("llm-int8", spread=0.2), **idle)
+    counter = {"seconds": 3, "counter": "NVML's joules of the whole GPU", "counter_step_seconds": 0.1}
+    lines = made("one", one=measured | {"conditions": CONDITIONS | counter})
+    assert lines[0] == (
+        "| method | prefill, a token | against FP16 | over idle | power "
+        "| decode, a token | against FP16 | over idle | power |"
+    )
+    assert lines[3] == (
+        "| `llm-int8` | 11.2 mJ | 1.00× | 5.60 mJ | 512 W | 2.50 J (spread 20 %) | 0.60× | 1.25 J | 512 W |"
+    )
+    assert "NVML's joules of the whole GPU, over stretches of 3 s or longer" in lines[-1]
+    assert "a step of the counter (100 ms apart). Over idle: without the 120 W that are drawn while all" in lines[-1]
+    assert "64 prompt tokens, 32 new tokens" in lines[-1]

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 from queue import SimpleQueue
+from weakref import WeakKeyDictionary
 
 import pytest
 
+from llmq.machine import thread as machine_thread
 from llmq.machine.thread import ComputeThread, Stuck
 
 
@@ -207,3 +209,13 @@ list(thread.run(work()))
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout.split("\n")[0]) == (0, "in time"), ended.stderr
+
+
+def test_at_the_end_threads_are_told_and_waited_for_whose_owner_still_is(monkeypatch):
+    """Whoever uses weak references before us has their own end of the process after ours, and with it our owners'."""
+    monkeypatch.setattr(machine_thread, "_workers", WeakKeyDictionary())
+    thread = ComputeThread()
+    assert len(list(thread.run(where(1)))) == 1
+    (worker,) = machine_thread._workers
+    machine_thread._see_them_out()
+    assert not worker.is_alive()

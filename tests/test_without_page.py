@@ -30,7 +30,7 @@ statuses = [status(arguments) for arguments in json.loads(sys.stdin.read())]
 print(json.dumps({"package": llmq.__file__, "statuses": statuses}))
 """
 REFUSED = {"tasks no-such-task": 2}
-SHORT = ("--prompt-tokens", 4, "--new-tokens", 2, "--repeats", 1)
+SHORT = ("--prompt-tokens", 4, "--repeats", 1)
 
 
 def commands(model: Path, folder: Path) -> list[list[str]]:
@@ -51,6 +51,7 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("experiment", "attention", "--longest", 64),
         ("experiment", "decoding", "--tokens", 2),
         ("experiment", "kv-cache", "--longest", 64),
+        ("experiment", "paged-cache", "--requests", 1, "--longest", 64),
         ("experiment", "rounded-cache"),
         ("experiment", "sensitivity", "--by", "layers"),
         ("quality", "--tokens", 1024),
@@ -61,7 +62,8 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("memory", "--context", 64),
         ("advise", "--context", 64),
         ("models",),
-        *(("bench", what, *SHORT) for what in ("decode", "prefill", "load", "hooks")),
+        *(("bench", what, *SHORT, "--new-tokens", 2) for what in ("decode", "hooks")),
+        *(("bench", what, *SHORT) for what in ("prefill", "load")),
     ]
     lines = []
     for number, words in enumerate(asked):
@@ -120,4 +122,4 @@ def test_every_command_runs_without_the_page(bare, tiny_folder):
         " ".join(line[:2]): status for line, status in zip(asked, found["statuses"], strict=True) if status
     } == REFUSED
     pages = [Path(line[-1]) for line in asked if "--html" in line]
-    assert len(pages) == 20 and all(page.read_text().startswith("<!doctype html>") for page in pages)
+    assert len(pages) == 21 and all(page.read_text().startswith("<!doctype html>") for page in pages)

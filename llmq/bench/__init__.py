@@ -6,6 +6,7 @@ from __future__ import annotations
 def bench_named(kind: str) -> type:
     """The benchmark called `kind`."""
     from llmq.bench.batch import BatchBench
+    from llmq.bench.energy import EnergyBench
     from llmq.bench.generate import GenerateBench
     from llmq.bench.hooks import HooksBench
     from llmq.bench.peers import PeersBench
@@ -13,4 +14,4 @@ def bench_named(kind: str) -> type:
     from llmq.bench.stages import StagesBench
 
     benches = (DecodeBench, PrefillBench, LoadBench, PeersBench, HooksBench, GenerateBench, StagesBench, BatchBench)
-    return {bench.kind: bench for bench in benches}[kind]
+    return {bench.kind: bench for bench in (*benches, EnergyBench)}[kind]

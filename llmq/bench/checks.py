@@ -7,9 +7,9 @@ A figure in the text is held to a stored result by a comment in front of it, whi
 
 `from FILE: KEY of ROW` says that the first number after the comment is KEY of one row of `assets/results/FILE.json`,
 rounded to the digits written; `KEY of ROW / ROW` is one row's over another's, and '%' after the number a hundred times
-it. ROW is what tells a row from the others: its method, or several of its texts with commas, as 'fp16,eager'. A figure
-whose rounds spread WIDE or further is followed by 'spread N %'. A comment must not begin a line: Markdown would take
-the line for HTML.
+it. ROW is what tells a row from the others: its method, or several of its texts and numbers with commas, as
+'fp16,eager,64'. A figure whose rounds spread WIDE or further is followed by 'spread N %'. A comment must not begin a
+line: Markdown would take the line for HTML.
 """
 
 from __future__ import annotations
@@ -91,9 +91,10 @@ def _fault(claim: str, text: str, stored: Callable[[str], dict]) -> str:
 
 
 def _row(rows: list[dict], name: str) -> dict:
-    """The one row of which all parts of a name are texts."""
+    """The one row of which all parts of a name are texts or numbers."""
     wanted = set(name.split(","))
-    found = [row for row in rows if wanted <= {value for value in row.values() if isinstance(value, str)}]
+    plain_values = (str, int, float)
+    found = [row for row in rows if wanted <= {str(v) for v in row.values() if isinstance(v, plain_values)}]
     if len(found) != 1:
         raise LookupError(f"{len(found)} rows are {name}")
     return found[0]

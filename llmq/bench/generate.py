@@ -7,7 +7,7 @@ on a GPU into CUDA graphs. It compiles no bitsandbytes model. Tokens are timed a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from llmq.bench.rounds import ratio, spread
@@ -18,7 +18,7 @@ from llmq.errors import BadChoice, first_line, unknown
 from llmq.events import Event, Progress
 from llmq.machine.door import Lease
 from llmq.machine.pool import watched_release
-from llmq.methods import METHODS
+from llmq.methods import METHODS, Method
 from llmq.methods.swap import stored_bytes
 from llmq.models.loading import load_model
 from llmq.models.opening import Model
@@ -67,6 +67,10 @@ class GenerateBench(DecodingBench):
         for mode in self.modes.split(","):
             if mode not in MODES:
                 raise unknown("mode", mode, MODES)
+        for contestant in self.contestants:
+            if contestant.method.name == "llm-int8" and not dropped_in(contestant.method):
+                told = "here llm-int8 is the drop-in for transformers, of which only the threshold can be set"
+                raise BadChoice(f"{contestant.label} is not measured: {told}")
         if self.engine not in ("auto", "hf"):
             raise BadChoice(f"engine {self.engine!r} is not transformers' generate; choose auto or hf")
 
@@ -196,15 +200,20 @@ def _forget_graphs() -> None:
     torch.compiler.reset()
 
 
+def dropped_in(method: Method) -> bool:
+    """Whether the drop-in's layers compute what a method says."""
+    return method.name == "llm-int8" and method == replace(METHODS["llm-int8"], threshold=method.threshold)
+
+
 def _loaded(key: Key) -> PreTrainedModel:
     """The model of one contestant; llm-int8 through the drop-in."""
     from llmq.kernels.backend import current
     from llmq.methods.layers.linear_8bit import convert_
 
-    dropped_in = key.method.name == "llm-int8"
+    ours = dropped_in(key.method)
     with current(key.device):
-        model = load_model(key.model.source, METHODS["fp16"] if dropped_in else key.method, key.device)
-        if dropped_in:
+        model = load_model(key.model.source, METHODS["fp16"] if ours else key.method, key.device)
+        if ours:
             convert_(model, key.method.threshold)
     return model
 

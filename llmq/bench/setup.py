@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -101,11 +101,11 @@ class Bench(Asked):
     """What to measure. The prompt is `prompt_tokens` tokens of a fixed text, fed as they are. Every figure is a median
     over `repeats` rounds, in each of which every contestant has a turn; one more round before them is not counted.
 
-    A subclass names the figure that is `compared` with FP16's, and says what to note of an engine once loaded
-    (`begin`), what one turn measures (`turn`) and what a row has (`row`).
+    A subclass names the figures that are `compared` with FP16's, each by the key of the ratio, and says what to note of
+    an engine once loaded (`begin`), what one turn measures (`turn`) and what a row has (`row`).
     """
 
-    compared: ClassVar[str] = ""
+    compared: ClassVar[Mapping[str, str]] = {}
     model: str = "demo"
     random_weights: bool = False
     prompt_tokens: int = 64
@@ -179,14 +179,17 @@ class Bench(Asked):
         return row | {"notes": list(notes_of(row))}
 
     def beside(self, side: Side, sides: list[Side], setup: Setup) -> dict:
-        """What a contestant is against the others: how many times the speed of FP16 in the same loop."""
+        """What a contestant is against the others: how many times FP16's figures in the same loop."""
         fp16 = next((other for other in sides if other.label == "fp16"), None)
-        if not self.compared or fp16 is None:
-            return {"over_fp16": None} if self.compared else {}
+        found = dict.fromkeys(self.compared)
+        if not found or fp16 is None:
+            return found
         if (loop := fp16.known["engine"]) != side.known["engine"]:
             reason = f"no ratio to FP16, which ran through another loop ({loop}); --engine hf puts both through one"
-            return {"over_fp16": None, "over_fp16_refused": reason}
-        return ratio("over_fp16", side.of(self.compared), fp16.of(self.compared), rounds=not setup.apart)
+            return found | {"over_fp16_refused": reason}
+        for name, figure in self.compared.items():
+            found |= ratio(name, side.of(figure), fp16.of(figure), rounds=not setup.apart)
+        return found
 
     def conditions(self) -> dict:
         """What belongs beside the figures, as it is before anything runs."""

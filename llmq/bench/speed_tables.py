@@ -5,6 +5,9 @@ Older results have no key 'over_fp16': what they say follows from those that the
 
 from __future__ import annotations
 
+from itertools import chain
+
+from llmq.bench.energy import PHASES
 from llmq.bench.shown import (
     commit,
     days,
@@ -18,8 +21,9 @@ from llmq.bench.shown import (
     seconds,
     times,
     weights,
+    wide,
 )
-from llmq.formatting import format_bytes
+from llmq.formatting import format_bytes, format_joules, format_seconds
 
 
 def decode_table(result: dict) -> str:
@@ -166,6 +170,25 @@ def peers_table(quiet: dict, busy: dict) -> str:
     return drawn(rows, note, quiet, busy)
 
 
+def others_table(result: dict) -> str:
+    """Loops that others made beside ours on one card."""
+    rows = ["| system | decode, tok/s | weights | compiles for | what it computes |", "|---|---:|---:|---:|---|"]
+    for row in result["results"]:
+        low, high = (row.get(f"tokens_per_second_{end}") for end in ("min", "max"))
+        cells = [
+            row["method"],
+            f"{row['tokens_per_second']:.1f}" + (f" ({low:.1f}–{high:.1f})" if low else ""),
+            format_bytes(row["weight_bytes"]),
+            f"{row['compile_seconds']} s" if row["compile_seconds"] else "",
+            "; ".join(filter(None, (row["about"], "another start of the machine" * (row["start"] > 1)))),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    c = result["conditions"]
+    versions = ", ".join(f"{name} {version}" for name, version in c["versions"].items())
+    note = f"{c['device_name']}, {result['model']} ({weights(c)}); batch {c['batch']}, {length(c)}; {versions}; "
+    return drawn(rows, f"{note}{days(result)}{commit(c)}; {c['how']}.", result)
+
+
 def hooks_table(result: dict) -> str:
     """What watching a model costs it."""
     rows = ["| method | prefill, watched over not | decode, watched over not | held afterwards |"]
@@ -176,6 +199,30 @@ def hooks_table(result: dict) -> str:
     c = result["conditions"]
     note = f"{c['device_name']}, {result['model']}, {length(c)}; medians of {c['repeats']} rounds; {days(result)}"
     return drawn(rows, f"{note}{commit(c)}.", result)
+
+
+def energy_table(result: dict) -> str:
+    """Joules a token of prompt and of answer, with and without what the device takes when nothing computes."""
+    rows = ["| method |" + "".join(f" {what}, a token | against FP16 | over idle | power |" for what in PHASES)]
+    rows.append(f"|---|{'---:|' * 4 * len(PHASES)}")
+    for row in result["results"]:
+        cells = chain.from_iterable(_energy_cells(row, phase) for phase in PHASES)
+        rows.append(f"| `{row['method']}` | {' | '.join(cells)} |")
+    c, idle = result["conditions"], f"{result['idle_watts']:.0f} W{wide(result, 'idle_watts')}"
+    note = (
+        f"{c['device_name']}, {result['model']} ({weights(c)}); batch 1, {length(c)}; {schedule(c)}. {c['counter']}, "
+        f"over stretches of {c['seconds']} s or longer that begin and end with a step of the counter "
+        f"({format_seconds(c['counter_step_seconds'])} apart). Over idle: without the {idle} that are drawn while all "
+        f"models are loaded and nothing computes. {origin(c)}."
+    )
+    return drawn(rows, note, result)
+
+
+def _energy_cells(row: dict, phase: str) -> list[str]:
+    joules = f"{phase}_joules_per_token"
+    over_idle = f"{format_joules(row[f'{joules}_over_idle'])}{wide(row, f'{joules}_over_idle')}"
+    ratio, watts = times(row, f"{phase}_joules_over_fp16"), lone(row, f"{phase}_watts", ".0f", " W")
+    return [f"{format_joules(row[joules])}{wide(row, joules)}", ratio, over_idle, watts]
 
 
 def _over_fp16(row: dict, result: dict) -> str:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import TYPE_CHECKING
 
 from llmq import telemetry
+from llmq.bench.generate import dropped_in
 from llmq.bench.marks import Marks, clock_of, counted
 from llmq.bench.rounds import SCHEDULE, ratio, spread, turns, wide_figures
 from llmq.bench.setup import Asked, require_whole, whole_numbers
@@ -23,7 +24,6 @@ from llmq.environment import doubts
 from llmq.errors import BadChoice
 from llmq.events import Progress
 from llmq.machine.door import Lease
-from llmq.methods import METHODS
 from llmq.methods.bnb_steps import OF_OUTLIERS, STEPS, marked
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def layer_of(contestant: Contestant, shape: tuple[int, int], device: str) -> nn.
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if method.dense:
         return linear
-    if method == replace(METHODS["llm-int8"], threshold=method.threshold or 0.0):
+    if dropped_in(method):
         return Linear8bit.over(linear, method.threshold)
     layer = method.quantize(linear)
     method.apply_(layer)

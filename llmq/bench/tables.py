@@ -1,9 +1,9 @@
-"""README.md's and REPORT.md's tables, written from the stored results: `python -m llmq.bench.tables [--check]`.
+"""README.md's and REPORT.md's tables and chart, of the stored results: `python -m llmq.bench.tables [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a file in `assets/results/` without `.json`,
 or 'headline', 'quality', 'lean', 'load', 'prompts' or 'peers', which join several of them; 'methods' is their
-explanations. What `--check` finds wrong beside tables out of date, and how a figure in the text is held to a stored
-result, is told in `checks`.
+explanations. A chart is one of CHARTS that a document names. What `--check` finds wrong beside what is out of date, and
+how a figure in the text is held to a stored result, is told in `checks`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmq.bench import batch_tables, checks, shown, speed_tables
+from llmq.bench import batch_tables, chart, checks, shown, speed_tables
 from llmq.labs import lab_classes
 from llmq.labs.quality import FLOOR, shown_change, shown_margin
 from llmq.methods import METHODS
@@ -23,6 +23,7 @@ RESULTS = ROOT / "assets" / "results"
 DOCUMENTS = ("README.md", "REPORT.md")
 HEADLINE, HEADLINE_WINDOWS = ("llm-int8", "int8-weight-only", "bnb-int8", FLOOR), 64
 OLD_TEXT = "CPython pydoc_data.topics"
+CHARTS = {f"assets/speed-7b-{side}.svg": side for side in chart.SIDES}
 
 
 def main(arguments: list[str]) -> int:
@@ -32,16 +33,27 @@ def main(arguments: list[str]) -> int:
         found = list(faults(texts))
         print("\n".join(found) or "tables are up to date, and all that is stored and told is in them")
         return bool(found)
-    for name, text in texts.items():
-        if (new := filled(text)) != text:
-            (ROOT / name).write_text(new)
-            print(f"wrote {name}")
+    for name, new in outdated(texts):
+        (ROOT / name).write_text(new)
+        print(f"wrote {name}")
     return 0
+
+
+def outdated(texts: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """The documents, and the charts that they name, which are not what the stored results make them; with what they
+    should be."""
+    yield from ((name, new) for name, text in texts.items() if (new := filled(text)) != text)
+    for name, side in CHARTS.items():
+        path = ROOT / name
+        if any(name in text for text in texts.values()):
+            drawn = chart.speed_chart(side, _speeds_of_7b())
+            if not path.exists() or path.read_text() != drawn:
+                yield name, drawn
 
 
 def faults(texts: dict[str, str]) -> Iterator[str]:
     """What is wrong with the documents, a line each (`checks` says what is looked for)."""
-    yield from (f"out of date: {name}" for name, text in texts.items() if text != filled(text))
+    yield from (f"out of date: {name}" for name, _ in outdated(texts))
     yield from checks.unshown(list(texts.values()), {path.stem for path in RESULTS.iterdir()}, sources)
     for name in dict.fromkeys(found[2] for text in texts.values() for found in checks.TABLE.finditer(text)):
         results = {source: stored(source) for source in sources(name)}
@@ -65,9 +77,11 @@ def table(name: str) -> str:
         "paris": _judged_table,
         "hooks": speed_tables.hooks_table,
         "kernels": speed_tables.kernels_table,
+        "others": speed_tables.others_table,
         "transformers": speed_tables.generate_table,
         "stages": batch_tables.stages_table,
         "batch": batch_tables.batch_table,
+        "energy": speed_tables.energy_table,
         "quality": _quality_table,
     }
     return (kinds.get(kind) or (_lab_table if kind in lab_classes() else speed_tables.decode_table))(results[0])
@@ -83,6 +97,14 @@ def sources(name: str) -> list[str]:
 
 def stored(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _speeds_of_7b() -> dict[str, dict]:
+    """What the chart shows, below its headings."""
+    generated = stored("gpu-7b-transformers")
+    compiled = generated | {"results": [row for row in generated["results"] if row["mode"] == "compiled"]}
+    found = {"through transformers": stored("gpu-7b"), "through transformers, compiled": compiled}
+    return found | {"through our own loop": stored("gpu-7b-lean")}
 
 
 def _explanations() -> str:

@@ -38,15 +38,18 @@ def save_answer(answer: Answer, path: Path) -> None:
 
 def load_answer(path: Path) -> Answer:
     """The answer in a file. Raises UserError naming the file where it holds none."""
+    from llmq.labs.advice import Advice
+
+    kinds = lab_classes() | {Advice.kind: Advice}
     try:
         stored = parse_json(read_text(path))
         kind = stored.get("kind") if isinstance(stored, dict) else None
     except ValueError as error:
         raise UserError(f"{path} is not a saved answer: not JSON ({error})") from error
-    if not isinstance(kind, str) or kind not in lab_classes():
-        raise UserError(f"{path} is not a saved answer: {unknown('kind', kind, lab_classes())}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise UserError(f"{path} is not a saved answer: {unknown('kind', kind, kinds)}")
     try:
-        answer = lab_classes()[kind].restore(stored)
+        answer = kinds[kind].restore(stored)
         list(answer.blocks())  # what cannot be shown is no answer
         return answer
     except UserError:

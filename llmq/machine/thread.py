@@ -28,18 +28,21 @@ Item = TypeVar("Item")
 
 _END = object()
 LOOK_SECONDS = 0.25  # between two looks at what was put aside, and whether the thread is still there
-END_SECONDS = 0.5  # that a thread which has nothing to do any more may take to end
+END_SECONDS = 5.0  # that a thread which is told to end may take to free what torch keeps for it
 PATIENCE = 600.0  # seconds; loading 100 GB from a disk takes as long, and a prefill gives a sign at every layer
 
 
-_workers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_workers: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue] = weakref.WeakKeyDictionary()
 
 
 @atexit.register
 def _see_them_out() -> None:
-    """Wait for the threads that were told to end: what torch keeps for a thread goes with it, and where the interpreter
-    had gone before, the process would be aborted."""
-    for worker in [worker for worker in _workers if worker.is_alive()]:
+    """Tell all threads to end and wait for them: what torch keeps for a thread goes with it, and where the interpreter
+    had gone before, the process would be aborted. Whose owner was collected has been told before."""
+    left = [(worker, tasks) for worker, tasks in _workers.items() if worker.is_alive()]
+    for _, tasks in left:
+        tasks.put(None)
+    for worker, _ in left:
         worker.join(END_SECONDS)
 
 
@@ -60,7 +63,7 @@ class ComputeThread:
         self._tasks: SimpleQueue = SimpleQueue()
         self._worker = threading.Thread(target=_work, args=(self._tasks, self.niceness), name="compute", daemon=True)
         weakref.finalize(self, self._tasks.put, None)
-        _workers.add(self._worker)
+        _workers[self._worker] = self._tasks
 
     @property
     def silent_seconds(self) -> float:

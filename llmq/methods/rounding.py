@@ -217,7 +217,7 @@ class NormalFloat(Rounding):
 
         levels = self.levels().to(x.device)
         codes = torch.bucketize(x / fit.masked_fill(fit == 0, 1), (levels[1:] + levels[:-1]) / 2)
-        return codes.float(), levels[codes] * fit
+        return codes.float(), levels.take(codes) * fit
 
     @staticmethod
     def levels() -> torch.Tensor:

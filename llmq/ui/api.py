@@ -25,6 +25,7 @@ from llmq.errors import BadChoice, Ended, UserError
 from llmq.events import Event, Progress, Run
 from llmq.fields import Choice, Field, Number, Switch, Text
 from llmq.labs import Answer, Lab, lab_classes
+from llmq.labs.advice import METHODS, Place, advise, stored_results
 from llmq.labs.compare import Comparison
 from llmq.machine.door import Question
 from llmq.memory import forecast
@@ -55,7 +56,7 @@ class Api:
         for lab in lab_classes().values():
             if lab.command:
                 add_endpoint(page, self.lab(lab), TOLD, **RUNS)
-        for function in (self.memory, self.models, self.methods):
+        for function in (self.memory, self.advise, self.models, self.methods):
             add_endpoint(page, function, TOLD)
         name_wrong_values(page)
 
@@ -129,6 +130,23 @@ class Api:
         room = None if device_memory is None else device_bytes(str(device_memory))
         opened = self.state.access.describe_model(model)
         return forecast(opened, _contestants(methods, threshold), tokens=context, batch=batch, device_bytes=room)
+
+    def advise(
+        self, owner: str, model: str = "demo", device: str | None = None, methods: str = METHODS,
+        threshold: float = 6.0, context: int = 2048, batch: int = 1, device_memory: str | float | None = None,
+    ) -> dict:  # fmt: skip
+        """Say whether to quantize: what fits, how fast and how good each method was measured to be, and the reason.
+
+        Args:
+            context: tokens, prompt and answer
+            batch: how many prompts at once
+            device_memory: as for memory; null is what is free on the server's device
+        """
+        here = self._device(device)
+        place = Place.here(here) if device_memory is None else Place.named(str(device_memory))
+        asked = {"tokens": context, "batch": batch}
+        opened = self.state.access.describe_model(model)
+        return _whole(advise(opened, _contestants(methods, threshold), place, stored_results(), **asked))
 
     def models(self, owner: str) -> dict:
         """List the models that have names, and the methods."""

@@ -39,7 +39,7 @@ class Keeping:
     def wire(self, opened: Callable[[str], dict], outputs: list) -> None:
         """`opened(file)`: what the part shows of a saved answer, in `outputs`."""
         written = self.save.click(self._write, self.key, self.file, **QUIET)
-        written.success(None, None, None, js=f"() => setTimeout(() => {_click(self.name)}, 100)", **QUIET)
+        written.success(None, None, None, js=download(self.name), **QUIET)
         self.open.upload(opened, self.open, outputs, **QUIET)
         self.key.change(lambda key: gr.Button(interactive=bool(key)), self.key, self.save, **QUIET)
 
@@ -75,5 +75,6 @@ class Keeping:
         return gr.DownloadButton(value=str(path))
 
 
-def _click(name: str) -> str:
-    return f"document.querySelector('#{name}-file')?.click()"
+def download(name: str) -> str:
+    """The script that downloads the file of a part, a moment after it has its address."""
+    return f"() => setTimeout(() => document.querySelector('#{name}-file')?.click(), 100)"

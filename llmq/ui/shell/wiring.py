@@ -1,4 +1,9 @@
-"""What events of the page are wired with: nothing fades while one runs, and programs have endpoints of their own."""
+"""What events of the page are wired with: nothing fades while one runs, and programs have endpoints of their own.
+
+Gradio streams the answers of a page's queued events in one stream, which it closes when none is left. The browser may
+learn that another was asked before it reads the end of the stream; then it never asks for that one's answer. So only
+what takes time is queued, and answers that come at once are those of their requests.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,11 @@ from llmq.machine.jobs import Limits, Visitor
 if TYPE_CHECKING:
     import gradio as gr
 
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+STREAMED = {"show_progress": "hidden", "api_visibility": "private"}
+QUIET = STREAMED | {"queue": False}  # answered at once
 # Whatever asks the machine: all whom its door lets in, and room to refuse the others.
 RUNS = {"concurrency_limit": Limits().pending + 16, "concurrency_id": "runs"}
+ASKED = STREAMED | RUNS
 
 
 def owner_of(request: gr.Request) -> Visitor:

@@ -21,10 +21,9 @@ from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.reading_view import reading_view
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, owner_of, tell_end
+from llmq.ui.shell.wiring import ASKED, QUIET, owner_of, tell_end
 
 TEXTS = [("FP16's answer to the prompt", "continuation"), ("The prompt", "prompt"), ("This text", "text")]
-ASKED = QUIET | RUNS
 
 
 class AgreementPanel:
@@ -94,7 +93,7 @@ class AgreementPanel:
         )
         tell_end(asked, self.cause_status.elem_id)
         for status in (self.status, self.cause_status):
-            status.stop(stop, None, None, queue=False, **QUIET)
+            status.stop(stop, None, None, **QUIET)
         self.keeping.wire(self._open, self.shown)
 
     @property

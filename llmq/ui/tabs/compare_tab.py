@@ -25,7 +25,7 @@ from llmq.ui.parts.result import result_view
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import query_of, wishes_of
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, owner_of, tell_end
+from llmq.ui.shell.wiring import ASKED, QUIET, owner_of, tell_end
 from llmq.ui.tabs.compare_form import LONGEST_ANSWER, NONE, comparison_of, labels_in
 from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of, recording_title
 
@@ -36,6 +36,7 @@ MOST_CHARACTERS = 1_000_000  # of its texts
 LONGEST_REPLAY = 3600.0  # seconds
 UNSAVED = "This run cannot be downloaded: the server could not save it."
 UNREADABLE = "it holds values that no run has"
+ADVICE = 'model => void window.open("?" + new URLSearchParams({ view: "fit", model: model || "" }))'  # beside the run
 log = logging.getLogger(__name__)
 
 
@@ -152,6 +153,7 @@ class CompareTab:
                 self.download = gr.DownloadButton(
                     "Download this run", elem_id="download", interactive=False, min_width=200, scale=1
                 )
+                self.advise = gr.Button("Should I quantize it?", elem_id="advise", min_width=200, scale=1)
             with gr.Row(elem_id="recordings"):
                 runs = [(recording_title(path), name) for name, path in self.state.recorded_runs.items()]
                 self.recording = gr.Dropdown(
@@ -184,16 +186,17 @@ class CompareTab:
             button.click(None, None, self.prompt, js=f"() => {json.dumps(text)}", **QUIET)
         form = list(self.settings.values())
         generated = gr.on(
-            [self.generate.click, self.prompt.submit], self._generate, form, self.result, **RUNS, **QUIET,
+            [self.generate.click, self.prompt.submit], self._generate, form, self.result, **ASKED,
         )  # fmt: skip
         generated.then(self._keep, None, self.download, **QUIET)
+        self.advise.click(None, self.model, None, js=ADVICE, **QUIET)
         tell_end(generated, self.result.elem_id)
         shown = [self.result, self.download, *form]
         tell_end(self.replay.click(self._replay, self.recording, shown, **QUIET), self.result.elem_id)
         self.upload.upload(self._replay_upload, self.upload, shown, **QUIET)
         chosen = [method.change for method in self.methods]
-        gr.on(chosen, lambda *names: explained_methods(names), self.methods, self.how, queue=False, **QUIET)
-        self.result.stop(self._stop, None, None, queue=False, **QUIET)
+        gr.on(chosen, lambda *names: explained_methods(names), self.methods, self.how, **QUIET)
+        self.result.stop(self._stop, None, None, **QUIET)
         gr.on([part.change for part in form], None, form, self.link, js=script("link.js"), **QUIET)
         wire_settings(self.method_settings, self.methods, **QUIET)
         keep_in_address(self.link)

@@ -12,17 +12,21 @@ from pathlib import Path
 
 import gradio as gr
 
-from llmq.advice import METHODS, Advice, Place, advise, stored_results
 from llmq.cards import CARDS, HERE
 from llmq.contestant import Contestant
 from llmq.errors import BadChoice, NoModel, UserError
-from llmq.figures.pages import markup
+from llmq.labs import save_answer
+from llmq.labs.advice import METHODS, Advice, Place, advise, stored_results
 from llmq.memory import forecast
 from llmq.models.opening import Model
 from llmq.models.presets import PRESETS, model_title
 from llmq.ui.parts.address import keep_in_address
+from llmq.ui.parts.advice_card import advice_card
 from llmq.ui.parts.controls import model_field
 from llmq.ui.parts.fit import fit_panel
+from llmq.ui.parts.keeping import download
+from llmq.ui.parts.notices import notice
+from llmq.ui.parts.picture import picture, pictured
 from llmq.ui.shell.access import ANYBODY, Access
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import fit_wishes_of
@@ -33,7 +37,6 @@ from llmq.ui.tabs.fit_view import METHODS_SHOWN, failed, fit_view
 NO_MODEL = "the configuration of {} makes no model; choose another one, or mend its config.json"
 log = logging.getLogger(__name__)
 OTHER = "other"  # in the card field: an amount of memory, typed
-AT_ONCE = QUIET | {"queue": False}
 PLACE = re.compile(r"(?<![\w./:-])(?:/[\w.@+~-]+){2,}/?")  # a path from the root
 
 
@@ -48,7 +51,12 @@ class FitTab:
             with gr.Row(equal_height=True, elem_id="fit-form"):
                 self._build_form()
             self.panel = fit_panel()
-            self.advice = gr.HTML("", elem_id="advice")
+            self.advice = gr.HTML("", elem_id="advice", elem_classes=["llmq-flush"])
+            with gr.Row(elem_classes=["llmq-keeping"]):
+                self.save = gr.Button("Save as JSON", size="sm", elem_id="fit-save", min_width=120)
+                self.draw = gr.Button("Save as PNG", size="sm", elem_id="fit-draw", min_width=120)
+                self.file = gr.DownloadButton("The file", elem_id="fit-file", visible="hidden")
+            self.picture = picture(elem_id="fit-picture")
             with gr.Column(elem_classes=["llmq-keep"]):
                 self.link = gr.Textbox(
                     label="Link to this answer", buttons=["copy"], elem_id="fit-link", interactive=False, max_lines=1
@@ -84,17 +92,41 @@ class FitTab:
     def wire(self, page: gr.Blocks, tab: gr.Tab) -> None:
         changed = [part.change for part in self.form]
         gr.on(
-            [tab.select, *changed], self._answer, self.form, [self.panel, self.advice, self.memory],
-            trigger_mode="always_last", **AT_ONCE,
+            [tab.select, *changed], self._answer, self.form,
+            [self.panel, self.advice, self.memory, self.save, self.draw],
+            trigger_mode="always_last", **QUIET,
         )  # fmt: skip
-        gr.on([tab.select, *changed], None, self.form, self.link, js=script("fit_link.js"), **AT_ONCE)
+        gr.on([tab.select, *changed], None, self.form, self.link, js=script("fit_link.js"), **QUIET)
         keep_in_address(self.link)
-        page.load(self._from_link, None, self.form, **AT_ONCE)
+        written = self.save.click(self._written, self.form, self.file, **QUIET)
+        written.success(None, None, None, js=download("fit"), **QUIET)
+        self.draw.click(self._drawn, self.form, self.picture, **QUIET)
+        page.load(self._from_link, None, self.form, **QUIET)
 
     def _answer(self, model, card, memory, context, batch) -> dict:
         """What every method needs, whether the card has it, and what follows from that."""
         view, advice = answers(model, card, memory, context, batch, self.state.access, self.state.device)
-        return {self.panel: view, self.advice: advice, self.memory: gr.Textbox(visible=card == OTHER)}
+        shown = gr.Button(interactive=advice is not None)
+        found = {self.panel: view, self.advice: advice_card(advice), self.save: shown, self.draw: shown}
+        return found | {self.memory: gr.Textbox(visible=card == OTHER)}
+
+    def _written(self, *form) -> gr.DownloadButton:
+        """The answer to the form as a file. Raises gr.Error, as `_drawn` does, where there is none."""
+        advice = self._advice(form)
+        path = self.state.download_path(f"{_name(advice)}-{self.state.next_run()}.json")
+        save_answer(advice, path)
+        return gr.DownloadButton(value=str(path))
+
+    def _drawn(self, *form) -> dict:
+        """The answer to the form as a picture."""
+        advice = self._advice(form)
+        return pictured(advice.picture(), _name(advice), self.state.next_run())
+
+    def _advice(self, form: tuple) -> Advice:
+        view, advice = answers(*form, self.state.access, self.state.device)
+        if advice is None:
+            raise notice(view["headline"])
+        return advice
 
     def _from_link(self, request: gr.Request) -> dict:
         wishes = fit_wishes_of(dict(request.query_params))
@@ -107,8 +139,10 @@ def answer(model, card, memory, context, batch, access: Access = ANYBODY) -> dic
     return view
 
 
-def answers(model, card, memory, context, batch, access: Access, device: str = "cpu") -> tuple[dict, str]:
-    """As `answer`, and the card 'Should I quantize?' as HTML, '' where something is wrong. `device`: this machine's."""
+def answers(
+    model, card, memory, context, batch, access: Access, device: str = "cpu"
+) -> tuple[dict, Advice | None]:  # fmt: skip
+    """As `answer`, and the advice for it, None where something is wrong. `device`: this machine's."""
     name = str(model or "").strip()
     typed = str(memory or "") if card == OTHER else str(card)
     try:
@@ -120,20 +154,20 @@ def answers(model, card, memory, context, batch, access: Access, device: str = "
         result = forecast(opened, contestants, tokens=tokens, batch=batch, device_bytes=place.bytes)
         advice = advise(opened, Contestant.parse_all(METHODS), place, stored_results(), tokens=tokens, batch=batch)
     except NoModel:
-        return failed(f"Not counted: {NO_MODEL.format(name)}"), ""
+        return failed(f"Not counted: {NO_MODEL.format(name)}"), None
     except UserError as error:
-        return failed(f"Not counted: {_without_places(str(error), name)}"), ""
+        return failed(f"Not counted: {_without_places(str(error), name)}"), None
     except Exception:  # the boundary: a configuration may come from anybody
         log.exception("%s cannot be counted", name)
-        return failed(f"Not counted: {NO_MODEL.format(name)}"), ""
+        return failed(f"Not counted: {NO_MODEL.format(name)}"), None
     counted = typed.strip().lower() in CARDS
     view = fit_view(result, title=model_title(name), place=place.name, asked=asked, by_driver=counted)
-    return view, advice_card(advice)
+    return view, advice
 
 
-def advice_card(advice: Advice) -> str:
-    """The card 'Should I quantize?' as HTML."""
-    return f'<section class="llmq-advice"><h2>Should I quantize?</h2>{markup(advice.blocks())}</section>'
+def _name(advice: Advice) -> str:
+    """Of a file."""
+    return "llmq-advice-" + re.sub(r"[^\w.-]+", "-", advice.result["model"]).strip("-")[-60:]
 
 
 def described(name: str, access: Access) -> Model:

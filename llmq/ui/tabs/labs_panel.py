@@ -24,7 +24,7 @@ from llmq.ui.parts.notices import Answers, notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
+from llmq.ui.shell.wiring import ASKED, QUIET, tell_end
 from llmq.ui.tabs.map_panel import TABLE_PIXELS
 
 ABOUT = (
@@ -105,10 +105,10 @@ class LabsPanel:
             moved = [component.release for field, component in section.controls if getattr(field.kind, "live", False)]
             asked = gr.on(
                 [section.button.click, *moved], self.handler(section), inputs, section.outputs,
-                trigger_mode="always_last", **RUNS, **QUIET,
+                trigger_mode="always_last", **ASKED,
             )  # fmt: skip
             tell_end(asked, section.status.elem_id)
-            section.status.stop(stop, None, None, queue=False, **QUIET)
+            section.status.stop(stop, None, None, **QUIET)
             section.keeping.wire(self.opener(section), section.outputs)
 
     def handler(self, section: Section):

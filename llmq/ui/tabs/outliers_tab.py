@@ -23,7 +23,7 @@ from llmq.ui.parts.watched import refused, watched_view
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.link import outlier_wishes
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, owner_of, tell_end
+from llmq.ui.shell.wiring import ASKED, QUIET, STREAMED, owner_of, tell_end
 from llmq.ui.tabs.agreement_panel import AgreementPanel
 from llmq.ui.tabs.figures_panel import FiguresPanel
 from llmq.ui.tabs.labs_panel import LabsPanel
@@ -119,7 +119,7 @@ class OutliersTab:
             panel.prepare(self._report)
         shown = [self.status, self.keeping.key, *(part for panel in self.panels for part in panel.framed)]
         form = [self.prompt, self.model, self.method, self.threshold, self.new_tokens]
-        asked = gr.on([self.watch.click, self.prompt.submit], self._watch, form, shown, **RUNS, **QUIET)
+        asked = gr.on([self.watch.click, self.prompt.submit], self._watch, form, shown, **ASKED)
         tell_end(asked, self.status.elem_id)
         self.keeping.wire(self._open, [*shown, *form])
         for panel in self.panels:
@@ -133,8 +133,8 @@ class OutliersTab:
         self.agreement.wire(self.prompt, self.model, self.method, self.threshold, self._stop)
         self.what_if.wire(self.prompt, self.model, self._stop)
         self.card.wire(self.map.card, self.prompt, self.model, self._stop)
-        self.status.stop(self._stop, None, None, queue=False, **QUIET)
-        tab.select(self._prepare, [self.model, self.method], None, concurrency_limit=1, **QUIET)
+        self.status.stop(self._stop, None, None, **QUIET)
+        tab.select(self._prepare, [self.model, self.method], None, concurrency_limit=1, **STREAMED)
         self._wire_link(tab)
 
     def _wire_link(self, tab: gr.Tab) -> None:

@@ -36,7 +36,7 @@ from llmq.ui.parts.notices import Answers, notice
 from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
+from llmq.ui.shell.wiring import ASKED, QUIET, STREAMED, tell_end
 from llmq.ui.tabs.map_panel import filled, table
 
 OWN = "numbers"  # what is rounded: none of a model's tensors
@@ -127,17 +127,16 @@ class RoundingPanel:
 
     def wire(self, tab: gr.Tab, stop) -> None:
         moved = [self.method.change, self.bits.input, self.group.input, self.outlier.input, self.numbers.change]
-        gr.on(
-            [tab.select, *moved, self.taken.change], self._draw, [self.taken, *self.settings], self.shown,
-            trigger_mode="always_last", **QUIET,
-        )  # fmt: skip
+        drawn = {"fn": self._draw, "inputs": [self.taken, *self.settings], "outputs": self.shown}
+        gr.on([tab.select, *moved], **drawn, trigger_mode="always_last", **STREAMED)
         self.method.change(lambda name: explained_methods([name]), self.method, self.how, **QUIET)
         shown = [self.numbers, self.model, self.layer, self.prompt, self.take]
-        self.source.change(self._sourced, [self.source, self.model], [*shown, self.taken], **QUIET)
+        chosen = self.source.change(self._sourced, [self.source, self.model], [*shown, self.taken], **QUIET)
+        chosen.then(**drawn, **STREAMED)
         self.model.change(self._layers, self.model, self.layer, **QUIET)
-        asked = self.take.click(self._take, self.settings, [self.status, self.taken], **RUNS, **QUIET)
+        asked = self.take.click(self._take, self.settings, [self.taken, *self.shown], **ASKED)
         tell_end(asked, self.status.elem_id)
-        self.status.stop(stop, None, None, queue=False, **QUIET)
+        self.status.stop(stop, None, None, **QUIET)
         self.keeping.wire(self._open, self.shown)
 
     def _sourced(self, source, model) -> dict:
@@ -171,22 +170,27 @@ class RoundingPanel:
     def _take(
         self, source, numbers, model, layer, prompt, method, bits, group, outlier, request: gr.Request
     ) -> Iterator[dict]:
-        """Take the tensor out of the model, and keep it for all that is computed from it."""
+        """Take the tensor out of the model, keep it for all that is computed from it, and draw."""
+        settings = (source, numbers, model, layer, prompt, method, bits, group, outlier)
+        key = None
         try:
-            question = self._question(source, numbers, model, layer, prompt, method, bits, group, outlier)
+            found = Answers(self.state, self._question(*settings), request)
             yield {self.status: working("Starting")}
-            found = Answers(self.state, question, request)
             with closing(iter(found)) as items:
                 for item in items:
                     if isinstance(item, Taken):
-                        yield {self.taken: self.state.keep(item), self.status: f"Taken: {item.name}."}
-                        return
+                        key = self.state.keep(item)
+                        break
                     if line := progress_of(item):
                         yield {self.status: line}
         except (UserError, ValueError, TypeError) as error:
             yield {self.status: f"Not taken: {error}"}
             raise notice(error) from error
-        yield {self.status: found.early or "Stopped before the tensor was taken."}
+        if key:
+            yield {self.taken: key}
+            yield from self._draw(key, *settings)
+        else:
+            yield {self.status: found.early or "Stopped before the tensor was taken."}
 
     def _draw(self, key, *settings) -> Iterator[dict]:
         """What is drawn of the kept tensor, or of the typed numbers; then the table, too."""

@@ -11,7 +11,7 @@ from llmq.labs.silencing import Silencing
 from llmq.models.presets import model_title
 from llmq.ui.parts.story import silenced
 from llmq.ui.shell.state import AppState
-from llmq.ui.shell.wiring import QUIET, RUNS, tell_end
+from llmq.ui.shell.wiring import ASKED, QUIET, tell_end
 from llmq.ui.tabs.labs_panel import LabsPanel
 
 LONGEST = 60  # characters of a prompt that says what was measured
@@ -38,10 +38,10 @@ class SilencingCard:
 
     def wire(self, card: gr.HTML, prompt, model, stop) -> None:
         self.card, self.section = card, self.labs.section(Silencing)
-        asked = card.submit(self.silence, [model, prompt], [card, *self.section.outputs], **RUNS, **QUIET)
+        asked = card.submit(self.silence, [model, prompt], [card, *self.section.outputs], **ASKED)
         for part in (card, self.section.status):
             tell_end(asked, part.elem_id)
-        card.stop(stop, None, None, queue=False, **QUIET)
+        card.stop(stop, None, None, **QUIET)
 
     def silence(self, model, prompt, request: gr.Request) -> Iterator[dict]:
         """The lab's section asked for one channel; the card shows the same."""
