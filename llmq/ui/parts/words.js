@@ -4,10 +4,10 @@
   const terms = __TERMS__;
   const word = new RegExp(__WORD__, "gi");
   // What people and models wrote, what is clicked, and what changes several times a second stays as it is.
-  const not = "button, a, summary, input, textarea, select, option, code, pre, svg, q, dd, td, label:has(> [type=radio]), label:has(> [type=checkbox]), " +
-    "[role=gridcell], .wrap-inner, " +
-    "script, style, h1, [contenteditable], .llmq-term, .llmq-text, .llmq-texts, .llmq-reading-text, .llmq-panes h3, " +
-    ".llmq-reading-about, .llmq-plot, .llmq-name, .llmq-method-settings legend, .js-plotly-plot, .toast-wrap, #llmq-says";
+  const not = "button, a, summary, input, textarea, select, option, code, pre, svg, q, dd, td, h1, script, style, " +
+    "label:has(> [type=radio]), label:has(> [type=checkbox]), [role=gridcell], [contenteditable], .wrap-inner, " +
+    ".llmq-term, .llmq-text, .llmq-texts, .llmq-reading-text, .llmq-reading-about, .llmq-panes h3, .llmq-plot, " +
+    ".llmq-name, .llmq-method-settings legend, .js-plotly-plot, .toast-wrap, #llmq-says";
   const whole = ".prose, .llmq-panes"; // in these a word is explained once, elsewhere once in each of these:
   const once = "table, dl, figure, p, li, h2, h3";
 
