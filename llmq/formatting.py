@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 MISSING = "–"
 WIDE = 0.1  # the spread of repeats from which on a figure says so
+LOOPS = {"hf": "transformers", "lean": "the lean loop"}  # the engines, by the names that results have
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -79,6 +80,12 @@ def shown_spread(low: float, middle: float, high: float) -> str:
 def wide(width: float) -> str:
     """'spread 84 %' where a spread is WIDE or more; '' elsewhere."""
     return f"spread {width:.0%}".replace("%", " %") if width >= WIDE else ""
+
+
+def quoted(text: str, longest: int = 30) -> str:
+    """A piece of text as people read it: white space that stands alone and line breaks get a sign."""
+    shown = text.replace("\n", "⏎").strip(" ") or "␣"
+    return f"“{shown if len(shown) <= longest else shown[:longest] + '…'}”"
 
 
 def format_count(count: int | None) -> str:

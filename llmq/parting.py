@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmq.contestant import shown_name
-from llmq.formatting import format_share
+from llmq.formatting import format_share, quoted
 
 NEARLY = 0.8  # of the likelier one's probability: the other is then nearly as likely
-QUOTED = 30  # characters of a token
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 
 
@@ -32,8 +31,7 @@ class Choice:
         """The token as people read it."""
         if not self.text:
             return "the end of its text" if self.text is None else f"token {self.token_id}"
-        shown = self.text.replace("\n", "⏎").strip(" ") or "␣"
-        return f"“{shown if len(shown) <= QUOTED else shown[:QUOTED] + '…'}”"
+        return quoted(self.text)
 
     def judged_by(self, name: str) -> str:
         """', FP16's second at 31%'; '' where nothing is known."""

@@ -21,6 +21,8 @@ from urllib.request import urlopen
 
 import httpx
 
+from llmq.ui.parts.glossary import WORD
+
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -151,6 +153,32 @@ def wait_until_still(page) -> None:
         "a => a.playState !== 'running' || a.effect.getTiming().iterations === Infinity)"
     )
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+# The words of the glossary that a part of the page shows to be read, and explains nowhere in that part.
+UNEXPLAINED = """(word) => {
+  const own = 'button, summary, label:has(> [type=radio]), label:has(> [type=checkbox]), .wrap-inner, textarea, '
+    + 'select, .llmq-text, .llmq-texts, .llmq-reading-text, q, pre, code, legend';
+  const seen = (node) => node.checkVisibility({ visibilityProperty: true }) && node.getClientRects().length;
+  const told = (place) => [...place.querySelectorAll('.llmq-term')].filter(seen).map((term) => term.dataset.word);
+  const said = (place) => {
+    const walker = document.createTreeWalker(place, NodeFilter.SHOW_TEXT), texts = [];
+    while (walker.nextNode()) {
+      const inside = walker.currentNode.parentElement;
+      if (!inside.closest(own) && seen(inside)) texts.push(walker.currentNode.data);
+    }
+    return [...texts.join(' | ').matchAll(new RegExp(word, 'gi'))].map((found) => found[1].toLowerCase());
+  };
+  return [...document.querySelectorAll('[role=tabpanel], .llmq-part')].filter(seen).flatMap((place) => {
+    const known = told(place);
+    return [...new Set(said(place))].filter((name) => !known.includes(name)).map((name) => `${place.id}: ${name}`);
+  });
+}"""
+
+
+def unexplained(page) -> list[str]:
+    """What stands in the open parts of the page without an explanation there, as 'part: word'."""
+    return page.evaluate(UNEXPLAINED, WORD)
 
 
 def open_settings(page) -> None:

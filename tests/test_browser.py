@@ -16,6 +16,7 @@ from browser_support import (
     open_settings,
     raw_messages,
     status,
+    unexplained,
     wait_until_still,
 )
 
@@ -23,7 +24,7 @@ from llmq.events import Run, Step, TimedEvent
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 PARIS = "prompt=Plan+a+3-day+itinerary+in+Paris."
-SURE = r"After \d+ equal tokens FP16 took “.+” at \d+%, int8 · ours “.+”, FP16's \w+ at \d+%"
+SURE = r"After \d+ equal tokens, FP16 took “.+” at \d+%, int8 · ours “.+”, FP16's \w+ at \d+%"
 LARGEST_UPDATE = 1024  # bytes of one streamed update
 SAMPLES_AN_UPDATE = 2  # five a second are drawn, and four updates a second are sent
 LARGEST_SHIFT = 0.05  # of the layout in a flow; 0.1 is called good
@@ -235,15 +236,15 @@ def test_a_word_of_the_result_is_explained_by_mouse_keyboard_and_touch(browser, 
     generate(page)
     finish(page)
     terms = page.locator("#result [data-part=shown] .llmq-term")
-    shown = page.locator("#result .llmq-says:visible")
+    shown = page.locator("#llmq-says:visible")
     words = " ".join(terms.all_text_contents())
-    for word in ("Memory", "speed", "FP16", "int8", "outlier", "Peak memory", "First token after", "coverage"):
+    for word in ("Memory", "speed", "FP16", "int8", "outlier", "Peak memory", "First token", "coverage"):
         assert word in words
     assert page.locator("#result q .llmq-term, #result .llmq-text .llmq-term").count() == 0, "not in anybody's text"
     terms.nth(1).hover()
     assert shown.inner_text().startswith("Tokens per second")
     page.mouse.move(0, 0)
-    page.locator("#again").focus()
+    page.locator("#why summary").focus()
     while not page.evaluate("document.activeElement.matches('.llmq-term')"):
         page.keyboard.press("Tab")
     assert "learnt" in shown.inner_text()
@@ -499,10 +500,10 @@ def test_it_is_said_how_sure_each_model_was_where_they_part(page, address):
     press(page, "replay")
     page.locator("[data-part=skip]").click()
     page.wait_for_function(
-        "/At the first token FP16 took “Planning” at 15%/.test(document.querySelector('#status').textContent)"
+        "/At the first token, FP16 took “Planning” at 15%/.test(document.querySelector('#status').textContent)"
     )
     page.locator("#why summary").click()
-    assert "gave its own choice 12%, so little decided it" in page.locator("#why").inner_text()
+    assert "gave its own choice 12%: little decided it" in page.locator("#why").inner_text()
 
 
 def test_outliers_heatmap_and_threshold(page, address, screenshots):
@@ -539,6 +540,7 @@ def test_accessible_and_never_wider_than_the_window(browser, address, theme, win
     generate(page)
     finish(page)
     wait_until_still(page)
+    assert unexplained(page) == []
     found = Axe().run(page).response["violations"]
     page.screenshot(path=screenshots / f"compare-{theme}-{window}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -202,8 +202,8 @@ def test_a_change_changes_only_what_it_says():
 
 def test_what_the_lab_says(answer):
     said = Causal.finding(answer.rows)
-    assert said.startswith("Prompts of 64 tokens: another last token flips, of 504 first choices, 0 under fp16, ")
-    assert "0 under llm-int8@outliers=row; a neighbour in the batch flips, of 512" in said and Causal.finding([]) == ""
+    assert said.startswith("Prompts of 64 tokens, another last token: of 504 first choices flip 0 with fp16, ")
+    assert "0 with llm-int8@outliers=row; a neighbour in the batch: of 512" in said and Causal.finding([]) == ""
     again = Causal.restore(answer.stored())
     assert list(map(str, again.blocks())) != [] and again.rows == answer.rows
     (drawing,) = Causal.figures(answer.rows)

@@ -171,8 +171,8 @@ MADE = [
 def test_what_the_lab_says():
     assert Decoding.finding(MADE[:1]) == ""
     assert Decoding.finding(MADE) == (
-        "Of FP16's texts that of **beam search, 4** is the likeliest: -0.50 nats a token (greedy: -0.60). int8 · ours "
-        "writes FP16's text under 1 of 2 strategies; it parts at token 2 under the others."
+        "Of FP16's texts the one by **beam search, 4** is the likeliest: -0.50 nats for each token (greedy: -0.60). "
+        "int8 · ours writes FP16's text under 1 of 2 strategies; it parts at token 2 under the others."
     )
     assert [row["method"] for row in Decoding.shown(MADE)] == ["fp16", "llm-int8"] * 2
     cells = Decoding.row(MADE[2])

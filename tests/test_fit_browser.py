@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from browser_support import WINDOWS, new_tab, open_page, wait_until_still
+from browser_support import WINDOWS, new_tab, open_page, unexplained, wait_until_still
 
 from llmq.ui.tabs.fit_tab import answer
 
@@ -151,6 +151,7 @@ def test_accessible_and_never_wider_than_the_window(browser, address, theme, win
     open_fit(page, address, f"__theme={theme}")
     page.wait_for_selector("#fit tbody tr")
     wait_until_still(page)
+    assert unexplained(page) == []
     page.screenshot(path=screenshots / f"fit-{theme}-{window}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     clipped = page.evaluate(

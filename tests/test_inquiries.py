@@ -29,7 +29,7 @@ def test_outliers_say_what_the_layers_did(ask, tmp_path):
             assert module["kernel_columns"] == [module["prefill_columns"], *module["decode_columns"]]
     page = tmp_path / "out.html"
     status, _, said = ask("outliers", PROMPT, "--new-tokens", 1, "--html", page)
-    assert status == 0 and "In 28 of 28 calls" in said and page.read_text().startswith("<!doctype html>")
+    assert status == 0 and "All 28 layer calls agree" in said and page.read_text().startswith("<!doctype html>")
 
 
 def test_agreement_and_drift(ask, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from browser_support import WINDOWS, new_tab, open_page, wait_until_still
+from browser_support import WINDOWS, new_tab, open_page, unexplained, wait_until_still
 
 from llmq.labs.rounding import HEADERS
 from llmq.methods import METHODS
@@ -102,6 +102,15 @@ def test_what_is_typed_wrongly_is_said_in_one_line_as_text(page, address):
     found(page, "your numbers (1 × 3 numbers)")
 
 
+@pytest.mark.parametrize("window", ["1400", "400"])
+def test_a_link_opens_its_part(browser, address, window):
+    page = new_tab(browser, **WINDOWS[window])
+    page.goto(f"{address}/?view=lab&part=race")
+    page.wait_for_selector("#race-run", state="visible")
+    assert unexplained(page) == []
+    page.close()
+
+
 def test_bits_turn_over_by_mouse_and_by_keyboard(page, address):
     open_lab(page, address)
     part(page, "Bits")
@@ -140,6 +149,7 @@ def test_every_part_is_accessible_and_fits(browser, address, theme, window, scre
         wait_until_still(page)
         page.screenshot(path=screenshots / f"lab-{name.lower()}-{theme}-{window}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert unexplained(page) == []
         levels = page.evaluate(
             "[...document.querySelectorAll('h1,h2,h3,h4')].filter(h => h.offsetWidth).map(h => Number(h.tagName[1]))"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from browser_support import WINDOWS, new_tab, open_page, raw_messages, status, wait_until_still
+from browser_support import WINDOWS, new_tab, open_page, raw_messages, status, unexplained, wait_until_still
 from colours import rgb
 
 from llmq.figures.palette import DARK, LIGHT
@@ -63,7 +63,10 @@ def test_scrubber_shows_each_token_and_layers_agree_with_hooks(observatory, scre
     part(page, "Sent to 16 bit")
     prompt = drawn(page, "moment-figure")
     assert "the prompt" in prompt["title"]
-    own, hooks = prompt["series"]["sent to 16 bit by the layer itself"], prompt["series"]["found by the hooks"]
+    own, hooks = (
+        prompt["series"]["kept in 16 bit by the layer"],
+        prompt["series"]["reaches the threshold, as we saw it"],
+    )
     assert sorted(own) == sorted(hooks) and len(own) > 100
     page.locator("#moment input[type=range]").focus()
     page.keyboard.press("ArrowRight")
@@ -72,10 +75,10 @@ def test_scrubber_shows_each_token_and_layers_agree_with_hooks(observatory, scre
         "/generated token 2/.test(document.querySelector('#moment-figure [data-part=title]').textContent)"
     )
     token = drawn(page, "moment-figure")
-    own, hooks = token["series"]["sent to 16 bit by the layer itself"], token["series"]["found by the hooks"]
+    own, hooks = token["series"]["kept in 16 bit by the layer"], token["series"]["reaches the threshold, as we saw it"]
     assert sorted(own) == sorted(hooks) and 0 < len(own) < 200
     assert token["height"] > 400, "the figure keeps its height when its value changes"
-    assert "1,050 of 1,050 calls" in page.locator("#moment-agreement").inner_text()
+    assert "All 1,050 layer calls" in page.locator("#moment-agreement").inner_text()
     page.screenshot(path=screenshots / "observatory-moments.png", full_page=True)
     part(page, "The paper's figures")
     assert "24,912" in page.locator("#massive").inner_text().replace(".0", "")
@@ -107,7 +110,9 @@ def test_a_click_on_a_token_finds_its_cause_and_stop_keeps_it(observatory, scree
     diverging = page.locator("#reading button.llmq-other")
     assert diverging.count() >= 1, "bnb-int8 has another first choice somewhere in the chat template's tokens"
     diverging.first.click()
-    page.wait_for_function("/in 16 bit it is/.test(document.querySelector('#cause-status .llmq-status').textContent)")
+    page.wait_for_function(
+        "/in 16 bit it predicts/.test(document.querySelector('#cause-status .llmq-status').textContent)"
+    )
     page.locator("#cause-status [data-part=stop]").click()
     wait_for_status(page, "cause-status", "Stopped early")
     assert "yes" in page.locator("#patches").inner_text()
@@ -173,6 +178,7 @@ def test_every_part_is_accessible_and_fits(browser, address, theme, window, scre
         page.wait_for_function(SHOWN, arg=name)
         wait_until_still(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert unexplained(page) == []
         levels = page.evaluate(
             "[...document.querySelectorAll('h1,h2,h3,h4')].filter(h => h.offsetWidth).map(h => Number(h.tagName[1]))"
         )

@@ -66,7 +66,7 @@ def test_sentence_map_and_the_strongest_channel_are_on_the_first_screen(page, ad
     seen(page, "#outlier-status .llmq-asked", "#outlier-status .llmq-headline", "#outlier-map", "#outlier-threshold",
          "#kind", "#phase", "#silence-card [data-part=lead]", "#silence")  # fmt: skip
     said = status(page, "outlier-status").replace("\xa0", " ")
-    assert said.startswith("3 of the 576 channels that run through the model reach 6; the loudest, 507, is at 31.6")
+    assert said.startswith("3 of the 576 channels that run through the model reach 6. The largest number is 31.6")
     assert "int8 · bitsandbytes keeps 817 of 97,920 columns (0.83%) in 16 bit" in said
     assert "507" in page.locator("#silence-card [data-part=lead]").inner_text()
     assert not page.locator("#outlier-prompt").is_visible()
@@ -124,10 +124,10 @@ def test_one_channel_is_silenced_beside_the_map_by_the_labs_own_section(page, ad
         "35.8" in card
         and "→ 8,7" in card
         and "Recording" not in card
-        and "Silencing the strongest channel raises" in card
+        and "Without channel 507 perplexity goes from" in card
     )
     part(page, "What if")
-    assert "Silencing the strongest channel raises" in page.locator("#silencing-finding").inner_text()
+    assert "Without channel 507 perplexity goes from" in page.locator("#silencing-finding").inner_text()
 
 
 def test_what_was_watched_is_saved_and_opens_on_another_page(page, address, browser, tmp_path):
@@ -190,7 +190,7 @@ def test_a_word_is_explained_to_whoever_comes_by_keyboard(page, address):
     open_outliers(page, address)
     word = page.locator("#outliers-view .llmq-term", has_text="Prefill").first
     word.wait_for()
-    says = word.locator(".llmq-says")
+    says = page.locator("#llmq-says")
     assert not says.is_visible()
     word.focus()
     assert "reads the whole prompt at once" in says.inner_text() and says.is_visible()

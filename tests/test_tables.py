@@ -238,7 +238,9 @@ def test_an_experiment_is_its_rows_without_texts_and_what_they_say(made):
     lines = made("silencing", silencing=result("silencing", *rows, tokens=2044, text="Python code"))
     assert lines[0] == "| Silenced | Channels | Perplexity | KL to FP16 |"
     assert lines[3:5] == ["| 1 strongest | 7 | 50.00 | 2 |", "| 1 random | 3 | 12.00 | 0.25 |"]
-    assert lines[-1].startswith("*Silencing the strongest channel raises perplexity by 40, 20 times as much; a random")
+    assert lines[-1].startswith(
+        "*Without channel 7 perplexity goes from 10 to 50; without a random channel to 12 (median of the draws)."
+    )
     assert lines[-1].endswith("Abacus, Python 3.12.3, demo model; 2,044 tokens of Python code; 2026-11-22.*")
 
 

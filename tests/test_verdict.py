@@ -124,10 +124,10 @@ def test_a_threshold_is_part_of_the_name():
         (SAME[:2], "The two texts agree on all 2 tokens that both produced."),
         (
             [9, 6, 7, 8],
-            "The two texts differ from the first token on, where FP16 gave its own choice 37% and BF16 gave",
+            "The two texts differ from the first token on. There FP16 gave its own choice 37%, BF16 gave",
         ),
-        ([5, 9, 7, 8], "The two texts agree for 1 token and part at token 2, where"),
-        ([5, 6, 7, 9], "The two texts agree for 3 tokens and part at token 4, where"),
+        ([5, 9, 7, 8], "The two texts are the same for 1 token and part at token 2. There"),
+        ([5, 6, 7, 9], "The two texts are the same for 3 tokens and part at token 4. There"),
     ],
 )
 def test_agreement_is_counted_from_the_first_token(ids, sentence):
@@ -166,10 +166,10 @@ def test_a_failed_baseline_is_said_once():
     ("lanes", "headline"),
     [
         ([lane("fp16"), lane("llm-int8", megabytes=122, speed=18.0, ids=[5, 6, 9, 9])],
-         "int8 · ours needs 39% less memory and writes 1.8 times faster than FP16. After 2 equal tokens "
+         "int8 · ours needs 39% less memory and writes 1.8 times faster than FP16. After 2 equal tokens, "
          "FP16 took “x7” at 37%, int8 · ours “x9”."),
         ([lane("fp16"), lane("bnb-int8", megabytes=122, speed=4.0, ids=[9])],
-         "int8 · bitsandbytes needs 39% less memory. At the first token FP16 took “x5” at 37%, "
+         "int8 · bitsandbytes needs 39% less memory. At the first token, FP16 took “x5” at 37%, "
          "int8 · bitsandbytes “x9”."),
         ([lane("fp32", megabytes=400), lane("fp16"), lane("bf16", speed=5.0)],
          "FP16 needs 50% less memory and writes at about the same speed; the texts are the same. "
@@ -186,10 +186,10 @@ def test_a_text_that_ended_is_the_same_as_far_as_it_goes():
 
 def test_where_texts_part_it_is_said_how_sure_each_model_was():
     sure = [Step(**(vars(e) | {"logprob": -0.1})) if isinstance(e, Step) else e for e in lane("fp16")]
-    assert "FP16 gave its own choice 90% and BF16 gave its own choice 37%. After" in said(sure, lane("bf16", ids=[9]))
-    assert "37%, so little decided it. After" in said(lane("fp16"), lane("bf16", ids=[9]))
+    assert "FP16 gave its own choice 90%, BF16 gave its own choice 37%. All" in said(sure, lane("bf16", ids=[9]))
+    assert "37%: little decided it. All" in said(lane("fp16"), lane("bf16", ids=[9]))
     forged = [Step(**(vars(e) | {"logprob": 1e300})) if isinstance(e, Step) else e for e in lane("fp16")]
-    assert "FP16 gave its own choice 100% and" in said(forged, lane("bf16", ids=[9])), "a file may hold any number"
+    assert "FP16 gave its own choice 100%," in said(forged, lane("bf16", ids=[9])), "a file may hold any number"
 
 
 def test_three_methods_are_each_held_against_the_first():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmq.figures.palette import named
 from llmq.figures.style import escape, new_figure, style
+from llmq.formatting import quoted
 from llmq.inspect.cause import Cause
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ def columns_figure(report: OutlierReport, kind: str, moment: int, threshold: flo
     modules = list({module.layer: module for module in report.modules if module.kind == kind}.values())
     hooked = [(m, channel) for m in modules for channel in columns_at(m, moment, threshold)][:MOST_DOTS]
     figure = new_figure()
-    _dots(figure, "found by the hooks", hooked, 1, symbol="circle-open", size=9)
+    _dots(figure, "reaches the threshold, as we saw it", hooked, 1, symbol="circle-open", size=9)
     if any(module.outlier_columns for module in modules) and threshold == report.threshold:
         own = [(m, int(c)) for m in modules if len(found := m.outlier_columns or ()) > moment for c in found[moment]]
-        _dots(figure, "sent to 16 bit by the layer itself", own[:MOST_DOTS], 0, symbol="circle", size=4)
+        _dots(figure, "kept in 16 bit by the layer", own[:MOST_DOTS], 0, symbol="circle", size=4)
     counts = _counts(modules, report.generated_tokens, threshold)
     bars = [named("line-0" if number == moment else "grid") for number in range(len(counts))]
     texts = [_moment_name(report, number) for number in range(len(counts))]
@@ -48,7 +49,7 @@ def columns_figure(report: OutlierReport, kind: str, moment: int, threshold: flo
             "title": {"text": "layer"}, "domain": [0.36, 1], "type": "category", "categoryorder": "array",
             "categoryarray": layers, "range": [len(layers) - 0.5, -0.5],
         },
-        xaxis2={"title": {"text": "generated token (0: the prompt)"}, "anchor": "y2", "dtick": 1},
+        xaxis2={"title": {"text": "token (0: the prompt)"}, "anchor": "y2", "dtick": 1},
         yaxis2={"title": {"text": "columns"}, "domain": [0, 0.2], "rangemode": "tozero"},
     )  # fmt: skip
     if len(counts) > 24:
@@ -75,7 +76,7 @@ def _moment_name(report: OutlierReport, moment: int) -> str:
         return "the prompt"
     place = report.prompt_tokens + moment - 1
     text = report.token_texts[place] if place < len(report.token_texts) else ""
-    return f"generated token {moment} {escape(repr(text))}"
+    return f"generated token {moment} {escape(quoted(text))}"
 
 
 def layer_error_figure(cause: Cause) -> go.Figure:
@@ -96,7 +97,7 @@ def layer_error_figure(cause: Cause) -> go.Figure:
     style(figure, "How far each layer's output is off at this token")
     figure.update_layout(
         xaxis={"title": {"text": "layer"}},
-        yaxis={"title": {"text": "SQNR (dB), higher is nearer to 16 bit"}},
+        yaxis={"title": {"text": "SQNR (dB), higher: nearer to 16 bit"}},
         yaxis2={"title": {"text": "outliers"}, "overlaying": "y", "side": "right", "showgrid": False,
                 "rangemode": "tozero", "tickmode": "auto", "nticks": 5},
         margin={"r": 60},

@@ -42,22 +42,22 @@ def features_figure(found: Emergence) -> go.Figure:
     from llmq.inspect.emergence import LAYER_SHARE, POSITION_SHARE
 
     figure = new_figure()
-    for name, number, meets in (("outlier feature by the paper's criterion", 1, True), ("reaches 6.0", 0, False)):
+    for name, number, meets in (("outlier feature", 1, True), ("reaches 6", 0, False)):
         some = [feature for feature in found.features if feature.meets_criterion == meets]
         figure.add_scatter(
             x=[100 * f.layer_share for f in some], y=[100 * f.position_share for f in some], mode="markers", name=name,
             marker={"color": named(f"line-{number}"), "symbol": MARKS[number + meets], "size": 11 if meets else 7},
             customdata=[[f.channel, f.absmax] for f in some],
-            hovertemplate="dimension %{customdata[0]}<br>%{x:.3~r} % of layers, %{y:.3~r} % of positions<br>"
+            hovertemplate="channel %{customdata[0]}<br>%{x:.3~r} % of layers, %{y:.3~r} % of tokens<br>"
             "largest |x| %{customdata[1]:,.4~r}<extra></extra>",
         )  # fmt: skip
     edge = {"color": named("ink-soft"), "width": 1, "dash": "dot"}
     figure.add_vline(x=100 * LAYER_SHARE, line=edge)
     figure.add_hline(y=100 * POSITION_SHARE, line=edge)
-    style(figure, "Dimensions that reach 6.0: how far they spread")
+    style(figure, "Channels that reach 6: how far they spread")
     figure.update_layout(
         xaxis={"title": {"text": "% of layers"}, "range": [-3, 103]},
-        yaxis={"title": {"text": "% of positions"}, "range": [-3, 103]},
+        yaxis={"title": {"text": "% of tokens"}, "range": [-3, 103]},
     )
     return figure
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmq.figures.palette import named
 from llmq.figures.style import escape, new_figure, style
+from llmq.formatting import LOOPS
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -40,7 +41,7 @@ def trade_off_figure(rows: Sequence[dict]) -> go.Figure:
     placed = [row | {"side": side} for row, side in zip(rows, sides, strict=True)]
     for emulated in (False, True):
         _points(figure, [row for row in placed if bool(row.get("emulated")) == emulated], place, emulated)
-    style(figure, "What each method loses, and what it weighs", height=560)
+    style(figure, "What each method loses, and what memory it takes", height=560)
     figure.update_layout(
         xaxis={"title": {"text": "weights (MB)"}, "range": [left, right]},
         yaxis={"title": {"text": "perplexity change (%)" + ", logarithmic beyond 1 %" * (place is _symlog)}},
@@ -115,7 +116,7 @@ def speeds_figure(rows: Sequence[dict]) -> go.Figure:
     figure = new_figure()
     figure.add_bar(
         x=[row["tokens_per_second"] / row["fp16_tokens_per_second"] for row in rows],
-        y=[escape(f"{row['name']} ({row['engine']})") for row in rows], orientation="h",
+        y=[escape(f"{row['name']} ({LOOPS[row['engine']]})") for row in rows], orientation="h",
         customdata=[row["tokens_per_second"] for row in rows], marker={"color": named("line-0")}, showlegend=False,
         hovertemplate="%{y}: %{customdata:.3~g} tok/s, %{x:.2f} times FP16<extra></extra>",
     )  # fmt: skip

@@ -43,6 +43,7 @@ def base_layout() -> dict:
 def style(figure: go.Figure, title: str, *, height: int = 400) -> None:
     """Give a figure that has its traces the layout of all, its title and its axes' lines."""
     axis = {"gridcolor": named("grid"), "zeroline": False, "linecolor": named("grid"), "automargin": True}
+    axis |= {"title": {"font": {"size": 13}, "standoff": 10}}
     figure.update_layout(
         **base_layout(),
         font_size=13,

@@ -25,7 +25,10 @@ ROWS = {
 class Ablation(RowLab):
     kind, command, panel = "ablation", ("experiment", "ablation"), True
     title = "Which half breaks naive 8 bit?"
-    about = "Weights alone in 8 bit (W8A32), activations alone (W32A8), both (W8A8), on the same text."
+    about = (
+        "Naive 8 bit has one scale for a whole tensor. Here the weights alone are in 8 bit (W8A32), the activations "
+        "alone (W32A8), or both (W8A8), and every one reads the same text."
+    )
     columns = {"": "{name}", "Method": "{method}", **SCORES, "Same first choice": share_of("top1_agreement")}
 
     def measure(self, bench: Workbench) -> Rows:

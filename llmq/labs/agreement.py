@@ -19,7 +19,7 @@ from llmq.events import Event, Progress
 from llmq.fields import Choice, Number, Text
 from llmq.figures.blocks import Block, Table, Verbatim
 from llmq.figures.pages import text_markup
-from llmq.formatting import format_share, plain_json
+from llmq.formatting import format_share, plain_json, quoted
 from llmq.inspect.agreement import Agreement, Drift, TokenAgreement, compare_logits, margins_at
 from llmq.labs.base import Lab
 from llmq.machine.door import Lease
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TEXTS = ("continuation", "prompt", "text")
 LONGEST_TEXT = 512  # tokens; two float32 tables of so many rows, each as wide as the vocabulary, are held
+ENOUGH = 500  # tokens for a perplexity that says something
 MAX_NEW_TOKENS = 128
 
 
@@ -46,7 +47,7 @@ class Reading(Lab):
     """
 
     kind, command, title = "agreement", ("agreement",), "Agreement"
-    about, button = "Two methods read the same text: KL, first choices, drift.", "Read with both"
+    about, button = "Two methods read the same text: KL, first choices, and where they part.", "Read with both"
     prompt: Annotated[str, Text(positional=True, file="--file", help="a prompt, or with --read text a text")] = ""
     text: Annotated[str, Choice(TEXTS, help="continuation, prompt or text", named="text to read", flag="--read")] = (
         "continuation"
@@ -121,11 +122,15 @@ class Read:
         yield Verbatim(drift_line(self))
         yield text_markup(self.value())
         rows = [
-            [str(t.position), repr(self.names[t.token_id]), f"{t.kl:.4g}", str(t.rank)]
-            + [repr(self.names[side[0].token_id]) for side in (t.baseline, t.other)]
+            [str(t.position), quoted(self.names[t.token_id]), f"{t.kl:.4g}", str(t.rank)]
+            + [quoted(self.names[side[0].token_id]) for side in (t.baseline, t.other)]
             for t in self.agreement.diverging
         ]
-        yield Table(["Token", "Text", "KL (nats)", "Rank", "First choice", "Against"], rows, "Diverging tokens")
+        yield Table(
+            ["Token", "Text", "KL (nats)", "Rank of the first choice", *self.titles],
+            rows,
+            "Tokens with another first choice",
+        )
 
     def value(self) -> dict:
         """What a page shows of it: labels, one row a token, and a summary. A KL that is infinite is None."""
@@ -231,10 +236,11 @@ def summary_of(read: Read) -> str:
     """Agreement in one line."""
     found, titles = read.agreement, read.titles
     same = sum(token.agrees for token in found.tokens)
+    perplexities = " and ".join(f"{own:.4g} ({name})" for own, name in zip(found.perplexities, titles, strict=True))
+    surprise = f"; perplexity {perplexities}" if len(found.tokens) >= ENOUGH else ""
     return (
-        f"Both read the same {len(found.tokens)} tokens: {same} times ({format_share(found.top1_agreement)}) the same "
-        f"first choice, mean KL {found.mean_kl:.3g} nats, perplexity {found.perplexities[0]:.4g} ({titles[0]}) and "
-        f"{found.perplexities[1]:.4g} ({titles[1]})."
+        f"Both read the same {len(found.tokens)} tokens. At {same} of them ({format_share(found.top1_agreement)}) they "
+        f"have the same first choice; mean KL {found.mean_kl:.3g} nats{surprise}."
     )
 
 
@@ -245,13 +251,13 @@ def drift_line(read: Read) -> str:
         return ""
     if drift.position is None:
         shorter = min(len(drift.baseline_ids), len(drift.other_ids))
-        return f"Writing freely, both write the same {shorter} tokens."
+        return f"Writing by themselves, both write the same {shorter} tokens."
     own, other = (read.names[ids[drift.position]] for ids in (drift.baseline_ids, drift.other_ids))
-    margins = f"{drift.margins[0]:.3g} and {drift.margins[1]:.3g} nats" if drift.margins else "unknown margins"
+    margins = "{:.3g} and {:.3g} nats".format(*drift.margins) if drift.margins else "unknown margins"
     return (
-        f"Writing freely, the texts part at token {drift.position + 1}: {titles[0]} writes {own!r}, {titles[1]} "
-        f"{other!r}, each preferring its own by {margins}. From there on they read different texts, so a large "
-        "difference of texts can come from a small one of numbers."
+        f"Writing by themselves, they part at token {drift.position + 1}: {titles[0]} writes {quoted(own)}, "
+        f"{titles[1]} {quoted(other)}, each preferring its own by {margins}. From there on each reads its own text, so "
+        "a small difference of numbers can become a large one of words."
     )
 
 

@@ -29,15 +29,15 @@ class Amplifying(RowLab):
     evenly, `spread` of them."""
 
     kind, command, panel = "amplifying", ("experiment", "amplifying"), True
-    title, button = "Make channels louder without changing the function", "Measure"
+    title, button = "Create outliers artificially", "Measure"
     about = (
-        "Each norm's weight times s, the columns that read it divided by s: in 16 bit the same model, with activations "
-        "s times as large, as outliers are. It is SmoothQuant run backwards: SmoothQuant divides activations to make "
-        "them easy to round, this multiplies them to make them hard."
+        "Some channels are multiplied by s, and the weights that read them are divided by s. Computed exactly, nothing "
+        "changes; but now there are outliers. Which method survives? (SmoothQuant does the opposite: it "
+        "makes large activations smaller, to round them better.)"
     )
     factors: Annotated[
         tuple[float, ...],
-        Numbers(FACTOR, help="s, from 1 to 64", label="How many times louder (s)", named="factor", start=16, live=True),
+        Numbers(FACTOR, help="s, from 1 to 64", label="How many times larger (s)", named="factor", start=16, live=True),
     ] = (1, 4, 16, 64)
     channels: Annotated[
         tuple[int, ...] | None,
@@ -87,11 +87,12 @@ class Amplifying(RowLab):
             return ""
         low, high = ({r["method"]: r for r in rows if r["factor"] == f} for f in (factors[0], factors[-1]))
         changes = [
-            f"{method} {format_number(high[method]['perplexity'] / low[method]['perplexity'])} times"
+            f"{method} {_risen(high[method]['perplexity'] / low[method]['perplexity'])}"
             for method in high
             if method in low and high[method]["perplexity"] < math.inf
         ]
-        return f"Perplexity at s = {factors[-1]:g} against s = {factors[0]:g}: {', '.join(changes)}." if changes else ""
+        told = f"Perplexity from s = {factors[0]:g} to s = {factors[-1]:g}"
+        return f"{told}: {', '.join(changes)}." if changes else ""
 
     @classmethod
     def figures(cls, rows: list[dict]) -> list[Drawing]:
@@ -103,7 +104,7 @@ class Amplifying(RowLab):
         return [
             Drawing.of(
                 line_figure,
-                "Perplexity with channels amplified by s, function unchanged", lines,
+                "Perplexity when some channels are s times as large", lines,
                 "s = %{x:g}: perplexity %{y:,.5~r}",
                 x={"title": {"text": "s"}, "type": "log", "tickvals": [1, 2, 4, 8, 16, 32, 64], "range": [-0.06, 1.87]},
                 y={"title": {"text": "perplexity"}, "type": "log"},
@@ -120,3 +121,10 @@ class Amplifying(RowLab):
         same = [row for row in kept if all(row[key] == rows[0][key] for key in ("model", "channels"))]
         old = [row for row in same if (row["factor"], row["method"]) not in new]
         return sorted([*old, *rows], key=lambda row: row["factor"])
+
+
+def _risen(ratio: float) -> str:
+    """What a perplexity is `ratio` times of: 'unchanged', '+2.0 %', '92 times'."""
+    if abs(ratio - 1) < 0.0005:
+        return "unchanged"
+    return f"{100 * (ratio - 1):+.2g} %" if ratio < 2 else f"{format_number(ratio)} times"

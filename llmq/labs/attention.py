@@ -16,11 +16,12 @@ from llmq import telemetry
 from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
-from llmq.fields import Choice, Number
+from llmq.fields import Choice
 from llmq.figures.blocks import Drawing
 from llmq.figures.lengths import Curve, lengths_figure, power_of
 from llmq.formatting import MISSING, format_bytes, format_seconds, shown_spread
 from llmq.formulas import kv_bytes
+from llmq.labs.lengths import lengths_up_to, longest_text
 from llmq.labs.rows import RowAnswer, Rows, TableLab
 from llmq.machine.door import Lease
 from llmq.memory import HEADROOM
@@ -29,7 +30,6 @@ from llmq.models.config import heads_of
 if TYPE_CHECKING:
     from llmq.inspect.attention import Heads, Inputs, Kernel
 
-LENGTHS = 6
 ROUNDS = 7
 BYTES_A_SCORE = 12  # of a kernel that keeps them all: the most before any is measured
 DTYPES = ("bfloat16", "float16", "float32")
@@ -42,25 +42,23 @@ class Attention(TableLab):
     kind, command, part = "attention", ("experiment", "attention"), "Attention"
     title = "Attention with the N × N matrix, and without"
     about = (
-        "One layer's attention as the textbook writes it (**eager**), which keeps a score for every pair of tokens, "
-        "and by kernels that never hold that matrix: time, memory, and how far the results lie apart. Only the model's "
-        "heads are used, not its weights."
+        "In attention every token looks at every token before it. The textbook's way (**eager**) keeps a score for "
+        "each pair: N × N numbers. Other kernels never hold that matrix. Compared are time, memory and results of one "
+        "layer, on random numbers in the shape of the model's heads."
     )
     explained = (
         "**FlashAttention is exact, not an approximation.** Every pair of tokens is still multiplied, so the work "
-        "grows with N² as before. Version 1 cuts queries, keys and values into tiles that fit the GPU's fast on-chip "
-        "memory and keeps a running maximum and sum for the softmax, so that the N × N scores never travel to the "
-        "large memory: what is needed beside the inputs grows with N, and far fewer bytes move. Training computes the "
-        "scores again going backward instead of storing them. Version 2 needs the same memory and gives the same "
-        "result: it does fewer operations that are no matrix products, shares the work out along the sequence too, "
-        "not only over batch and heads, and splits it between the warps of a block by queries, so that they exchange "
-        "less. In both, results differ from eager's only by rounding, since sums are added in another order. The mask "
-        "of N² numbers that eager reads is made beforehand, once for all layers, and counted as an input."
+        "grows with N² as before. Results differ from eager's only by rounding: sums are added in another order.\n\n"
+        "**Version 1** cuts queries, keys and values into tiles that fit the GPU's fast on-chip memory, and keeps a "
+        "running maximum and sum for the softmax. So the N × N scores never travel to the large memory (HBM): memory "
+        "beside the inputs grows with N, and far fewer bytes move. Training computes the scores again on the way back "
+        "instead of storing them.\n\n"
+        "**Version 2** needs the same memory and gives the same result, faster. It does fewer operations that are no "
+        "matrix products. It shares the work out along the text too, not only over batch and heads. And the warps of "
+        "a block split it by queries, so that they exchange less.\n\n"
+        "The mask of N² numbers that eager reads is made beforehand, once for all layers, and counted as an input."
     )
-    longest: Annotated[
-        int, Number(64, 65536, whole=True, help="tokens of the longest of six lengths, each half of the next",
-                    label="Longest", shown=16384, step=64),
-    ] = 2048  # fmt: skip
+    longest: Annotated[int, longest_text(shown=16384)] = 2048
     dtype: Annotated[str, Choice(DTYPES, help="type of the numbers", label="Numbers")] = "bfloat16"
     prompt: str = ""
     columns = {
@@ -94,7 +92,7 @@ class Attention(TableLab):
 
         from llmq.inspect.attention import Inputs, kernels
 
-        lengths, dtype = [self.longest >> halved for halved in reversed(range(LENGTHS))], getattr(torch, self.dtype)
+        lengths, dtype = lengths_up_to(self.longest), getattr(torch, self.dtype)
         yield lease.progress("looking for kernels", 0.0)
         found = list(kernels(Inputs.random(heads, lengths[0], dtype, self.device)))
         yield from ({"tokens": None, "kernel": kernel.name, "absent": why} for kernel, why in found if why)

@@ -14,11 +14,11 @@ from llmq.engine.loading import Key
 from llmq.environment import describe
 from llmq.errors import BadChoice
 from llmq.events import Event, Progress
-from llmq.fields import Number
 from llmq.figures.blocks import Drawing
 from llmq.figures.lengths import Curve, lengths_figure
 from llmq.formatting import format_bytes, format_number, format_seconds, shown_spread
 from llmq.formulas import kv_bytes
+from llmq.labs.lengths import lengths_up_to, longest_text
 from llmq.labs.rows import BASELINE, RowAnswer, Rows, TableLab
 from llmq.machine.door import Lease
 from llmq.models.config import heads_of
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from llmq.engine.hf import HFEngine
     from llmq.inspect.caching import Place
 
-LENGTHS = 6
 ROUNDS = 3
 SIDES = {"cached": "with the cache", "whole": "without"}
 
@@ -40,23 +39,20 @@ class Caching(TableLab):
     kind, command, part = "kv-cache", ("experiment", "kv-cache"), "Attention"
     title = "One more token, with the KV cache and without"
     about = (
-        "A model that keeps the keys and values of what it has read feeds only the new token; one that keeps nothing "
-        "reads the whole text again for each. Seconds, operations and bytes of one more token, by the length of the "
-        "text."
+        "With a KV cache a model reads only the new token; without one it reads the whole text again each time. What "
+        "does one more token cost, by the length of the text: in seconds, operations and bytes?"
     )
     explained = (
-        "**What the cache saves, and what not.** With P weights in the linear layers, L layers, h heads of width d and "
-        "N tokens, one more token takes 2·P + 4·L·h·d·N operations with the cache, and about N times as many without. "
-        "The cache removes the factor N, but attention still looks at all N tokens, so the time of a token is not "
-        "constant: it grows with the text. Operations are not time either: a single token leaves most of the machine "
-        "waiting for weights, so a short text read again costs little more. The price is memory: 2·L·G·d numbers a "
-        "token, where G heads of keys and values are kept. Grouped-query attention (GQA) lets h/G heads share one of "
-        "them, which makes the cache h/G times smaller; it leaves the 4·L·h·d·N operations as they are."
+        "**What the cache saves.** With P weights in the linear layers, L layers, h heads of width d and N tokens, one "
+        "more token takes 2·P + 4·L·h·d·N operations with the cache, and about N times as many without.\n\n"
+        "**What it does not.** Attention still looks at all N tokens, so the time of a token is not constant: it grows "
+        "with the text. And operations are not time: for a single token most of the machine waits for weights, so "
+        "reading a short text again costs little more.\n\n"
+        "**The price** is memory: 2·L·G·d numbers for each token, where G heads of keys and values are kept. With "
+        "grouped-query attention (GQA) h/G heads share one of them: the cache is h/G times smaller, and the 4·L·h·d·N "
+        "operations stay."
     )
-    longest: Annotated[
-        int, Number(64, 65536, whole=True, help="tokens of the longest of six lengths, each half of the next",
-                    label="Longest", shown=4096, step=64),
-    ] = 256  # fmt: skip
+    longest: Annotated[int, longest_text(shown=4096)] = 256
     prompt: str = ""
     columns = {
         "Tokens": "{tokens:,}",
@@ -95,7 +91,7 @@ class Caching(TableLab):
         heads, kv_heads, head_dim = heads_of(config)
         formulas, itemsize = Operations.of(engine.model, heads, head_dim), engine.model.dtype.itemsize
         twin = twin_of(engine.model)
-        lengths = [self.longest >> halved for halved in reversed(range(LENGTHS))]
+        lengths = lengths_up_to(self.longest)
         for number, tokens in enumerate(lengths):
             done = sum(lengths[:number]) / sum(lengths)
             yield lease.progress(f"{tokens:,} tokens: reading", done)

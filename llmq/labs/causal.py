@@ -65,9 +65,9 @@ class Causal(RowLab):
     kind, command, panel = "causal", ("experiment", "causal"), True
     title = "Does a later token change earlier ones?"
     about = (
-        "Earlier predictions must not depend on what comes later. LLM.int8() decides for **all tokens of a call "
-        "together** which columns stay in 16 bit: another last token, or another text in the batch, changes earlier "
-        "logits, and some first choices flip. With `outliers=row` each token decides for itself."
+        "What a model predicts must not depend on what comes later. But LLM.int8() decides for **all tokens of a call "
+        "together** which columns stay in 16 bit. So another last token, or another text in the batch, changes "
+        "earlier logits, and some first choices flip. With `outliers=row` each token decides for itself."
     )
     contestants: Annotated[tuple[Contestant, ...], Contestants(label="Methods")] = Contestant.parse_all(FIELD)
     changes: Annotated[
@@ -110,9 +110,9 @@ class Causal(RowLab):
         said = []
         for change in dict.fromkeys(row["change"] for row in rows):
             there = [row for row in rows if row["change"] == change]
-            flips = ", ".join(f"{row['flipped']:,} under {row['method']}" for row in there)
-            said.append(f"{change} flips, of {there[0]['asked']:,} first choices, {flips}")
-        return f"Prompts of {LENGTH} tokens: {'; '.join(said)}." if said else ""
+            flips = ", ".join(f"{row['flipped']:,} with {row['method']}" for row in there)
+            said.append(f"{change}: of {there[0]['asked']:,} first choices flip {flips}")
+        return f"Prompts of {LENGTH} tokens, {'; '.join(said)}." if said else ""
 
     @classmethod
     def figures(cls, rows: list[dict]) -> list[Drawing]:

@@ -16,6 +16,7 @@ from llmq.fields import Number, Switch
 from llmq.figures.bars import layer_error_figure
 from llmq.figures.blocks import Block, Drawing, Table, Verbatim
 from llmq.figures.pages import text_markup
+from llmq.formatting import quoted
 from llmq.inspect.cause import Cause, LayerError
 from llmq.labs.agreement import Read, Reading, load_pair
 from llmq.labs.base import Lab
@@ -25,13 +26,14 @@ from llmq.methods.base import DEFAULT_THRESHOLD
 from llmq.stored import from_stored, to_stored
 
 PATCHES = 15  # of the table
-PATCH_HEADERS = ["Put back to 16 bit", "Margin (logits)", "Forecast then", "Repaired"]
+PATCH_HEADERS = ["Module in 16 bit", "Lead of the right choice (logits)", "Prediction then", "Repaired"]
+PATCHES_TITLE = "Which single module repairs it, computed in 16 bit?"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation(Lab):
-    """Which token of which text to explain. `token_ids`: the text; `position`: of the token that is forecast from those
-    before it; `patch`: whether every module is tried in 16 bit."""
+    """Which token of which text to explain. `token_ids`: the text; `position`: of the token that is predicted from
+    those before it; `patch`: whether every module is tried in 16 bit."""
 
     token_ids: tuple[int, ...]
     position: int
@@ -43,7 +45,7 @@ class Explanation(Lab):
         super().__post_init__()
         if not self.baseline.method.dense:
             dense = ", ".join(name for name, method in METHODS.items() if method.dense)
-            raise BadChoice(f"{self.baseline.label} has no 16-bit modules to put back; choose one of {dense}")
+            raise BadChoice(f"{self.baseline.label} has no 16-bit modules to take from; choose one of {dense}")
 
     @classmethod
     def of(cls, read: Read, position: int, patch: bool) -> Explanation:
@@ -75,7 +77,7 @@ class ExplainToken(Reading):
     token: Annotated[int | None, Number(0, 1_000_000, whole=True, optional=True, help="its position in the text")] = (
         None
     )
-    patch: Annotated[bool, Switch(help="errors only; do not try modules in 16 bit")] = True
+    patch: Annotated[bool, Switch(help="show the errors only; try no module in 16 bit")] = True
 
     def run(self, lease: Lease) -> Iterator[Event | Progress | CauseAnswer]:
         """Yield events, progress and an answer whenever more is known."""
@@ -112,7 +114,7 @@ class CauseAnswer:
         cause, read = self.cause, self.read
         yield Verbatim(cause_line(cause, read))
         yield Drawing.of(layer_error_figure, cause)
-        yield Table(PATCH_HEADERS, patch_rows(cause, read), "Best modules to put back")
+        yield Table(PATCH_HEADERS, patch_rows(cause, read), PATCHES_TITLE)
         layers = [
             [
                 str(entry.layer),
@@ -161,13 +163,13 @@ class CauseAnswer:
 
 def cause_line(cause: Cause, read: Read) -> str:
     """The finding in one or two sentences."""
-    token, titles = read.texts[cause.position], read.titles
-    wanted, got = read.names[cause.baseline_token], read.names[cause.other_token]
+    token, titles = quoted(read.texts[cause.position]), read.titles
+    wanted, got = quoted(read.names[cause.baseline_token]), quoted(read.names[cause.other_token])
     if not cause.diverges:
-        return f"Token {cause.position} ({token!r}): both hold {wanted!r} likeliest, so there is nothing to repair."
+        return f"For token {cause.position} ({token}) both predict {wanted}: there is nothing to repair."
     start = (
-        f"Token {cause.position} ({token!r}): {titles[0]} forecasts {wanted!r}, {titles[1]} {got!r}, "
-        f"{-cause.margin:.3g} logits ahead."
+        f"For token {cause.position} ({token}) {titles[0]} predicts {wanted}. {titles[1]} predicts {got}, "
+        f"{-cause.margin:.3g} logits ahead of {wanted}."
     )
     if not cause.patches:
         return start
@@ -178,13 +180,13 @@ def cause_line(cause: Cause, read: Read) -> str:
     best = cause.repairs[0]
     others = len(cause.repairs) - 1
     more = f", and {others} other{'s' * (others > 1)} alone would do it too" if others else ""
-    return f"{start} With only {best.module} in 16 bit it is {wanted!r} again{more} ({tried})."
+    return f"{start} With only {best.module} in 16 bit it predicts {wanted} again{more} ({tried})."
 
 
 def patch_rows(cause: Cause, read: Read) -> list[list[str]]:
     """The table of patches, best first."""
     return [
-        [patch.module, f"{patch.margin:+.3f}", repr(read.names[patch.token_id]), "yes" if patch.repaired else "no"]
+        [patch.module, f"{patch.margin:+.3f}", quoted(read.names[patch.token_id]), "yes" if patch.repaired else "no"]
         for patch in cause.patches[:PATCHES]
     ]
 

@@ -42,11 +42,12 @@ class Decoding(TableLab):
     kind, command, part = "decoding", ("experiment", "decoding"), "Decoding"
     title, button = "One prompt decoded in five ways", "Decode"
     about = (
-        "**Greedy** takes the likeliest token. **Beam search** keeps the likeliest few texts so far and gives the one "
-        "that is likeliest a token. The others draw: with a **temperature** below 1 more often what is likely; "
-        "**top-k** among the k likeliest; **top-p** among the likeliest that together reach p."
+        "How does a model choose the next token? **Greedy** takes the likeliest. **Beam search** goes on with the few "
+        "likeliest texts so far, and gives the one whose tokens are likeliest on average. The others draw by chance: "
+        "a **temperature** below 1 favours what is likely, **top-k** draws among the k likeliest, **top-p** among the "
+        "likeliest that together reach p. Distinct-n is the share of runs of n tokens that are not repeated."
     )
-    example, prompted = EXAMPLE, "What is continued."
+    example, prompted = EXAMPLE, "What the models answer."
     prompt: Annotated[str, Text(help=f"what is continued; default: {EXAMPLE}", flag="--prompt")] = ""
     contestants: Annotated[tuple[Contestant, ...], Contestants(label="Methods", help="beside FP16, with commas")] = (
         Contestant.parse("llm-int8"),
@@ -66,7 +67,7 @@ class Decoding(TableLab):
         "Strategy": "{strategy}",
         "Method": lambda row: shown_name(row["method"]),
         "Log-probability (nats)": "{logprob:.1f}",
-        "a token": "{mean_logprob:.2f}",
+        "For each token": "{mean_logprob:.2f}",
         "Distinct-1, 2, 3": lambda row: ", ".join(_shown_distinct(share) for share in row["distinct"]),
         "Time": lambda row: f"{format_seconds(row['seconds'])}, {row['tokens']} tokens",
         "Parts from FP16": lambda row: _shown_parting(row),
@@ -119,8 +120,8 @@ class Decoding(TableLab):
             return ""
         best = max(own, key=lambda row: row["mean_logprob"])
         beside = "" if best is own[0] else f" ({own[0]['strategy']}: {own[0]['mean_logprob']:.2f})"
-        said = [f"Of FP16's texts that of **{best['strategy']}** is the likeliest: {best['mean_logprob']:.2f} nats a "
-                f"token{beside}."]  # fmt: skip
+        said = [f"Of FP16's texts the one by **{best['strategy']}** is the likeliest: {best['mean_logprob']:.2f} nats "
+                f"for each token{beside}."]  # fmt: skip
         for method in dict.fromkeys(shown_name(row["method"]) for row in rows if not _is_baseline(row)):
             said.append(_agreement(method, [row for row in rows if shown_name(row["method"]) == method]))
         return " ".join(said)

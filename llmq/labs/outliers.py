@@ -14,7 +14,7 @@ from llmq.fields import Number, Text
 from llmq.figures.bars import columns_figure
 from llmq.figures.blocks import Block, Drawing, Table
 from llmq.figures.lines import features_figure, peaks_figure
-from llmq.formatting import format_share
+from llmq.formatting import format_share, quoted
 from llmq.labs.base import Lab
 from llmq.labs.emergence import Sweep
 from llmq.machine.door import Lease
@@ -161,28 +161,29 @@ def account_line(report: OutlierReport, threshold: float) -> str:
 
     found = agreement_with_kernel(report)
     if found is None:
-        return f"{report.method} sends no columns to 16 bit apart, so only the hooks' rings are drawn."
+        return "This method keeps no columns in 16 bit: there are rings, and no dots."
     same, calls = found
     layers = sum(module.outlier_columns is not None for module in report.modules)
+    agree = f"All {calls:,} layer calls agree" if same == calls else f"{same:,} of {calls:,} layer calls agree"
     line = (
-        f"In {same:,} of {calls:,} calls ({layers} linear layers, the prompt and {report.generated_tokens} tokens) the "
-        f"layer's own list is exactly what the hooks found at the run's threshold {report.threshold:g}."
+        f"{agree} ({layers} linear layers, the prompt and {report.generated_tokens} tokens): at threshold "
+        f"{report.threshold:g} each kept in 16 bit exactly the columns that we saw reach it."
     )
     moved = threshold != report.threshold
-    return line + (f" The rings are drawn for {threshold:g} now; watch again to ask the layers." if moved else "")
+    return line + (f" The rings are for {threshold:g} now; watch again to ask the layers." if moved else "")
 
 
 def emergence_line(found: Emergence) -> str:
     """The paper's figures in a sentence."""
     features = found.outlier_features
-    reach = f"{len(found.features)} dimensions reach 6 somewhere in {found.positions} positions"
+    reach = f"{len(found.features)} channels reach 6 at any of the {found.positions} tokens"
     if not features:
-        return f"No dimension meets the criterion in this prompt; {reach}."
+        return f"There is no outlier feature in this prompt; {reach}."
     names = ", ".join(str(feature.channel) for feature in features[:6]) + (", …" if len(features) > 6 else "")
     return (
-        f"**{len(features)}** outlier feature{'s' * (len(features) != 1)} (dimension {names}), in "
+        f"**{len(features)}** outlier feature{'s' * (len(features) != 1)} (channel {names}), in "
         f"**{format_share(found.layers_touched)}** of {found.layers} layers, at up to "
-        f"**{format_share(found.positions_touched)}** of positions; {reach}."
+        f"**{format_share(found.positions_touched)}** of tokens; {reach}."
     )
 
 
@@ -195,7 +196,7 @@ def massive_rows(report: OutlierReport) -> list[list[str]]:
             found.where if found.where == "residual stream" else f"input of {found.where}",
             str(found.layer),
             str(found.token),
-            repr(found.text),
+            quoted(found.text),
             str(found.channel),
             f"{found.absmax:,.1f}",
             f"{found.times_typical:,.0f} ×",

@@ -24,7 +24,7 @@ from llmq.events import Event, Loaded, Progress
 from llmq.fields import Number
 from llmq.figures.blocks import Drawing
 from llmq.figures.race import speeds_figure, trade_off_figure
-from llmq.formatting import MISSING, format_bytes, format_seconds, format_speed
+from llmq.formatting import LOOPS, MISSING, format_bytes, format_seconds, format_speed
 from llmq.labs.quality import Quality
 from llmq.labs.rows import BASELINE, RowAnswer, TableLab
 from llmq.machine.door import Lease
@@ -44,10 +44,16 @@ class Race(TableLab):
     kind, command, part = "race", ("race",), "Race"
     title, button = "Which method loses least?", "Start the race"
     about = (
-        "Every method reads the same text as FP16. Far down is little lost, far left is little memory. Speed is of "
-        "methods whose arithmetic is real here. GPTQ, AWQ and SmoothQuant calibrate first, once for each model."
+        "Every method reads the same text as FP16. Further down means less is lost, further left less memory. Decode "
+        "speed (tok/s) is told where the method's arithmetic is real here; the others are emulated. GPTQ, AWQ and "
+        "SmoothQuant calibrate first, once for each model."
     )
-    example, prompted = "Name three colours.", "What is written on from while speed is measured."
+    explained = (
+        "**The names.** One scale can serve a whole tensor, a row, or a group of a few numbers: the fewer numbers "
+        "share it, the fewer one outlier spoils. Rounded to nearest, GPTQ and AWQ have 4 bits for a weight where the "
+        "name says no other. A speed is told against FP16 in the same loop: the lean loop or transformers."
+    )
+    example, prompted = "Name three colours.", "What is answered while speed is measured."
     contestants: Annotated[
         tuple[Contestant, ...], Contestants(label="Methods", help="names with commas between them")
     ] = Contestant.parse_all(FIELD)
@@ -205,7 +211,7 @@ def _shown_speed(row: dict) -> str:
     own, base = row.get("tokens_per_second"), row.get("fp16_tokens_per_second")
     if not own:
         return "emulated" if row.get("emulated") else MISSING
-    return f"{format_speed(own)}, {own / base:.2f}× FP16 ({row['engine']})"
+    return f"{format_speed(own)}, {own / base:.2f}× FP16 ({LOOPS[row['engine']]})"
 
 
 def _shown_calibration(row: dict) -> str:

@@ -19,8 +19,8 @@ class RoundedCache(RowLab):
     kind, command, part = "rounded-cache", ("experiment", "rounded-cache"), "Attention"
     title = "The KV cache in 8 bit"
     about = (
-        "Keys and values rounded to int8 as they are kept, with a scale for each token and head: what a long text "
-        "saves in memory, and how far the odds of the next token move. The weights stay in FP16."
+        "The KV cache is rounded to int8 as it is written, with one scale for each token and head. How much memory "
+        "does that save, and how far do the odds of the next token move (KL)? The weights stay in FP16."
     )
     columns = {
         "Keys and values": "{cache}",

@@ -58,9 +58,9 @@ class Sensitivity(RowLab):
     kind, command, panel = "sensitivity", ("experiment", "sensitivity"), True
     title = "Which layer hurts?"
     about = (
-        "Every layer, then every module, is quantized **alone**: how far the predictions move (KL), how clean its "
-        "output is (SQNR), what it saves. Then the modules that cost most for a byte are left alone, and that "
-        "recipe is measured. It is a part of the method's name, which every field for a method takes."
+        "Every layer, then every module, is quantized **alone**. How far do the predictions move (KL), how clean is "
+        "its output (SQNR), what does it save? Then the modules that cost most for each byte saved stay in 16 bit, and "
+        "this recipe is measured. Its name can be typed into every field for a method."
     )
     contestant: Annotated[Contestant, METHOD] = Contestant.parse("llm-int8")
     by: Annotated[str, BY] = "modules"
@@ -146,11 +146,11 @@ class Sensitivity(RowLab):
         share = worst["kl_to_fp16"] / (_sums(parts)["sum_of_parts"] or 1)
         name = QUANTIZED[worst["part"]].format_map(worst)
         said = (
-            f"Of {len(parts)} {worst['part']}s measured {name} hurts most: quantized alone it costs KL "
+            f"Of {len(parts)} {worst['part']}s, {name} hurts most: quantized alone it costs KL "
             f"{worst['kl_to_fp16']:.3g}, {format_share(share)} of the sum over all"
         )
         found = {row["part"]: row for row in _of(rows, "method", "recipe")}
-        return f"{said}; {_saved(found['method'], found['recipe'])}." if "recipe" in found else f"{said}."
+        return f"{said}. {_saved(found['method'], found['recipe'])}." if "recipe" in found else f"{said}."
 
     @classmethod
     def takeaway(cls, rows: list[dict]) -> str:
@@ -180,9 +180,9 @@ def _saved(whole: dict, recipe: dict) -> str:
     more = 100 * (recipe["memory_bytes"] / whole["memory_bytes"] - 1)
     fell = f" ({format_share(1 - after / before)} less)" if after < before < math.inf else ""
     return (
-        f"leaving {len(recipe['skip_modules']) - 1} modules unquantized (+{more:.2g}% memory) moves the KL of "
-        f"{whole['place']} from {before:.3g} to {after:.3g}{fell}, measured, where the parts "
-        f"add up to {whole['sum_of_parts']:.3g} and {recipe['sum_of_parts']:.3g}"
+        f"With {len(recipe['skip_modules']) - 1} modules in 16 bit (+{more:.2g}% memory) the KL of {whole['place']} "
+        f"goes from {before:.3g} to {after:.3g}{fell}, as measured; the parts add up to {whole['sum_of_parts']:.3g} "
+        f"and {recipe['sum_of_parts']:.3g}"
     )
 
 

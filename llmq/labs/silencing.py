@@ -27,10 +27,10 @@ class Silencing(RowLab):
     """Zero the k strongest channels for each of `counts`, and as many random ones, `draws` times."""
 
     kind, command, panel = "silencing", ("experiment", "silencing"), True
-    title, button = "Silence the strongest channels", "Silence"
+    title, button = "Switch off the strongest channels", "Switch off"
     about = (
-        "The k strongest channels of what layers read behind a norm are set to 0 everywhere, and as many random ones. "
-        "Perplexity, and how the prompt goes on."
+        "The k strongest channels are set to 0 in every layer that reads them behind a norm; then as many random ones. "
+        "See what becomes of perplexity, and how the prompt goes on."
     )
     counts: Annotated[
         tuple[int, ...],
@@ -51,11 +51,13 @@ class Silencing(RowLab):
 
     def measure(self, bench: Workbench) -> Rows:
         if max(self.counts) > bench.channels:
-            raise BadChoice(f"channels to silence is {max(self.counts)}; this model's stream has {bench.channels}")
-        yield bench.progress("find the strongest channels", 0.0)
+            raise BadChoice(
+                f"channels to silence is {max(self.counts)}; this model has {bench.channels}, choose at most as many"
+            )
+        yield bench.progress("Finding the strongest channels", 0.0)
         ranking, peaks = strongest_channels(bench)
         with bench.engine(BASELINE) as engine:
-            yield bench.progress("read the text with no channel silenced", 0.05)
+            yield bench.progress("FP16 reads the text with every channel", 0.05)
             truth = bench.read(engine)
             row = {"silenced": "none", "count": 0, "channels": []}
             yield row | bench.score(truth, truth) | {"text": bench.write(engine)}
@@ -64,7 +66,7 @@ class Silencing(RowLab):
             choices.append(("strongest", ranking[:count]))
             choices += [("random", drawn.sample(range(bench.channels), count)) for _ in range(self.draws)]
         for done, (name, channels) in enumerate(choices):
-            yield bench.progress(f"{len(channels)} {name} silenced", 0.1 + 0.9 * done / len(choices))
+            yield bench.progress(f"{len(channels)} {name} switched off", 0.1 + 0.9 * done / len(choices))
             with bench.engine(BASELINE, Silence(tuple(channels))) as engine:
                 row = {"silenced": name, "count": len(channels), "channels": list(channels)}
                 yield row | bench.score(bench.read(engine), truth) | {"text": bench.write(engine)}
@@ -75,14 +77,13 @@ class Silencing(RowLab):
         if not found:
             return ""
         entry = found[0]
-        times = f", {format_number(entry['ratio'])} times as much" if math.isfinite(entry["ratio"]) else ""
-        which = "channel" if entry["count"] == 1 else f"{entry['count']} channels"
-        other = "a random one changes" if entry["count"] == 1 else "as many random ones change"
-        raised = format_number(entry["strongest"])
-        return (
-            f"Silencing the strongest {which} raises perplexity by {raised}{times}; {other} it by "
-            f"{entry['random']:+.3g} (median of the draws)."
-        )
+        whole, off = (next(row for row in rows if row["silenced"] == name) for name in ("none", "strongest"))
+        base, count = whole["perplexity"], entry["count"]
+        which = f"channel {off['channels'][0]}" if count == 1 else f"the {count} strongest channels"
+        other = "a random channel" if count == 1 else f"{count} random ones"
+        before, after, usual = map(_shown, (base, base + entry["strongest"], base + entry["random"]))
+        told = f"Without {which} perplexity goes from {before} to {after}"
+        return f"{told}; without {other} to {usual} (median of the draws)."
 
     @classmethod
     def figures(cls, rows: list[dict]) -> list[Drawing]:
@@ -93,14 +94,23 @@ class Silencing(RowLab):
             for number, name in ((1, "strongest"), (0, "random"))
         ]  # fmt: skip
         level = next((row["perplexity"] for row in rows if row["silenced"] == "none"), None)
-        counts = {"title": {"text": "channels silenced"}, "type": "log", "tickvals": sorted({r["count"] for r in rows})}
+        counts = {
+            "title": {"text": "channels switched off"},
+            "type": "log",
+            "tickvals": sorted({r["count"] for r in rows}),
+        }
         return [
             Drawing.of(
                 line_figure,
-                "Perplexity with channels silenced (dotted: none)", lines, "%{x} silenced: perplexity %{y:,.5~r}",
+                "Perplexity with channels switched off (dotted: none)", lines, "%{x} off: perplexity %{y:,.5~r}",
                 x=counts, y={"title": {"text": "perplexity"}, "type": "log"}, level=level,
             )
         ]  # fmt: skip
+
+
+def _shown(value: float) -> str:
+    """A perplexity, whole where it is large."""
+    return format_number(value) if math.isfinite(value) else "beyond measure"
 
 
 def harm(results: list[dict]) -> list[dict]:

@@ -40,10 +40,10 @@ class Thresholds(RowLab):
     """`method` at each of `thresholds`; 0 is off, infinity never reached."""
 
     kind, command, panel = "thresholds", ("experiment", "thresholds"), True
-    title, button = "Move the threshold and measure again", "Measure all"
+    title, button = "Move the threshold", "Measure all"
     about = (
-        "A **lower** threshold keeps more columns in 16 bit: nearer to FP16, more work. **Off** is not the lowest "
-        "threshold but none at all."
+        "A **lower** threshold keeps more columns in 16 bit: nearer to FP16, more work. **Off** keeps no column in "
+        "16 bit; it is the opposite of a low threshold."
     )
     method: Annotated[
         str, Choice(ABLE, ABLE_LABELS, help="which method", label="Method", named="method with an outlier threshold")
@@ -74,7 +74,7 @@ class Thresholds(RowLab):
         speeds = yield from self._speeds(bench)
         for number, contestant in enumerate(self.contestants()):
             name = name_of(contestant.threshold)
-            yield bench.progress(f"read the text at {name}", 0.5 + 0.5 * number / len(self.thresholds))
+            yield bench.progress(f"Threshold {name} reads the text", 0.5 + 0.5 * number / len(self.thresholds))
             with bench.engine(contestant) as engine:
                 yield {
                     "threshold": name,
@@ -94,7 +94,7 @@ class Thresholds(RowLab):
             for place, contestant in enumerate(self.contestants()):
                 share = (number + place / len(self.thresholds)) / ROUNDS
                 name = name_of(contestant.threshold)
-                yield bench.progress(f"speed at {name}, round {number + 1} of {ROUNDS}", 0.05 + 0.45 * share)
+                yield bench.progress(f"Speed at threshold {name}, round {number + 1} of {ROUNDS}", 0.05 + 0.45 * share)
                 with bench.engine(contestant) as engine:
                     seconds = decode_seconds(
                         engine, bench.texts[0][:SPEED_PROMPT], SPEED_TOKENS, bench.lease.stop.is_set
@@ -109,10 +109,10 @@ class Thresholds(RowLab):
             return ""
         (_, low), (_, high) = on[0], on[-1]
         off = next((row for row in rows if row["threshold"] == "off"), None)
-        end = f"; off, none stay and it is {off['kl_to_fp16']:.3g}" if off else ""
+        end = f"; off, none and {off['kl_to_fp16']:.3g}" if off else ""
         return (
-            f"At threshold {low['threshold']} {format_share(low['outlier_share'])} of columns stay in 16 bit and KL to "
-            f"FP16 is {low['kl_to_fp16']:.3g}; at {high['threshold']} it is {format_share(high['outlier_share'])} and "
+            f"At threshold {low['threshold']}, {format_share(low['outlier_share'])} of the columns stay in 16 bit and "
+            f"KL to FP16 is {low['kl_to_fp16']:.3g}; at {high['threshold']}, {format_share(high['outlier_share'])} and "
             f"{high['kl_to_fp16']:.3g}{end}."
         )
 
@@ -128,9 +128,9 @@ class Thresholds(RowLab):
             ),
             Panel("tok/s", speed, "%{y:.4~r} tok/s", spread=spread, from_zero=True),
         )
-        title = "The threshold moved: quality, columns in 16 bit, speed"
+        title = "By threshold: perplexity, columns in 16 bit, speed"
         names = [row["threshold"] for row in rows]
-        x_title = "threshold (off: no decomposition)"
+        x_title = "threshold (off: no column in 16 bit)"
         return [Drawing.of(panels_figure, title, "threshold", x_title, names, panels)]
 
 

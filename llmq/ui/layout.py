@@ -6,6 +6,7 @@ import gradio as gr
 
 from llmq.models.presets import model_title
 from llmq.ui.api import Api
+from llmq.ui.parts.words import words_script
 from llmq.ui.shell.assets import script
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import QUIET
@@ -43,6 +44,7 @@ def build(state: AppState) -> gr.Blocks:
         asked, watched = [compare.prompt, compare.model], [outliers.prompt, outliers.model]
         for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):
             shown.select(None, there, here, js=script("follow.js"), **QUIET)
+        page.load(None, js=words_script(), **QUIET)
         gr.Markdown(_about(state), elem_id="about", elem_classes=["llmq-about"])
         Api(state).build(page)
     return page
@@ -52,5 +54,5 @@ def _about(state: AppState) -> str:
     reason = f" {state.model_reason}" if state.model_reason else ""
     return (
         f"Runs on {state.device_label} with {model_title(state.model)}.{reason} Every step is timed inside the engine, "
-        "one method at a time; memory is counted tensor by tensor."
+        "one method at a time. The memory of weights is counted tensor by tensor."
     )

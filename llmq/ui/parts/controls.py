@@ -31,7 +31,8 @@ def control(field: Field, elem_id: str):
     look = {"label": kind.label, "elem_id": elem_id, "min_width": 200}
     if isinstance(kind, Choice):
         choices = list(zip(kind.labels or kind.choices, kind.choices, strict=True))
-        return gr.Radio(choices, value=default, **look)
+        wide = {"min_width": 600} if sum(len(label) for label, _ in choices) > 60 else {}
+        return gr.Radio(choices, value=default, **(look | wide))
     if isinstance(kind, Switch):
         return gr.Checkbox(default, **look)
     if isinstance(kind, OneContestant):

@@ -1,4 +1,4 @@
-"""A paragraph whose known words are explained on hover and on focus."""
+"""A paragraph of the page's own."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 // Draws the plotly figure in `props.value`; a new value or theme changes the same chart, so the page does not jump.
 const place = element.querySelector('[data-part="figure"]');
 const title = element.querySelector('[data-part="title"]');
+const words = element.querySelector('[data-part="words"]');
 const frame = element.querySelector(".llmq-figure");
 const failed = element.querySelector('[data-part="failed"]');
 const config = { displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "",
@@ -16,7 +17,9 @@ const draw = async () => {
   const empty = !figure || !figure.data;
   frame.hidden = empty;
   if (empty) return;
-  title.textContent = figure.title;
+  if (title.textContent !== figure.title) title.textContent = figure.title;
+  if (words.textContent !== figure.words) words.textContent = figure.words;
+  words.hidden = !figure.words;
   try {
     const library = await loadPlotly();
     const { data, layout } = painted(figure, element);

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Iterator
 
 import gradio as gr
 import plotly.graph_objects as go
 
 from llmq.figures.palette import PAINT
+from llmq.ui.parts.glossary import spoken_in
 from llmq.ui.shell.assets import component, script, serve_plotly
 
 _TEMPLATE = """
-<figure class="llmq-figure" hidden><figcaption data-part="title"></figcaption><div data-part="figure"></div></figure>
+<figure class="llmq-figure" hidden><figcaption><span data-part="title"></span>
+  <p class="llmq-quiet" data-part="words" hidden></p></figcaption><div data-part="figure"></div></figure>
 <p class="llmq-quiet" data-part="failed" hidden>The figure could not be drawn in this browser; the tables hold its
   numbers.</p>
 """
@@ -37,4 +40,14 @@ def sent(figure: go.Figure | None) -> dict:
     plain = json.loads(figure.to_json())
     title = plain["layout"].pop("title", {}).get("text", "")
     plain["layout"]["margin"]["t"] = 40
-    return {"title": html.unescape(title), **plain}
+    caption = html.unescape(title)
+    return {"title": caption, "words": " · ".join(spoken_in(_texts(plain), caption)), **plain}
+
+
+def _texts(plain: dict) -> Iterator[str]:
+    """What a figure says at its axes, in its legend and above its panels."""
+    layout = plain["layout"]
+    yield from (trace["name"] for trace in plain["data"] if trace.get("name") and trace.get("showlegend", True))
+    yield from (note.get("text", "") for note in layout.get("annotations", []))
+    axes = (value for name, value in layout.items() if "axis" in name)
+    yield from (axis.get("title", {}).get("text", "") for axis in axes)

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.parts.glossary import TERMS, term
 from llmq.ui.shell.assets import component, script
 
-TEMPLATE = f"""
+TEMPLATE = """
 <div class="llmq-fit">
   <p class="llmq-status llmq-headline" role="status" data-part="headline" id="fit-headline"></p>
   <table role="table" data-part="table" aria-label="Memory by method" hidden>
     <thead role="rowgroup"><tr role="row">
       <th role="columnheader" scope="col">Method</th>
       <th role="columnheader" scope="col" class="llmq-fit-scale"><span data-part="scale"></span></th>
-      <th role="columnheader" scope="col"><i class="llmq-fit-weights"></i>{term("Weights", TERMS["weight"])}</th>
-      <th role="columnheader" scope="col"><i class="llmq-fit-kv"></i>{term("KV cache", TERMS["KV cache"])}</th>
-      <th role="columnheader" scope="col"><i class="llmq-fit-workspace"></i>{term("Workspace", TERMS["workspace"])}</th>
+      <th role="columnheader" scope="col"><i class="llmq-fit-weights"></i>Weights</th>
+      <th role="columnheader" scope="col"><i class="llmq-fit-kv"></i>KV cache</th>
+      <th role="columnheader" scope="col"><i class="llmq-fit-workspace"></i>Workspace</th>
       <th role="columnheader" scope="col">Total</th>
       <th role="columnheader" scope="col">Free left</th>
       <th role="columnheader" scope="col">Longest context</th>

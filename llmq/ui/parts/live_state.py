@@ -15,7 +15,6 @@ from llmq.errors import unknown
 from llmq.events import Event, Failed, Finished, Freed, Loaded, Loading, Memory, Planned, Prefilled, Waiting
 from llmq.formatting import MISSING, format_bytes, format_count, format_seconds, format_speed
 from llmq.summary import Outcome
-from llmq.ui.parts.glossary import Piece, with_terms
 
 SPEED_WINDOW = 16  # decode steps behind one point of the speed curve
 SPACING_SECONDS = 0.15  # of kept samples; the browser draws four times a second, the machine is sampled ten times
@@ -64,10 +63,10 @@ class _Progress:
         self.drawn, recent = len(steps), steps[-SPEED_WINDOW:]
         return round(len(recent) / sum(recent), 2) if sum(recent) > 0 else 0.0
 
-    def card(self) -> dict[str, str | list[Piece]]:
+    def card(self) -> dict[str, str]:
         found, tokens = self.outcome, len(self.outcome.token_ids)
         return {
-            "arithmetic": with_terms(self.arithmetic),
+            "arithmetic": self.arithmetic,
             "state": self.state,
             "state_text": self.state_text,
             "note": self.note,
@@ -117,7 +116,7 @@ class LiveState:
 
         A row of `samples` is the time in seconds, then one figure for each of `columns`: memory in MB (1e6 bytes),
         speed in tokens per second, None where there is nothing to draw. Early rows may be shorter: a column that comes
-        later has no figure there. `cards` holds finished text, `arithmetic` in pieces of the glossary.
+        later has no figure there. `cards` holds finished text.
         """
         return {
             "run": self._run,

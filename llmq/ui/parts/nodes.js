@@ -12,13 +12,8 @@ const setText = (target, text) => {
   if (target.textContent !== text) target.textContent = text;
 };
 
-// A word that is explained below it while it is pointed at or has the focus.
-const term = (shown, says) => node("span", { class: "llmq-term", tabindex: "0" }, shown,
-  node("span", { class: "llmq-says", role: "tooltip" }, says));
-
-// Nodes out of the glossary's pieces: texts, and words with their names in `props.terms`.
-const explained = (pieces) => pieces.map((piece) => (typeof piece === "string" ? piece
-  : term(piece[0], props.terms[piece[1]])));
+// A word that `words.js` explains: by a line of the glossary, { "data-word": name }, or by { "data-says": text }.
+const term = (shown, says) => node("span", { class: "llmq-term", tabindex: "0", ...says }, shown);
 
 // The focus goes to the named part where the tab's form or row of buttons, hidden by now, held it; a moment later, so
 // that the key that did it does not press that part, too.

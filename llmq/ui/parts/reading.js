@@ -33,7 +33,8 @@ const describe = (position) => {
   const token = props.value.tokens[position - props.value.first];
   if (!token) return;
   const [text, kl, rank, mine, yours] = token;
-  const top = rank === 1 ? "same first choice" : `the baseline's first choice is number ${rank} here`;
+  const [own, other] = props.value.labels;
+  const top = rank === 1 ? "same first choice" : `the first choice of ${own} is number ${rank} of ${other}`;
   part("about").textContent = `Token ${position}, “${visible(text)}”: KL ${nats(kl)}, ${top}.`;
   part("lists").replaceChildren(guesses(props.value.labels[0], mine, 0), guesses(props.value.labels[1], yours, 1));
 };

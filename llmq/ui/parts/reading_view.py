@@ -8,7 +8,6 @@ from __future__ import annotations
 import gradio as gr
 
 from llmq.figures.palette import KL_EDGES
-from llmq.ui.parts.glossary import TERMS, term
 from llmq.ui.shell.assets import component, script
 
 _NATS = [f"under {KL_EDGES[0]:g}", *(f"{edge:g}" for edge in KL_EDGES[:-1]), f"{KL_EDGES[-1]:g} and more"]
@@ -17,11 +16,11 @@ _TEMPLATE = f"""
 <div class="llmq-reading">
   <p data-part="summary" data-placeholder="The text appears here, each token shaded by how
     much the methods differ on it."></p>
-  <p class="llmq-legend llmq-explained" data-part="legend" hidden>{term("KL", TERMS["KL"])} in nats: {_SHADES}
+  <p class="llmq-legend llmq-explained" data-part="legend" hidden>KL in nats: {_SHADES}
     <span class="llmq-token llmq-other">another first choice</span></p>
   <p class="llmq-reading-text" data-part="text"></p>
-  <p class="llmq-quiet" data-part="help" hidden>Point at a token for both methods' five likeliest; click it for the
-    chain of cause.</p>
+  <p class="llmq-quiet" data-part="help" hidden>Point at a token to see what both
+    methods found likeliest there; click it for the chain of cause.</p>
   <p class="llmq-reading-about" data-part="about"></p>
   <div class="llmq-panes" data-part="lists"></div>
 </div>

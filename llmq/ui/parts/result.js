@@ -57,7 +57,7 @@ const fillStrip = (value) => {
 const fillPane = (pane, card, written, list, parted) => {
   const { root, slots, text } = pane;
   root.dataset.state = card.state;
-  fillArithmetic(pane, card);
+  setText(pane.arithmetic, card.arithmetic);
   for (const [name, slot] of Object.entries(slots)) setText(slot, card[name]);
   if (list) {
     if (drawnPieces !== shown.pieces) {
@@ -70,13 +70,6 @@ const fillPane = (pane, card, written, list, parted) => {
   const below = text.scrollHeight - text.scrollTop - text.clientHeight < 24;
   setText(text, written);
   if (below) text.scrollTop = text.scrollHeight;
-};
-
-// Its words have nodes, and one may have the focus: they stay while the text does.
-const fillArithmetic = (pane, { arithmetic }) => {
-  const told = JSON.stringify(arithmetic);
-  if (told !== pane.told) pane.arithmetic.replaceChildren(...explained(arithmetic));
-  pane.told = told;
 };
 
 // What is going on, and in the end what came out: one line, which a screen reader hears once each time it changes.
@@ -103,8 +96,7 @@ const fillFrame = (value) => {
   setText(part("status"), sentence(value));
   part("shown").hidden = !value.contestants.length;
   part("why").dataset.empty = !(value.details || []).length;
-  part("details").replaceChildren(...(value.details || []).map((line) =>
-    node("p", { class: "llmq-terms" }, ...explained(line))));
+  part("details").replaceChildren(...(value.details || []).map((line) => node("p", {}, line)));
 };
 
 const draw = () => {

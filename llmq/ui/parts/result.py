@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.parts.glossary import TERMS
 from llmq.ui.shell.assets import component, script, serve_plotly
 
 TEMPLATE = """
@@ -57,4 +56,4 @@ def result_view(example: dict) -> gr.HTML:
     """The component; `example`: the recording that plays until somebody generates, or `{}`."""
     names = ("plotly.js", "nodes.js", "ended.js", "result_nodes.js", "result_table.js", "live_plot.js")
     js = script(*names, "result_player.js", "result.js")
-    return component(TEMPLATE, js, elem_id="result", value=example, plotly_path=serve_plotly(), terms=TERMS)
+    return component(TEMPLATE, js, elem_id="result", value=example, plotly_path=serve_plotly())

@@ -5,7 +5,7 @@ const FIGURES = [["memory", "weights", ["Memory", " of the weights"], "weight"],
 
 // On a phone only the first of the words is shown.
 const tileHeading = ([short, after = "", before = ""], word) => {
-  const shown = term(short, props.terms[word]);
+  const shown = term(short, { "data-word": word });
   shown.firstChild.after(node("span", { class: "llmq-wide" }, after));
   shown.prepend(node("span", { class: "llmq-wide" }, before));
   return node("dt", {}, shown);
@@ -19,7 +19,7 @@ const makeTile = (contestants, name, words, word) => {
     const root = node("dd", { class: `llmq-row llmq-c${index}` }, node("span", { class: "llmq-name" }, title), bar, value);
     return { root, bar, value };
   });
-  const root = node("dl", { class: "llmq-tile llmq-terms" }, tileHeading(words, word), change, ...rows.map((row) => row.root));
+  const root = node("dl", { class: "llmq-tile" }, tileHeading(words, word), change, ...rows.map((row) => row.root));
   return { root, change, rows };
 };
 
@@ -27,27 +27,27 @@ const makeSame = () => {
   const count = node("dd", { class: "llmq-change", "data-figure": "same" });
   const more = node("span", { class: "llmq-wide" });
   const why = node("button", { type: "button", class: "llmq-quiet-link", "data-part": "show-why" }, "Why?");
-  return { root: node("dl", { class: "llmq-tile llmq-terms" }, tileHeading(["Same words"], "token"), count,
+  return { root: node("dl", { class: "llmq-tile" }, tileHeading(["Same words"], "token"), count,
     node("dd", { class: "llmq-row llmq-note" }, more, " ", why)), count, more, why };
 };
 
-const PANE_FIELDS = [["speed", "Writes", "tok/s"], ["first_token", "First token after", "prefill"],
-  ["weights", "Weights", "weight"], ["peak", "Peak memory", "peak memory"], ["tokens", "Tokens", "token"]];
+const PANE_FIELDS = [["speed", "Writes"], ["first_token", "First token after"], ["weights", "Weights"],
+  ["peak", "Peak memory"], ["tokens", "Tokens"]];
 
 const makePane = ({ title, about }, index) => {
   const slots = { state_text: node("span", { class: "llmq-state" }), note: node("p", { class: "llmq-note" }) };
-  const arithmetic = node("p", { class: "llmq-arithmetic llmq-terms" });
-  const list = node("dl", { class: "llmq-terms" });
-  for (const [name, shown, word] of PANE_FIELDS) {
+  const arithmetic = node("p", { class: "llmq-arithmetic" });
+  const list = node("dl", {});
+  for (const [name, shown] of PANE_FIELDS) {
     slots[name] = node("dd", { "data-field": name });
-    list.append(node("div", {}, node("dt", {}, index ? shown : term(shown, props.terms[word])), slots[name]));
+    list.append(node("div", {}, node("dt", {}, shown), slots[name]));
   }
   const text = node("div", { class: "llmq-text", role: "region", tabindex: "0", "aria-label": `What ${title} wrote`,
     dir: "auto", id: `pane-${index}` });
   const root = node("section", { class: `llmq-pane llmq-c${index}`, "aria-label": title },
-    node("header", { class: "llmq-terms" }, node("h2", {}, about ? term(title, about) : title), slots.state_text),
+    node("header", {}, node("h2", {}, about ? term(title, { "data-says": about }) : title), slots.state_text),
     text, list, slots.note, arithmetic);
-  return { root, slots, text, arithmetic, told: "" };
+  return { root, slots, text, arithmetic };
 };
 
 // What cannot be seen gets a sign where it is marked: line breaks, and white space that stands alone.

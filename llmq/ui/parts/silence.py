@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import gradio as gr
 
-from llmq.ui.parts.glossary import TERMS, term
 from llmq.ui.shell.assets import component, script
 
-_TEMPLATE = f"""
-<section class="llmq-tile llmq-silence" aria-label="Silence one channel">
+_TEMPLATE = """
+<section class="llmq-tile llmq-silence" aria-label="Switch off one channel">
   <div class="llmq-lead">
     <p data-part="lead"></p>
-    <button type="button" class="llmq-button" data-part="silence" id="silence">Silence it</button>
+    <button type="button" class="llmq-button" data-part="silence" id="silence">Switch it off</button>
     <button type="button" class="llmq-button" data-part="stop" id="silence-stop" hidden>Stop</button>
   </div>
   <p class="llmq-quiet" role="status" data-part="doing"></p>
-  <progress class="llmq-progress" max="1" aria-label="Progress of the silencing" data-part="bar" hidden></progress>
+  <progress class="llmq-progress" max="1" aria-label="Progress" data-part="bar" hidden></progress>
   <div data-part="outcome" hidden>
     <div class="llmq-columns">
-      <dl><dt>{term("Perplexity", TERMS["perplexity"])}</dt>
+      <dl><dt>Perplexity</dt>
         <dd class="llmq-change"><span data-part="before"></span> → <span data-part="after"></span></dd></dl>
       <dl data-part="texts"></dl>
     </div>

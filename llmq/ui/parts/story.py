@@ -24,7 +24,8 @@ def headline(report: OutlierReport, threshold: float) -> str:
         return kept
     said = f"{int((peaks >= threshold).sum())} of the {peaks.size:,} channels that run through the model {reached}"
     loud, typical = format_number(peaks.max()), format_number(float(np.median(peaks)))
-    return f"{said}; the loudest, {peaks.argmax()}, is at {loud}, a typical one at {typical}. {kept}"
+    largest = f"The largest number is {loud}, in channel {peaks.argmax()}; in a typical channel it is {typical}."
+    return f"{said}. {largest} {kept}"
 
 
 def kept_in_16_bit(report: OutlierReport, threshold: float) -> str:
@@ -36,7 +37,7 @@ def kept_in_16_bit(report: OutlierReport, threshold: float) -> str:
     name = shown_name(report.method)
     if any(module.outlier_columns is not None for module in modules):
         return f"{name} keeps {share} in 16 bit, the orange ones."
-    return f"{name} keeps none apart; LLM.int8() would keep {share} in 16 bit, the orange ones."
+    return f"{name} keeps no column in 16 bit; LLM.int8() would keep {share}, the orange ones."
 
 
 def inputs_of(report: OutlierReport) -> list[ModuleOutliers]:

@@ -7,21 +7,20 @@ import math
 from dataclasses import dataclass
 
 from llmq.contestant import shown_name
-from llmq.formatting import format_bytes, format_speed
+from llmq.formatting import LOOPS, format_bytes, format_speed
 from llmq.summary import Outcome, Summary
 from llmq.ui.parts.difference import about_even
 
 USUAL = "That is usual for LLM.int8() through bitsandbytes at batch size 1:"
 WHY_SLOWER_GPU = (
-    "it reads half the bytes, but every linear layer launches many small kernels to quantize its input, and waits for "
-    "the host to hear whether there are outliers."
+    "every linear layer starts many small kernels to quantize its input, and waits for the host to hear whether there "
+    "are outliers."
 )
 WHY_SLOWER_CPU = "on a CPU without AVX-512 it turns the int8 weights of every layer into FP32 again for each token."
 WHY_OURS_CPU = (
-    "Through transformers on a CPU it runs on torch's own operations, which turn the int8 weights into FP32 too; the "
-    "lean loop does not."
+    "Through transformers on a CPU it runs on torch's own operations, which turn the int8 weights into FP32 too; "
+    "the lean loop does not."
 )
-LOOPS = {"hf": "transformers", "lean": "the lean loop"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def _with_texts(short: list[str], summary: Summary) -> list[str]:
         return []
     same = summary.agreement()["matching_prefix_tokens"]
     if parting := summary.parting():
-        where = f"After {same} equal {'token' if same == 1 else 'tokens'}" if same else "At the first token"
+        where = f"After {same} equal {'token' if same == 1 else 'tokens'}," if same else "At the first token,"
         return [*short, f"{where} {parting.sentence()}"]
     lengths = {len(outcome.token_ids) for outcome in list(summary.outcomes.values())[:2]}
     far = "" if len(lengths) == 1 else f" for {_tokens(same)}"
@@ -130,19 +129,18 @@ def _agreement(summary: Summary, baseline: Outcome, other: Outcome) -> str:
         return ""
     if first is None:
         return f"The two texts agree on all {_tokens(same)} that both produced."
-    where = f"agree for {_tokens(same)} and part at token {first + 1}" if first else "differ from the first token on"
-    return (
-        f"The two texts {where}{_how_sure(baseline, other, first)}. After that each continues its own text, so later "
-        "differences follow from this one."
+    where = (
+        f"are the same for {_tokens(same)} and part at token {first + 1}" if first else "differ from the first token on"
     )
+    return f"The two texts {where}. {_how_sure(baseline, other, first)}. All later differences follow from this one."
 
 
 def _how_sure(baseline: Outcome, other: Outcome, place: int) -> str:
     """How likely each model held the token that it wrote where they part."""
     chances = [math.exp(min(outcome.logprobs[place], 0.0)) for outcome in (baseline, other)]
     pairs = zip((baseline, other), chances, strict=True)
-    told = " and ".join(f"{_name(outcome)} gave its own choice {chance:.0%}" for outcome, chance in pairs)
-    return f", where {told}{', so little decided it' if max(chances) < 0.5 else ''}"
+    told = ", ".join(f"{_name(outcome)} gave its own choice {chance:.0%}" for outcome, chance in pairs)
+    return f"There {told}{': little decided it' if max(chances) < 0.5 else ''}"
 
 
 def _name(outcome: Outcome) -> str:

@@ -11,7 +11,7 @@ from llmq.errors import UserError
 from llmq.figures.bars import layer_error_figure
 from llmq.inspect.cause import Cause
 from llmq.labs.agreement import MAX_NEW_TOKENS, Read, Reading, drift_line
-from llmq.labs.cause import PATCH_HEADERS, CauseAnswer, Explanation, cause_line, patch_rows
+from llmq.labs.cause import PATCH_HEADERS, PATCHES_TITLE, CauseAnswer, Explanation, cause_line, patch_rows
 from llmq.ui.parts.controls import whole
 from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
@@ -61,14 +61,17 @@ class AgreementPanel:
 
     def _build_cause(self) -> None:
         gr.Markdown("## Chain of cause", elem_id="cause-title")
-        explanation("How far each layer's output is off at one token, as SQNR; and which single module repairs it.")
+        explanation(
+            "How far is each layer's output off at one token (SQNR)? And which single module, computed in 16 bit, "
+            "repairs it?"
+        )
         self.cause_status = status_line("Click a token of the text that both have read.", elem_id="cause-status")
         self.patch = gr.Checkbox(
-            True, label="Try every module in 16 bit (Stop ends it; what is found stays)", elem_id="patch"
+            True, label="Try every module in 16 bit. Stop ends it; what is found stays.", elem_id="patch"
         )
         self.layers = figure_view(elem_id="layer-errors")
         self.patches = gr.Dataframe(
-            headers=PATCH_HEADERS, value=[], label="Best modules to put back", interactive=False, wrap=True,
+            headers=PATCH_HEADERS, value=[], label=PATCHES_TITLE, interactive=False, wrap=True,
             type="array", elem_id="patches", elem_classes=["llmq-table"], visible=False,
         )  # fmt: skip
 
@@ -134,7 +137,7 @@ class AgreementPanel:
             self.reading: read.value(),
             self.drift: gr.Textbox(drift, visible=bool(drift)),
             self.key: kept[self.keeping.key],
-            self.cause_status: "Click a token, best an underlined one.",
+            self.cause_status: "Click a token, an underlined one if there is one.",
             self.layers: {},
             self.patches: gr.Dataframe(value=[], visible=False),
             **kept,

@@ -88,7 +88,10 @@ class CompareTab:
         """What most people leave alone."""
         with gr.Accordion("Settings", open=False, elem_id="settings"):
             free = "" if self.state.access.public else "A model may also be a hub id (owner/name) or a local folder. "
-            gr.Markdown(f"{free}A method may be typed with its settings: `bnb-int8@0`, `gptq@bits=3:group=64`.")
+            gr.Markdown(
+                f"{free}A method may be typed with its settings: `bnb-int8@0` has no threshold, `gptq@bits=3:group=64` "
+                "has 3 bits."
+            )
             chosen = [method.value for method in self.methods]
             self.method_settings = method_settings(chosen, elem_id="method-settings")
             with gr.Accordion("How these methods work", open=False, elem_id="compare-how"):
@@ -105,22 +108,38 @@ class CompareTab:
                     min_width=220,
                 )
                 self.threshold = gr.Slider(
-                    0, 20, 6.0, step=0.1, label="Threshold", info="Of outliers; 0 is off.", elem_id="threshold",
-                    min_width=220,
+                    0, 20, 6.0, step=0.1, label="Threshold", info="Of outliers, for LLM.int8(); 0 is off.",
+                    elem_id="threshold", min_width=220,
                 )  # fmt: skip
                 self.schedule = gr.Radio(
                     [("both at once", SCHEDULES[0]), ("one after the other", SCHEDULES[1])], value=SCHEDULES[0],
-                    label="Schedule", info="Steps never overlap either way.", elem_id="schedule", min_width=280,
+                    label="Schedule", info="Only one step runs at a time, either way.", elem_id="schedule",
+                    min_width=280,
                 )  # fmt: skip
             with gr.Row(equal_height=True):
                 self.temperature = gr.Slider(
                     0, 2, 0, step=0.05, label="Temperature", info="0 picks the likeliest token (greedy).",
                     elem_id="temperature", min_width=220,
                 )  # fmt: skip
-                self.top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="0 is off.", elem_id="top-k")
-                self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="1 is off.", elem_id="top-p")
+                self.top_k = gr.Slider(
+                    0, 200, 0, step=1, label="Top-k", info="Draw from the k likeliest; 0 is off.", elem_id="top-k"
+                )
+                self.top_p = gr.Slider(
+                    0.05,
+                    1,
+                    1,
+                    step=0.05,
+                    label="Top-p",
+                    info="Draw from the likeliest that reach p; 1 is off.",
+                    elem_id="top-p",
+                )
                 self.seed = gr.Number(
-                    0, precision=0, minimum=0, label="Seed", info="One noise for all methods.", elem_id="seed"
+                    0,
+                    precision=0,
+                    minimum=0,
+                    label="Seed",
+                    info="The same random numbers for all methods.",
+                    elem_id="seed",
                 )
 
     def _build_keeping(self) -> None:
@@ -128,7 +147,7 @@ class CompareTab:
             gr.Markdown("## Share, keep, replay")
             with gr.Row():
                 self.link = gr.Textbox(
-                    label="Link to what the form says", buttons=["copy"], elem_id="link", min_width=240, scale=3,
+                    label="Link to these settings", buttons=["copy"], elem_id="link", min_width=240, scale=3,
                     interactive=False, max_lines=1,
                 )  # fmt: skip
                 self.download = gr.DownloadButton(

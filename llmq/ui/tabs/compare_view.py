@@ -19,7 +19,6 @@ from llmq.formatting import shown_coverage
 from llmq.models.presets import model_title
 from llmq.summary import Summary
 from llmq.ui.parts.difference import difference
-from llmq.ui.parts.glossary import with_terms
 from llmq.ui.parts.live_state import LiveState
 from llmq.ui.parts.progress import event_line
 from llmq.ui.parts.recording import Pace, recorded
@@ -130,7 +129,7 @@ class CompareView:
         if any(outcome.error for outcome in outcomes):
             return "Finished, with a failure: see its text."
         if not all(outcome.reason or outcome.error for outcome in outcomes):
-            return "Cut short: a text has no end."
+            return "Cut short: a text is not finished."
         stopped = any(outcome.reason == "stopped" for outcome in outcomes)
         return "Stopped." if stopped else "Finished."
 
@@ -140,7 +139,7 @@ class CompareView:
             "state": "done",
             "fraction": None,
             "headline": said.headline,
-            "details": [with_terms(line) for line in said.details],
+            "details": list(said.details),
         }
         if len(self.labels) > 1 and all(self._tokens[:2]):
             compared = diff_tokens(*self._tokens[:2])

@@ -16,7 +16,7 @@ from llmq.ui.tabs.map_panel import Find, filled, table
 class FiguresPanel:
     def build(self) -> None:
         explanation(
-            "The paper calls a dimension of the residual stream an outlier feature when it reaches 6 in at least "
+            "The paper calls a channel of the residual stream an outlier feature when it reaches 6 in at least "
             "25% of the layers and at 6% of the tokens; counted here over the watched prompt."
         )
         with gr.Column(elem_classes=["llmq-needs"]):
@@ -25,7 +25,7 @@ class FiguresPanel:
             self.peaks = figure_view(elem_id="peaks-figure")
             explanation(
                 "**Massive activations** are something else: a few numbers many times larger than the rest, in "
-                "the residual stream and in what down reads. The table says at which token; it is often the first."
+                "the residual stream and in the input of down. The table says at which token; it is often the first."
             )
             self.massive = table("Massive activations", MASSIVE_HEADERS, "massive")
 

@@ -71,13 +71,14 @@ class FitTab:
         )  # fmt: skip
         self.card = gr.Dropdown(
             [("this machine", HERE), *((card.title, card.name) for card in CARDS.values()), ("other", OTHER)],
-            value="rtx-4080", label="Card", info="As its driver counts it.", elem_id="fit-card", min_width=260, scale=2,
+            value="rtx-4080", label="Card", info="With the memory that its driver counts.", elem_id="fit-card",
+            min_width=260, scale=2,
         )  # fmt: skip
         self.memory = gr.Textbox(
             "16 GiB", label="Its memory", info="In GiB or GB.", elem_id="fit-memory", min_width=120, visible=False
         )
         self.context = gr.Number(
-            8192, precision=0, step=1024, label="Context", info="In tokens.", elem_id="fit-context",
+            8192, precision=0, step=1024, label="Context", info="Tokens to remember.", elem_id="fit-context",
             min_width=110, scale=1,
         )  # fmt: skip
         self.batch = gr.Number(

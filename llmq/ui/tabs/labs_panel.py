@@ -25,10 +25,11 @@ from llmq.ui.parts.progress import progress_of
 from llmq.ui.parts.status import status_line, working
 from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import ASKED, QUIET, tell_end
+from llmq.ui.tabs.map_panel import TABLE_PIXELS
 
 ABOUT = (
-    "Each lab asks the model above, and writes on from the prompt above. The method and the threshold above play no "
-    "part here: every lab names its own."
+    "Each experiment asks the model above, and writes on from the prompt above. The method and the threshold above "
+    "play no part here: every experiment has its own."
 )
 
 
@@ -85,7 +86,7 @@ class LabsPanel:
             figure = figure_view(elem_id=f"{kind}-figure")
             table = gr.Dataframe(
                 headers=lab.headers(), value=[], label="Measured", interactive=False, wrap=True, type="array",
-                elem_id=f"{kind}-table", elem_classes=["llmq-table"], visible=False,
+                max_height=TABLE_PIXELS, elem_id=f"{kind}-table", elem_classes=["llmq-table"], visible=False,
             )  # fmt: skip
             texts = gr.HTML("", elem_id=f"{kind}-texts", visible=False)
             takeaway = gr.Textbox(

@@ -22,6 +22,7 @@ from llmq.ui.parts.silence import silence_view
 from llmq.ui.parts.story import loudest_line
 from llmq.ui.shell.wiring import QUIET
 
+TABLE_PIXELS = 720  # a table is scrolled by itself beyond
 PHASES = [("reading the prompt", "prefill"), ("writing", "decode")]
 Find = Callable[[str | None], OutlierReport | None]
 TO_THE_TOKENS = "() => document.querySelector('#layer')?.scrollIntoView({ block: 'start' })"
@@ -40,10 +41,11 @@ class MapPanel:
         self.card = silence_view(self.example, elem_id="silence-card")
         with gr.Column(elem_classes=["llmq-needs"]):
             gr.Markdown("## One layer, token by token")
-            explanation("Click a row of the picture above to see which token it comes from, or move the slider.")
+            explanation("Which tokens have the large numbers? Click a row of the picture above, or move the slider.")
             self.layer = gr.Slider(0, 31, 0, step=1, label="Layer", elem_id="layer")
             self.tokens = figure_view(elem_id="token-map")
             with gr.Accordion("The figures as tables", open=False, elem_id="outlier-tables"):
+                explanation("Prefill: while the model reads the prompt. Decode: while it writes, token by token.")
                 self.shares = table("What reaches the threshold", SHARE_HEADERS, "outlier-shares")
                 self.channels = table("Strongest channels", CHANNEL_HEADERS, "outlier-channels")
 
@@ -51,7 +53,7 @@ class MapPanel:
         self.threshold = gr.Slider(
             2, 20, 6.0, step=0.1, label="Threshold", elem_id="outlier-threshold",
         )  # fmt: skip
-        self.kind = gr.Radio(list(KINDS), value="down", label="What these layers read", elem_id="kind")
+        self.kind = gr.Radio(list(KINDS), value="down", label="Input of", elem_id="kind")
         shown(kinds_explained())
         self.phase = gr.Radio(PHASES, value="prefill", label="While", elem_id="phase")
 
@@ -101,7 +103,7 @@ def table(label: str, headers: list[str], elem_id: str) -> gr.Dataframe:
     """Hidden until it is `filled`."""
     return gr.Dataframe(
         headers=headers, value=[], label=label, interactive=False, wrap=True, elem_id=elem_id, type="array",
-        elem_classes=["llmq-table"], visible=False,
+        max_height=TABLE_PIXELS, elem_classes=["llmq-table"], visible=False,
     )  # fmt: skip
 
 

@@ -16,14 +16,14 @@ from llmq.ui.tabs.map_panel import QUIET, Find, kinds_of
 class MomentsPanel:
     def build(self) -> None:
         explanation(
-            "Filled: the columns that the layer itself multiplied in 16 bit, read from its own list after each "
-            "call. Rings: what was found by watching its input. Move through the generated tokens, or click a bar."
+            "Dots: columns that the layer really kept in 16 bit. Rings: columns where we saw a number that reaches the "
+            "threshold. A dot in every ring: both agree. Move through the tokens, or click a bar."
         )
         with gr.Column(elem_classes=["llmq-needs"]):
             with gr.Row(equal_height=True):
-                self.kind = gr.Radio(list(KINDS), value="down", label="What these layers read", elem_id="moment-kind")
+                self.kind = gr.Radio(list(KINDS), value="down", label="Input of", elem_id="moment-kind")
                 self.moment = gr.Slider(
-                    0, 8, 0, step=1, label="Token", info="0 is the prompt, then each generated token.",
+                    0, 8, 0, step=1, label="Token", info="0 is the prompt, then each token that was written.",
                     elem_id="moment", min_width=220,
                 )  # fmt: skip
             shown(kinds_explained())

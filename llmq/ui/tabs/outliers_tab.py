@@ -40,11 +40,13 @@ PARTS = {
     "what-if": "What if",
 }
 ABOUT = (
-    "LLM.int8() keeps a column of a layer's input in 16 bit when any number in it reaches the threshold. Prefill looks "
-    "at the whole prompt; decode sees one token at a time, so it keeps fewer."
+    "A layer reads a table of numbers: a row for each token, a column for each channel. LLM.int8() keeps a column in "
+    "16 bit when any number in it reaches the threshold. Prefill has a row for every token of the prompt; decode has "
+    "one row, so it keeps fewer columns."
 )
 IDLE = "A few numbers inside a language model are many times larger than the rest. Watch where they are."
-FIRST = "Nothing is watched yet: press Watch above, or open a saved run under Activations."
+REDRAWN = "Move the threshold to redraw the pictures; the model is not run again."
+FIRST = "Nothing is watched yet. Press Watch above, or open a saved run under Activations."
 
 
 class OutliersTab:
@@ -99,7 +101,7 @@ class OutliersTab:
                 elem_classes=["llmq-for-methods"],
             )  # fmt: skip
             self.new_tokens = gr.Slider(
-                0, MAX_NEW_TOKENS, 8, step=1, label="Generated tokens to watch", elem_id="outlier-new-tokens",
+                0, MAX_NEW_TOKENS, 8, step=1, label="Tokens to write and watch", elem_id="outlier-new-tokens",
                 min_width=200, elem_classes=["llmq-for-watching"],
             )  # fmt: skip
 
@@ -195,7 +197,7 @@ class OutliersTab:
                 "asked": asked_of(report.model, report.method, answer.prompt),
                 "text": headline(report, answer.threshold),
                 "doing": "",
-                "note": f"{early} {watched_line(report)} Moving the threshold needs no new run.".strip(),
+                "note": f"{early} {watched_line(report)} {REDRAWN}".strip(),
                 "banner": banner,
             }
         }

@@ -54,8 +54,7 @@ class RoundingPanel:
     def build(self) -> None:
         explanation(
             "Every method turns numbers into a few codes and a scale. Take a tensor, choose a method, and see which "
-            "codes it uses, how far each number is off, and what one outlier does to all the others. Errors are of "
-            "every number; only the pictures are thinned out."
+            "codes it uses, how far each number is off, and what one outlier does to all the others."
         )
         with gr.Row(equal_height=True):
             self._build_source()
@@ -73,10 +72,10 @@ class RoundingPanel:
                 self.errors = figure_view(elem_id="rounding-errors")
         self.table = table("Every method on this tensor", HEADERS, "rounding-table")
         explanation(
-            "SQNR: 6 dB more is one bit more. A planted outlier is in no error: what is measured is what it does to "
-            "the other numbers. Made for: methods of weights alone are shown on inputs too, which they leave in 16 "
-            "bit in a model. GPTQ, AWQ and SmoothQuant choose by a layer's output on a text, which one tensor cannot "
-            "show: the race compares them."
+            "SQNR: 6 dB more is like one bit more. A planted outlier is left out of the errors: they show what it does "
+            "to the other numbers. In a model, methods made for weights leave inputs in 16 bit; here they round them "
+            "too. GPTQ, AWQ and SmoothQuant choose by what a layer makes of a text, which one tensor cannot show: the "
+            "race compares them."
         )
         self.keeping.build("rounding", "this answer")
         self.taken = gr.State(None)
@@ -105,7 +104,7 @@ class RoundingPanel:
         choices = [(shown_name(name), name) for name in METHODS_SHOWN]
         self.method = gr.Dropdown(choices, value="absmax", label="Method", elem_id="rounding-method", min_width=220)
         self.bits = gr.Slider(
-            BITS.low, BITS.high, 4, step=1, label="Bits", info="Of rounded to nearest.", elem_id="rounding-bits",
+            BITS.low, BITS.high, 4, step=1, label="Bits", info="For ‘rounded to nearest’.", elem_id="rounding-bits",
             min_width=260,
         )  # fmt: skip
         self.group = gr.Slider(
@@ -113,7 +112,7 @@ class RoundingPanel:
             info="Numbers that share a scale in group methods; 0 is a row.",
         )  # fmt: skip
         self.outlier = gr.Slider(
-            0, 100, 0, step=1, label="Planted outlier", info="Times the largest number; 0 is none.",
+            0, 100, 0, step=1, label="Planted outlier", info="So many times the largest number; 0 is none.",
             elem_id="rounding-outlier", min_width=260,
         )  # fmt: skip
 

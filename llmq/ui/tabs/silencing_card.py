@@ -15,7 +15,7 @@ from llmq.ui.shell.wiring import ASKED, QUIET, tell_end
 from llmq.ui.tabs.labs_panel import LabsPanel
 
 LONGEST = 60  # characters of a prompt that says what was measured
-LEAD = "A few channels carry far more than the rest. Set the strongest to 0, and see what is left of the model."
+LEAD = "A few channels carry far more than the rest. Switch off the strongest, and see what is left of the model."
 
 
 def recorded_value(state: AppState) -> dict:
