@@ -152,6 +152,13 @@ def paired(rows: dict[str, dict], more: str, less: str, digits: int = 1) -> str:
     return f"{mean:.{digits}f} % ({low:.{digits}f} to {high:.{digits}f})".replace("-", "−")
 
 
+def lower(rows: dict[str, dict], less: str, more: str) -> str:
+    """By how much one's KL is under the other's, in per cent, with its interval: of the windows' ratios."""
+    found = [math.log(a / b) for a, b in zip(rows[less]["window_kls"], rows[more]["window_kls"], strict=True)]
+    mean, high, low = (-100 * math.expm1(x) for x in (sum(found) / len(found), *mean_interval(found)))
+    return f"{mean:.0f} % ({low:.0f} to {high:.0f})"
+
+
 def test_the_sentences_about_methods_are_of_paired_windows():
     rows, text = rows_of("gpu-methods-quality"), " ".join(REPORT.split())
 
@@ -185,9 +192,8 @@ def test_the_sentences_about_a_second_model_are_of_paired_windows():
         ("awq@group=64", "rtn@group=64", "AWQ by {},"),
     ):
         assert words.format(paired(rows, more, less)) in text
-    assert all(
-        rows[name]["kl_to_fp16"] < rows["rtn@group=64"]["kl_to_fp16"] for name in ("gptq@group=64", "awq@group=64")
-    )
+    assert f"window by window GPTQ's is {lower(rows, 'gptq@group=64', 'rtn@group=64')} lower than" in text
+    assert f"and AWQ's {lower(rows, 'awq@group=64', 'rtn@group=64')}." in text
 
 
 def test_the_sentences_about_steps_and_batches_are_the_stored_results():
