@@ -188,7 +188,7 @@ def test_the_sentences_about_a_second_model_are_of_paired_windows():
         ("llm-int8", "int8-weight-only", "what LLM.int8() costs over int8 weights alone is {},"),
         ("vectorwise", "llm-int8", "vector-wise int8 costs {} more than LLM.int8() and"),
         ("vectorwise", "smoothquant@auto", "and {} more than SmoothQuant with an α searched for each layer. At 4 bits"),
-        ("gptq@group=64", "rtn@group=64", "GPTQ changes the perplexity of rounding to nearest by {},"),
+        ("gptq@group=64", "rtn@group=64", "GPTQ changes that of rounding to nearest by {},"),
         ("awq@group=64", "rtn@group=64", "AWQ by {},"),
     ):
         assert words.format(paired(rows, more, less)) in text
