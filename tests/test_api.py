@@ -333,7 +333,7 @@ def test_a_request_that_fits_no_endpoint_is_refused_in_one_line(server, path, bo
 
 def test_values_by_their_place_have_to_be_all(server):
     ((event, data),) = messages(server, "memory", {"data": ["demo"]})
-    assert event == "error" and data["error"].startswith("memory takes 6 values and 1 are given")
+    assert event == "error" and data["error"].startswith("memory takes 7 values and 1 are given")
 
 
 def test_numbers_that_json_does_not_know_are_refused(server):
