@@ -83,7 +83,7 @@ def test_an_answer_shows_itself_as_a_plain_table(calls):
     assert [row.split()[0] for row in shown if "tok/s" in row] == ["fp16", "fp32"]
     assert shown[-1].startswith(("the texts agree", "the first different token is number "))
     shown = repr(calls["outliers"]())
-    assert "calls (" in shown and "figures: figures() draws them" in rows_of(shown)[-1]
+    assert "layer calls agree" in shown and "figures: figures() draws them" in rows_of(shown)[-1]
 
 
 def test_a_long_text_and_a_long_table_are_cut_where_they_are_printed_only(calls, monkeypatch):

@@ -138,7 +138,7 @@ def test_an_address_is_forwarded_by_a_trusted_proxy_only(monkeypatch):
         ("POST", "queue/join", {"json": {"data": [], "fn_index": 10**6, "session_hash": "x"}}, 400, "reload the page"),
         ("POST", "component_server", {"json": {"component_id": -1, "fn_name": "x", "data": 0, "session_hash": "x"}},
          400, "reload the page"),
-        ("POST", "run/memory", {"json": {"data": [5]}}, 400, "takes 6 values and 1 are given"),
+        ("POST", "run/memory", {"json": {"data": [5]}}, 400, "takes 7 values and 1 are given"),
         ("GET", "proxy=http://169.254.169.254/", {}, 404, "no such address"),
         ("GET", "../monitoring/summary", {}, 404, "no such address"),
         ("GET", f"../static/{'x' * 3000}", {}, 404, "no such file"),
@@ -203,7 +203,7 @@ def test_an_event_that_fails_is_a_sentence_and_a_line(caplog, capfd, monkeypatch
     monkeypatch.setattr("llmq.face.names", fail)
     with asked() as client:
         answer = client.post("/gradio_api/run/models", json={"data": []})
-        told = client.post("/gradio_api/run/memory", json={"data": ["demo", "fp16", "x", 1, 1, None]})
+        told = client.post("/gradio_api/run/memory", json={"data": ["demo", "fp16", "x", 1, 0, 1, None]})
     assert answer.status_code == told.status_code == 400
     assert "threshold" in told.json()["error"]
     assert "Traceback" not in capfd.readouterr().err

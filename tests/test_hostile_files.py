@@ -75,7 +75,7 @@ def test_a_lone_surrogate_is_a_question_mark_and_a_pair_is_its_letter(tmp_path):
 def test_a_recording_that_breaks_off_is_not_finished():
     cut = [line for line in RECORDED if '"Finished"' not in line]
     last = recording_of(Run.from_lines(cut), "run-1")["frames"][-1]["set"]
-    assert last["status"] == "Cut short: a text has no end."
+    assert last["status"] == "Cut short: a text is not finished."
     whole = recording_of(Run.from_lines(RECORDED), "run-1")["frames"][-1]["set"]
     assert whole["status"] == "Finished."
 
