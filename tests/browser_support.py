@@ -181,6 +181,14 @@ def unexplained(page) -> list[str]:
     return page.evaluate(UNEXPLAINED, WORD)
 
 
+def themes(page) -> Iterator[str]:
+    """Show the open page light, then dark, as Gradio does; yields each name once the page stands still."""
+    for theme in ("light", "dark"):
+        page.evaluate("dark => document.body.classList.toggle('dark', dark)", theme == "dark")
+        wait_until_still(page)
+        yield theme
+
+
 def open_settings(page) -> None:
     """Open the settings of a comparison, and wait: Gradio gives what it has just shown its first values once more, over
     what was typed meanwhile."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from browser_support import WINDOWS, new_tab, open_page, unexplained, wait_until_still
+from browser_support import WINDOWS, new_tab, open_page, themes, unexplained, wait_until_still
 
 from llmq.ui.tabs.fit_tab import answer
 
@@ -141,26 +141,26 @@ def test_bars_end_where_the_card_does_or_beyond(page, address):
         assert (bar["bar"] <= wanted["usable"] + 0.01) == row["fits"]
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("window", WINDOWS, ids=WINDOWS)
-def test_accessible_and_never_wider_than_the_window(browser, address, theme, window, screenshots):
+def test_accessible_and_never_wider_than_the_window(browser, address, window, screenshots):
     from axe_playwright_python.sync_playwright import Axe
 
     page = new_tab(browser, **WINDOWS[window])
     width = page.viewport_size["width"]
-    open_fit(page, address, f"__theme={theme}")
+    open_fit(page, address)
     page.wait_for_selector("#fit tbody tr")
     wait_until_still(page)
     assert unexplained(page) == []
-    page.screenshot(path=screenshots / f"fit-{theme}-{window}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     clipped = page.evaluate(
         "() => [...document.querySelectorAll('#fit tbody th, #fit tbody td, #fit p')].filter("
         "node => node.offsetWidth > 1 && node.getBoundingClientRect().right > innerWidth).length"
     )
     assert clipped == 0
-    found = Axe().run(page).response["violations"]
-    assert not [(v["id"], v["impact"], [n["html"][:120] for n in v["nodes"]]) for v in found]
+    for theme in themes(page):
+        page.screenshot(path=screenshots / f"fit-{theme}-{window}.png", full_page=True)
+        found = Axe().run(page).response["violations"]
+        assert not [(theme, v["id"], v["impact"], [n["html"][:120] for n in v["nodes"]]) for v in found]
     page.close()
 
 
@@ -168,10 +168,10 @@ def test_the_form_is_walked_by_keyboard_and_every_control_has_a_name(page, addre
     open_fit(page, address)
     page.get_by_role("tab").filter(visible=True).last.focus()
     names = []
-    for _ in range(4):
+    while "fit-batch" not in names and len(names) < 8:
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.closest('[id^=fit-]')?.id"))
-    assert names == ["fit-model", "fit-card", "fit-context", "fit-batch"]
+    assert list(dict.fromkeys(names)) == ["fit-model", "fit-card", "fit-context", "fit-batch"], "and words explained"
     for name in ("Model", "Card", "Context", "Batch"):
         assert page.locator("#fit-form").get_by_label(name, exact=False).first.is_visible(), name
     assert page.locator("#fit-headline[role=status]").count() == 1

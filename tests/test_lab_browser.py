@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from browser_support import WINDOWS, new_tab, open_page, unexplained, wait_until_still
+from browser_support import WINDOWS, new_tab, open_page, themes, unexplained, wait_until_still
 
 from llmq.labs.rounding import HEADERS
 from llmq.methods import METHODS
@@ -135,27 +135,27 @@ def test_bits_turn_over_by_mouse_and_by_keyboard(page, address):
     assert said.inner_text().endswith("(9 − (−30)) × 0.005098 = 0.198822")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("window", WINDOWS, ids=WINDOWS)
-def test_every_part_is_accessible_and_fits(browser, address, theme, window, screenshots):
+def test_every_part_is_accessible_and_fits(browser, address, window, screenshots):
     from axe_playwright_python.sync_playwright import Axe
 
     page = new_tab(browser, **WINDOWS[window])
     width = page.viewport_size["width"]
-    open_lab(page, address, f"__theme={theme}")
+    open_lab(page, address)
     page.wait_for_selector("#rounding-errors .js-plotly-plot .hm")
     for name in PARTS:
         part(page, name)
         wait_until_still(page)
-        page.screenshot(path=screenshots / f"lab-{name.lower()}-{theme}-{window}.png", full_page=True)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, name
         assert unexplained(page) == []
         levels = page.evaluate(
             "[...document.querySelectorAll('h1,h2,h3,h4')].filter(h => h.offsetWidth).map(h => Number(h.tagName[1]))"
         )
         assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)), (name, levels)
-        violations = Axe().run(page).response["violations"]
-        assert not [(name, v["id"], [n["html"][:160] for n in v["nodes"]]) for v in violations]
+        for theme in themes(page):
+            page.screenshot(path=screenshots / f"lab-{name.lower()}-{theme}-{window}.png", full_page=True)
+            violations = Axe().run(page).response["violations"]
+            assert not [(name, theme, v["id"], [n["html"][:160] for n in v["nodes"]]) for v in violations]
     part(page, "Bits")
     sizes = page.evaluate(
         "() => [...document.querySelectorAll('#bits button')].filter(b => b.offsetWidth).map("

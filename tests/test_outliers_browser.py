@@ -78,7 +78,7 @@ def test_sentence_map_and_the_strongest_channel_are_on_the_first_screen(page, ad
 def test_before_anything_ran_a_recording_shows_what_a_channel_carries(page, address):
     open_outliers(page, address)
     card = page.locator("#silence-card")
-    card.get_by_text("12,619").wait_for()
+    card.get_by_text("12,619", exact=True).wait_for()
     assert "Recording: SmolLM2-135M (demo)" in card.inner_text() and "Without channel 507" in card.inner_text()
     assert not page.locator("#outlier-map").is_visible() and not page.locator("#outlier-threshold").is_visible()
 

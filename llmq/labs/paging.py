@@ -111,7 +111,7 @@ class Paging(TableLab):
         served: dict[str, Served] = {}
         for number in range(ROUNDS + 1):
             for side in list(ways)[:: 1 if number % 2 else -1]:
-                yield lease.progress(f"{len(requests)} requests, {SIDES[side]}: round {number} of {ROUNDS}", done)
+                yield lease.progress(f"{len(requests)} at once, {SIDES[side]}: round {number} of {ROUNDS}", done)
                 served[side] = ways[side]()
                 seconds[side].append(served[side].seconds)
         yield self._figures(requests, served, {side: times[1:] for side, times in seconds.items()}, engine)
