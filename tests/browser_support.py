@@ -21,8 +21,6 @@ from urllib.request import urlopen
 
 import httpx
 
-from llmq.ui.parts.glossary import WORD
-
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -178,6 +176,8 @@ UNEXPLAINED = """(word) => {
 
 def unexplained(page) -> list[str]:
     """What stands in the open parts of the page without an explanation there, as 'part: word'."""
+    from llmq.ui.parts.glossary import WORD  # here: the scripts beside the tests run without the package, too
+
     return page.evaluate(UNEXPLAINED, WORD)
 
 

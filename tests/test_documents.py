@@ -7,6 +7,8 @@ import json
 import math
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -294,3 +296,11 @@ def test_the_worked_example_is_what_the_methods_compute():
     alone, apart = 127 * 0.1 / 24, 127 * 0.1 / 2  # by the scale with the outlier, and without
     assert (f"{alone:.2f}", math.floor(alone), round(alone)) == ("0.53", 0, 1)
     assert (f"{apart:.2f}", math.floor(apart), round(apart)) == ("6.35", 6, 6)
+
+
+@pytest.mark.parametrize("script", ["take_screenshots", "take_film", "load_server", "fuzz_server"])
+def test_a_script_beside_the_tests_runs_from_a_checkout(script):
+    """`python tests/…` has the folder of the tests on its path, and the package only where it is installed."""
+    run = [sys.executable, "-c", f"import sys; sys.modules['llmq'] = None; import {script}"]
+    done = subprocess.run(run, cwd=tables.ROOT / "tests", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
