@@ -102,7 +102,7 @@ def test_the_lab_tells_memory_speed_and_the_table(folder, tmp_path):
     assert said.startswith("3 requests hold ") and "in pages of 16 tokens" in said
     save_answer(answer, tmp_path / "a.json")
     again = load_answer(tmp_path / "a.json")
-    speed, table = (drawing.make() for drawing in again.lab.figures(again.rows))
+    table, speed = (drawing.make() for drawing in again.lab.figures(again.rows))
     assert [trace.name for trace in speed.data] == ["one batch", "pages"]
     assert len(table.data[0].z) == 3 and table.data[0].text[0][0] == str(row["block_table"][0][0])
 

@@ -153,7 +153,7 @@ class Paging(TableLab):
 
     @classmethod
     def figures(cls, rows: list[dict]) -> list[Drawing]:
-        """Tokens a second by requests, and the block table of the last row."""
+        """The block table of the last row, which a page shows, and tokens a second by requests."""
         row = rows[-1]
         lines = [
             Line(name, [(row["requests"], row[f"{side}_tokens_per_second"]) for row in rows], number)
@@ -162,13 +162,13 @@ class Paging(TableLab):
         numbers = [row["requests"] for row in rows]
         return [
             Drawing.of(
+                table_figure, "The block table: whose tokens lie in which page of memory", row["block_table"],
+                row["page"], row["filled"],
+            ),
+            Drawing.of(
                 line_figure, "Tokens a second by requests at once", lines, "%{x} requests: %{y:.1f} tok/s",
                 x={"title": {"text": "requests"}, "tickvals": numbers}, y={"title": {"text": "tok/s"},
                                                                             "rangemode": "tozero"},
-            ),
-            Drawing.of(
-                table_figure, "The block table: whose tokens lie in which page of memory", row["block_table"],
-                row["page"], row["filled"],
             ),
         ]  # fmt: skip
 
