@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from llmq.errors import NOT_A_NUMBER, UserError
@@ -147,3 +149,22 @@ def _within(t: float, degrees: int) -> float:
     if odd:
         return 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
     return math.sin(angle) * total
+
+
+@lru_cache(maxsize=4096)
+def chance_range(people: int, choices: int, level: float = 0.95) -> tuple[int, int]:
+    """How many of `people` name the one right answer of `choices` when all guess: the central range that holds `level`
+    of the binomial distribution with p = 1/choices at least, so that at most half of the rest lies on either side.
+
+    Exact, in whole numbers: of the choices**people ways to answer, C(people, k) (choices - 1)**(people - k) have k
+    right ones.
+    """
+    outside = (1 - Fraction(str(level))) / 2 * choices**people  # as many ways may lie on a side
+    inside, low, ways = choices**people - outside, None, 0
+    for right in range(people + 1):
+        ways += math.comb(people, right) * (choices - 1) ** (people - right)
+        if low is None and ways > outside:
+            low = right
+        if ways >= inside:
+            return low, right
+    raise AssertionError("all ways together are more than those inside")

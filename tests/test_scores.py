@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from fractions import Fraction
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from llmq.errors import UserError
 from llmq.scores import (
     ROWS,
+    chance_range,
     equivalence_margin,
     kl_divergence,
     log_probabilities,
@@ -165,3 +168,36 @@ def test_quantiles_lie_between_neighbours():
     drawn = torch.randn(997, dtype=torch.float64)
     for share in (0.5, 0.9, 0.99):
         assert quantile(drawn.tolist(), share) == pytest.approx(torch.quantile(drawn, share).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("people", "choices", "expected"),
+    [
+        (0, 2, (0, 0)), (1, 2, (0, 1)), (1, 1, (1, 1)), (5, 2, (0, 5)),
+        # of 2^6 = 64 ways, more than 1.6 on each side: 1 has none right
+        (6, 2, (1, 5)),
+        # of 2^8 = 256 ways, 6.4 a side: 1 has none right, 9 at most one
+        (8, 2, (1, 7)),
+    ],
+)  # fmt: skip
+def test_the_range_of_guessing_by_hand(people, choices, expected):
+    assert chance_range(people, choices) == expected
+
+
+@pytest.mark.parametrize(("people", "choices"), [(3, 3), (6, 2), (6, 3), (9, 2), (5, 4), (7, 3)])
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
+def test_the_range_of_guessing_is_that_of_all_ways_to_guess(people, choices, level):
+    ways = [answers.count(0) for answers in product(range(choices), repeat=people)]
+    outside = (1 - Fraction(str(level))) / 2 * len(ways)
+    low, high = chance_range(people, choices, level)
+    assert sum(right < low for right in ways) <= outside < sum(right <= low for right in ways)
+    assert sum(right > high for right in ways) <= outside < sum(right >= high for right in ways)
+
+
+def test_the_range_of_guessing_holds_its_level_also_for_many():
+    for people, choices in ((30, 2), (30, 3), (100, 4), (500, 2)):
+        low, high = chance_range(people, choices)
+        p = Fraction(1, choices)
+        inside = sum(math.comb(people, k) * p**k * (1 - p) ** (people - k) for k in range(low, high + 1))
+        assert Fraction("0.95") <= inside < Fraction("0.99")
+    assert chance_range(30, 2) == (10, 20)
