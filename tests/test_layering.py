@@ -26,7 +26,7 @@ FLOORS = [
     "llmq.memory",
     "llmq.inspect llmq.machine",
     "llmq.figures",
-    "llmq.labs llmq.quantizing llmq.reporting llmq.summary",
+    "llmq.classroom llmq.labs llmq.quantizing llmq.reporting llmq.summary",
     "llmq.bench llmq.face",
     "llmq.tasks",
     "llmq.actions llmq.ui",
