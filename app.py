@@ -101,6 +101,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-memory", metavar="SIZE", help="most that loaded models may take, 8GB (default: a share of what is free)"
     )
+    parser.add_argument(
+        "--class", dest="classes", action="store_true", default=os.environ.get("LLMQ_CLASS", "") not in ("", "0"),
+        help="let teachers lead classes through the lesson, whose students vote (also: LLMQ_CLASS=1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--class-file", metavar="FILE",
+        help="as --class, with the classes in FILE (default: classes.sqlite3 in the cache folder)",
+    )  # fmt: skip
     parser.add_argument("--mcp", action="store_true", help="offer the questions as tools to MCP clients, too")
     parser.epilog = "Behind a proxy that serves the page below a path, GRADIO_ROOT_PATH names the path."
     return parser.parse_args(arguments)
@@ -132,6 +140,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     from llmq.models.loading import quiet_libraries
     from llmq.models.opening import open_model
     from llmq.ui.shell.guard import sites_in
+    from llmq.ui.shell.teaching import open_classes
 
     quiet_libraries()  # imports transformers, which two threads cannot import at once: it replaces its own module
     device = device_named(options.device)
@@ -149,6 +158,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
         jobs=JOBS,
         access=access,
         frames=sites_in(options.allow_frames),
+        classes=open_classes(options.class_file) if options.classes or options.class_file else None,
         device=device,
         device_label=device_label(device),
         model=choice.model,

@@ -44,8 +44,9 @@ PLAIN |= {
     for name in ("advice_card", "difference", "examples", "glossary", "live_state", "progress", "recording", "story")
 }
 PLAIN |= {"llmq.ui.parts.token_alignment", "llmq.ui.parts.verdict"}
-PLAIN |= {f"llmq.ui.shell.{name}" for name in ("access", "address", "guard", "guesses", "link", "listening", "owner")}
-PLAIN |= {f"llmq.ui.shell.{name}" for name in ("quick_import", "state", "wiring")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("access", "address", "classroom", "guard", "guesses", "link")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("listening", "login", "owner", "quick_import", "state")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("teaching", "wiring")}
 PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view", "fit_view")}
 
 
@@ -148,6 +149,8 @@ def test_every_source_is_read():
         ("spaces", ("app",)),
         ("huggingface_hub", ("llmq.models",)),
         ("gguf", ("llmq.models.gguf_convert",)),
+        ("segno", ("llmq.ui.shell.classroom",)),
+        ("sqlite3", ("llmq.classroom.store",)),
     ],
 )
 def test_a_library_stays_behind_its_module(library, allowed):

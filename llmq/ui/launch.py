@@ -14,6 +14,7 @@ from llmq.ui.shell.ending import serve_until_told
 from llmq.ui.shell.endpoints import describe_once, fail_briefly, server_options
 from llmq.ui.shell.listening import watched
 from llmq.ui.shell.state import AppState
+from llmq.ui.shell.teaching import announce
 from llmq.ui.shell.theme import build_css, build_theme
 
 CELL_PIXELS = 900  # of the page inside a notebook's cell
@@ -78,6 +79,8 @@ def launch(
         app_kwargs=watched(server_options(page, state.frames), state, page._queue),
         mcp_server=mcp or None,
     )
+    if block and state.classes:
+        print(announce(state.classes, host, page.local_url, page.share_url), flush=True)
     if block:
         serve_until_told(page, state)
     return page

@@ -41,6 +41,8 @@ def end(page: gr.Blocks, state: AppState) -> None:
         page.server.config.timeout_graceful_shutdown = CLOSE_SECONDS
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a stream that is cut off now is no error
         page.close(verbose=False)
+    if state.classes:
+        state.classes.close()
     state.close()
     for tunnel in CURRENT_TUNNELS:
         tunnel.kill()

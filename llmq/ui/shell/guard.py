@@ -44,7 +44,8 @@ POLICY = {
 FOREIGN = "this page may be used from its own address only; a proxy in front of it must pass the Host header on"
 TOO_MANY = "too many wrong passwords from your address; try again in {:.0f} s"
 UNUSED = re.compile(r"/(?:gradio_api/(?:proxy=|vibe-|undo-vibe|process_recording|deep_link|dev/)|monitoring)")
-GUESSED = re.compile(r".*/(?:login|jobs(?:/\d+/end)?)/?")  # where a password is given: a visitor's, the owner's
+# Where a password is given: a visitor's, the owner's, a teacher's.
+GUESSED = re.compile(r".*/(?:login|jobs(?:/\d+/end)?|lesson/class/teach)/?")
 WRONG = (400, 401)
 NO_SUCH_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL}
 MISTAKES = (LookupError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, OverflowError)

@@ -14,17 +14,20 @@ ADDRESSES = 10_000  # remembered; the one not heard of for the longest is forgot
 class Guesses:
     """Counts the guesses of every address that are not known to be right. `clock` gives seconds."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, *, at_once: int = AT_ONCE,
+        every_seconds: float = EVERY_SECONDS,
+    ):  # fmt: skip
+        self._clock, self._at_once, self._every_seconds = clock, at_once, every_seconds
         self._free_at: OrderedDict[str, float] = OrderedDict()  # when every guess so far is forgotten
 
     def take(self, address: str) -> float:
         """Count one guess and return 0.0; too many, and it is not counted: the seconds until the next may come."""
         now = self._clock()
         free_at = max(self._free_at.get(address, now), now)
-        if (early := free_at - now - (AT_ONCE - 1) * EVERY_SECONDS) > 0:
+        if (early := free_at - now - (self._at_once - 1) * self._every_seconds) > 0:
             return early
-        self._free_at[address] = free_at + EVERY_SECONDS
+        self._free_at[address] = free_at + self._every_seconds
         self._free_at.move_to_end(address)
         while len(self._free_at) > ADDRESSES:
             self._free_at.popitem(last=False)
@@ -33,4 +36,4 @@ class Guesses:
     def give_back(self, address: str) -> None:
         """It was right."""
         if address in self._free_at:
-            self._free_at[address] -= EVERY_SECONDS
+            self._free_at[address] -= self._every_seconds

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs
 from starlette.middleware import Middleware
 
 from llmq.machine.jobs import Listeners
-from llmq.ui.shell.owner import routes_of
+from llmq.ui.shell import classroom, owner
 from llmq.ui.shell.state import AppState
 
 if TYPE_CHECKING:
@@ -32,7 +32,11 @@ def watched(options: dict, state: AppState, queue: Queue) -> dict:
     )  # fmt: skip
     return options | {
         "middleware": [*options.get("middleware", ()), ears],
-        "routes": [*options.get("routes", ()), *(routes_of(state.jobs) if state.jobs else ())],
+        "routes": [
+            *options.get("routes", ()),
+            *(owner.routes_of(state.jobs) if state.jobs else ()),
+            *classroom.routes_of(state.classes),
+        ],
     }
 
 

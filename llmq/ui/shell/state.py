@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmq.cache import sweep, workplace
+from llmq.classroom.classes import Classes
 from llmq.machine.door import Question
 from llmq.machine.jobs import Jobs
 from llmq.ui.shell.access import ANYBODY, Access
@@ -39,6 +40,7 @@ class AppState:
     recorded_runs: dict[str, Path] = field(default_factory=dict)
     recorded_answers: dict[str, Path] = field(default_factory=dict)  # of labs, by kind
     opened: threading.Event = field(default_factory=threading.Event)  # set once somebody has opened the page
+    classes: Classes | None = None  # of the lesson, where the server has them
     jobs: Jobs | None = None  # those that `run` runs, where the server is to watch over them
 
     def __post_init__(self):
