@@ -298,7 +298,7 @@ def test_the_worked_example_is_what_the_methods_compute():
     assert (f"{apart:.2f}", math.floor(apart), round(apart)) == ("6.35", 6, 6)
 
 
-@pytest.mark.parametrize("script", ["take_screenshots", "take_film", "load_server", "fuzz_server"])
+@pytest.mark.parametrize("script", ["take_screenshots", "take_film", "load_server", "load_class", "fuzz_server"])
 def test_a_script_beside_the_tests_runs_from_a_checkout(script):
     """`python tests/…` has the folder of the tests on its path, and the package only where it is installed."""
     run = [sys.executable, "-c", f"import sys; sys.modules['llmq'] = None; import {script}"]
