@@ -110,6 +110,7 @@ class Student:
     log: Log
     member: Member | None = None
     version: int | str = ""
+    shown: str | None = ""  # the step whose files this browser has; '' before its first
     voted: dict[str, str] = field(default_factory=dict)
 
     def attend(self, seconds: float) -> None:
@@ -136,7 +137,7 @@ class Student:
         visitor.http.close()
 
     def follow(self) -> None:
-        """A poll, and where something changed what its step needs."""
+        """A poll, and where it tells of another step, or this browser is new, what the step needs."""
         began = time.monotonic()
         state = self.member.ask("GET", params={"seen": self.version} if self.version != "" else {})
         self.log.polls.append(time.monotonic() - began)
@@ -144,6 +145,9 @@ class Student:
             return
         self.version = state["version"]
         self.compare(state)
+        if state["step"] == self.shown:
+            return
+        self.shown = state["step"]
         for path in self.reads:
             answer = self.member.http.get(path.format(step=state["step"] or ""), headers={"Accept-Encoding": "gzip"})
             if answer.status_code == 404:
@@ -184,6 +188,7 @@ class Student:
         visitor.http.close()
         again = Visitor(self.address, self.number)
         self.member, self.version = Member(again.http, self.code, self.member.token), ""
+        self.shown = ""
         self.log.reloads += 1
         self.follow()
         return again
