@@ -21,6 +21,7 @@ import app
 from llmq.classroom.classes import Classes
 from llmq.classroom.store import Store
 from llmq.errors import UserError
+from llmq.ui import launch
 from llmq.ui.shell import classroom, teaching
 from llmq.ui.shell.classroom import CODES_AT_ONCE, MOST_BYTES, student_link
 from llmq.ui.shell.guesses import AT_ONCE
@@ -372,6 +373,22 @@ def test_the_terminal_names_every_address_of_the_teacher(classes, monkeypatch):
     for start in (r"http://[\w.]+:7861", "https://school.example/llmq", "https://x.gradio.live"):
         assert re.search(re.escape(link).join((f"    {start}", "\n")), told)
     assert "--host" not in told
+
+
+def test_a_server_with_classes_prints_the_link_once_it_listens(classes, capsys, monkeypatch):
+    told = []
+
+    def listen(page, state) -> None:
+        told.append((page.local_url, httpx.get(f"{page.local_url}lesson/class").json(), capsys.readouterr().out))
+        page.close()
+
+    monkeypatch.setattr(launch, "serve_until_told", listen)
+    host, port = app.free_address("127.0.0.1", "0")
+    launch.launch(state(classes=classes), host=host, port=port)
+    ((address, answer, printed),) = told
+    assert answer == {"classes": True} and f"    {address}lesson/#teach=a%20teacher" in printed
+    launch.launch(state(), host=host, port=port, block=False).close()
+    assert "teach" not in capsys.readouterr().out
 
 
 def test_the_flags_and_variables_of_a_class(tmp_path, monkeypatch):
