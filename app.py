@@ -25,7 +25,7 @@ from llmq.ui.shell.address import DEFAULT_PORTS, free_address  # noqa: E402
 from llmq.ui.shell.state import AppState, Jobs  # noqa: E402
 
 RUNS = Path(__file__).parent / "assets" / "runs"
-ANSWERS = Path(__file__).parent / "assets" / "answers"
+ANSWERS = Path(__file__).parent / "assets" / "lesson"
 NICENESS = 10  # of what computes: a click that needs no device goes before it
 JOBS = Jobs(Machine(thread=ComputeThread(niceness=NICENESS)))
 UNOPENED = 30.0  # seconds until what the first run needs is imported though nobody has opened the page

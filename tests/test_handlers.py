@@ -498,7 +498,7 @@ def test_a_link_opens_the_outliers_as_they_were():
 def test_until_somebody_measures_the_card_shows_a_recording_where_there_is_one():
     page = Page()
     assert "change" not in recorded_value(page.state)
-    page.state.recorded_answers = {"silencing": ROOT / "assets" / "answers" / "silencing.json"}
+    page.state.recorded_answers = {"silencing": ROOT / "assets" / "lesson" / "silencing.json"}
     value = recorded_value(page.state)
     assert value["change"] == ["17.47", "12,619"] and value["recorded"].startswith("Recording: SmolLM2-135M (demo), ")
     assert value["texts"][0][1].startswith("Planning a 3-day itinerary") and not value["running"]

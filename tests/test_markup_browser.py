@@ -161,7 +161,7 @@ def evil_report(stored: dict) -> dict:
 
 
 def test_a_labs_answer_is_text(page, address, tmp_path):
-    answer = json.loads((ROOT / "assets" / "answers" / "silencing.json").read_text())
+    answer = json.loads((ROOT / "assets" / "lesson" / "silencing.json").read_text())
     stored = tmp_path / "answer.json"
     stored.write_text(json.dumps(evil(answer)))
     open_outliers(page, address, "part=what-if")
