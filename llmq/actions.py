@@ -194,6 +194,18 @@ def _measuring(advice: dict, device: str) -> DecodeBench:
     return DecodeBench(model=advice["model"], contestants=fitting, device=device)
 
 
+def run_lesson(options) -> int:
+    """Write the lesson or its recordings; with neither, list its steps."""
+    from llmq.lesson import pack, recording
+
+    written = [*(recording.record(options.record) if options.record else ())]
+    written += pack.write(options.static) if options.static else []
+    titles = pack.words()
+    steps = [{"step": step.name, "title": titles[f"{step.name}.title"]["en"]} for step in pack.STEPS]
+    lines = map(str, written) if written else (f"{n:>3}  {step['title']}" for n, step in enumerate(steps, 1))
+    return _print(options, {"steps": steps, "written": [str(path) for path in written]}, lines)
+
+
 def run_models(options) -> int:
     """List what has a name; fetch or write a model where that is asked for."""
 

@@ -105,6 +105,8 @@ def build_parser() -> Parser:
     _command(commands, "memory", actions.run_memory, predicted, _memory)
     advised = "should I quantize? what fits, how fast and how good each method is, and a recommendation"
     _command(commands, "advise", actions.run_advise, advised, _advise)
+    taught = "the lesson: its steps, written as files that open without Python, or its recordings made anew"
+    _command(commands, "lesson", actions.run_lesson, taught, _lesson)
     _command(commands, "models", actions.run_models, "the models that have names, and the methods", _models)
     return parser
 
@@ -241,6 +243,11 @@ def _advise(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(methods="fp16,llm-int8,int8-weight-only,bnb-int8,nf4")
     parser.add_argument("--measure", action="store_true", help="measure the speed of what fits, here and now")
     _add(parser, "--device", *FILES)
+
+
+def _lesson(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--static", type=Path, metavar="FOLDER", help="write it for a web server or a USB stick")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="ask everything again (minutes), into a folder")
 
 
 def _models(parser: argparse.ArgumentParser) -> None:

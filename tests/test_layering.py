@@ -28,7 +28,7 @@ FLOORS = [
     "llmq.figures",
     "llmq.classroom llmq.labs llmq.quantizing llmq.reporting llmq.summary",
     "llmq.bench llmq.face",
-    "llmq.tasks",
+    "llmq.lesson llmq.tasks",
     "llmq.actions llmq.ui",
     "llmq.cli",
     "app llmq.__main__",
@@ -44,8 +44,8 @@ PLAIN |= {
     for name in ("advice_card", "difference", "examples", "glossary", "live_state", "progress", "recording", "story")
 }
 PLAIN |= {"llmq.ui.parts.token_alignment", "llmq.ui.parts.verdict"}
-PLAIN |= {f"llmq.ui.shell.{name}" for name in ("access", "address", "classroom", "guard", "guesses", "link")}
-PLAIN |= {f"llmq.ui.shell.{name}" for name in ("listening", "login", "owner", "quick_import", "state")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("access", "address", "classroom", "guard", "guesses", "lessons")}
+PLAIN |= {f"llmq.ui.shell.{name}" for name in ("link", "listening", "login", "owner", "quick_import", "state")}
 PLAIN |= {f"llmq.ui.shell.{name}" for name in ("teaching", "wiring")}
 PLAIN |= {f"llmq.ui.tabs.{name}" for name in ("compare_form", "compare_view", "fit_view")}
 

@@ -1,0 +1,77 @@
+// A class on this server: join, vote, follow; and for the teacher lead, reset, export. A page from a disk has none.
+const CLASS = {
+  code: null, token: null, teacher: false, follows: true, state: null, failed: "", changed: () => {},
+  get on() { return Boolean(this.token); },
+};
+const POLL = 2000;
+
+const call = async (path, { body, token = CLASS.token } = {}) => {
+  const headers = { ...(token ? { Authorization: `Bearer ${token}` } : {}), ...(body ? { "Content-Type": "application/json" } : {}) };
+  const answer = await fetch(`class${path}`, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), cache: "no-store" });
+  const found = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw Object.assign(new Error(found.error || say("class.unreachable")), { status: answer.status });
+  return found;
+};
+
+const tell = (error) => { CLASS.failed = error.status ? error.message : say("class.unreachable"); CLASS.changed(); };
+const within = (path, more) => call(`/${CLASS.code}${path}`, more);
+
+const enter = (code, token, teacher) => {
+  Object.assign(CLASS, { code, token, teacher, state: null, failed: "" });
+  kept.set("class", { code, token, teacher });
+};
+const leave = () => { enter(null, null, false); kept.set("class", null); CLASS.changed(); };
+
+const teach = async (key) => {
+  try {
+    const made = await call("/teach", { body: { key }, token: null });
+    enter(made.class, made.token, true);
+    await poll();
+  } catch (error) { tell(error); }
+};
+
+const join = async (code) => {
+  const known = kept.get("class");
+  try {
+    if (known?.code === code) enter(code, known.token, known.teacher);
+    else enter(code, (await call(`/${code}/join`, { body: {}, token: null })).token, false);
+    await poll();
+  } catch (error) { tell(error); }
+};
+
+// The token of an ended class, or of one that this server never had, is thrown away; a lost connection is not.
+const poll = async () => {
+  if (!CLASS.on) return;
+  try {
+    const found = await within(CLASS.state ? `?seen=${CLASS.state.version}` : "");
+    const lost = Boolean(CLASS.failed);
+    CLASS.failed = "";
+    if (found.votes) CLASS.state = found;
+    if (found.votes || lost) CLASS.changed();
+  } catch (error) {
+    if ([401, 404].includes(error.status)) leave();
+    tell(error);
+  }
+};
+
+const vote = async (question, choice) => {
+  if (!CLASS.on || CLASS.teacher) return choice;
+  try {
+    const { choice: counted } = await within("/vote", { body: { question, choice } });
+    await poll();
+    return counted;
+  } catch (error) { tell(error); return null; }
+};
+const lead = async (to) => { try { CLASS.state = await within("/lead", { body: to }); CLASS.changed(); } catch (error) { tell(error); } };
+const reset = async (question) => { try { CLASS.state = await within("/reset", { body: { question } }); CLASS.changed(); } catch (error) { tell(error); } };
+const end = async () => { try { await within("/end", { body: {} }); leave(); } catch (error) { tell(error); } };
+const exported = async () => {
+  const answer = await fetch(`class/${CLASS.code}/export`, { headers: { Authorization: `Bearer ${CLASS.token}` } });
+  const link = el("a", { href: URL.createObjectURL(await answer.blob()), download: `llmq-class-${CLASS.code}.csv` });
+  link.click();
+  URL.revokeObjectURL(link.href);
+};
+const rootAddress = () => new URL("../", window.location.href.split(/[?#]/)[0]).href;
+const studentsLink = () => `${rootAddress()}lesson/?class=${CLASS.code}`;
+const qrAddress = () => `class/${CLASS.code}/qr.svg?at=${encodeURIComponent(rootAddress())}`;
+const tallyOf = (question) => CLASS.state?.votes?.[question] ?? null;

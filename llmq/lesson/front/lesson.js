@@ -1,0 +1,146 @@
+// Where one is in the lesson: the address, the keys, the class's step; and the page that shows it.
+const root = document.getElementById("lesson");
+const params = () => new URLSearchParams(`${window.location.search.slice(1)}&${window.location.hash.slice(1)}`);
+const at = { number: 0, pair: 0, revealed: {}, presents: false };
+const mineOf = (question) => tallyOf(question)?.yours ?? kept.get(`choice-${question}`) ?? null;
+
+// A class stands at a question: every step has one, and the quiz one for each pair.
+const pairIn = (text) => Math.max(0, Object.keys(LESSON.steps[stepIn(text)].questions).indexOf(text));
+const stepIn = (text) => {
+  const named = LESSON.steps.findIndex((step) => step.name === text || text in step.questions), number = named < 0 ? Number(text) - 1 : named;
+  return Number.isInteger(number) && number >= 0 && number < LESSON.steps.length ? number : 0;
+};
+
+const writeAddress = () => {
+  const query = new URLSearchParams({ lesson: at.number + 1, lang: language });
+  if (at.presents) query.set("present", "1");
+  if (CLASS.code && !CLASS.teacher) query.set("class", CLASS.code);
+  try { history.replaceState(null, "", `?${query}`); } catch { window.location.hash = String(query); } // a page from a disk
+};
+
+const questionOf = (step) => Object.keys(step.questions)[step.name === "quiz" ? at.pair : 0];
+const follows = () => CLASS.on && !CLASS.teacher && CLASS.follows && Boolean(CLASS.state?.step);
+const revealedBy = (question) => (follows() ? (CLASS.state.revealed && question === CLASS.state.step) || Boolean(at.revealed[question] && question !== CLASS.state.step) : Boolean(at.revealed[question]));
+
+const go = (number, { focus = true, tell: told = true } = {}) => {
+  if (number < 0 || number >= LESSON.steps.length) return;
+  at.number = number;
+  at.pair = 0;
+  if (CLASS.teacher && told) lead({ step: questionOf(LESSON.steps[number]), revealed: false });
+  writeAddress();
+  draw();
+  window.scrollTo(0, 0);
+  if (focus) document.getElementById("title")?.focus({ preventScroll: true });
+};
+
+const reveal = (question) => {
+  at.revealed[question] = true;
+  if (CLASS.teacher) lead({ step: question, revealed: true });
+  draw();
+  lightUp();
+};
+
+const onward = (by) => {
+  const step = LESSON.steps[at.number], question = questionOf(step);
+  if (by > 0 && at.presents && !revealedBy(question)) reveal(question);
+  else if (by > 0 && step.name === "quiz" && at.presents && step.data.pairs[at.pair + 1]) turn(at.pair + 1);
+  else go(at.number + by);
+};
+const turn = (pair) => { at.pair = pair; if (CLASS.teacher) lead({ step: questionOf(LESSON.steps[at.number]), revealed: false }); draw(); };
+
+// The part of the exhibit that the answer is about is outlined and brought into view.
+const lightUp = () => {
+  const lit = root.querySelector(`.exhibit [data-part="${LESSON.steps[at.number].lit}"]`);
+  lit?.classList.add("lit");
+  lit?.scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+};
+
+const classBar = () => {
+  if (!CLASS.on) return CLASS.failed ? el("p", { class: "failed", role: "alert" }, CLASS.failed) : null;
+  const people = CLASS.state?.people ?? 0, question = questionOf(LESSON.steps[at.number]);
+  if (!CLASS.teacher) {
+    return el("div", { class: "class-bar" }, el("span", {}, say("class.in", { code: CLASS.code, people })),
+      CLASS.state?.step && button(say(CLASS.follows ? "class.alone" : "class.follow"), () => { CLASS.follows = !CLASS.follows; followed(); draw(); }, { "aria-pressed": String(CLASS.follows) }),
+      CLASS.failed && el("span", { class: "failed", role: "alert" }, CLASS.failed));
+  }
+  return el("div", { class: "class-bar" },
+    el("span", {}, say("class.teacher", { code: CLASS.code, people })),
+    button(say("class.show"), () => { at.shows = !at.shows; draw(); }, { id: "show-link" }),
+    button(say(CLASS.state?.step ? "class.release" : "class.gather"), () => lead({ step: CLASS.state?.step ? null : question })),
+    button(say(at.presents ? "class.desk" : "class.present"), () => { at.presents = !at.presents; writeAddress(); draw(); }),
+    button(say("class.reset"), () => window.confirm(say("class.sure")) && reset(question)),
+    button(say("class.resetAll"), () => window.confirm(say("class.sureAll")) && reset(null)),
+    button(say("class.export"), exported), button(say("class.end"), () => window.confirm(say("class.sureEnd")) && end()),
+    CLASS.failed && el("span", { class: "failed", role: "alert" }, CLASS.failed));
+};
+
+const invitation = () => at.shows && CLASS.teacher && el("div", { class: "invitation" },
+  el("img", { src: qrAddress(), alt: say("class.qr"), width: 240, height: 240 }),
+  el("p", {}, say("class.invite"), " ", el("a", { href: studentsLink() }, studentsLink())));
+
+const topOf = (step) => el("header", { class: "top" },
+  el("nav", { class: "steps", "aria-label": say("ui.steps") }, LESSON.steps.map((one, i) => button(String(i + 1), () => go(i), {
+    class: i === at.number ? "current" : "", title: titleOf(one), "aria-label": `${i + 1}: ${titleOf(one)}`, "aria-current": i === at.number ? "step" : undefined }))),
+  el("div", { class: "languages" }, LESSON.languages.map((name) => button(name.toUpperCase(), () => { speak(name); kept.set("lang", name); writeAddress(); draw(); }, {
+    "aria-pressed": String(language === name), lang: name }))),
+  document.documentElement.dataset.live === "yes" && el("a", { href: "../" }, say("ui.app")));
+
+const draw = () => {
+  const step = LESSON.steps[at.number], question = questionOf(step), revealed = revealedBy(question);
+  const focused = document.activeElement?.id;
+  const state = { question, pair: at.pair, revealed, mine: mineOf(question), reveal: () => reveal(question), turn,
+    waits: follows() && question === CLASS.state.step && !CLASS.state.revealed,
+    choose: async (choice) => {
+      const counted = await vote(question, choice);
+      if (counted) kept.set(`choice-${question}`, counted);
+      draw();
+      document.getElementById("reveal")?.focus();
+    } };
+  document.title = `${at.number + 1}. ${titleOf(step)} · llmq`;
+  document.body.className = `${at.presents ? "presents" : ""} ${revealed ? "revealed" : ""}`;
+  root.replaceChildren(topOf(step), ...[classBar(), invitation()].filter(Boolean),
+    el("main", { "data-step": step.name, "data-revealed": String(revealed) }, card(step, state, at.number),
+      el("section", { class: "exhibit", "aria-label": say("ui.exhibit") }, revealed && pairOf(step), EXHIBITS[step.name](step, revealed, state), askedLine(step))),
+    el("footer", { class: "way" }, button(say("ui.back"), () => onward(-1), { id: "back", disabled: at.number === 0 || undefined }),
+      button(say("ui.next"), () => onward(1), { id: "next", class: revealed ? "primary" : "", disabled: at.number === LESSON.steps.length - 1 && (revealed || !at.presents) || undefined })));
+  if (revealed) root.querySelector(`.exhibit [data-part="${step.lit}"]`)?.classList.add("lit");
+  if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus({ preventScroll: true });
+};
+
+// A student stands where the teacher does until they walk alone.
+const followed = () => {
+  if (!follows()) return;
+  const number = stepIn(CLASS.state.step);
+  if (number !== at.number) go(number, { focus: false });
+  at.pair = pairIn(CLASS.state.step);
+};
+CLASS.changed = () => { followed(); const typing = root.querySelector(".exhibit :focus"); if (!typing || follows()) draw(); };
+
+document.addEventListener("keydown", (event) => {
+  if (event.target.closest("input, textarea, select, details") || event.ctrlKey || event.metaKey || event.altKey) return;
+  const by = { ArrowRight: 1, PageDown: 1, ArrowLeft: -1, PageUp: -1 }[event.key];
+  if (by) { event.preventDefault(); onward(by); }
+});
+window.addEventListener("popstate", () => { const number = stepIn(params().get("lesson")); if (number !== at.number) go(number); });
+
+const start = async () => {
+  const asked = params();
+  speak(asked.get("lang") ?? kept.get("lang") ?? navigator.language.slice(0, 2));
+  at.presents = asked.get("present") === "1";
+  at.number = stepIn(asked.get("lesson"));
+  CLASS.follows = !asked.has("lesson");
+  if (document.documentElement.dataset.class === "yes") {
+    const known = kept.get("class"), code = asked.get("class")?.toUpperCase();
+    if (asked.get("teach")) {
+      history.replaceState(null, "", window.location.pathname);
+      await teach(asked.get("teach"));
+      at.shows = CLASS.on;
+    } else if (code) await join(code);
+    else if (known?.token) { enter(known.code, known.token, known.teacher); await poll(); }
+    setInterval(poll, POLL);
+  }
+  writeAddress();
+  followed();
+  draw();
+};
+start();
