@@ -16,7 +16,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from llmq.cli import Parser, guarded  # noqa: E402
-from llmq.errors import UserError  # noqa: E402
+from llmq.errors import ModelUnavailable, UserError  # noqa: E402
 from llmq.machine.door import Machine  # noqa: E402
 from llmq.machine.thread import ComputeThread  # noqa: E402
 from llmq.terminal import as_typed, show_progress  # noqa: E402
@@ -196,7 +196,13 @@ def run(arguments: list[str] | None) -> int:
 
         JOBS.machine = LentMachine(lend)
     state = make_state(options)
-    fetch(state)
+    try:
+        fetch(state)
+    except ModelUnavailable as error:
+        if options.model:
+            raise
+        state.unable = str(error)  # what is recorded can be shown all the same, the whole lesson among it
+        print(f"llmq: {error}\nllmq: nothing can run now; the page shows what is recorded", file=sys.stderr)
     serve(state, host=host, port=port, share=options.share, auth=auth, mcp=options.mcp)
     return 0
 

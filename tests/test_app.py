@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 import app
-from llmq.errors import UserError
+from llmq.errors import ModelUnavailable, UserError
+from llmq.ui import layout
 from llmq.ui.shell import address
 
 
@@ -185,6 +186,23 @@ def test_a_port_lost_while_the_model_was_fetched_is_one_line(capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "llmq.ui.launch", types.SimpleNamespace(launch=launch))
     assert app.main(["--port", "0"]) == 2
     assert "Cannot find empty port" in capsys.readouterr().err
+
+
+def test_where_no_model_can_be_had_the_page_opens_in_recordings(capsys, monkeypatch):
+    """A model that somebody named is another matter: that it cannot be had is all there is to say."""
+    served = []
+
+    def fails(state):
+        raise ModelUnavailable("the demo model cannot be fetched: no <b>network</b>")
+
+    monkeypatch.setattr(app, "fetch", fails)
+    monkeypatch.setattr(app, "serve", lambda state, **_: served.append(state))
+    assert app.main(["--device", "cpu", "--port", "0"]) == 0
+    assert capsys.readouterr().err.count("\n") == 2
+    told = layout._unable(served[0].unable)
+    assert "no &lt;b&gt;network" in told and 'href="lesson/"' in told
+    assert app.main(["--device", "cpu", "--port", "0", "--model", "demo"]) == 2
+    assert len(served) == 1
 
 
 def test_an_interrupt_while_the_model_is_fetched_is_no_traceback(capsys, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import gradio as gr
 
 from llmq.models.presets import model_title
@@ -15,6 +17,7 @@ from llmq.ui.tabs.fit_tab import FitTab
 from llmq.ui.tabs.lab_tab import LabTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
 
+LESSON = "New to this? Take the lesson."
 TITLE = "llmq: what 8-bit quantization does to a LLaMA"
 INTRO = (
     "One language model twice: with its weights in 16 bit, and rounded to 8 bit. Ask both the same thing, and see what "
@@ -26,7 +29,9 @@ def build(state: AppState) -> gr.Blocks:
     """The page over the state that all visitors share; `launch.launch` serves it."""
     compare, outliers, fit, lab = CompareTab(state), OutliersTab(state), FitTab(state), LabTab(state)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown(f"# What 8 bits do to a language model\n{INTRO}", elem_id="header")
+        gr.Markdown(f"# What 8 bits do to a language model\n{INTRO} [{LESSON}](lesson/)", elem_id="header")
+        if state.unable:
+            gr.HTML(_unable(state.unable), elem_id="unable", elem_classes=["llmq-flush"])
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Compare", id="compare", elem_id="tab-compare") as compare_tab:
                 compare.build()
@@ -45,9 +50,16 @@ def build(state: AppState) -> gr.Blocks:
         for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):
             shown.select(None, there, here, js=script("follow.js"), **QUIET)
         page.load(None, js=words_script(), **QUIET)
+        page.load(None, js=script("lesson.js"), **QUIET)
         gr.Markdown(_about(state), elem_id="about", elem_classes=["llmq-about"])
         Api(state).build(page)
     return page
+
+
+def _unable(reason: str) -> str:
+    """What is shown where no model could be made ready."""
+    told = f"Nothing can run here now: {html.escape(reason)}. The recordings play, and so does the"
+    return f'<p class="llmq-quiet" role="status">{told} <a href="lesson/">lesson</a>.</p>'
 
 
 def _about(state: AppState) -> str:

@@ -8,7 +8,9 @@
   const form = document.querySelector(forms[said.get("view")] || "#compare-view");
   const follows = form?.offsetParent && form.dataset.folded !== "true" && !document.body.matches(".llmq-embedded");
   if (!follows || !navigator.userActivation?.hasBeenActive) return;
-  if (asked.searchParams.has("__theme")) said.set("__theme", asked.searchParams.get("__theme"));
+  for (const name of ["__theme", "lesson", "live", "lang"]) { // of the page, not of a form
+    if (asked.searchParams.has(name)) said.set(name, asked.searchParams.get(name));
+  }
   asked.search = said;
   window.history.replaceState(window.history.state, "", asked);
 }

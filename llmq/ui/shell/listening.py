@@ -13,7 +13,7 @@ from urllib.parse import parse_qs
 from starlette.middleware import Middleware
 
 from llmq.machine.jobs import Listeners
-from llmq.ui.shell import classroom, owner
+from llmq.ui.shell import classroom, lessons, owner
 from llmq.ui.shell.state import AppState
 
 if TYPE_CHECKING:
@@ -31,11 +31,12 @@ def watched(options: dict, state: AppState, queue: Queue) -> dict:
         heard=partial(forget, queue),
     )  # fmt: skip
     return options | {
-        "middleware": [*options.get("middleware", ()), ears],
+        "middleware": [*options.get("middleware", ()), ears, Middleware(lessons.ToTheLesson)],
         "routes": [
             *options.get("routes", ()),
             *(owner.routes_of(state.jobs) if state.jobs else ()),
             *classroom.routes_of(state.classes),
+            *lessons.routes_of(state.classes is not None),
         ],
     }
 

@@ -36,6 +36,7 @@ class AppState:
     frames: tuple[str, ...] = ()  # sites that may show the page, besides those that every server's may
     model: str = "demo"
     model_reason: str = ""
+    unable: str = ""  # why nothing can run here, where that is so
     methods: tuple[str, ...] = ("fp16", "bnb-int8")
     recorded_runs: dict[str, Path] = field(default_factory=dict)
     recorded_answers: dict[str, Path] = field(default_factory=dict)  # of labs, by kind

@@ -10,21 +10,20 @@ from urllib.parse import quote
 
 from llmq.cache import cache_folder
 from llmq.classroom.classes import Classes
+from llmq.lesson.steps import questions
 from llmq.ui.shell.access import is_open
 
 FILE = "classes.sqlite3"
 KEY = "LLMQ_CLASS_KEY"
 EVERY_NETWORK = ("0.0.0.0", "::")
 ELSEWHERE = "192.0.2.1"  # an address of nobody, for documents: nothing is sent there
-# What is asked in the lesson, and its steps.
-QUESTIONS: dict[str, tuple[str, ...]] = {"quiz-1": ("left", "right"), "outliers": ("random", "same")}
-STEPS: tuple[str, ...] = ("quiz", "outliers")
 
 
 def open_classes(file: str | None) -> Classes:
     """The classes of `file`, by default of one in the cache folder. Raises UserError for what it cannot be."""
     path = Path(file).expanduser() if file else cache_folder() / FILE
-    return Classes(path, QUESTIONS, STEPS, key=os.environ.get(KEY) or None)
+    asked = questions()
+    return Classes(path, asked, tuple(asked), key=os.environ.get(KEY) or None)
 
 
 def announce(classes: Classes, host: str, local: str, share: str | None) -> str:
