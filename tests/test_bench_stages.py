@@ -87,6 +87,23 @@ def test_what_marking_costs_is_taken_off():
     assert marks.took(work, "a") == {"a": 7.0, "b": 7.0} and marks.took(lambda: clock.passes(3)) == {"": 3.0}
 
 
+def test_what_marking_costs_among_other_work_is_found_by_leaving_marks_out():
+    """A mark after work takes 3 more than one after a mark."""
+    clock = ScriptedClock()
+    marks = Marks(clock)
+
+    def work():
+        for step in "abcd":
+            clock.passes(5)
+            known = len(marks._moments)
+            marks(step)
+            clock.passes(3 * (len(marks._moments) - known))
+
+    marks.reprice(lambda: marks.took(work), 3)
+    assert marks.cost == 4.0
+    assert sum(marks.took(work).values()) == pytest.approx(20, abs=3)  # the two around it follow no work
+
+
 def test_events_are_used_again_once_all_have_come(monkeypatch):
     made, time = [], iter(range(0, 10_000_000, 2))
 

@@ -69,7 +69,7 @@ def batch_table(result: dict) -> str:
             str(row["batch"]),
             f"`{row['method']}`",
             row["mode"],
-            row["error"] or ranged(row, "tokens_per_second"),
+            row["error"].partition(". ")[0] or ranged(row, "tokens_per_second"),
             MISSING if each is None else f"{each:.1f}",
             times(row, "over_fp16"),
             seconds(row, "prefill_seconds"),

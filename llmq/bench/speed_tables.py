@@ -125,6 +125,8 @@ def load_table(cold: dict, warm: dict, file: dict, int8: dict) -> str:
         "process for each group of rows: the first method in it also starts CUDA. Ready: the graph is captured and a "
         "token decoded. The files were in the system's page cache."
     )
+    if any("first_ready_seconds" in row for row in warm["results"]):
+        note += " Of drawn weights with cached kernels: medians of rounds in which CUDA had started."
     return drawn(rows, note, cold, warm, file, int8)
 
 

@@ -1,8 +1,9 @@
 """Why is it slower? The time of a bitsandbytes int8 layer step by step, beside the same layer in FP16 and in ours.
 
 The weights of a layer that is called again and again would stay in a cache, so a turn calls several layers one after
-the other, as a model does. bitsandbytes' steps are marked inside its own code (`methods.bnb_steps`) in turns of their
-own, and have to add up to what the layer takes unmarked.
+the other, as a model does. bitsandbytes' steps are marked inside its own code (`methods.bnb_steps`) in passes of their
+own, one after each unmarked pass, and have to add up to what the layer takes unmarked. A mark costs as much as a small
+step, so what it costs is measured in the same turn, by leaving marks out.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class StagesBench(Asked):
-    """In every round every contestant computes once, and bitsandbytes once more with its steps marked. `shapes`:
+    """In every round every contestant has a turn; bitsandbytes' steps are marked in every second pass. `shapes`:
     outputs x inputs; `rows`: tokens of a call; `outliers`: columns planted in the second half of the cases; `layers`:
     how many different ones a pass goes through."""
 
@@ -176,23 +177,32 @@ class StagesBench(Asked):
             x = case.input(self.device)
             for side in sides:
                 side.begin(x)
-            entries = [(side, False) for side in sides] + [(side, True) for side in sides if side.has_steps]
             for number in range(self.repeats + 1):
-                for side, told in turns(entries, number):
+                for side in turns(sides, number):
                     lease.check()
-                    steps = self._turn(side, marks, told)
+                    seconds, steps = self._turn(side, marks)
                     if number:
-                        side.steps += [steps] if told else []
-                        side.seconds += [] if told else [sum(steps.values())]
+                        side.seconds.append(seconds)
+                        side.steps += [steps] if steps else []
         fp16 = next((side for side in sides if side.contestant.label == "fp16"), None)
         return [self._row(case, side, fp16) for side in sides]
 
-    def _turn(self, side: Side, marks: Marks, told: bool) -> dict[str, float]:
-        """Seconds of a call, by step where these are told: of the pass over all layers that took the median time."""
-        passes = sorted(
-            (one_pass(side, marks, told, self.device) for _ in range(self._passes)), key=lambda s: sum(s.values())
-        )
-        return {step: seconds / self.layers for step, seconds in passes[len(passes) // 2].items()}
+    def _turn(self, side: Side, marks: Marks) -> tuple[float, dict[str, float]]:
+        """Seconds of a call, and of its steps where these are known: each of the pass over all layers that took the
+        median time, with marks or without."""
+        if side.has_steps and self._passes > 1:  # a CPU's mark is a look at the clock
+            marks.reprice(lambda: one_pass(side, marks, True, self.device), self._passes)
+        passes: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+        for _ in range(self._passes):
+            for told in (False, True) if side.has_steps else (False,):
+                passes[told].append(one_pass(side, marks, told, self.device))
+        whole, steps = (self._median(passes[told]) for told in (False, True))
+        return sum(whole.values()), steps
+
+    def _median(self, passes: list[dict[str, float]]) -> dict[str, float]:
+        """A layer's share of the pass in the middle; nothing where there was none."""
+        found = sorted(passes, key=lambda steps: sum(steps.values()))
+        return {step: seconds / self.layers for step, seconds in found[len(found) // 2].items()} if found else {}
 
     def _row(self, case: Case, side: Side, fp16: Side | None) -> dict:
         row = {"method": side.contestant.label, "case": case.name, "shape": "{}x{}".format(*case.shape)}
