@@ -19,7 +19,7 @@ from llmq.cli import Parser, guarded  # noqa: E402
 from llmq.errors import ModelUnavailable, UserError  # noqa: E402
 from llmq.machine.door import Machine  # noqa: E402
 from llmq.machine.thread import ComputeThread  # noqa: E402
-from llmq.terminal import as_typed, show_progress  # noqa: E402
+from llmq.terminal import as_typed, leave, show_progress  # noqa: E402
 from llmq.ui.shell.access import ANYBODY, Access, is_open  # noqa: E402
 from llmq.ui.shell.address import DEFAULT_PORTS, free_address  # noqa: E402
 from llmq.ui.shell.state import AppState, Jobs  # noqa: E402
@@ -277,13 +277,6 @@ def parse_auth(text: str | None) -> tuple[str, str] | None:
     if not (user and colon and password):
         raise UserError("--auth, or LLMQ_AUTH, must be USER:PASSWORD")
     return user, password
-
-
-def leave(status: int) -> None:
-    """End the process at once: what is ours is closed, and taking the libraries apart takes seconds."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 if __name__ == "__main__":
