@@ -57,8 +57,10 @@ def away(installed, tmp_path):
 
 def test_every_file_of_the_package_goes_along(installed):
     own = files_of(ROOT / "llmq")
-    assert {".c", ".h", ".js", ".css", ".py", ".txt", ".md", ".json"} == {file.suffix for file in own}
+    kinds = {".c", ".h", ".js", ".css", ".html", ".py", ".txt", ".md", ".json", ".jsonl"}
+    assert kinds == {file.suffix for file in own}
     assert files_of(installed / "llmq") == own and Path("results", "gpu-7b-lean.json") in own
+    assert Path("lesson", "recorded", "quiz-1.jsonl") in own
     assert {path.name for path in installed.iterdir()} == {"bin", "llmq", f"llmq-{llmq.__version__}.dist-info"}
 
 
