@@ -17,6 +17,7 @@ import app
 from llmq.errors import ModelUnavailable, UserError
 from llmq.ui import layout
 from llmq.ui.shell import address
+from llmq.ui.shell.access import Access
 
 
 @pytest.fixture
@@ -199,8 +200,10 @@ def test_where_no_model_can_be_had_the_page_opens_in_recordings(capsys, monkeypa
     monkeypatch.setattr(app, "serve", lambda state, **_: served.append(state))
     assert app.main(["--device", "cpu", "--port", "0"]) == 0
     assert capsys.readouterr().err.count("\n") == 2
-    told = layout._unable(served[0].unable)
-    assert "no &lt;b&gt;network" in told and 'href="lesson/"' in told
+    (state,) = served
+    assert "no &lt;b&gt;network" in layout._unable(state)
+    state.access = Access.of_strangers()
+    assert "network" not in layout._unable(state)
     assert app.main(["--device", "cpu", "--port", "0", "--model", "demo"]) == 2
     assert len(served) == 1
 

@@ -31,7 +31,7 @@ def build(state: AppState) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# What 8 bits do to a language model\n{INTRO} [{LESSON}](lesson/)", elem_id="header")
         if state.unable:
-            gr.HTML(_unable(state.unable), elem_id="unable", elem_classes=["llmq-flush"])
+            gr.HTML(_unable(state), elem_id="unable", elem_classes=["llmq-flush"])
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Compare", id="compare", elem_id="tab-compare") as compare_tab:
                 compare.build()
@@ -56,10 +56,10 @@ def build(state: AppState) -> gr.Blocks:
     return page
 
 
-def _unable(reason: str) -> str:
-    """What is shown where no model could be made ready."""
-    told = f"Nothing can run here now: {html.escape(reason)}. The recordings play, and so does the"
-    return f'<p class="llmq-quiet" role="status">{told} <a href="lesson/">lesson</a>.</p>'
+def _unable(state: AppState) -> str:
+    """What is shown where no model could be made ready; the reason, which may name places here, is the owner's."""
+    reason = "" if state.access.public else f": {html.escape(state.unable.rstrip('.'))}"
+    return f'<p class="llmq-quiet" role="status">Nothing can run here now{reason}. What is recorded plays.</p>'
 
 
 def _about(state: AppState) -> str:
