@@ -87,6 +87,29 @@ def test_every_recording_opens_and_says_what_it_was_made_on():
     assert all("date" in exhibit.asked for name, exhibit in exhibits().items() if name in ("quiz", "silence", "race"))
 
 
+def test_what_the_words_say_of_the_race_is_so():
+    kl = {row["method"]: row["kl"] for row in exhibits()["race"].data["rows"]}
+    assert kl["absmax"] > kl["awq"] and kl["llm-int8"] > kl["int8-weight-only"]
+    assert set(kl) | {"bnb-int8", "bnb-int8@0", "fp16"} == {
+        key.removeprefix("method.") for key in pack.words() if key.startswith("method.")
+    }
+
+
+def test_scales_by_row_save_no_row_of_the_loud_column():
+    """The table that the step shows says what its answer says: every row's error stays near that of one scale."""
+    data = exhibits()["vectorwise"].data
+    matrix = np.array(data["matrix"])
+    matrix[:, data["column"]] *= data["loud"]
+    quiet = np.delete(np.arange(matrix.shape[1]), data["column"])
+
+    def errors(scale):
+        return np.abs(np.round(matrix / scale) * scale - matrix)[:, quiet].mean(axis=1)
+
+    one, rows = errors(np.abs(matrix).max() / 127), errors(np.abs(matrix).max(axis=1, keepdims=True) / 127)
+    exact = errors(np.abs(matrix[:, quiet]).max() / 127)
+    assert (rows > 0.5 * one).all() and (rows > 20 * exact).all()
+
+
 def test_quiz_pairs_differ_and_the_sides_are_mixed():
     pairs = exhibits()["quiz"].data["pairs"]
     assert all(pair["texts"][0] != pair["texts"][1] for pair in pairs)

@@ -212,7 +212,7 @@ def test_an_old_address_leads_to_the_lesson(tab, classroom):
 
 def test_a_class_votes_follows_and_walks_alone(browser, classroom):
     address, key = classroom
-    teacher, *students = (new_tab(browser) for _ in range(3))
+    teacher, *students = (new_tab(browser, locale="en-GB") for _ in range(3))
     teacher.goto(f"{address}/lesson/#teach={key}")
     teacher.wait_for_selector(".invitation img")
     assert key not in teacher.url
@@ -237,7 +237,14 @@ def test_a_class_votes_follows_and_walks_alone(browser, classroom):
         student.wait_for_selector("main[data-step=silence][data-revealed=true]")
         student.wait_for_function(counted)
         in_step(student, next(step for step in STEPS if step.name == "silence"))
+    teacher.on("dialog", lambda dialog: dialog.accept())
+    teacher.get_by_role("button", name=pack.words()["class.reset"]["en"], exact=True).click()
+    for page in (teacher, *students):  # asked again: the answer is hidden, and nobody has voted
+        page.wait_for_selector("main[data-step=silence][data-revealed=false]")
+        page.wait_for_function("() => !document.querySelector('.choose.mine, .choose.right')")
     first = students[0]
+    first.locator(".choose[data-choice=thousands]").click()
+    first.wait_for_selector(".choose.mine[data-choice=thousands]")
     first.locator(".class-bar button").click()  # alone
     first.locator(".steps button").nth(2).click()
     first.wait_for_selector("main[data-step=fp16]")

@@ -135,10 +135,10 @@ def absmax() -> Exhibit:
 
 
 MATRIX = (  # four tokens, six channels
-    (0.42, -0.71, 0.13, 0.88, -0.35, 0.27),
+    (0.42, -0.71, 0.83, 0.88, -0.35, 0.27),
     (-0.58, 0.24, 0.95, -0.16, 0.49, -0.83),
-    (0.19, 0.66, -0.44, 0.31, -0.92, 0.57),
-    (0.73, -0.28, 0.61, -0.54, 0.08, -0.39),
+    (0.19, 0.66, -0.88, 0.31, -0.92, 0.57),
+    (0.73, -0.28, 0.91, -0.54, 0.08, -0.39),
 )
 
 
@@ -196,7 +196,7 @@ def parting() -> Exhibit:
     outcomes = list(summary.outcomes.values())
     sure = found.first.probability
     texts = [
-        {"method": shown_name(label), "before": text[:same], "after": text[same:]}
+        {"method": label, "title": shown_name(label), "before": text[:same], "after": text[same:]}
         for label, text, same in _parted(summary)
     ]
     right = "sure" if sure >= NEAR_CERTAIN else "likely" if sure >= LIKELY else "open"
@@ -247,7 +247,7 @@ def race() -> Exhibit:
     offered = {name: next(row for row in rows if row["method"] == name) for name in RACERS}
     best = min(offered.values(), key=lambda row: row["kl"])
     llm_int8 = offered["llm-int8"]
-    values = {"best": best["title"], "best_kl": best["kl"], "kl": llm_int8["kl"], "times": llm_int8["kl"] / best["kl"]}
+    values = {"best_kl": best["kl"], "kl": llm_int8["kl"], "times": llm_int8["kl"] / best["kl"]}
     values |= {"methods": len(rows)}
     asked = _asked(answer["model"], [row["method"] for row in rows], "", answer)
     return Exhibit({"rows": rows}, values, {"race": best["method"]}, asked, (llm_int8["kl"], best["kl"]))

@@ -6,7 +6,7 @@ EXHIBITS.time = (step, revealed) => {
   return el("div", { class: "stack" },
     el("div", { class: "stack", "data-part": "speeds" }, ["hf", "lean"].map((loop) => el("div", { class: "bar-group" },
       el("h3", {}, say(`time.${loop}`)),
-      step.data.rows.filter((row) => row.loop === loop).map((row) => barRow(row.title, row.over / largest,
+      step.data.rows.filter((row) => row.loop === loop).map((row) => barRow(methodName(row), row.over / largest,
         say(row.spread > 0.1 ? "time.spread" : "time.speed", { over: row.over, speed: row.speed, spread: row.spread }), row.method === "fp16" ? "side-0" : "side-1"))))),
     el("h3", {}, say("time.stages")),
     el("div", { class: "stages" }, stages.map(([name, seconds], i) => el("span", { class: `stage stage-${i}`, style: { "--share": `${(100 * seconds) / whole}%` } }))),
@@ -19,7 +19,7 @@ EXHIBITS.race = (step, revealed) => {
   const low = -3, high = Math.log10(Math.max(...step.data.rows.map((row) => row.kl)));
   const rows = [...step.data.rows].sort((one, other) => one.kl - other.kl);
   return el("div", { class: "stack dense", "data-part": "bars" }, rows.map((row) => barRow(
-    el("span", {}, row.title, " ", el("small", {}, written(row.bytes, "MB"))), (Math.log10(row.kl) - low) / (high - low),
+    el("span", {}, methodName(row), " ", el("small", {}, written(row.bytes, "MB"))), (Math.log10(row.kl) - low) / (high - low),
     written(row.kl), row.method === step.right.race ? "best" : "")), el("p", { class: "quiet" }, say("race.axis")));
 };
 

@@ -13,7 +13,12 @@ const call = async (path, { body, token = CLASS.token } = {}) => {
   return found;
 };
 
-const tell = (error) => { CLASS.failed = error.status ? error.message : say("class.unreachable"); CLASS.changed(); };
+// What went wrong, in the lesson's language where it is one of the usual things.
+const TOLD = { 401: "class.key", 404: "class.ended", 429: "class.busy" };
+const tell = (error) => {
+  CLASS.failed = TOLD[error.status] ? say(TOLD[error.status]) : error.status ? error.message : say("class.unreachable");
+  CLASS.changed();
+};
 const within = (path, more) => call(`/${CLASS.code}${path}`, more);
 
 const enter = (code, token, teacher) => {

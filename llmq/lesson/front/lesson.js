@@ -2,7 +2,13 @@
 const root = document.getElementById("lesson");
 const params = () => new URLSearchParams(`${window.location.search.slice(1)}&${window.location.hash.slice(1)}`);
 const at = { number: 0, pair: 0, revealed: {}, presents: false };
-const mineOf = (question) => tallyOf(question)?.yours ?? kept.get(`choice-${question}`) ?? null;
+const mineOf = (question) => (tallyOf(question) && !CLASS.teacher ? tallyOf(question).yours : kept.get(`choice-${question}`)) ?? null;
+
+// How many of the quiz's pairs that were shown one had right.
+const sumOf = (step) => {
+  const seen = Object.entries(step.right).filter(([name]) => revealedBy(name) && mineOf(name));
+  return step.name === "quiz" && seen.length > 1 && { asked: seen.length, right: seen.filter(([name, right]) => mineOf(name) === right).length };
+};
 
 // A class stands at a question: every step has one, and the quiz one for each pair.
 const pairIn = (text) => Math.max(0, Object.keys(LESSON.steps[stepIn(text)].questions).indexOf(text));
@@ -24,6 +30,7 @@ const revealedBy = (question) => (follows() ? (CLASS.state.revealed && question 
 
 const go = (number, { focus = true, tell: told = true } = {}) => {
   if (number < 0 || number >= LESSON.steps.length) return;
+  if (focus && follows()) CLASS.follows = false; // whoever goes elsewhere walks alone
   at.number = number;
   at.pair = 0;
   if (CLASS.teacher && told) lead({ step: questionOf(LESSON.steps[number]), revealed: false });
@@ -48,6 +55,13 @@ const onward = (by) => {
 };
 const turn = (pair) => { at.pair = pair; if (CLASS.teacher) lead({ step: questionOf(LESSON.steps[at.number]), revealed: false }); draw(); };
 
+// Votes are deleted: the question is asked again, unanswered.
+const forget = (question) => {
+  if (question) delete at.revealed[question];
+  else at.revealed = {};
+  reset(question);
+};
+
 // The part of the exhibit that the answer is about is outlined and brought into view.
 const lightUp = () => {
   const lit = root.querySelector(`.exhibit [data-part="${LESSON.steps[at.number].lit}"]`);
@@ -67,9 +81,15 @@ const classBar = () => {
     el("span", {}, say("class.teacher", { code: CLASS.code, people })),
     button(say("class.show"), () => { at.shows = !at.shows; draw(); }, { id: "show-link" }),
     button(say(CLASS.state?.step ? "class.release" : "class.gather"), () => lead({ step: CLASS.state?.step ? null : question })),
-    button(say(at.presents ? "class.desk" : "class.present"), () => { at.presents = !at.presents; writeAddress(); draw(); }),
-    button(say("class.reset"), () => window.confirm(say("class.sure")) && reset(question)),
-    button(say("class.resetAll"), () => window.confirm(say("class.sureAll")) && reset(null)),
+    button(say(at.presents ? "class.desk" : "class.present"), () => {
+      at.presents = !at.presents;
+      at.shows = false;
+      writeAddress();
+      if (!CLASS.state?.step) lead({ step: question }); // those in class come along
+      draw();
+    }),
+    button(say("class.reset"), () => window.confirm(say("class.sure")) && forget(question)),
+    button(say("class.resetAll"), () => window.confirm(say("class.sureAll")) && forget(null)),
     button(say("class.export"), exported), button(say("class.end"), () => window.confirm(say("class.sureEnd")) && end()),
     CLASS.failed && el("span", { class: "failed", role: "alert" }, CLASS.failed));
 };
@@ -88,7 +108,7 @@ const topOf = (step) => el("header", { class: "top" },
 const draw = () => {
   const step = LESSON.steps[at.number], question = questionOf(step), revealed = revealedBy(question);
   const focused = document.activeElement?.id;
-  const state = { question, pair: at.pair, revealed, mine: mineOf(question), reveal: () => reveal(question), turn,
+  const state = { question, pair: at.pair, revealed, mine: mineOf(question), reveal: () => reveal(question), turn, sum: sumOf(step),
     waits: follows() && question === CLASS.state.step && !CLASS.state.revealed,
     choose: async (choice) => {
       const counted = await vote(question, choice);

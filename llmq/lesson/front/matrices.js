@@ -24,7 +24,7 @@ const errorOf = (matrix, back, counted) => meanOf(matrix.flatMap((line, i) => li
 
 EXHIBITS.vectorwise = (step, revealed) => {
   const { data } = step, place = el("div", { class: "stack" });
-  let where = revealed ? "column" : "row", scales = "one";
+  let where = revealed ? "column" : "row", scales = "rows";
   const loud = (i, j) => (where === "row" ? i === data.row : j === data.column);
   const draw = () => {
     const matrix = loudMatrix(data, where), back = roundMatrix(matrix, scales);

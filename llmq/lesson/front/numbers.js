@@ -17,7 +17,7 @@ EXHIBITS.round = (step, revealed) => {
     const scale = Math.max(...numbers.map(Math.abs), 1e-9) / 127;
     const rows = coded(numbers, scale).map((row) => ({ ...row, scale }));
     const { code } = rows[chosen];
-    place.replaceChildren(
+    place.replaceChildren(...[
       el("p", { class: "rule" }, say("round.rule", { largest: Math.max(...numbers.map(Math.abs)), scale })),
       el("div", { class: "fields" }, numbers.map((x, i) => el("input", { type: "number", step: "any", value: x,
         "aria-label": say("ui.number"), onchange: (event) => { numbers[i] = Number(event.target.value) || 0; chosen = i; draw(); } }))),
@@ -25,7 +25,8 @@ EXHIBITS.round = (step, revealed) => {
       revealed && el("p", {}, say("round.bits", { code, number: numbers[chosen] })),
       revealed && el("div", { class: "bits", role: "img", "aria-label": bitsOf(code).join("") },
         bitsOf(code).map((bit, i) => el("span", { class: `bit ${i ? "" : "sign"}`, "data-on": bit },
-          el("b", {}, bit), el("small", {}, i ? String(2 ** (7 - i)) : "−128")))));
+          el("b", {}, bit), el("small", {}, i ? String(2 ** (7 - i)) : "−128")))),
+    ].filter(Boolean));
   };
   draw();
   return place;

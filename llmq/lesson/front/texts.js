@@ -41,6 +41,6 @@ EXHIBITS.silence = (step, revealed) => {
 EXHIBITS.parting = (step, revealed) => el("div", { class: "stack", "data-part": "parted" },
   el("p", { class: "prompt" }, say("ui.prompt"), " ", el("q", { dir: "auto" }, step.asked.prompt)),
   el("div", { class: "pair" }, step.data.texts.map((text, i) => el("section", { class: `text side-${i}` },
-    el("h3", {}, text.method), el("p", { class: "model-text", dir: "auto" }, text.before, el("mark", {}, text.after))))),
+    el("h3", {}, methodName(text)), el("p", { class: "model-text", dir: "auto" }, text.before, el("mark", {}, text.after))))),
   revealed ? step.data.choices.map(([text, share], i) => barRow(
     el("span", {}, say(i ? "parting.second" : "parting.first"), " ", tokenNode(text)), share ?? 0, share === null ? "?" : written(share, "%"), `side-${i}`)) : hidden());

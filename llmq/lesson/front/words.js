@@ -6,6 +6,7 @@ const FORMATS = {
   MB: (x, lang) => `${digits(x / 1e6, 3, lang)} ${lang === "fr" ? "Mo" : "MB"}`,
   "0": (x, lang) => new Intl.NumberFormat(lang, { maximumFractionDigits: 0 }).format(x),
   G: (x, lang) => digits(x / 1e9, 2, lang),
+  P: (x, lang) => new Intl.NumberFormat(lang, { notation: "compact", compactDisplay: "long", maximumSignificantDigits: x < 1e9 ? 3 : 2 }).format(x),
   x: (x, lang) => digits(x, 2, lang),
 };
 const digits = (x, most, lang) => new Intl.NumberFormat(lang, { maximumSignificantDigits: most }).format(x);
@@ -30,3 +31,4 @@ const say = (key, values = {}) => {
   return texts[language].replace(/\{(\w+)(?:\|(\S+?))?\}/g, (_, name, format) => written(values[name], format));
 };
 const has = (key) => key in LESSON.words;
+const methodName = (row) => (has(`method.${row.method}`) ? say(`method.${row.method}`) : row.title);
