@@ -16,6 +16,7 @@ from browser_support import PATIENCE, app_process, new_tab
 from llmq.lesson import pack
 from llmq.lesson.exhibits import exhibits
 from llmq.lesson.steps import STEPS
+from llmq.scores import chance_range
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo]
 EXECUTED = "window.__executed"
@@ -259,6 +260,16 @@ def test_a_class_votes_follows_and_walks_alone(browser, classroom):
     teacher.wait_for_selector("#show-link")
     for page in (teacher, *students):
         page.close()
+
+
+def test_what_guessing_gives_is_the_server_s_range(tab, file_server):
+    """The browser adds up several pairs, for which the server has no range; for one it is the same."""
+    code = (pack.FRONT / "classroom.js").read_text()
+    start, end = code.index("const guessed"), code.index("// All votes on the pairs")
+    tab.goto(file_server)
+    for votes in (0, 1, 2, 7, 30, 180, 3000):
+        found = tab.evaluate(f"() => {{ {code[start:end]} return guessed({votes}); }}")
+        assert tuple(found) == chance_range(votes, 2)
 
 
 def test_what_models_and_people_wrote_is_never_markup(tab, tmp_path):

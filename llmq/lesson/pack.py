@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmq.errors import UserError
 from llmq.figures.palette import DARK, LIGHT, properties
-from llmq.files import read_text
+from llmq.files import read_text, write_text
 from llmq.formatting import plain_json
 from llmq.lesson.exhibits import exhibits
 from llmq.lesson.steps import STEPS, Step
@@ -61,13 +61,12 @@ def files() -> dict[str, bytes]:
 
 
 def write(folder: Path) -> list[Path]:
-    """Write the lesson into `folder`, which is made where it is missing. Raises UserError where that cannot be done, or
-    where another file of its names is no file of a lesson's."""
+    """Write the lesson into `folder`, which is made where it is missing. Raises UserError where that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        written = [folder / name for name in files() if name != "live.js"]
-        for path in written:
-            path.write_bytes(files()[path.name])
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{folder} cannot be made: {error.strerror or error}") from error
+    written = [folder / name for name in files() if name != "live.js"]
+    for path in written:
+        write_text(path, files()[path.name].decode())
     return written

@@ -60,6 +60,7 @@ const card = (step, state, number) => el("section", { class: "card", "aria-label
       : button(say("ui.reveal"), state.reveal, { class: state.mine || CLASS.teacher ? "primary" : "", id: "reveal" }))),
   el("div", { "aria-live": "polite" }, state.revealed && el("p", { class: "answer" },
     say(`${step.name}.answer`, { ...step.values, right: step.right[state.question] && labelOf(step, step.right[state.question]) }))),
+  state.revealed && state.all && el("p", { class: "answer" }, say("class.all", state.all)),
   state.revealed && state.sum && el("p", { class: "quiet" }, say("quiz.sum", state.sum)),
   state.revealed && step.name === "quiz" && el("div", { class: "row" }, [-1, 1].map((by) => step.data.pairs[state.pair + by]
     && button(say(by < 0 ? "quiz.previous" : "quiz.next"), () => state.turn(state.pair + by), { class: "" }))),

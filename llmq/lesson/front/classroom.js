@@ -79,4 +79,23 @@ const exported = async () => {
 const rootAddress = () => new URL("../", window.location.href.split(/[?#]/)[0]).href;
 const studentsLink = () => `${rootAddress()}lesson/?class=${CLASS.code}`;
 const qrAddress = () => `class/${CLASS.code}/qr.svg?at=${encodeURIComponent(rootAddress())}`;
+// The central 95 % of how many of `votes` on two texts are right where everybody guesses.
+const guessed = (votes) => {
+  let chance = votes * Math.log(0.5), sum = 0, low = null;
+  for (let right = 0; right <= votes; right += 1) {
+    sum += Math.exp(chance);
+    if (low === null && sum > 0.025) low = right;
+    if (sum >= 0.975) return [low, right];
+    chance += Math.log((votes - right) / (right + 1));
+  }
+  return [low ?? 0, votes];
+};
+
+// All votes on the pairs that the teacher has shown the answers of, together.
+const allPairs = (step, shown) => {
+  const pairs = Object.entries(step.right).filter(([name]) => shown(name) && tallyOf(name)?.counts);
+  const sum = (count) => pairs.reduce((all, [name, right]) => all + count(tallyOf(name), right), 0);
+  const votes = sum((tally) => tally.votes), [low, high] = guessed(votes);
+  return pairs.length > 1 && { pairs: pairs.length, votes, right: sum((tally, right) => tally.counts[right] || 0), low, high };
+};
 const tallyOf = (question) => CLASS.state?.votes?.[question] ?? null;

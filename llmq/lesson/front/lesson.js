@@ -109,6 +109,7 @@ const draw = () => {
   const step = LESSON.steps[at.number], question = questionOf(step), revealed = revealedBy(question);
   const focused = document.activeElement?.id;
   const state = { question, pair: at.pair, revealed, mine: mineOf(question), reveal: () => reveal(question), turn, sum: sumOf(step),
+    all: CLASS.teacher && step.name === "quiz" && allPairs(step, revealedBy),
     waits: follows() && question === CLASS.state.step && !CLASS.state.revealed,
     choose: async (choice) => {
       const counted = await vote(question, choice);
