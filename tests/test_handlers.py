@@ -500,5 +500,5 @@ def test_until_somebody_measures_the_card_shows_a_recording_where_there_is_one()
     assert "change" not in recorded_value(page.state)
     page.state.recorded_answers = {"silencing": ROOT / "assets" / "lesson" / "silencing.json"}
     value = recorded_value(page.state)
-    assert value["change"] == ["17.47", "12,619"] and value["recorded"].startswith("Recording: SmolLM2-135M (demo), ")
+    assert value["change"] == ["35.84", "8,716"] and value["recorded"].startswith("Recording: SmolLM2-135M (demo), ")
     assert value["texts"][0][1].startswith("Planning a 3-day itinerary") and not value["running"]
