@@ -62,13 +62,14 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("memory", "--context", 64),
         ("advise", "--context", 64),
         ("models",),
+        ("lesson", "--static", folder / "lesson"),
         *(("bench", what, *SHORT, "--new-tokens", 2) for what in ("decode", "hooks")),
         *(("bench", what, *SHORT) for what in ("prefill", "load")),
     ]
     lines = []
     for number, words in enumerate(asked):
-        model_and_device = () if words[0] in ("replay", "models", "quantize") else ("--model", model)
-        model_and_device += () if words[0] in ("replay", "models", "memory") else ("--device", "cpu")
+        model_and_device = () if words[0] in ("replay", "models", "quantize", "lesson") else ("--model", model)
+        model_and_device += () if words[0] in ("replay", "models", "memory", "lesson") else ("--device", "cpu")
         page = ("--html", folder / f"{number}.html") if writes_pages(words) else ()
         lines.append([str(word) for word in (*words, *model_and_device, *page)])
     return lines
