@@ -252,6 +252,10 @@ def test_a_class_votes_follows_and_walks_alone(browser, classroom):
     teacher.locator("#next").click()
     students[1].wait_for_selector("main[data-step=parting][data-revealed=false]")
     assert first.locator("main").get_attribute("data-step") == "fp16"
+    students[1].reload()  # still with the teacher
+    students[1].wait_for_selector("main[data-step=parting]")
+    teacher.locator("#back").click()
+    students[1].wait_for_selector("main[data-step=silence]")
     first.reload()  # the same person: the vote is still theirs
     first.wait_for_selector(".class-bar")
     first.locator(".steps button").nth(8).click()

@@ -25,12 +25,13 @@ const writeAddress = () => {
 };
 
 const questionOf = (step) => Object.keys(step.questions)[step.name === "quiz" ? at.pair : 0];
+const follow = (on) => { CLASS.follows = on; kept.set("follows", on); };
 const follows = () => CLASS.on && !CLASS.teacher && CLASS.follows && Boolean(CLASS.state?.step);
 const revealedBy = (question) => (follows() ? (CLASS.state.revealed && question === CLASS.state.step) || Boolean(at.revealed[question] && question !== CLASS.state.step) : Boolean(at.revealed[question]));
 
 const go = (number, { focus = true, tell: told = true } = {}) => {
   if (number < 0 || number >= LESSON.steps.length) return;
-  if (focus && follows()) CLASS.follows = false; // whoever goes elsewhere walks alone
+  if (focus && follows()) follow(false); // whoever goes elsewhere walks alone
   at.number = number;
   at.pair = 0;
   if (CLASS.teacher && told) lead({ step: questionOf(LESSON.steps[number]), revealed: false });
@@ -74,7 +75,7 @@ const classBar = () => {
   const people = CLASS.state?.people ?? 0, question = questionOf(LESSON.steps[at.number]);
   if (!CLASS.teacher) {
     return el("div", { class: "class-bar" }, el("span", {}, say("class.in", { code: CLASS.code, people })),
-      CLASS.state?.step && button(say(CLASS.follows ? "class.alone" : "class.follow"), () => { CLASS.follows = !CLASS.follows; followed(); draw(); }, { "aria-pressed": String(CLASS.follows) }),
+      CLASS.state?.step && button(say(CLASS.follows ? "class.alone" : "class.follow"), () => { follow(!CLASS.follows); followed(); draw(); }, { "aria-pressed": String(CLASS.follows) }),
       CLASS.failed && el("span", { class: "failed", role: "alert" }, CLASS.failed));
   }
   return el("div", { class: "class-bar" },
@@ -149,9 +150,10 @@ const start = async () => {
   speak(asked.get("lang") ?? kept.get("lang") ?? navigator.language.slice(0, 2));
   at.presents = asked.get("present") === "1";
   at.number = stepIn(asked.get("lesson"));
-  CLASS.follows = !asked.has("lesson");
   if (document.documentElement.dataset.class === "yes") {
     const known = kept.get("class"), code = asked.get("class")?.toUpperCase();
+    // Who comes by a link to a step walks alone; who loads the page again stays as before, wherever its address is.
+    follow(known && (!code || known.code === code) ? kept.get("follows", true) : !asked.has("lesson"));
     if (asked.get("teach")) {
       history.replaceState(null, "", window.location.pathname);
       await teach(asked.get("teach"));
