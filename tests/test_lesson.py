@@ -87,6 +87,16 @@ def test_every_recording_opens_and_says_what_it_was_made_on():
     assert all("date" in exhibit.asked for name, exhibit in exhibits().items() if name in ("quiz", "silence", "race"))
 
 
+def test_what_the_words_say_in_passing_is_so():
+    """Sentences that are true of these recordings and need not be of the next ones."""
+    values = {name: exhibit.values for name, exhibit in exhibits().items()}
+    assert values["parting"]["tie"] and values["silence"]["after"] > 1000 > 100 > values["silence"]["before"]
+    assert values["silence"]["random"] < 1.1 * values["silence"]["before"]
+    assert values["time"]["own"] > 1 > values["time"]["library"]
+    assert values["time"]["launches"] > values["time"]["dense_launches"]
+    assert values["absmax"]["codes"] < values["absmax"]["quiet_codes"]
+
+
 def test_what_the_words_say_of_the_race_is_so():
     kl = {row["method"]: row["kl"] for row in exhibits()["race"].data["rows"]}
     assert kl["absmax"] > kl["awq"] and kl["llm-int8"] > kl["int8-weight-only"]

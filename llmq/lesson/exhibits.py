@@ -7,12 +7,10 @@ drawings, numbers and right answers alike.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,6 @@ FITTED_METHODS = Contestant.parse_all("fp16,llm-int8,nf4")
 BITS = [["fp16", 16], ["llm-int8", 8], ["nf4", 4]]  # of a weight, by method
 FITTED_TOKENS = 8192
 NEAR_CERTAIN, LIKELY = 0.9, 0.5  # how sure a model was of its choice
-SIXTEENTHS = 16  # largest activations are kept in sixteenths, rounded down: a threshold in sixteenths is met or not
 
 
 @dataclass(frozen=True)
@@ -280,34 +277,6 @@ MAKERS: dict[str, Callable[[], Exhibit]] = {
     "vectorwise": vectorwise, "decomposition": decomposition, "outliers": outliers, "silence": silence,
     "parting": parting, "time": time, "race": race, "fit": fit,
 }  # fmt: skip
-
-
-def reduced(answer) -> dict:
-    """What the lesson keeps of a watched run: the largest |x| of every channel in what is read behind a norm, in
-    sixteenths rounded down, and how many columns reach the threshold."""
-    import numpy as np
-
-    from llmq.inspect.emergence import stream_inputs
-
-    report, threshold = answer.report, answer.threshold
-    read = {(module.layer, module.kind): module for module in report.modules if module.layer is not None}.values()
-    behind_norms = chain.from_iterable(stream_inputs(report).values())  # q, k and v of a layer read the same
-    streams = list({(module.layer, module.kind): module for module in behind_norms}.values())
-    peaks = np.stack([module.prefill.absmax for module in streams])
-    strongest = peaks.max(axis=0)
-    packed = np.minimum(peaks * SIXTEENTHS, 65535).astype("<u2")
-    channel = int(strongest.argmax())
-    return {
-        "model": report.model, "method": report.method, "prompt": answer.prompt, "threshold": threshold,
-        "tokens": report.prompt_tokens, "layers": len({module.layer for module in streams}),
-        "kept": sum(len(module.prefill_columns(threshold)) for module in read),
-        "columns": sum(module.in_features for module in read), "width": peaks.shape[1], "reads": len(peaks),
-        "names": [[module.layer, module.kind] for module in streams], "channel": channel,
-        "largest": float(strongest[channel]), "typical": float(np.median(strongest)),
-        "strongest": len(set(peaks.argmax(axis=1).tolist())),
-        "loud_channels": int((strongest >= threshold).sum()),
-        "sixteenths": base64.b64encode(packed.tobytes()).decode(),
-    }  # fmt: skip
 
 
 def _likeliest(read: Read, place: int) -> list[dict]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from llmq import face
 from llmq.environment import describe
 from llmq.errors import UserError
 from llmq.files import read_text, write_text
-from llmq.lesson.exhibits import reduced
 from llmq.lesson.steps import QUIZ, RECORDED_PROMPT
 
 MODEL, METHOD = "demo", "llm-int8"
@@ -23,6 +24,7 @@ QUIZ_PROMPTS = (
     "Write a poem about the sea in four lines.",
     "What is a hash table?",
 )
+SIXTEENTHS = 16  # largest activations are kept in sixteenths, rounded down: a threshold in sixteenths is met or not
 QUIZ_TOKENS, COMPARED_TOKENS, READ_TOKENS = 40, 96, 24
 
 
@@ -44,6 +46,34 @@ def record(folder: Path) -> Iterator[Path]:
     watched = face.ask("outliers", **ASKED, prompt=RECORDED_PROMPT, method=METHOD, new_tokens=0).answer
     write_text(folder / "outliers.json", json.dumps(reduced(watched)))
     yield _with_conditions(folder / "outliers.json")
+
+
+def reduced(answer) -> dict:
+    """What the lesson keeps of a watched run: the largest |x| of every channel in what is read behind a norm, in
+    sixteenths rounded down, and how many columns reach the threshold."""
+    import numpy as np
+
+    from llmq.inspect.emergence import stream_inputs
+
+    report, threshold = answer.report, answer.threshold
+    read = {(module.layer, module.kind): module for module in report.modules if module.layer is not None}.values()
+    behind_norms = chain.from_iterable(stream_inputs(report).values())  # q, k and v of a layer read the same
+    streams = list({(module.layer, module.kind): module for module in behind_norms}.values())
+    peaks = np.stack([module.prefill.absmax for module in streams])
+    strongest = peaks.max(axis=0)
+    packed = np.minimum(peaks * SIXTEENTHS, 65535).astype("<u2")
+    channel = int(strongest.argmax())
+    return {
+        "model": report.model, "method": report.method, "prompt": answer.prompt, "threshold": threshold,
+        "tokens": report.prompt_tokens, "layers": len({module.layer for module in streams}),
+        "kept": sum(len(module.prefill_columns(threshold)) for module in read),
+        "columns": sum(module.in_features for module in read), "width": peaks.shape[1], "reads": len(peaks),
+        "names": [[module.layer, module.kind] for module in streams], "channel": channel,
+        "largest": float(strongest[channel]), "typical": float(np.median(strongest)),
+        "strongest": len(set(peaks.argmax(axis=1).tolist())),
+        "loud_channels": int((strongest >= threshold).sum()),
+        "sixteenths": base64.b64encode(packed.tobytes()).decode(),
+    }  # fmt: skip
 
 
 def _compared(path: Path, prompt: str, tokens: int) -> Path:

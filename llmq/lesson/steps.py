@@ -40,7 +40,6 @@ def _step(name: str, choices: tuple[str, ...], lit: str, live: Live) -> Step:
 
 
 def _compared(prompt: str, methods: str, tokens: int, lit: str) -> Live:
-    left, right, *third = methods.split(",")
     return Live(
         query={"prompt": prompt, "methods": methods, "max_new_tokens": str(tokens)},
         fills={"#prompt textarea": prompt},
@@ -93,7 +92,6 @@ STEPS: tuple[Step, ...] = (
     _step("race", RACERS, "bars", _of_lab("race", "#race", "#race-run")),
     _step("fit", ("both", "int8", "none"), "table", _fitted("llama-3.1-8b-instruct", "t4", "#fit")),
 )  # fmt: skip
-NAMES = tuple(step.name for step in STEPS)
 
 
 def questions() -> dict[str, tuple[str, ...]]:

@@ -5,7 +5,6 @@ const FORMATS = {
   GB: (x, lang) => `${digits(x / 1e9, 3, lang)} ${lang === "fr" ? "Go" : "GB"}`,
   MB: (x, lang) => `${digits(x / 1e6, 3, lang)} ${lang === "fr" ? "Mo" : "MB"}`,
   "0": (x, lang) => new Intl.NumberFormat(lang, { maximumFractionDigits: 0 }).format(x),
-  G: (x, lang) => digits(x / 1e9, 2, lang),
   P: (x, lang) => new Intl.NumberFormat(lang, { notation: "compact", compactDisplay: "long", maximumSignificantDigits: x < 1e9 ? 3 : 2 }).format(x),
   x: (x, lang) => digits(x, 2, lang),
 };
