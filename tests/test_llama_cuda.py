@@ -153,10 +153,14 @@ def test_the_threshold_moves_on_the_loaded_model():
 
 def test_products_are_summed_in_integers_as_it_says():
     """So they are exact where float32 no longer counts, and rounded once."""
-    x, weight = (torch.randint(100, 128, (rows, 5001), dtype=torch.int8) for rows in (3, 7))
-    exact = x.double() @ weight.double().T
-    assert exact.min() > 2**24
-    assert torch.equal(reference._integer_product(x, weight), exact.float())
+    for rows in (3, 40):
+        x, weight = (torch.randint(100, 128, (count, 5001), dtype=torch.int8) for count in (rows, 7))
+        exact = x.double() @ weight.double().T
+        assert exact.min() > 2**24
+        assert torch.equal(reference._integer_product(x, weight), exact.float())
+        assert torch.equal(reference._float_product(x, weight), exact.float())
+    lowest = torch.full((5, 1024), -128, dtype=torch.int8)  # the largest sum there is
+    assert reference._float_product(lowest, lowest).eq(2**24).all()
     assert all("exactly in integers" in METHODS["llm-int8"].arithmetic(device) for device in ("cpu", "cuda:0"))
 
 
