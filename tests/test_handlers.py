@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,14 +18,17 @@ from test_observatory_views import SILENCED, cause, read, report
 from llmq import files
 from llmq.errors import Ended, UserError
 from llmq.events import Finished, Loading, Progress, Run
+from llmq.fields import fields_of
 from llmq.labs import lab_classes
 from llmq.labs.compare import Comparison
 from llmq.labs.outliers import ReportAnswer
 from llmq.labs.rows import RowAnswer
 from llmq.machine.thread import Stuck
+from llmq.ui.parts.controls import linked, value_of
 from llmq.ui.shell import state as shell_state
 from llmq.ui.shell.state import AppState
 from llmq.ui.tabs.compare_tab import UNSAVED, CompareTab
+from llmq.ui.tabs.lab_tab import LabTab
 from llmq.ui.tabs.outliers_tab import OutliersTab
 from llmq.ui.tabs.silencing_card import recorded_value
 
@@ -488,10 +491,11 @@ def test_a_click_on_a_bar_names_a_moment(event, moment):
 
 def test_a_link_opens_the_outliers_as_they_were():
     tab = Page().outliers
-    request = SimpleNamespace(query_params={"method": "llm-int8@3", "threshold": "4.5"})
-    assert tab.from_link(request) == {tab.method: "llm-int8@3", tab.threshold: 4.5, tab.parts: gr.skip()}
+    request = SimpleNamespace(query_params={"method": "llm-int8@3", "threshold": "4.5", "kind": "o"})
+    wished = {tab.method: "llm-int8@3", tab.threshold: 4.5, tab.map.kind: "o", tab.parts: gr.skip()}
+    assert tab.from_link(request) == wished
     assert tab.from_link(SimpleNamespace(query_params={"part": "what-if"}))[tab.parts].selected == "what-if"
-    wrong = SimpleNamespace(query_params={"method": "int9", "threshold": "99", "part": "nowhere"})
+    wrong = SimpleNamespace(query_params={"method": "int9", "threshold": "99", "kind": "x", "part": "nowhere"})
     assert all(value == gr.skip() for value in tab.from_link(wrong).values())
 
 
@@ -502,3 +506,28 @@ def test_until_somebody_measures_the_card_shows_a_recording_where_there_is_one()
     value = recorded_value(page.state)
     assert value["change"] == ["35.84", "8,716"] and value["recorded"].startswith("Recording: SmolLM2-135M (demo), ")
     assert value["texts"][0][1].startswith("Planning a 3-day itinerary") and not value["running"]
+
+
+@pytest.mark.parametrize("lab", lab_classes().values(), ids=lambda lab: lab.kind)
+def test_a_link_fills_a_control_with_what_it_would_give(lab):
+    for field in fields_of(lab):
+        if field.kind.label and field.default not in (MISSING, None, (), ""):
+            shown = linked(field, field.kind.spell(field.default))
+            one_of_them = field.default[:1] if isinstance(shown, int | float) and type(field.default) is tuple else None
+            assert value_of(field, shown) == (one_of_them or field.default), field.named
+
+
+def test_a_link_to_a_lab_sets_what_is_possible_and_nothing_else():
+    tab = LabTab(Page().state)
+    with gr.Blocks():
+        tab.build()
+    asked = {"view": "lab", "part": "race", "contestants": "fp8,nf4", "tokens": "1024", "nonsense": "1"}
+    section = tab.parts["Race"].panel.sections[0]
+    by_name = {field.name: component for field, component in section.controls}
+    request = SimpleNamespace(query_params=asked)
+    wished = tab.from_link(request)
+    assert wished[by_name["contestants"]] == ["fp8", "nf4"] and wished[by_name["tokens"]] == 1024
+    request.query_params = asked | {"contestants": "nonsense", "tokens": "1e400"}
+    assert not {by_name["contestants"], by_name["tokens"]} & set(tab.from_link(request))
+    request.query_params = asked | {"view": "compare"}
+    assert not {by_name["contestants"], by_name["tokens"]} & set(tab.from_link(request))

@@ -105,8 +105,9 @@ def test_what_is_typed_wrongly_is_said_in_one_line_as_text(page, address):
 @pytest.mark.parametrize("window", ["1400", "400"])
 def test_a_link_opens_its_part(browser, address, window):
     page = new_tab(browser, **WINDOWS[window])
-    page.goto(f"{address}/?view=lab&part=race")
+    page.goto(f"{address}/?view=lab&part=race&contestants=fp8,nonsense&tokens=1024")
     page.wait_for_selector("#race-run", state="visible")
+    page.wait_for_function("document.querySelector('#race-tokens input')?.value === '1024'")  # the other is left out
     assert unexplained(page) == []
     page.close()
 

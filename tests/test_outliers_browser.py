@@ -191,6 +191,18 @@ def test_a_link_opens_its_part_as_the_form_was(page, address, name, width):
     )
 
 
+def test_a_link_chooses_the_input_and_a_watched_run_leaves_it(page, address):
+    open_outliers(page, address, "part=activations&kind=gate%2Fup")
+    chosen = "document.querySelector('#kind input:checked')?.value === 'gate/up'"
+    page.wait_for_function(chosen)
+    page.wait_for_function(
+        "/kind=gate%2Fup/.test(document.querySelector('#outlier-link textarea, #outlier-link input')?.value)"
+    )
+    watch(page)
+    page.wait_for_selector("#outlier-map .js-plotly-plot .hm")
+    assert page.evaluate(chosen)
+
+
 def test_what_if_shows_what_it_depends_on(page, address):
     open_outliers(page, address, "part=what-if")
     page.wait_for_selector("#silencing-run")

@@ -46,6 +46,7 @@ def build(state: AppState) -> gr.Blocks:
         fit.wire(page, fit_tab)
         lab.wire(lab_tab)
         page.load(outliers.from_link, None, outliers.linked, **QUIET)
+        page.load(lab.from_link, None, lab.linked, **QUIET)
         asked, watched = [compare.prompt, compare.model], [outliers.prompt, outliers.model]
         for shown, there, here in ((tab, asked, watched), (compare_tab, watched, asked)):
             shown.select(None, there, here, js=script("follow.js"), **QUIET)

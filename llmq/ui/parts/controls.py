@@ -62,6 +62,18 @@ def value_of(field: Field, given):
     return kind.read(field.named, str(given if given is not None else "").strip(), {})
 
 
+def linked(field: Field, text: str):
+    """What the control of a field shows of a text in a link. Raises BadChoice naming the field."""
+    kind, found = field.kind, field.kind.read(field.named, text, {})
+    if isinstance(kind, Contestants):
+        return [contestant.label for contestant in found]
+    if isinstance(kind, Numbers) and kind.start is not None:
+        return found[0]
+    if isinstance(kind, Number) and kind.shown is not None:
+        return min(found, kind.shown)
+    return found if isinstance(kind, Choice | Switch) else text
+
+
 def whole(name: str, value) -> int:
     """A slider's number; anything else that is not whole is refused by name."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value != int(value):

@@ -87,5 +87,17 @@ class LabTab:
             part.wire(self._stop)
         self.method.change(lambda name: explained_methods([name]), self.method, self.how, **QUIET)
 
+    @property
+    def linked(self) -> list:
+        """What a link to this tab carries."""
+        return [component for part in self.parts.values() for component in part.panel.linked]
+
+    def from_link(self, request: gr.Request) -> dict:
+        """What the address asks of the labs; what it does not name stays."""
+        wishes, query = {self.linked[0]: gr.skip()}, dict(request.query_params)  # Gradio wants to hear of one
+        for part in self.parts.values() if query.get("view") == "lab" else ():
+            wishes |= part.panel.from_link(query)
+        return wishes
+
     def _stop(self, request: gr.Request) -> None:
         self.state.stop(owner_of(request))

@@ -3,7 +3,8 @@ one for every lab that asks for one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from llmq.figures.pages import texts_markup
 from llmq.labs import lab_classes
 from llmq.labs.rows import RowAnswer, TableLab
 from llmq.models.presets import model_title
-from llmq.ui.parts.controls import control, value_of
+from llmq.ui.parts.controls import control, linked, value_of
 from llmq.ui.parts.explanation import explanation
 from llmq.ui.parts.figure import figure_view, sent
 from llmq.ui.parts.keeping import Keeping
@@ -68,6 +69,20 @@ class LabsPanel:
             explanation(ABOUT)
         labs = self.labs or [lab for lab in lab_classes().values() if lab.panel]
         self.sections = [self._section(lab) for lab in labs]
+
+    def from_link(self, query: Mapping[str, str]) -> dict:
+        """What a link to the part of a lab asks of its controls, as far as it is possible."""
+        wishes = {}
+        for section in self.sections:
+            for field, component in section.controls if query.get("part") == section.lab.kind else ():
+                with suppress(KeyError, UserError):
+                    wishes[component] = linked(field, query[field.name])
+        return wishes
+
+    @property
+    def linked(self) -> list:
+        """What a link may set."""
+        return [component for section in self.sections for _, component in section.controls]
 
     def section(self, lab: type[TableLab]) -> Section:
         """The section of a lab."""

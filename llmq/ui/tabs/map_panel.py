@@ -68,9 +68,10 @@ class MapPanel:
 
     def frame(self, report: OutlierReport) -> dict:
         kinds = kinds_of(report)
+        chosen = {} if set(KINDS) <= set(kinds) else {"value": kinds[0]}  # where all are there, what was chosen stays
         layers = [module.layer for module in report.modules if module.layer is not None]
         return {
-            self.kind: gr.Radio(kinds, value="down" if "down" in kinds else kinds[0]),
+            self.kind: gr.Radio(kinds, **chosen),
             self.layer: gr.Slider(maximum=max(layers, default=0), value=_loudest_layer(report)),
             self.card: {"lead": loudest_line(report)},
         }

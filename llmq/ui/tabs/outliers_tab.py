@@ -15,6 +15,7 @@ from llmq.ui.parts.address import keep_in_address
 from llmq.ui.parts.controls import METHOD_CHOICES, model_field
 from llmq.ui.parts.examples import EXAMPLES
 from llmq.ui.parts.explanation import explanation
+from llmq.ui.parts.glossary import KINDS
 from llmq.ui.parts.keeping import Keeping
 from llmq.ui.parts.notices import Answers, notice
 from llmq.ui.parts.progress import progress_of
@@ -112,7 +113,7 @@ class OutliersTab:
     @property
     def linked(self) -> list:
         """What a link to this tab carries besides the prompt and the model."""
-        return [self.method, self.threshold, self.parts]
+        return [self.method, self.threshold, self.map.kind, self.parts]
 
     def wire(self, tab: gr.Tab) -> None:
         for panel in self.panels:
@@ -138,7 +139,7 @@ class OutliersTab:
         self._wire_link(tab)
 
     def _wire_link(self, tab: gr.Tab) -> None:
-        carried = [self.prompt, self.model, self.method, self.threshold]
+        carried = [self.prompt, self.model, self.method, self.threshold, self.map.kind]
         moved = [tab.select, self.parts.select, *(part.change for part in carried)]
         gr.on(moved, None, carried, self.link, js=script("outlier_link.js"), **QUIET)
         keep_in_address(self.link)
@@ -151,6 +152,7 @@ class OutliersTab:
         return {
             self.method: wishes.get("method", gr.skip()),
             self.threshold: wishes.get("threshold", gr.skip()),
+            self.map.kind: kind if (kind := query.get("kind")) in KINDS else gr.skip(),
             self.parts: gr.Tabs(selected=part) if part in PARTS else gr.skip(),
         }
 
