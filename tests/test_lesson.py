@@ -39,7 +39,7 @@ def test_a_language_is_no_copy_of_another():
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 def test_a_step_has_its_words_and_its_numbers(step):
     words, values = pack.words(), exhibits()[step.name].values
-    for part in ("title", "tell", "ask", "answer", "try"):
+    for part in ("title", "tell", "ask", "answer", "first", "second", "try"):
         for name, _ in NAMED.findall(words[f"{step.name}.{part}"]["en"]):
             assert name in values or name in ("right", "pair"), (step.name, part, name)
     for choices in step.questions.values():
@@ -118,6 +118,7 @@ def test_scales_by_row_save_no_row_of_the_loud_column():
     one, rows = errors(np.abs(matrix).max() / 127), errors(np.abs(matrix).max(axis=1, keepdims=True) / 127)
     exact = errors(np.abs(matrix[:, quiet]).max() / 127)
     assert (rows > 0.5 * one).all() and (rows > 20 * exact).all()
+    assert exhibits()["vectorwise"].pair[1] == pytest.approx(rows.mean())
 
 
 def test_quiz_pairs_differ_and_the_sides_are_mixed():

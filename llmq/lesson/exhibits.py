@@ -44,10 +44,10 @@ class Exhibit:
     visitor would ask to see it live, and what it was recorded on; `pair`: two numbers, for a bar each."""
 
     data: Mapping[str, Any]
-    values: Mapping[str, Any] = field(default_factory=dict)
-    right: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Any]
+    right: Mapping[str, str]
+    pair: tuple[float, float]
     asked: Mapping[str, Any] = field(default_factory=dict)
-    pair: tuple[float, float] | None = None
 
 
 @cache
@@ -66,7 +66,8 @@ def quiz() -> Exhibit:
         pairs.append({"prompt": run.run.settings["prompt"], "texts": texts[::-1] if swapped else texts})
         right[name] = "left" if swapped else "right"
         asked = _asked_run(run) | {"prompt": ""}
-    return Exhibit({"pairs": pairs}, {"pairs": len(pairs)}, right, asked)
+    dense, int8 = (outcome.weight_bytes for outcome in run.summary.outcomes.values())
+    return Exhibit({"pairs": pairs}, {"pairs": len(pairs)}, right, (dense, int8), asked)
 
 
 def transformer() -> Exhibit:
@@ -85,7 +86,8 @@ def transformer() -> Exhibit:
     best = shown[SHOWN_TOKENS // 2 - 1]["next"][0]
     values = shape | {"first": best["text"], "first_share": best["share"], "tokens": SHOWN_TOKENS}
     asked = _asked(read.reading.model, [read.reading.contestant.label], read.reading.prompt, _file("agreement"))
-    return Exhibit({"tokens": shown, "shape": shape}, values, {"transformer": "before"}, asked)
+    looked_at = (1, first + SHOWN_TOKENS)  # by the first token of the prompt, by the last one shown
+    return Exhibit({"tokens": shown, "shape": shape}, values, {"transformer": "before"}, looked_at, asked)
 
 
 def fp16() -> Exhibit:
@@ -100,9 +102,8 @@ def fp16() -> Exhibit:
     before, after = row["bytes"]["fp16"], row["bytes"]["llm-int8"]
     right = min(("7", "14", "28"), key=lambda gigabytes: abs(float(gigabytes) * 1e9 - before))
     values = {"parameters": row["parameters"], "fp16": before, "int8": after, "model": row["model"]}
-    return Exhibit(
-        {"rows": rows, "bits": BITS}, values, {"fp16": right}, _asked(MODEL_7B, ["fp16", "llm-int8"]), (before, after)
-    )
+    asked = _asked(MODEL_7B, ["fp16", "llm-int8"])
+    return Exhibit({"rows": rows, "bits": BITS}, values, {"fp16": right}, (before, after), asked)
 
 
 def round_by_hand() -> Exhibit:
@@ -111,7 +112,7 @@ def round_by_hand() -> Exhibit:
     scale = max(map(abs, numbers)) / 127
     codes = [round(number / scale) for number in numbers]
     values = {"scale": scale, "code": codes[0], "number": numbers[0], "largest": 2.54}
-    return Exhibit({"numbers": numbers}, values, {"round": str(codes[0])})
+    return Exhibit({"numbers": numbers}, values, {"round": str(codes[0])}, (max(codes), codes[0]))
 
 
 def absmax() -> Exhibit:
@@ -128,7 +129,8 @@ def absmax() -> Exhibit:
     (quiet_codes, quiet_error), (codes, error) = told(1.0), told(loud)
     values = {"loud": loud, "codes": codes, "quiet_codes": quiet_codes, "error": error, "quiet_error": quiet_error}
     values["times"] = error / quiet_error
-    return Exhibit({"numbers": numbers, "place": place, "loud": loud}, values, {"absmax": str(codes)})
+    data = {"numbers": numbers, "place": place, "loud": loud}
+    return Exhibit(data, values, {"absmax": str(codes)}, (quiet_codes, codes))
 
 
 MATRIX = (  # four tokens, six channels
@@ -141,7 +143,21 @@ MATRIX = (  # four tokens, six channels
 
 def vectorwise() -> Exhibit:
     """A small matrix with a loud row, or with a loud column, and a scale for all of it or for each row."""
-    return Exhibit({"matrix": MATRIX, "row": 1, "column": 2, "loud": 60.0}, {"loud": 60.0}, {"vectorwise": "none"})
+    row, column, loud = 1, 2, 60.0
+
+    def error(is_loud: Callable[[int, int], bool]) -> float:
+        """The mean error of the other numbers where each row has a scale of its own."""
+        errors = []
+        for i, line in enumerate(MATRIX):
+            numbers = [number * loud if is_loud(i, j) else number for j, number in enumerate(line)]
+            scale = max(map(abs, numbers)) / 127
+            others = (number for j, number in enumerate(numbers) if not is_loud(i, j))
+            errors += [abs(round(number / scale) * scale - number) for number in others]
+        return sum(errors) / len(errors)
+
+    data = {"matrix": MATRIX, "row": row, "column": column, "loud": loud}
+    pair = error(lambda i, j: i == row), error(lambda i, j: j == column)
+    return Exhibit(data, {"loud": loud}, {"vectorwise": "none"}, pair)
 
 
 def decomposition() -> Exhibit:
@@ -151,7 +167,7 @@ def decomposition() -> Exhibit:
     right = min(("1", "10", "50"), key=lambda percent: abs(float(percent) / 100 - share))
     values = {"kept": found["kept"], "columns": found["columns"], "share": share, "threshold": found["threshold"]}
     data = {"matrix": MATRIX, "column": 2, "loud": 60.0, "threshold": found["threshold"]}
-    return Exhibit(data, values, {"decomposition": right}, _asked_outliers(found), (found["columns"], found["kept"]))
+    return Exhibit(data, values, {"decomposition": right}, (found["columns"], found["kept"]), _asked_outliers(found))
 
 
 def outliers() -> Exhibit:
@@ -162,7 +178,7 @@ def outliers() -> Exhibit:
     values |= {"width": found["width"], "layers": found["layers"]}
     right = "few" if found["strongest"] < found["reads"] / 4 else "many"
     data = {name: found[name] for name in ("width", "names", "sixteenths", "threshold", "tokens")}
-    return Exhibit(data, values, {"outliers": right}, _asked_outliers(found), (found["largest"], found["typical"]))
+    return Exhibit(data, values, {"outliers": right}, (found["largest"], found["typical"]), _asked_outliers(found))
 
 
 def silence() -> Exhibit:
@@ -182,7 +198,7 @@ def silence() -> Exhibit:
         for name, row in (("whole", whole), ("random", random), ("strongest", strongest))
     ]
     asked = _asked(answer["model"], ["fp16"], RECORDED_PROMPT, answer)
-    return Exhibit({"texts": texts}, values, {"silence": right}, asked, (before, after))
+    return Exhibit({"texts": texts}, values, {"silence": right}, (before, after), asked)
 
 
 def parting() -> Exhibit:
@@ -202,7 +218,7 @@ def parting() -> Exhibit:
     values |= {"second_share": other, "tie": found.nearly_a_tie}
     values |= {"fp16": outcomes[0].weight_bytes, "int8": outcomes[1].weight_bytes}
     data = {"texts": texts, "choices": [[found.first.text, sure], [found.second.text, other]]}
-    return Exhibit(data, values, {"parting": right}, _asked_run(run), (sure, other or 0.0))
+    return Exhibit(data, values, {"parting": right}, (sure, other or 0.0), _asked_run(run))
 
 
 def time() -> Exhibit:
@@ -230,7 +246,7 @@ def time() -> Exhibit:
     values |= {"device": _result("gpu-7b")["conditions"]["device_name"], "spread": max(row["spread"] for row in rows)}
     data = {"rows": rows, "stages": case["stages"]}
     asked = _asked(MODEL_7B, ["fp16", "bnb-int8", "llm-int8"], "", _result("gpu-7b-lean"))
-    return Exhibit(data, values, {"time": right}, asked, (library["over"], own["over"]))
+    return Exhibit(data, values, {"time": right}, (library["over"], own["over"]), asked)
 
 
 def race() -> Exhibit:
@@ -247,7 +263,7 @@ def race() -> Exhibit:
     values = {"best_kl": best["kl"], "kl": llm_int8["kl"], "times": llm_int8["kl"] / best["kl"]}
     values |= {"methods": len(rows)}
     asked = _asked(answer["model"], [row["method"] for row in rows], "", answer)
-    return Exhibit({"rows": rows}, values, {"race": best["method"]}, asked, (llm_int8["kl"], best["kl"]))
+    return Exhibit({"rows": rows}, values, {"race": best["method"]}, (llm_int8["kl"], best["kl"]), asked)
 
 
 def fit() -> Exhibit:
@@ -269,7 +285,7 @@ def fit() -> Exhibit:
     values = {"fp16": dense, "int8": int8, "usable": usable, "model": cell["model"], "card": cell["card"]}
     values["tokens"] = cell["tokens"]
     data = {"cells": cells, "bits": BITS}
-    return Exhibit(data, values, {"fit": right}, _asked(MODEL_8B, ["fp16", "llm-int8"]), (dense, int8))
+    return Exhibit(data, values, {"fit": right}, (dense, int8), _asked(MODEL_8B, ["fp16", "llm-int8"]))
 
 
 MAKERS: dict[str, Callable[[], Exhibit]] = {

@@ -16,12 +16,14 @@ RECORDED_PROMPT = "Plan a 3-day itinerary in Paris."
 @dataclass(frozen=True, kw_only=True)
 class Live:
     """The same thing on the page itself: what its address says (`query`), the parts of the form that this fills
-    (`fills`, by selector), the button to press, and what to look at once the answer is there (`lit`)."""
+    (`fills`, by selector), the button to press, and what to look at once the answer is there (`lit`). `later`: what a
+    later step reveals, which stays away."""
 
     query: Mapping[str, str]
     fills: Mapping[str, str] = field(default_factory=dict)
     press: str = ""
     lit: str
+    later: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,16 @@ def _compared(prompt: str, methods: str, tokens: int, lit: str) -> Live:
     )  # fmt: skip
 
 
-def _watched(part: str, press: str, lit: str) -> Live:
+def _watched(part: str, press: str, lit: str, later: str = "", **more: str) -> Live:
     return Live(
-        query={"view": "outliers", "part": part, "prompt": RECORDED_PROMPT, "method": "llm-int8"},
-        fills={"#outlier-prompt textarea": RECORDED_PROMPT}, press=press, lit=lit,
+        query={"view": "outliers", "part": part, "prompt": RECORDED_PROMPT, "method": "llm-int8", **more},
+        fills={"#outlier-prompt textarea": RECORDED_PROMPT}, press=press, lit=lit, later=later,
     )  # fmt: skip
+
+
+def _mapped(lit: str) -> Live:
+    """The numbers that a layer reads behind a norm, as in the recording."""
+    return _watched("activations", "#watch", lit, later="#silence-card", kind="q/k/v")
 
 
 def _fitted(model: str, card: str, lit: str) -> Live:
@@ -61,8 +68,8 @@ def _fitted(model: str, card: str, lit: str) -> Live:
     )  # fmt: skip
 
 
-def _of_lab(part: str, lit: str, press: str = "") -> Live:
-    return Live(query={"view": "lab", "part": part}, press=press, lit=lit)
+def _of_lab(part: str, lit: str, press: str = "", **asked: str) -> Live:
+    return Live(query={"view": "lab", "part": part, **asked}, press=press, lit=lit)
 
 
 STEPS: tuple[Step, ...] = (
@@ -72,14 +79,14 @@ STEPS: tuple[Step, ...] = (
     ),
     _step(
         "transformer", ("before", "all", "last"), "mask",
-        _watched("agreement", "#read", "#reading-tokens"),
+        _watched("agreement", "#read", "#reading"),
     ),
     _step("fp16", ("7", "14", "28"), "bars", _fitted("llama-2-7b-chat", "t4", "#fit")),
     _step("round", ("25", "64", "127"), "codes", _of_lab("bits", "#bits")),
     _step("absmax", ("7", "4", "1"), "codes", _of_lab("rounding", "#rounding-outlier")),
     _step("vectorwise", ("all", "rows", "none"), "matrix", _of_lab("rounding", "#rounding-method")),
-    _step("decomposition", ("1", "10", "50"), "matrix", _watched("activations", "#watch", "#outlier-status")),
-    _step("outliers", ("many", "few"), "map", _watched("activations", "#watch", "#outlier-map")),
+    _step("decomposition", ("1", "10", "50"), "matrix", _mapped("#outlier-status")),
+    _step("outliers", ("many", "few"), "map", _mapped("#outlier-map")),
     _step("silence", ("same", "doubles", "thousands"), "texts", _watched("what-if", "#silencing-run", "#silencing")),
     _step(
         "parting", ("sure", "likely", "open"), "parted",
@@ -89,7 +96,10 @@ STEPS: tuple[Step, ...] = (
         "time", ("faster", "same", "slower"), "speeds",
         _compared(RECORDED_PROMPT, "fp16,bnb-int8,llm-int8", 16, "#result .llmq-strip"),
     ),
-    _step("race", RACERS, "bars", _of_lab("race", "#race", "#race-run")),
+    _step(
+        "race", RACERS, "bars",
+        _of_lab("race", "#race-table", "#race-run", contestants=",".join(RACERS), tokens="1024"),
+    ),
     _step("fit", ("both", "int8", "none"), "table", _fitted("llama-3.1-8b-instruct", "t4", "#fit")),
 )  # fmt: skip
 

@@ -23,7 +23,6 @@ const choices = (step, state) => el("div", { class: "choices", role: "group", "a
   }));
 
 const pairOf = (step) => {
-  if (!step.pair || !has(`${step.name}.first`)) return null;
   const largest = Math.max(...step.pair), format = LESSON.words[`${step.name}.format`]?.en ?? "";
   return el("div", { class: "numbers" }, step.pair.map((value, i) => el("div", { class: `number side-${i}` },
     el("strong", {}, written(value, format)), el("span", {}, say(i ? `${step.name}.second` : `${step.name}.first`, step.values)),

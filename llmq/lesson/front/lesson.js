@@ -70,6 +70,23 @@ const lightUp = () => {
   lit?.scrollIntoView({ block: "nearest", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 };
 
+// A step is one screen: what is too tall for it is shown smaller, down to a size that can be read.
+const oneScreen = () => {
+  const main = root.querySelector("main");
+  const parts = [[".exhibit", ".drawing", at.presents ? 0.6 : 0.8], [".card", ".card", 0.8]];
+  for (const [, shrunk] of parts) main.querySelector(shrunk).style.zoom = 1;
+  if (window.innerWidth < 900) return; // a phone is scrolled
+  const room = window.innerHeight - (document.documentElement.scrollHeight - main.offsetHeight);
+  for (const [column, shrunk, least] of parts) {
+    const tall = () => main.querySelector(column).getBoundingClientRect().height > room;
+    for (let zoom = 1; zoom > least && tall();) {
+      zoom = Math.max(least, zoom - 0.04);
+      main.querySelector(shrunk).style.zoom = zoom;
+    }
+  }
+};
+window.addEventListener("resize", () => root.querySelector("main") && oneScreen());
+
 const classBar = () => {
   if (!CLASS.on) return CLASS.failed ? el("p", { class: "failed", role: "alert" }, CLASS.failed) : null;
   const people = CLASS.state?.people ?? 0, question = questionOf(LESSON.steps[at.number]);
@@ -122,10 +139,12 @@ const draw = () => {
   document.body.className = `${at.presents ? "presents" : ""} ${revealed ? "revealed" : ""}`;
   root.replaceChildren(topOf(step), ...[classBar(), invitation()].filter(Boolean),
     el("main", { "data-step": step.name, "data-revealed": String(revealed) }, card(step, state, at.number),
-      el("section", { class: "exhibit", "aria-label": say("ui.exhibit") }, revealed && pairOf(step), EXHIBITS[step.name](step, revealed, state), askedLine(step))),
+      el("section", { class: "exhibit", "aria-label": say("ui.exhibit") }, revealed && pairOf(step),
+        el("div", { class: "drawing" }, EXHIBITS[step.name](step, revealed, state)), askedLine(step))),
     el("footer", { class: "way" }, button(say("ui.back"), () => onward(-1), { id: "back", disabled: at.number === 0 || undefined }),
       button(say("ui.next"), () => onward(1), { id: "next", class: revealed ? "primary" : "", disabled: at.number === LESSON.steps.length - 1 && (revealed || !at.presents) || undefined })));
   if (revealed) root.querySelector(`.exhibit [data-part="${step.lit}"]`)?.classList.add("lit");
+  oneScreen();
   if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus({ preventScroll: true });
 };
 

@@ -22,32 +22,36 @@
     link(say("live.back"), lessonAt.href, { lesson: number + 1, lang: language }),
     ...(next ? [link(say("live.next"), app, { ...next.live.query, lesson: number + 2, live: 1, lang: language })] : []));
   document.body.append(card);
+  if (step.live.later) document.head.append(make("style", `${step.live.later} { display: none !important; }`));
 
   const seen = (selector) => [...document.querySelectorAll(selector)].find((one) => one.offsetParent);
   const light = (place) => {
     document.querySelectorAll(".llmq-lit").forEach((one) => one.classList.remove("llmq-lit"));
     place.classList.add("llmq-lit");
-    place.scrollIntoView({ block: "center", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+    place.scrollIntoView({ block: place.offsetHeight > 0.7 * window.innerHeight ? "start" : "center", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   };
-  // First the button, once it is there; after it was pressed, what to look at, once nothing runs any more.
-  let pressed = !step.live.press, shown = null;
-  const running = () => document.querySelector('.llmq-view[data-state="running"]');
+  // First the button, once it is there; after it was pressed, what to look at, once nothing runs any more. Whatever runs
+  // can be stopped: a Stop button that is seen tells of it, soon after the press or never.
+  const SOON = 15000;
+  let lit = null, pressed = step.live.press ? 0 : -Infinity, ran = false;
   const look = () => {
+    const runs = Boolean(seen('[data-part="stop"]'));
     if (!pressed) {
       const button = seen(step.live.press);
-      if (button && shown !== button) {
-        shown = button;
+      if (button && lit !== button) {
+        lit = button;
         light(button);
-        button.addEventListener("click", () => setTimeout(() => { pressed = true; }, 800), { once: true });
+        button.addEventListener("click", () => { pressed = Date.now(); }, { once: true });
       }
-    } else if (!running()) {
-      const place = seen(step.live.lit);
-      if (place) {
-        light(place);
-        if (step.live.press) told.textContent = say("live.done");
-        clearInterval(timer);
-      }
+      return;
     }
+    ran ||= runs;
+    if (runs || !(ran || Date.now() - pressed > SOON)) return;
+    const place = seen(step.live.lit);
+    if (!place) return;
+    light(place);
+    if (step.live.press) told.textContent = say("live.done");
+    clearInterval(timer);
   };
-  const timer = setInterval(look, 400);
+  const timer = setInterval(look, 200);
 })();
