@@ -14,12 +14,12 @@ RESIDENT = "the process's resident size"
 
 @dataclass(frozen=True)
 class Level:
-    """Bytes on a device. `process`: by what `counted` names; `allocated` and `reserved`: by torch's CUDA allocator, 0
-    on a CPU."""
+    """Bytes on a device. `process`: by what `counted` names; by torch's CUDA allocator, 0 on a CPU: what tensors asked
+    it for (`requested`; it rounds up, and does not cut a block for less than 1 MB), and what it holds (`reserved`)."""
 
     process: int
     counted: str
-    allocated: int = 0
+    requested: int = 0
     reserved: int = 0
 
     @classmethod
@@ -29,8 +29,9 @@ class Level:
         import torch
 
         torch.cuda.synchronize(device)
-        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        return cls(*process_of(MemoryReader(device)(), device, reserved), allocated, reserved)
+        requested = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)  # nothing before the first
+        reserved = torch.cuda.memory_reserved(device)
+        return cls(*process_of(MemoryReader(device)(), device, reserved), requested, reserved)
 
 
 def process_of(figures: Mapping[str, int | None], device: str, reserved: int = 0) -> tuple[int, str]:

@@ -102,7 +102,7 @@ class LedgerBench(DecodingBench):
             "base_bytes": before.process,
             "process_bytes": peak - before.process - (files := unused_file_bytes(engine)),
             "file_bytes": files,
-            "weight_bytes": loaded.allocated - before.allocated or engine.weight_bytes + engine.scale_bytes,
+            "weight_bytes": loaded.requested - before.requested or engine.weight_bytes + engine.scale_bytes,
             "kv_bytes": most.kv,
             "activation_bytes": most.activations,
             "library_bytes": free_library_workspace(self.device),

@@ -22,6 +22,7 @@ from llmq.engine.base import Engine, Interrupted
 from llmq.engine.loading import Key, needs_statistics, statistics_file
 from llmq.errors import OutOfMemory, is_allocation_failure
 from llmq.events import Event, Loaded, Loading, Progress, Waiting
+from llmq.machine.allocator import let_segments_grow
 from llmq.machine.pool import Pool
 from llmq.machine.queue import DeviceQueue, Turn
 from llmq.machine.thread import ComputeThread, Stuck
@@ -69,6 +70,7 @@ class Machine:
         clock: Callable[[], float] = time.monotonic,
         thread: ComputeThread | None = None,
     ):
+        let_segments_grow()
         self.pool, self.queue, self.clock = Pool(load, clock), DeviceQueue(), clock
         self.thread = thread or ComputeThread()
 
