@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,6 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice
 from llmq.formulas import SYMBOLS, Use, moments, weight_formulas
 from llmq.levels import Level, process_of
-from llmq.machine.door import Machine
 from llmq.memory import forecast, predict
 from llmq.methods import METHODS, parse_method
 from llmq.models.config import PlainConfig
@@ -232,7 +233,6 @@ def test_the_table_has_predicted_beside_measured():
     assert f"{said} 5.00 kB of it was there before, less up to 70 B of a mapped file that no weight lies in" in caption
 
 
-MISSED = {("gpu-memory-tinyllama", "bnb-int8")}  # most of it the allocator's slack; REPORT.md tells it
 STORED = [path for path in sorted(tables.RESULTS.glob("*-memory*.json"))]
 
 
@@ -241,15 +241,17 @@ def test_stored_predictions_are_within_the_bounds(file: Path):
     result = json.loads(file.read_text())
     for row in result["results"]:
         for key, bound in BOUNDS.items():
-            missed = (file.stem, row["method"]) in MISSED
-            assert (abs(row[key]) > bound) == missed, (file.stem, row["method"], key)
+            assert abs(row[key]) < bound, (file.stem, row["method"], key)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_s_lines_are_what_its_driver_counts(demo):
-    *_, result = Machine().run(asked("demo", "fp16,llm-int8", device="cuda:0", prompt_tokens=64, new_tokens=16))
-    for row in result["results"]:
+def test_a_gpu_s_lines_are_what_its_driver_counts(demo, tmp_path):
+    """In a process of its own: this one has memory that other tests made it take."""
+    asked = "--device cuda:0 --methods fp16,llm-int8 --prompt-tokens 64 --new-tokens 16 --save".split()
+    command = [sys.executable, "-m", "llmq", "bench", "memory", *asked, str(tmp_path / "found.json")]
+    subprocess.run(command, check=True)
+    for row in json.loads((tmp_path / "found.json").read_text())["results"]:
         assert abs(row["weights_kv_error"]) < BOUNDS["weights_kv_error"]
         assert sum(row[key] or 0 for key in LINES) == row["process_bytes"] > row["weight_bytes"]
         assert row["library_bytes"] >= 0 and row["slack_bytes"] >= 0
