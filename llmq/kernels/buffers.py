@@ -9,8 +9,7 @@ import torch
 from llmq.kernels.primitives import Tensors
 
 PADDING = 32  # entries of a list of outliers that may be read without knowing how many there are
-UNDIVIDED = 512  # positions one program per head reads sooner than several do and combine
-SHORTEST_PART = 128
+SHORTEST_PART = 64  # positions
 MOST_PARTS = 16  # 16 parts of 32 heads fill 132 multiprocessors four times
 
 
@@ -73,16 +72,19 @@ class Cache(Tensors):
 @dataclass(frozen=True)
 class Partials(Tensors):
     """Attention over parts of the context, to be combined: float32 `sums` (heads, parts, head_dim), `peaks` and
-    `weights` (heads, parts), the largest score and the sum of exponentials of each part."""
+    `weights` (heads, parts), the largest score and the sum of exponentials of each part; `arrived`: int32 (heads,),
+    how many parts of this token are done, 0 between two tokens."""
 
     sums: torch.Tensor
     peaks: torch.Tensor
     weights: torch.Tensor
+    arrived: torch.Tensor
     part: int  # positions in one part
 
     @classmethod
     def empty(cls, heads: int, head_dim: int, capacity: int, device: str) -> Partials:
-        part = capacity if capacity <= UNDIVIDED else max(SHORTEST_PART, capacity // MOST_PARTS)
+        part = max(SHORTEST_PART, capacity // MOST_PARTS)
         parts = -(-capacity // part)
         peaks, weights = torch.empty(2, heads, parts, device=device)
-        return cls(torch.empty(heads, parts, head_dim, device=device), peaks, weights, part)
+        arrived = torch.zeros(heads, dtype=torch.int32, device=device)
+        return cls(torch.empty(heads, parts, head_dim, device=device), peaks, weights, arrived, part)

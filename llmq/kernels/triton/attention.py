@@ -2,7 +2,8 @@
 
 A program takes one head and one part of the positions. It rotates the query itself; the program of the last part also
 rotates and appends the new key and value, and the cache is read only up to there, so that no program reads what another
-one is writing. Parts beyond the length end at once: a captured graph serves every length up to its capacity.
+one is writing. Parts beyond the length end at once: a captured graph serves every length up to its capacity. Whoever of
+a head's programs is the last to be done combines the parts, so that a short context pays for no second kernel.
 """
 
 from __future__ import annotations
@@ -38,10 +39,23 @@ def _block(keys_ptr, values_ptr, first, stop, at, whole, half, width, BLOCK: tl.
 
 
 @triton.jit
+def _combined(sums_ptr, peaks_ptr, weights_ptr, first, used, width, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """The output of a head from its `used` parts, past the caches that may have what was there before."""
+    slot, whole = first + tl.arange(0, PARTS), tl.arange(0, WIDTH)
+    there = tl.arange(0, PARTS) < used
+    peaks = tl.load(peaks_ptr + slot, mask=there, other=-float("inf"), cache_modifier=".cg")  # (PARTS,)
+    weights = tl.load(weights_ptr + slot, mask=there, other=0.0, cache_modifier=".cg")
+    share = tl.exp(peaks - tl.max(peaks, 0))
+    inside = there[:, None] & (whole < width)[None, :]  # (PARTS, WIDTH)
+    sums = tl.load(sums_ptr + slot[:, None] * width + whole[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    return tl.sum(sums * share[:, None], 0) / tl.sum(weights * share, 0)  # (WIDTH,)
+
+
+@triton.jit
 def _part(
-    qkv_ptr, keys_ptr, values_ptr, rope_ptr, position_ptr, sums_ptr, peaks_ptr, weights_ptr, out_ptr,
+    qkv_ptr, keys_ptr, values_ptr, rope_ptr, position_ptr, sums_ptr, peaks_ptr, weights_ptr, arrived_ptr, out_ptr,
     heads, groups, width, capacity, parts, part, scale,
-    HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr, OVERLAP: tl.constexpr,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
     head, mine = tl.program_id(0), tl.program_id(1)
@@ -90,33 +104,19 @@ def _part(
             weight = weight * shrink + share
             total = total * shrink + new.to(tl.float32) * share
             peak = higher
-        if ALONE:
-            y = (total / weight).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + head * width + whole, y, mask=whole < width)
+        used = position // part + 1
+        if used == 1:  # nobody to wait for
+            tl.store(out_ptr + head * width + whole, (total / weight).to(out_ptr.dtype.element_ty), mask=whole < width)
         else:
             slot = head * parts + mine
             tl.store(sums_ptr + slot * width + whole, total, mask=whole < width)
             tl.store(peaks_ptr + slot, peak)
             tl.store(weights_ptr + slot, weight)
-
-
-@triton.jit
-def _combine(
-    sums_ptr, peaks_ptr, weights_ptr, position_ptr, out_ptr, width, parts, part,
-    PARTS: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    let_next_start(OVERLAP)
-    head = tl.program_id(0)
-    wait_for_previous(OVERLAP)
-    used = tl.load(position_ptr).to(tl.int32) // part + 1
-    slot, whole = tl.arange(0, PARTS), tl.arange(0, WIDTH)
-    peaks = tl.load(peaks_ptr + head * parts + slot, mask=slot < used, other=-float("inf"))  # (PARTS,)
-    weights = tl.load(weights_ptr + head * parts + slot, mask=slot < used, other=0.0)
-    share = tl.exp(peaks - tl.max(peaks, 0))
-    inside = (slot < used)[:, None] & (whole < width)[None, :]  # (PARTS, WIDTH)
-    sums = tl.load(sums_ptr + (head * parts + slot)[:, None] * width + whole[None, :], mask=inside, other=0.0)
-    y = tl.sum(sums * share[:, None], 0) / tl.sum(weights * share, 0)  # (WIDTH,)
-    tl.store(out_ptr + head * width + whole, y.to(out_ptr.dtype.element_ty), mask=whole < width)
+            tl.debug_barrier()  # all that this program stored, before it says so
+            if tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == used - 1:
+                tl.store(arrived_ptr + head, 0)  # for the next token
+                y = _combined(sums_ptr, peaks_ptr, weights_ptr, head * parts, used, width, PARTS, WIDTH)
+                tl.store(out_ptr + head * width + whole, y.to(out_ptr.dtype.element_ty), mask=whole < width)
 
 
 def attend(
@@ -125,16 +125,10 @@ def attend(
     """See `reference.attend`."""
     groups, capacity, width = cache.keys.shape
     heads, parts, _ = scratch.sums.shape
-    sizes = {"WIDTH": triton.next_power_of_2(width), **options(out.device)}
     _part[(heads, parts)](
-        qkv, cache.keys, cache.values, rope, position, scratch.sums, scratch.peaks, scratch.weights, out,
+        qkv, cache.keys, cache.values, rope, position,
+        scratch.sums, scratch.peaks, scratch.weights, scratch.arrived, out,
         heads, groups, width, capacity, parts, scratch.part, width**-0.5,
-        HALF=triton.next_power_of_2(width // 2), BLOCK=BLOCK, ALONE=parts == 1, num_warps=8 if parts == 1 else 4,
-        **sizes,
-    )  # fmt: skip
-    if parts == 1:
-        return
-    _combine[(heads,)](
-        scratch.sums, scratch.peaks, scratch.weights, position, out, width, parts, scratch.part,
-        PARTS=triton.next_power_of_2(parts), num_warps=4, **sizes,
+        HALF=triton.next_power_of_2(width // 2), WIDTH=triton.next_power_of_2(width), BLOCK=BLOCK,
+        PARTS=triton.next_power_of_2(parts), num_warps=2, **options(out.device),
     )  # fmt: skip
