@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 if not os.environ.get("LLMQ_TEST_GPU"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when triton is imported
+if os.environ.get("PYTEST_XDIST_WORKER"):  # beside other workers a thread that waits for a preempted one costs 10 times
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
