@@ -70,8 +70,8 @@ class Sampler:
 
         logits = logits.float()
         token = logits.argmax() if self.settings.temperature == 0 else self._draw(logits)
-        logprob = logits.gather(0, token.view(1))[0] - logits.logsumexp(-1)  # indexing would wait for a GPU
-        return torch.stack([token.double(), logprob.double()])
+        logprob = logits.log_softmax(-1).gather(0, token.view(1))  # few kernels, and indexing would wait for a GPU
+        return torch.cat([token.view(1).double(), logprob.double()])
 
     def _draw(self, logits: torch.Tensor) -> torch.Tensor:
         import torch
