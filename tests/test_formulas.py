@@ -124,7 +124,8 @@ def test_sentences_that_a_mark_cannot_hold():
     bnb = rows_of("gpu-7b")["bnb-int8"]
     assert f"{100 * (bnb['allocated_bytes'] / bnb['predicted_bytes'] - 1):.1f} % more, which the library keeps" in TEXT
     speeds, kls = rows_of("gpu-7b-lean"), rows_of("gpu-methods-quality")
-    assert speeds["int8-weight-only"]["tokens_per_second"] > 0.97 * speeds["llm-int8"]["tokens_per_second"]
+    behind = 1 - speeds["int8-weight-only"]["tokens_per_second"] / speeds["llm-int8"]["tokens_per_second"]
+    assert f"int8 *weights alone* are within {math.ceil(100 * behind)} % of LLM.int8()'s speed" in TEXT
     assert kls["llm-int8"]["kl_to_fp16"] > 6 * kls["int8-weight-only"]["kl_to_fp16"]
     for length, (low, high) in {64: (4, 5), 300: (3, 5), 512: (3, 5)}.items():
         seconds = {row["method"]: row["seconds"] for row in stored(f"gpu-7b-prefill-{length}")["results"]}
