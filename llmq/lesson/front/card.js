@@ -2,7 +2,7 @@
 const tallyBars = (step, question, revealed) => {
   const tally = tallyOf(question);
   if (!tally) return null;
-  if (!tally.counts) return el("p", { class: "quiet tally" }, say(tally.votes === 1 ? "class.vote" : "class.votes", { votes: tally.votes }));
+  if (!tally.counts || (at.presents && !revealed)) return el("p", { class: "quiet tally" }, say(tally.votes === 1 ? "class.vote" : "class.votes", { votes: tally.votes }));
   const right = step.right[question], most = Math.max(1, ...Object.values(tally.counts));
   return el("div", { class: "tally" },
     step.questions[question].map((choice) => barRow(labelOf(step, choice), (tally.counts[choice] || 0) / most, String(tally.counts[choice] || 0),

@@ -69,7 +69,7 @@ const vote = async (question, choice) => {
 };
 const lead = async (to) => { try { CLASS.state = await within("/lead", { body: to }); CLASS.changed(); } catch (error) { tell(error); } };
 const reset = async (question) => { try { CLASS.state = await within("/reset", { body: { question } }); CLASS.changed(); } catch (error) { tell(error); } };
-const end = async () => { try { await within("/end", { body: {} }); leave(); } catch (error) { tell(error); } };
+const end = async () => { try { await within("/end", { body: {} }); leave(); CLASS.failed = say("class.over"); CLASS.changed(); } catch (error) { tell(error); } };
 const exported = async () => {
   const answer = await fetch(`class/${CLASS.code}/export`, { headers: { Authorization: `Bearer ${CLASS.token}` } });
   const link = el("a", { href: URL.createObjectURL(await answer.blob()), download: `llmq-class-${CLASS.code}.csv` });

@@ -25,7 +25,7 @@ const choiceOf = (label, options, value, changed) => el("div", { class: "choice"
     changed(name);
   }, { "aria-pressed": String(name === value) })));
 
-const hidden = () => el("p", { class: "covered" }, say("ui.covered"));
+const hidden = () => el("p", { class: "covered" }, say(at.presents || CLASS.teacher ? "ui.coveredHere" : "ui.covered"));
 
 // Tokens as people see them: a line break is an arrow, a space at the edge is kept.
 const tokenText = (text) => text.replaceAll("\n", "↵").replaceAll(" ", " ");

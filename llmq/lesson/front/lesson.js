@@ -87,6 +87,12 @@ const oneScreen = () => {
 };
 window.addEventListener("resize", () => root.querySelector("main") && oneScreen());
 
+const present = () => {
+  Object.assign(at, { presents: !at.presents, shows: false });
+  writeAddress();
+  draw();
+};
+
 const classBar = () => {
   if (!CLASS.on) return CLASS.failed ? el("p", { class: "failed", role: "alert" }, CLASS.failed) : null;
   const people = CLASS.state?.people ?? 0, question = questionOf(LESSON.steps[at.number]);
@@ -100,15 +106,14 @@ const classBar = () => {
     button(say("class.show"), () => { at.shows = !at.shows; draw(); }, { id: "show-link" }),
     button(say(CLASS.state?.step ? "class.release" : "class.gather"), () => lead({ step: CLASS.state?.step ? null : question })),
     button(say(at.presents ? "class.desk" : "class.present"), () => {
-      at.presents = !at.presents;
-      at.shows = false;
-      writeAddress();
-      if (!CLASS.state?.step) lead({ step: question }); // those in class come along
-      draw();
+      present();
+      if (at.presents) lead({ step: question }); // those in class come along
     }),
     button(say("class.reset"), () => window.confirm(say("class.sure")) && forget(question)),
-    button(say("class.resetAll"), () => window.confirm(say("class.sureAll")) && forget(null)),
-    button(say("class.export"), exported), button(say("class.end"), () => window.confirm(say("class.sureEnd")) && end()),
+    ...(at.presents ? [] : [
+      button(say("class.resetAll"), () => window.confirm(say("class.sureAll")) && forget(null)),
+      button(say("class.export"), exported), button(say("class.end"), () => window.confirm(say("class.sureEnd")) && end()),
+    ]),
     CLASS.failed && el("span", { class: "failed", role: "alert" }, CLASS.failed));
 };
 
@@ -121,6 +126,7 @@ const topOf = (step) => el("header", { class: "top" },
     class: i === at.number ? "current" : "", title: titleOf(one), "aria-label": `${i + 1}: ${titleOf(one)}`, "aria-current": i === at.number ? "step" : undefined }))),
   el("div", { class: "languages" }, LESSON.languages.map((name) => button(name.toUpperCase(), () => { speak(name); kept.set("lang", name); writeAddress(); draw(); }, {
     "aria-pressed": String(language === name), lang: name }))),
+  !CLASS.on && button(say(at.presents ? "class.desk" : "class.present"), present, { id: "present" }),
   document.documentElement.dataset.live === "yes" && el("a", { href: "../" }, say("ui.app")));
 
 const draw = () => {
@@ -145,6 +151,7 @@ const draw = () => {
       button(say("ui.next"), () => onward(1), { id: "next", class: revealed ? "primary" : "", disabled: at.number === LESSON.steps.length - 1 && (revealed || !at.presents) || undefined })));
   if (revealed) root.querySelector(`.exhibit [data-part="${step.lit}"]`)?.classList.add("lit");
   oneScreen();
+  root.querySelector(".steps .current").scrollIntoView({ block: "nearest", inline: "center" });
   if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus({ preventScroll: true });
 };
 
@@ -158,10 +165,13 @@ const followed = () => {
 CLASS.changed = () => { followed(); const typing = root.querySelector(".exhibit :focus"); if (!typing || follows()) draw(); };
 
 document.addEventListener("keydown", (event) => {
-  if (event.target.closest("input, textarea, select, details") || event.ctrlKey || event.metaKey || event.altKey) return;
+  const pages = at.presents && event.key.startsWith("Page") && event.target.type === "range"; // a presenter's remote
+  if ((event.target.closest("input, textarea, select, details") && !pages) || event.ctrlKey || event.metaKey || event.altKey) return;
   const by = { ArrowRight: 1, PageDown: 1, ArrowLeft: -1, PageUp: -1 }[event.key];
   if (by) { event.preventDefault(); onward(by); }
 });
+// A slider that was let go gives the keys back to the lesson.
+document.addEventListener("pointerup", ({ target }) => { if (at.presents && target.type === "range") target.blur(); });
 window.addEventListener("popstate", () => { const number = stepIn(params().get("lesson")); if (number !== at.number) go(number); });
 
 const start = async () => {
@@ -179,6 +189,7 @@ const start = async () => {
       at.shows = CLASS.on;
     } else if (code) await join(code);
     else if (known?.token) { enter(known.code, known.token, known.teacher); await poll(); }
+    if (CLASS.teacher && CLASS.state?.step) [at.number, at.pair] = [stepIn(CLASS.state.step), pairIn(CLASS.state.step)];
     setInterval(poll, POLL);
   }
   writeAddress();
