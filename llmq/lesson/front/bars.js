@@ -14,10 +14,12 @@ EXHIBITS.time = (step, revealed) => {
       `${say(`time.stage.${name}`)} ${written(seconds / whole, "%")}`))));
 };
 
+const SAID = ["awq", "absmax"]; // besides those of the question, by the answer
 EXHIBITS.race = (step, revealed) => {
   if (!revealed) return el("div", { class: "stack" }, hidden());
   const low = -3, high = Math.log10(Math.max(...step.data.rows.map((row) => row.kl)));
-  const rows = [...step.data.rows].sort((one, other) => one.kl - other.kl);
+  const named = [...step.questions.race, ...SAID];
+  const rows = forTheLastRow([...step.data.rows].sort((one, other) => one.kl - other.kl), (row) => named.includes(row.method));
   return el("div", { class: "stack dense", "data-part": "bars" }, rows.map((row) => barRow(
     el("span", {}, methodName(row), " ", el("small", {}, written(row.bytes, "MB"))), (Math.log10(row.kl) - low) / (high - low),
     written(row.kl), row.method === step.right.race ? "best" : "")), el("p", { class: "quiet" }, say("race.axis")));
@@ -26,10 +28,11 @@ EXHIBITS.race = (step, revealed) => {
 EXHIBITS.fit = (step, revealed) => {
   if (!revealed) return el("div", { class: "stack" }, hidden());
   const { cells, bits } = step.data, cards = [...new Set(cells.map((cell) => cell.card))], models = [...new Set(cells.map((cell) => cell.model))];
+  const shown = forTheLastRow(models, (model) => model !== models[0]);
   const cellOf = (model, card) => cells.find((cell) => cell.model === model && cell.card === card);
   return el("div", { class: "stack" }, el("table", { class: "fits", "data-part": "table" },
     el("thead", {}, el("tr", {}, el("th", {}, ""), cards.map((card) => el("th", { scope: "col" }, card)))),
-    el("tbody", {}, models.map((model) => el("tr", {}, el("th", { scope: "row" }, model), cards.map((card) => el("td", {},
+    el("tbody", {}, shown.map((model) => el("tr", {}, el("th", { scope: "row" }, model), cards.map((card) => el("td", {},
       bits.map(([method, width]) => { const [bytes, fits] = cellOf(model, card).needs[method];
         return el("div", { class: fits ? "room" : "not" }, el("span", {}, `${fits ? "✓" : "✗"} ${say("ui.bits", { bits: width })}`), el("small", {}, written(bytes, "GB"))); }))))))),
     el("p", { class: "quiet" }, say("fit.says", { tokens: cells[0].tokens })));

@@ -27,6 +27,9 @@ const choiceOf = (label, options, value, changed) => el("div", { class: "choice"
 
 const hidden = () => el("p", { class: "covered" }, say(at.presents || CLASS.teacher ? "ui.coveredHere" : "ui.covered"));
 
+// A projector shows few rows, large enough to be read from the last row of seats.
+const forTheLastRow = (rows, needed) => (at.presents ? rows.filter(needed) : rows);
+
 // Tokens as people see them: a line break is an arrow, a space at the edge is kept.
 const tokenText = (text) => text.replaceAll("\n", "↵").replaceAll(" ", " ");
 const tokenNode = (text, attributes = {}) => el("span", { class: "token", dir: "auto", ...attributes }, tokenText(text));

@@ -70,16 +70,21 @@ EXHIBITS.outliers = (step, revealed) => {
   const canvas = el("canvas", { width: data.width, height: rows.length, class: "map", "data-part": "map", role: "img",
     "aria-label": say("outliers.map") });
   const pointed = el("p", { class: "quiet" }, say("outliers.point"));
+  const around = at.presents ? 2 : 1;
   const draw = (threshold) => {
     const pen = canvas.getContext("2d"), under = [1, 4, 7, 9, 11].map((i) => ramp("under", i)), over = [2, 5, 8].map((i) => ramp("over", i));
     let loud = 0;
-    rows.forEach((row, y) => row.forEach((x, at) => {
-      loud += x >= threshold;
-      pen.fillStyle = x >= threshold ? over[Math.min(2, Math.floor(Math.log2(x / threshold)))]
-        : under[Math.min(4, Math.floor(5 * Math.sqrt(x / threshold)))];
-      if (x >= threshold) pen.fillRect(at - 1, y, 3, 1); // a single dot of 576 is not seen from the last row
-      else pen.fillRect(at, y, 1, 1);
-    }));
+    const each = (draw) => rows.forEach((row, y) => row.forEach((x, channel) => draw(x, channel, y)));
+    each((x, channel, y) => {
+      pen.fillStyle = under[Math.min(4, Math.floor(5 * Math.sqrt(x / threshold)))];
+      pen.fillRect(channel, y, 1, 1);
+    });
+    each((x, channel, y) => {
+      if (x < threshold) return;
+      loud += 1;
+      pen.fillStyle = over[Math.min(2, Math.floor(Math.log2(x / threshold)))];
+      pen.fillRect(channel - around, y, 2 * around + 1, 1); // a single dot of 576 is not seen from the last row
+    });
     const channels = new Set(rows.flatMap((row) => row.flatMap((x, at) => (x >= threshold ? [at] : []))));
     told.textContent = say("outliers.now", { loud, all: rows.length * data.width, channels: channels.size, width: data.width });
   };

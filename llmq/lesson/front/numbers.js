@@ -47,8 +47,9 @@ EXHIBITS.absmax = (step, revealed) => {
 };
 
 EXHIBITS.fp16 = (step, revealed) => {
-  const bits = Object.fromEntries(step.data.bits), largest = Math.max(...step.data.rows.map((row) => row.bytes.fp16));
-  return el("div", { class: "stack", "data-part": "bars" }, step.data.rows.map((row) => el("div", { class: "bar-group" },
+  const bits = Object.fromEntries(step.data.bits), rows = forTheLastRow(step.data.rows, (row) => row.model === step.values.model);
+  const largest = Math.max(...rows.map((row) => row.bytes.fp16));
+  return el("div", { class: "stack", "data-part": "bars" }, rows.map((row) => el("div", { class: "bar-group" },
     el("h3", {}, say("fp16.model", { model: row.model, parameters: row.parameters })),
     revealed ? Object.entries(row.bytes).map(([method, bytes]) => barRow(say("ui.bits", { bits: bits[method] }), bytes / largest,
       bytes < 1e9 ? written(bytes, "MB") : written(bytes, "GB"), `bits-${bits[method]}`)) : hidden())));
