@@ -5,7 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
-from browser_support import WINDOWS, new_tab, open_page, raw_messages, status, themes, unexplained, wait_until_still
+from browser_support import (
+    PATIENCE,
+    WINDOWS,
+    new_tab,
+    open_page,
+    raw_messages,
+    status,
+    themes,
+    unexplained,
+    wait_until_still,
+)
 from colours import rgb
 
 from llmq.figures.palette import DARK, LIGHT
@@ -132,6 +142,7 @@ def test_the_amplifier_breaks_absmax_and_not_the_decomposition(observatory, scre
             "f => (document.querySelector('#amplifying-table')?.innerText ?? '').split('\\n')"
             ".filter(cell => cell === f).length >= 4",
             arg=factor,
+            timeout=5 * PATIENCE,  # four methods read a text twice
         )
         wait_for_status(page, "amplifying-status", "Measured on")
     series = drawn(page, "amplifying-figure")["series"]
