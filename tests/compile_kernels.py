@@ -31,9 +31,7 @@ for _n in ("", "2", "3"):
     SEVERAL |= {f"n_out{_n}": "i32"}
 PART = dict.fromkeys(("heads", "groups", "width", "capacity", "parts", "part"), "i32") | {"scale": "fp32"}
 PART |= {"qkv_ptr": F16, "keys_ptr": F16, "values_ptr": F16, "rope_ptr": F32, "position_ptr": I64, "out_ptr": F16}
-PART |= {"sums_ptr": F32, "peaks_ptr": F32, "weights_ptr": F32}
-COMBINE = {"sums_ptr": F32, "peaks_ptr": F32, "weights_ptr": F32, "position_ptr": I64, "out_ptr": F16}
-COMBINE |= dict.fromkeys(("width", "parts", "part"), "i32")
+PART |= {"sums_ptr": F32, "peaks_ptr": F32, "weights_ptr": F32, "arrived_ptr": I32}
 NORM = {"x_ptr": F16, "gain_ptr": F16, "out_ptr": F16, "width": "i32", "eps": "fp32", "threshold": "fp32"}
 ROWS8 = {"x_ptr": F16, "codes_ptr": I8, "x_absmax_ptr": F32, "w_ptr": I8, "absmax_ptr": F32, "columns_ptr": I32}
 ROWS8 |= {"count_ptr": I32, "xo_ptr": F16, "wo_ptr": F16, "out_ptr": F16, "rows": "i32", "n_out": "i32"}
@@ -55,9 +53,7 @@ KERNELS = [
     ("product", "_split", PRODUCT8 | {"codes_ptr": I32}, DOT4 | {"GATED": False}, 1, DECODE),
     ("product", "_split", PRODUCT8 | {"codes_ptr": I32}, DOT4 | {"GATED": True}, 4, DECODE),
     ("product", "_split_several", SEVERAL, DOT4, 1, DECODE),
-    ("attention", "_part", PART, {"HALF": 64, "WIDTH": 128, "BLOCK": 64, "ALONE": True}, 8, DECODE),
-    ("attention", "_part", PART, {"HALF": 64, "WIDTH": 128, "BLOCK": 64, "ALONE": False}, 4, DECODE),
-    ("attention", "_combine", COMBINE, {"PARTS": 16, "WIDTH": 128}, 4, DECODE),
+    ("attention", "_part", PART, {"HALF": 64, "WIDTH": 128, "BLOCK": 64, "PARTS": 16}, 2, DECODE),
     ("choice", "_part", {"logits_ptr": F32, "peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "vocabulary": "i32"},
      {"BLOCK": 1024}, 4, DECODE),
     ("choice", "_settle", {"peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "token_ptr": I64, "chosen_ptr": F64,
