@@ -168,6 +168,21 @@ def test_projector_view_with_the_keys(tab, file_server):
     assert not tab.failures
 
 
+def test_a_draw_moves_nobody_who_is_reading_on_a_phone(tab, file_server):
+    """A class draws at every vote; only the strip of steps goes to the present one."""
+    tab.set_viewport_size({"width": 390, "height": 700})
+    open_step(tab, file_server, 12, lang="en")
+    answer(tab)
+    inside = "[...document.querySelectorAll('.steps, .steps .current')].map(one => one.getBoundingClientRect())"
+    strip, current = tab.evaluate(inside)
+    assert strip["left"] <= current["left"] and current["right"] <= strip["right"]
+    tab.evaluate("window.scrollTo(0, document.documentElement.scrollHeight)")
+    before = tab.evaluate("window.scrollY")
+    assert before > 200
+    tab.evaluate("document.querySelector('.languages [aria-pressed=true]').click()")  # draws the same anew
+    assert tab.evaluate("window.scrollY") == before
+
+
 def test_live_steps_fill_the_form_and_point_at_the_page(tab, classroom):
     address, _ = classroom
     for number, step in enumerate(STEPS, 1):

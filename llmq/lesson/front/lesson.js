@@ -85,6 +85,11 @@ const oneScreen = () => {
     }
   }
 };
+// On a phone the strip of steps is wider than the screen. It alone is scrolled: a draw moves nobody who is reading.
+const showCurrent = () => {
+  const strip = root.querySelector(".steps"), [whole, current] = [strip, strip.querySelector(".current")].map((one) => one.getBoundingClientRect());
+  strip.scrollLeft += current.left - whole.left - (whole.width - current.width) / 2;
+};
 window.addEventListener("resize", () => root.querySelector("main") && oneScreen());
 
 const present = () => {
@@ -151,7 +156,7 @@ const draw = () => {
       button(say("ui.next"), () => onward(1), { id: "next", class: revealed ? "primary" : "", disabled: at.number === LESSON.steps.length - 1 && (revealed || !at.presents) || undefined })));
   if (revealed) root.querySelector(`.exhibit [data-part="${step.lit}"]`)?.classList.add("lit");
   oneScreen();
-  root.querySelector(".steps .current").scrollIntoView({ block: "nearest", inline: "center" });
+  showCurrent();
   if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus({ preventScroll: true });
 };
 
