@@ -20,7 +20,7 @@ Weight = torch.Tensor | Int8Weight
 prompts_can_be_captured = False  # a split asks the host how many outliers there are
 FEWEST_ROWS = 17  # of cuBLAS' int8 product, as torch calls it
 FEW_ROWS = 4  # fewer are multiplied as fast by torch's integer product on any processor
-EXACT = 1024  # columns of int8 codes whose products add up to 2**24 at most
+EXACT_COLUMNS = 1024  # of int8 codes: their products add up to 2**24 at most
 
 
 def quantize_rows(weight: torch.Tensor, out: Int8Weight) -> None:
@@ -250,9 +250,9 @@ def _scaled_product(split: SplitRows, weight: Int8Weight) -> torch.Tensor:
 
 
 def _float_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As `_integer_product`, by products of floats: sums of EXACT columns of codes are exact in any order, and whole
+    """As `_integer_product`, by products of floats: sums of EXACT_COLUMNS of codes are exact in any order, and whole
     sums are added up as integers."""
-    parts = zip(x.split(EXACT, dim=1), weight.split(EXACT, dim=1), strict=True)
+    parts = zip(x.split(EXACT_COLUMNS, dim=1), weight.split(EXACT_COLUMNS, dim=1), strict=True)
     whole, *more = ((codes.float() @ columns.float().T) for codes, columns in parts)
     return sum((part.int() for part in more), whole.int()).float() if more else whole
 
