@@ -21,6 +21,7 @@ import app
 from llmq.classroom.classes import Classes
 from llmq.classroom.store import Store
 from llmq.errors import UserError
+from llmq.lesson.exhibits import right_choices
 from llmq.ui import launch
 from llmq.ui.shell import classroom, teaching
 from llmq.ui.shell.classroom import CODES_AT_ONCE, MOST_BYTES, student_link
@@ -140,8 +141,10 @@ def test_an_export_is_a_file_of_every_choice(teacher, student):
     date = rows[0]["date"]
     assert answer.headers["content-disposition"] == f'attachment; filename="class-{teacher.code}-{date}.csv"'
     counts = {"quiz-1": (0, 0), "quiz-2": (0, 0), "outliers": (0, 1)}
+    steps, right = {"quiz-1": "1", "quiz-2": "1", "outliers": "8"}, right_choices()
+    told = {True: "yes", False: "no"}
     assert [tuple(row.values()) for row in rows] == [
-        (question, choice, str(votes), teacher.code, date)
+        (steps[question], question, choice, told[choice == right[question]], str(votes), teacher.code, date)
         for question, found in counts.items() for choice, votes in zip(QUESTIONS[question], found, strict=True)
     ]  # fmt: skip
     plain = teacher.ask("GET", "/export", params={"format": "json"})

@@ -274,6 +274,14 @@ def test_a_class_votes_follows_and_walks_alone(browser, classroom):
         student.wait_for_selector("main[data-step=silence][data-revealed=true]")
         student.wait_for_function(counted)
         in_step(student, next(step for step in STEPS if step.name == "silence"))
+    typing = new_tab(browser, locale="en-GB")
+    typing.goto(f"{address}/lesson/?lang=en")
+    for code, seen in (("NOSUCH", ".class-bar .failed"), (link[-6:].lower(), ".class-bar [aria-pressed=true]")):
+        typing.locator(".class-bar input").fill(code)
+        typing.locator("form.class-bar button").click()
+        typing.wait_for_selector(seen)
+    typing.wait_for_selector("main[data-step=silence][data-revealed=true]")  # in class, where the teacher is
+    typing.close()
     teacher.on("dialog", lambda dialog: dialog.accept())
     teacher.get_by_role("button", name=pack.words()["class.reset"]["en"], exact=True).click()
     for page in (teacher, *students):  # asked again: the answer is hidden, and nobody has voted

@@ -43,6 +43,11 @@ def exhibits() -> dict[str, Exhibit]:
     return {name: make() for name, make in MAKERS.items()}
 
 
+def right_choices() -> dict[str, str]:
+    """The choice of every question that turned out right."""
+    return {question: choice for exhibit in exhibits().values() for question, choice in exhibit.right.items()}
+
+
 def quiz() -> Exhibit:
     """Pairs of texts, FP16's and int8's; which side is int8's depends on nothing but the pair's number."""
     pairs, right, asked = [], {}, {}

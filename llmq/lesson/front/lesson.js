@@ -73,7 +73,7 @@ const lightUp = () => {
 // A step is one screen: what is too tall for it is shown smaller, down to a size that can be read.
 const oneScreen = () => {
   const main = root.querySelector("main");
-  const parts = [[".exhibit", ".drawing", at.presents ? 0.6 : 0.8], [".card", ".card", 0.8]];
+  const parts = [[".exhibit", ".drawing", at.presents ? 0.6 : 0.8], [".card", ".card", at.presents ? 0.7 : 0.8]];
   for (const [, shrunk] of parts) main.querySelector(shrunk).style.zoom = 1;
   if (window.innerWidth < 900) return; // a phone is scrolled
   const room = window.innerHeight - (document.documentElement.scrollHeight - main.offsetHeight);
@@ -98,8 +98,20 @@ const present = () => {
   draw();
 };
 
+// For whoever has a class's code and no link.
+const entrance = () => el("form", { class: "class-bar", onsubmit: async (event) => {
+  event.preventDefault();
+  await join(new FormData(event.target).get("code").trim().toUpperCase());
+  if (!CLASS.on) return;
+  follow(true);
+  writeAddress();
+  followed();
+  draw();
+} }, el("label", {}, say("class.code"), " ", el("input", { name: "code", required: true, autocomplete: "off", autocapitalize: "characters", maxlength: 12, size: 8 })),
+  el("button", {}, say("class.join")), CLASS.failed && el("span", { class: "failed", role: "alert" }, CLASS.failed));
+
 const classBar = () => {
-  if (!CLASS.on) return CLASS.failed ? el("p", { class: "failed", role: "alert" }, CLASS.failed) : null;
+  if (!CLASS.on) return document.documentElement.dataset.class === "yes" ? entrance() : null;
   const people = CLASS.state?.people ?? 0, question = questionOf(LESSON.steps[at.number]);
   if (!CLASS.teacher) {
     return el("div", { class: "class-bar" }, el("span", {}, say("class.in", { code: CLASS.code, people })),

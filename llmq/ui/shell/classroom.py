@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import urlsplit
 
 from starlette.concurrency import run_in_threadpool
@@ -22,6 +22,8 @@ from llmq.classroom.refusals import Full, NoClass, NoToken, NotYours, WrongKey
 from llmq.classroom.store import NotKept
 from llmq.errors import BadChoice, UserError
 from llmq.files import parse_json
+from llmq.lesson.exhibits import right_choices
+from llmq.lesson.steps import STEPS
 from llmq.ui.shell.guesses import Guesses
 from llmq.ui.shell.login import is_let_in, refusal
 
@@ -156,7 +158,8 @@ class _Routes:
         named = {"Content-Disposition": f'attachment; filename="class-{found["class"]}-{found["date"]}.{kind}"'}
         if kind == "json":
             return JSONResponse(found, headers=named)
-        return Response(csv_of(found), media_type="text/csv; charset=utf-8", headers=named)
+        right = await run_in_threadpool(right_choices)
+        return Response(csv_of(found, right), media_type="text/csv; charset=utf-8", headers=named)
 
     async def qr(self, request: Request) -> Response:
         code = self._code(request)
@@ -224,13 +227,17 @@ def _wanted(given: dict, name: str):
     return value
 
 
-def csv_of(found: dict) -> str:
-    """The counts of `Classes.export`, a row for each choice."""
+def csv_of(found: dict, right: Mapping[str, str]) -> str:
+    """The counts of `Classes.export`, a row for each choice; steps have the numbers that the page shows. `right`: the
+    choice that is, by question."""
+    numbers = {question: number for number, step in enumerate(STEPS, 1) for question in step.questions}
     out = io.StringIO()
     rows = csv.writer(out)
-    rows.writerow(("question", "choice", "votes", "class", "date"))
+    rows.writerow(("step", "question", "choice", "right", "votes", "class", "date"))
     for question, counts in found["votes"].items():
-        rows.writerows((question, choice, votes, found["class"], found["date"]) for choice, votes in counts.items())
+        for choice, votes in counts.items():
+            is_right = "yes" if right.get(question) == choice else "no"
+            rows.writerow((numbers[question], question, choice, is_right, votes, found["class"], found["date"]))
     return out.getvalue()
 
 
