@@ -29,6 +29,11 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, {versions}, {device}"
 
 
+def pytest_collection_modifyitems(items):
+    """The files of the browser first: they take longest, and a worker given one at the end works alone."""
+    items.sort(key=lambda item: "browser" not in item.keywords)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """A failure in a browser says what its tabs showed: a state that never came is told by the one that did."""
