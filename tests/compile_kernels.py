@@ -22,9 +22,11 @@ DECODE, TENSOR_CORES = (75, 80, 90), (80, 90)  # int8 `tl.dot` does not compile 
 ALIGNED = {"width", "n_out", "n_out2", "n_out3"}  # multiples of 16 in every model the lean loop takes
 F16, F32, F64, I8, I32, I64 = "*fp16", "*fp32", "*fp64", "*i8", "*i32", "*i64"
 SPLIT = {"codes_ptr": I8, "absmax_ptr": F32, "count_ptr": I32, "index_ptr": I32, "value_ptr": F32}
-NEXT = {"next_count_ptr": I32, "next_index_ptr": I32, "next_value_ptr": F32}
+NOTES = {"tally_ptr": I32, "threshold": "fp32"}
 PRODUCT = {"w_ptr": F16, "out_ptr": F16, "n_out": "i32", "width": "i32"}
-PRODUCT8 = {"x_absmax_ptr": F32, "packed_ptr": I32, "residual_ptr": F16} | SPLIT | PRODUCT | {"w_ptr": I8}
+PRODUCT8 = {"x_ptr": I32, "x_absmax_ptr": F32, "packed_ptr": I32, "threshold": "fp32"} | SPLIT | PRODUCT
+PRODUCT8 = {name: kind for name, kind in PRODUCT8.items() if name != "codes_ptr"} | {"w_ptr": I8}
+NOTES_OUT = {"tally_ptr": I32, "out_index_ptr": I32, "out_value_ptr": F32}
 SEVERAL = {"x_absmax_ptr": F32, "width": "i32"} | SPLIT | {"codes_ptr": I32}
 for _n in ("", "2", "3"):
     SEVERAL |= {f"w{_n}_ptr": I8, f"packed{_n}_ptr": I32, f"absmax{_n}_ptr": F32, f"out{_n}_ptr": F16}
@@ -33,33 +35,35 @@ PART = dict.fromkeys(("heads", "groups", "width", "capacity", "parts", "part"), 
 PART |= {"qkv_ptr": F16, "keys_ptr": F16, "values_ptr": F16, "rope_ptr": F32, "position_ptr": I64, "out_ptr": F16}
 PART |= {"sums_ptr": F32, "peaks_ptr": F32, "weights_ptr": F32, "arrived_ptr": I32}
 NORM = {"x_ptr": F16, "gain_ptr": F16, "out_ptr": F16, "width": "i32", "eps": "fp32", "threshold": "fp32"}
+VECTOR = {"BLOCK": 4096, "SLICE": 128, "NORM": True, "SPLIT": True, "EMPTIED": 0}
 ROWS8 = {"x_ptr": F16, "codes_ptr": I8, "x_absmax_ptr": F32, "w_ptr": I8, "absmax_ptr": F32, "columns_ptr": I32}
 ROWS8 |= {"count_ptr": I32, "xo_ptr": F16, "wo_ptr": F16, "out_ptr": F16, "rows": "i32", "n_out": "i32"}
 NOTED = {"x_ptr": F16, "marks_ptr": I8, "absmax_ptr": F32, "width": "i32"}
 PLAIN = {"ROWS": 2, "COLUMNS": 2048, "BIAS": False, "RESIDUAL": False}
-DOT4 = {"ROWS": 2, "COLUMNS": 512, "OUTLIERS": 32, "DP4A": True, "BIAS": False, "RESIDUAL": True}
+DOT4 = {"ROWS": 2, "COLUMNS": 512, "OUTLIERS": 32, "DP4A": True, "BIAS": False, "RESIDUAL": False}
 
 # (module, kernel, argument types, constants, warps, compute capabilities); arguments in neither are None
 KERNELS = [
-    ("norm", "_norm_split", NORM, {"BLOCK": 4096, "SPLIT": False, "NEXT": False}, 16, DECODE),
-    ("norm", "_norm_split", NORM | SPLIT | NEXT, {"BLOCK": 4096, "SPLIT": True, "NEXT": True}, 32, DECODE),
-    ("norm", "_split_alone", {"x_ptr": F16, "width": "i32", "threshold": "fp32"} | SPLIT,
-     {"BLOCK": 16384, "SLICE": 512}, 8, DECODE),
-    ("norm", "_split", {"x_ptr": F16, "width": "i32", "threshold": "fp32"} | SPLIT, {"BLOCK": 16384, "SLICE": 1024}, 8,
-     DECODE),
+    ("norm", "_vector", NORM, VECTOR | {"SPLIT": False}, 8, DECODE),
+    ("norm", "_vector", NORM | SPLIT | {"empty_ptr": I32}, VECTOR | {"EMPTIED": 128}, 8, DECODE),
+    ("norm", "_vector", {"x_ptr": F16, "width": "i32", "threshold": "fp32"} | SPLIT,
+     VECTOR | {"BLOCK": 16384, "NORM": False}, 8, DECODE),
     ("product", "_plain", PRODUCT | {"x_ptr": F16}, PLAIN | {"INT8": False, "GATED": False}, 8, DECODE),
-    ("product", "_plain", PRODUCT | {"x_ptr": F16, "w_ptr": I8, "absmax_ptr": F32},
-     PLAIN | {"INT8": True, "GATED": True}, 4, DECODE),
-    ("product", "_split", PRODUCT8 | {"codes_ptr": I32}, DOT4 | {"GATED": False}, 1, DECODE),
-    ("product", "_split", PRODUCT8 | {"codes_ptr": I32}, DOT4 | {"GATED": True}, 4, DECODE),
+    ("product", "_plain", PRODUCT | NOTES | {"index_ptr": I32, "value_ptr": F32, "x_ptr": F16, "w_ptr": I8,
+     "absmax_ptr": F32}, PLAIN | {"INT8": True, "GATED": True, "NOTE": True}, 4, DECODE),
+    ("product", "_split", PRODUCT8, DOT4 | {"GATED": False}, 1, DECODE),
+    ("product", "_split", PRODUCT8 | NOTES_OUT, DOT4 | {"GATED": True, "NOTE": True}, 4, DECODE),
+    ("product", "_split", PRODUCT8 | {"x_ptr": F16, "x_absmax_ptr": I32, "residual_ptr": F16},
+     DOT4 | {"ROWS": 8, "RESIDUAL": True, "NOTED": True}, 2, DECODE),
     ("product", "_split_several", SEVERAL, DOT4, 1, DECODE),
-    ("attention", "_part", PART, {"HALF": 64, "WIDTH": 128, "BLOCK": 64, "PARTS": 16}, 2, DECODE),
+    ("attention", "_part", PART | NOTES | {"index_ptr": I32, "value_ptr": F32}, {"HALF": 64, "WIDTH": 128, "BLOCK": 32,
+     "PARTS": 16, "COMBINED": 16, "NOTE": True}, 2, DECODE),
     ("choice", "_part", {"logits_ptr": F32, "peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "vocabulary": "i32"},
      {"BLOCK": 1024}, 4, DECODE),
     ("choice", "_settle", {"peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "token_ptr": I64, "chosen_ptr": F64,
      "parts": "i32"}, {"PARTS": 32}, 4, DECODE),
-    ("weights", "_embed", {"codes_ptr": I8, "absmax_ptr": F32, "tokens_ptr": I64, "out_ptr": F16, "width": "i32"},
-     {"BLOCK": 1024}, 4, DECODE),
+    ("weights", "_embed", {"table_ptr": I8, "absmax_ptr": F32, "tokens_ptr": I64, "out_ptr": F16, "width": "i32"},
+     {"BLOCK": 1024, "INT8": True}, 4, DECODE),
     ("weights", "_quantize", {"w_ptr": F16, "codes_ptr": I8, "absmax_ptr": F32, "width": "i32"}, {"BLOCK": 2048}, 8,
      DECODE),
     ("rows", "_append", {"qkv_ptr": F16, "rope_ptr": F32, "queries_ptr": F16, "keys_ptr": F16, "values_ptr": F16}
@@ -74,6 +78,9 @@ KERNELS = [
      {"BLOCK": 4096, "WHOLE": 16384}, 8, DECODE),
     ("rows", "_gather", {"x_ptr": F16, "w_ptr": I8, "columns_ptr": I32, "count_ptr": I32, "xo_ptr": F16,
      "wo_ptr": F16, "rows": "i32", "width": "i32"}, {"GATHERED": 128}, 1, DECODE),
+    ("matrix", "_codes_linear", {"x_ptr": F16, "w_ptr": I8, "absmax_ptr": F32, "out_ptr": F16, "rows": "i32",
+     "n_out": "i32", "width": "i32"}, {"ROWS": 128, "OUTPUTS": 128, "INPUTS": 64, "NEIGHBOURS": 8, "BIAS": False,
+     "RESIDUAL": True}, 8, TENSOR_CORES),
     ("matrix", "_int8_linear", ROWS8 | {"width": "i32"}, {"ROWS": 128, "OUTPUTS": 256, "INPUTS": 128, "OUTLIERS": 32,
      "GATHERED": 128, "NEIGHBOURS": 8, "BIAS": False, "RESIDUAL": True}, 8, TENSOR_CORES),
 ]  # fmt: skip
@@ -81,7 +88,13 @@ KERNELS = [
 
 def compiled(kernel, types: dict, constants: dict, warps: int, capability: int) -> str:
     """The kernel's PTX."""
-    constants = {"USED": "used_ptr" in types, "PTX": True, "PADDING": 32, "OVERLAP": capability >= 90} | constants
+    constants = {
+        "USED": "used_ptr" in types,
+        "PTX": True,
+        "NOTE": False,
+        "NOTED": False,
+        "OVERLAP": capability >= 90,
+    } | constants
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,

@@ -299,8 +299,8 @@ def test_a_captured_prompt_is_a_prompt(method, demo, machine, monkeypatch):
     """Rows that only fill the graph's shape change nothing: same likelihoods, same text, whatever was there before."""
     from llmq.engine.cuda_graph import StepGraph
 
-    lean, ids = engine(machine, demo, method, "lean"), reference_ids(demo, 300)
-    lengths = [300, 5, 64, 65, 1, 200]
+    lean, ids = engine(machine, demo, method, "lean"), reference_ids(demo, 1100)
+    lengths = [300, 5, 64, 65, 1, 1100, 200]
     captured = [first_token(lean, ids[:n]) for n in lengths]
     monkeypatch.setattr(StepGraph, "prompt_of", lambda step_graph, tokens: None)
     for (token, logprob), n in zip(captured, lengths, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmq.kernels import reference
-from llmq.kernels.buffers import Cache, Noting, Partials, SplitVector
+from llmq.kernels.buffers import PEAKS, TALLY, Cache, NotedVector, Noting, Partials, SplitVector
 from llmq.kernels.primitives import Int8Weight, int8_linear, quantize_rows, split_rows
 
 fast = pytest.importorskip("llmq.kernels.triton", reason="triton is not installed", exc_type=ImportError)
@@ -40,31 +40,45 @@ def contents(split: SplitVector) -> tuple:
 def test_norm(width):
     x, gain = vector(width), vector(width, seed=1).abs()
     made, expected = torch.empty_like(x), torch.empty_like(x)
-    fast.norm(x, gain, 1e-5, made)
-    reference.norm(x, gain, 1e-5, expected)
+    for kernels, out in ((fast, made), (reference, expected)):
+        tally = torch.ones(TALLY, dtype=torch.int32)
+        kernels.norm(x, gain, 1e-5, out, empty=tally)
+        assert not tally.any()
     assert difference(made, expected) < 1e-3
     rows = torch.stack((3 * x, x))
     assert difference(fast.norm_rows(rows, gain, 1e-5, Noting()).x[1], expected) < 1e-3
 
 
+def noted(x: torch.Tensor, threshold: float) -> NotedVector:
+    return NotedVector.empty(x, threshold, torch.zeros(TALLY, dtype=torch.int32))
+
+
+def notes(made: NotedVector) -> tuple[float, list]:
+    """What was noted: the largest peak and the list of outliers."""
+    listed = zip(made.index[: made.count].tolist(), made.value[: made.count].tolist(), strict=True)
+    return made.tally[:PEAKS].view(torch.float32).max().item(), sorted(listed)
+
+
+def expected_notes(x: torch.Tensor, threshold: float) -> tuple[float, list]:
+    split = SplitVector.empty(len(x), "cpu")
+    reference.split(x, threshold, split)
+    return contents(split)[1:]
+
+
 @pytest.mark.parametrize("threshold", [6.0, 1.0, 0.0])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_norm_split_and_split(width, threshold):
-    x, gain = vector(width), torch.ones(width).half()
-    made, expected, after = (SplitVector.empty(width, "cpu") for _ in range(3))
-    after.count.fill_(3)
-    after.value.fill_(1)
-    fast.norm_split(x, gain, 1e-5, threshold, made, after)
-    reference.norm_split(x, gain, 1e-5, threshold, expected, SplitVector.empty(width, "cpu"))
-    assert contents(made) == contents(expected)
-    assert after.count.item() == 0 and not after.value[:32].any()
-    fast.split(x, threshold, after)
+    x, gain, tallies = vector(width), torch.ones(width).half(), torch.ones(2, TALLY, dtype=torch.int32)
+    made, expected = (SplitVector.empty(width, "cpu") for _ in range(2))
+    made.count.fill_(3)
+    made.value.fill_(1)  # of the token before
+    fast.norm_split(x, gain, 1e-5, threshold, made, empty=tallies)
+    reference.norm_split(x, gain, 1e-5, threshold, expected)
+    assert contents(made) == contents(expected) and not tallies.any()
+    assert made.index[: made.count].tolist() == sorted(made.index[: made.count].tolist())
+    fast.split(x, threshold, made)
     reference.split(x, threshold, expected)
-    assert contents(after) == contents(expected)
-    after.count.fill_(3)
-    after.value.fill_(1)
-    fast.split_alone(x, threshold, after)
-    assert contents(after) == contents(expected) and not after.value[after.count : 32].any()
+    assert contents(made) == contents(expected)
 
 
 def test_a_value_that_is_no_number_shows_in_the_product():
@@ -75,6 +89,28 @@ def test_a_value_that_is_no_number_shows_in_the_product():
         fast.split(x, 6.0, split)
         fast.product(split, weight, out)
         assert not out.isfinite().any()
+        inner = noted(torch.zeros(32).half(), 6.0)  # a value that is none, noted by the one who wrote it
+        fast.product(x, quantize_rows(torch.ones(64, 64)), inner, gated=True)
+        fast.product(inner, quantize_rows(torch.ones(8, 32)), out)
+        assert not out.isfinite().any()
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.5, 0.0])
+@pytest.mark.parametrize("width", [16, 577])
+@pytest.mark.parametrize("kind", ["dense", "split"])
+def test_who_writes_activations_notes_what_the_next_product_needs(kind, width, threshold):
+    x = vector(width)
+    weight = torch.randn(2 * 40, width, generator=torch.Generator().manual_seed(3)).half() / width**0.5
+    weight = weight if kind == "dense" else quantize_rows(weight)
+    given = SplitVector.empty(width, "cpu")
+    reference.split(x, 6.0, given)
+    inner = noted(torch.zeros(40).half(), threshold)
+    fast.product(x if kind == "dense" else given, weight, inner, gated=True)
+    assert notes(inner) == expected_notes(inner.x, threshold)
+    after, made, expected = quantize_rows(torch.randn(24, 40).half()), torch.zeros(24), torch.zeros(24)
+    fast.product(inner, after, made)
+    reference.product(inner, after, expected)
+    assert difference(made, expected) < 1e-5
 
 
 @pytest.mark.parametrize("extra", ["", "bias", "residual", "gated"])
@@ -102,7 +138,7 @@ def test_product(rows, width, kind, extra):
 def test_products(sizes, biased):
     width, generator = 96, torch.Generator().manual_seed(3)
     split = SplitVector.empty(width, "cpu")
-    reference.split_alone(vector(width), 6.0, split)
+    reference.split(vector(width), 6.0, split)
     weights = [quantize_rows(torch.randn(size, width, generator=generator).half()) for size in sizes]
     biases = [torch.randn(size) for size in sizes] if biased else []
     made, expected = ([torch.zeros(size) for size in sizes] for _ in range(2))
@@ -127,6 +163,9 @@ def test_attend(heads, groups, width, position, capacity):
             kernels.attend(qkv, cache, rope, torch.tensor([at]), out, scratch)
         assert difference(*outs) < 1e-3
     assert not scratch.arrived.any()
+    out = noted(torch.zeros(heads * width).half(), 1.0)
+    fast.attend(qkv, caches[0], rope, torch.tensor([position + 1]), out, scratch)
+    assert torch.equal(out.x, outs[0]) and notes(out) == expected_notes(out.x, 1.0)
     assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
 
 
@@ -165,6 +204,20 @@ def test_linear_rows(rows, width, outputs, threshold):
         total = sum_before.clone()
         assert kernels.linear_rows(noted, weight, residual=total) is total
         assert difference(total, exact + sum_before) < 1e-3
+
+
+@pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 64, 32), (7, 97, 50), (33, 160, 40)])
+def test_linear_rows_of_weights_alone(rows, width, outputs):
+    x = torch.stack([vector(width, seed) for seed in range(rows)])
+    weight, bias = quantize_rows(torch.randn(outputs, width).half()), torch.randn(outputs).half()
+    exact, before = x.float() @ weight.dequantized().T, torch.randn(rows, outputs).half()
+    for kernels in (fast, reference):
+        given = kernels.plain_rows(x, Noting())
+        assert difference(kernels.linear_rows(given, weight), exact) < 1e-3
+        assert difference(kernels.linear_rows(given, weight, bias=bias), exact + bias) < 1e-3
+        total = before.clone()
+        assert kernels.linear_rows(given, weight, residual=total) is total
+        assert difference(total, exact + before) < 1e-3
 
 
 @pytest.mark.parametrize("threshold", [6.0, 0.3, 0.0])

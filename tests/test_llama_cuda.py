@@ -11,6 +11,7 @@ from tiny_runs import best_of
 
 from llmq.engine.base import Interrupted, capacity_for
 from llmq.engine.choice import choose_engines
+from llmq.engine.cuda_graph import LONGEST_PROMPT_GRAPH, graph_rows
 from llmq.engine.hf import HFEngine
 from llmq.engine.llama_cuda import CudaLlama
 from llmq.engine.llama_weights import load_weights
@@ -75,6 +76,12 @@ def test_every_kind_of_llama_computes_what_transformers_computes(kind):
     hf, lean = pair(**KINDS[kind])
     torch.testing.assert_close(lean.logits(PROMPT), hf.logits(PROMPT), rtol=1e-4, atol=1e-4)
     assert generate(lean) == generate(hf)
+
+
+def test_a_prompts_graph_has_few_rows_more_and_few_sizes():
+    sizes = [graph_rows(tokens) for tokens in range(1, LONGEST_PROMPT_GRAPH + 1)]
+    assert len(set(sizes)) == 16 and sizes[-1] == LONGEST_PROMPT_GRAPH and sizes == sorted(sizes)
+    assert all(0 <= size - tokens < max(64, tokens / 4) for tokens, size in enumerate(sizes, 1))
 
 
 def ends(tied: bool, tensors: dict) -> tuple:

@@ -125,8 +125,8 @@ def test_the_layers_compute_the_definition(origin, model):
 
 def test_outlier_columns_are_bitsandbytes(origin, model, monkeypatch):
     other = opened(origin, BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=1.0))
-    seen, split = {}, reference.split_alone
-    monkeypatch.setattr(reference, "split_alone", lambda x, *rest: (split(x, *rest), seen.update({x: rest[1]})))
+    seen, split = {}, reference.split
+    monkeypatch.setattr(reference, "split", lambda x, *rest: (split(x, *rest), seen.update({x: rest[1]})))
     with Watched(dict(layers_of(model)), on_input=lambda name, layer, x: seen.update({name: x})):
         logits(model, PROMPT[:, :1])
     found = {tuple(x.tolist()): made for x, made in seen.items() if isinstance(x, torch.Tensor)}
@@ -359,8 +359,8 @@ def test_torch_finds_the_operations_sound():
 
 def inputs_split(monkeypatch) -> list[torch.Tensor]:
     """Grows by the input of every decomposition of one token."""
-    found, split = [], reference.split_alone
-    monkeypatch.setattr(reference, "split_alone", lambda x, *rest: (found.append(x), split(x, *rest)))
+    found, split = [], reference.split
+    monkeypatch.setattr(reference, "split", lambda x, *rest: (found.append(x), split(x, *rest)))
     return found
 
 

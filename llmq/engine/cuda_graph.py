@@ -12,13 +12,20 @@ from llmq.engine.decoder import Decoder
 from llmq.engine.sampling import Sampler, SamplingSettings
 
 STEPS_UNDER_WAY = 2  # the one awaited and the next
-SHORTEST_PROMPT_GRAPH, LONGEST_PROMPT_GRAPH = 64, 512  # rows; a longer prompt keeps the GPU busier than its launches
+SHORTEST_PROMPT_GRAPH, LONGEST_PROMPT_GRAPH = 64, 2048  # rows; a longer prompt keeps the GPU busier than its launches
 log = logging.getLogger(__name__)
 
 
 def draw_of(settings: SamplingSettings) -> tuple:
     """Return the settings that a captured step depends on; greedy decoding depends on the temperature alone."""
     return (settings.temperature, settings.top_k, settings.top_p) if settings.temperature else (0.0,)
+
+
+def graph_rows(tokens: int) -> int:
+    """Return how many rows the graph has that reads a prompt of so many tokens: an eighth or so more where it is
+    long, for every row is worked on, and 16 sizes in all."""
+    step = max(SHORTEST_PROMPT_GRAPH, 1 << max(0, (tokens - 1).bit_length() - 3))
+    return -(-tokens // step) * step
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class StepGraph:
         self.slots = [InFlight.make(decoder.logits) for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
         self.graph = try_capture(self._capture) if on_gpu else None
         self.prompts: dict[int, PromptGraph | None] = {}
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu else None  # prompts' graphs never run side by side
 
     @property
     def kv_bytes(self) -> int:
@@ -59,12 +67,12 @@ class StepGraph:
 
     def prompt_of(self, tokens: int) -> PromptGraph | None:
         """Return the graph that reads prompts of about so many tokens, captured now if needed; None if impossible."""
-        rows = max(SHORTEST_PROMPT_GRAPH, 1 << (tokens - 1).bit_length())
+        rows = graph_rows(tokens)
         possible = self.graph and self.decoder.kernels.prompts_can_be_captured
         if not possible or rows > min(LONGEST_PROMPT_GRAPH, self.decoder.capacity):
             return None
         if rows not in self.prompts:
-            self.prompts[rows] = try_capture(lambda: PromptGraph(self.decoder, rows))
+            self.prompts[rows] = try_capture(lambda: PromptGraph(self.decoder, rows, self._pool))
         return self.prompts[rows]
 
     def step(self) -> None:
@@ -95,13 +103,19 @@ class StepGraph:
             self.decoder.position.zero_()
 
         generator = self.sampler.generator if self.sampler.settings.temperature else None
-        return recorded(first, self._step, self.decoder.device, generator)
+        return recorded(first, self._step, self.decoder.device, generator=generator)
 
 
 def recorded(
-    first: Callable[[], None], run: Callable[[], None], device: str, generator: torch.Generator | None = None
+    first: Callable[[], None],
+    run: Callable[[], None],
+    device: str,
+    *,
+    generator: torch.Generator | None = None,
+    pool: tuple | None = None,
 ) -> torch.cuda.CUDAGraph:
-    """Run `first`, in which kernels compile, on a stream of its own, then record `run` there."""
+    """Run `first`, in which kernels compile, on a stream of its own, then record `run` there. `pool`: where what lives
+    during `run` alone is allocated, shared with graphs that never run at the same time."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
@@ -110,7 +124,7 @@ def recorded(
     side.synchronize()
     if generator:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, stream=side):
+    with torch.cuda.graph(graph, stream=side, pool=pool):
         run()
     return graph
 
@@ -129,7 +143,7 @@ def try_capture(capture: Callable):
 class PromptGraph:
     """The reading of a prompt of up to `rows` tokens as a graph: hundreds of kernels, each shorter than its launch."""
 
-    def __init__(self, decoder: Decoder, rows: int):
+    def __init__(self, decoder: Decoder, rows: int, pool: tuple):
         device = decoder.device
         self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.used = torch.full((1,), rows, dtype=torch.int32, device=device)
@@ -143,7 +157,7 @@ class PromptGraph:
         def read() -> None:
             decoder.read(self.ids, used=self.used)
 
-        self.graph = recorded(measured, read, device)
+        self.graph = recorded(measured, read, device, pool=pool)
 
     def read(self, ids: list[int]) -> None:
         """Fill the decoder's caches and logits."""

@@ -16,7 +16,7 @@ from torch.nn import functional
 from llmq.engine.base import Interrupted
 from llmq.engine.llama import rope_table
 from llmq.engine.llama_weights import LlamaWeights, Weight
-from llmq.kernels.buffers import Cache, Noting, Partials, SplitVector
+from llmq.kernels.buffers import TALLY, Cache, NotedVector, Noting, Partials, SplitVector
 from llmq.kernels.primitives import Int8Weight
 from llmq.models.architecture import Architecture
 
@@ -42,11 +42,14 @@ class Decoder:
         self.chosen = zeros(2, torch.float64)
         self.logits = zeros(a.vocab_size, torch.float32)
         self._hidden, self._normed = zeros(a.hidden_size), zeros(a.hidden_size)
-        widths = (a.hidden_size, a.heads * a.head_dim, a.intermediate_size)
-        self._qkv, self._attended, self._inner = map(zeros, (a.qkv_rows, *widths[1:]))
+        self._qkv, attended, inner = map(zeros, (a.qkv_rows, a.heads * a.head_dim, a.intermediate_size))
         self._scratch = Partials.empty(a.heads, a.head_dim, capacity, device)
-        splits = [None if threshold is None else SplitVector.empty(width, device) for width in widths]
-        self._normed_split, self._attended_split, self._inner_split = splits
+        self._split = self._tallies = None
+        if threshold is not None:
+            self._split, self._tallies = SplitVector.empty(a.hidden_size, device), zeros((2, TALLY), torch.int32)
+            attended = NotedVector.empty(attended, threshold, self._tallies[0])
+            inner = NotedVector.empty(inner, threshold, self._tallies[1])
+        self._attended, self._inner = attended, inner
 
     @property
     def kv_bytes(self) -> int:
@@ -54,9 +57,8 @@ class Decoder:
 
     @property
     def workspace_bytes(self) -> int:
-        buffers = (self.rope, self.logits, self._hidden, self._normed, self._qkv, self._attended, self._inner)
-        splits = filter(None, (self._normed_split, self._attended_split, self._inner_split))
-        return sum(part.nbytes for part in (*buffers, self._scratch, *splits))
+        buffers = [self.rope, self.logits, self._hidden, self._normed, self._qkv, self._attended, self._inner]
+        return sum(part.nbytes for part in (*buffers, self._scratch, *filter(None, (self._split,))))
 
     def step(self) -> None:
         """Feed `token` at `position`; afterwards `logits` are the next token's and `position` is one more."""
@@ -64,17 +66,17 @@ class Decoder:
         hidden = self._hidden
         kernels.embed(weights.embedding, self.token, hidden.view(1, -1))
         for layer, cache in zip(weights.layers, self.caches, strict=True):
-            x = self._norm(hidden, layer.attention_norm, layer.qkv, self._attended_split, layer.output)
+            x = self._norm(hidden, layer.attention_norm, layer.qkv, empty=self._tallies)
             kernels.product(x, layer.qkv, self._qkv, bias=layer.qkv_bias)
-            kernels.attend(self._qkv, cache, self.rope, self.position, self._attended, self._scratch)
-            x = self._input(self._attended, layer.output, self._attended_split)
-            kernels.product(x, layer.output, hidden, bias=layer.output_bias, residual=hidden)
-            x = self._norm(hidden, layer.mlp_norm, layer.gate_up, self._inner_split, layer.down)
-            kernels.product(x, layer.gate_up, self._inner, gated=True)
-            x = self._input(self._inner, layer.down, self._inner_split)
-            kernels.product(x, layer.down, hidden, residual=hidden)
+            attended = self._for(layer.output, self._attended)
+            kernels.attend(self._qkv, cache, self.rope, self.position, attended, self._scratch)
+            kernels.product(attended, layer.output, hidden, bias=layer.output_bias, residual=hidden)
+            x = self._norm(hidden, layer.mlp_norm, layer.gate_up)
+            inner = self._for(layer.down, self._inner)
+            kernels.product(x, layer.gate_up, inner, gated=True)
+            kernels.product(inner, layer.down, hidden, residual=hidden)
         self.score(hidden)
-        self.position.add_(1)
+        self.position.add_(1)  # torch's, so that no kernel of the next step reads an old one: see `triton.launch`
 
     def read(
         self, ids: torch.Tensor, *, used: torch.Tensor | None = None, stopped: Callable[[], bool] | None = None
@@ -94,30 +96,27 @@ class Decoder:
     def score(self, hidden: torch.Tensor) -> None:
         """Compute `logits` from the last layer's output (hidden_size,)."""
         head = self.weights.head
-        x = self._norm(hidden, self.weights.norm, head, self._attended_split, None)
+        x = self._norm(hidden, self.weights.norm, head)
         self.kernels.product(x, head, self.logits)
 
-    def _splits(self, weight: Weight | None) -> bool:
+    def _splits(self, weight: Weight) -> bool:
         """Whether what `weight` is multiplied with is decomposed."""
         return self.threshold is not None and isinstance(weight, Int8Weight)
 
     def _norm(
-        self, x: torch.Tensor, norm_weight: torch.Tensor, weight: Weight, empty: SplitVector | None, then: Weight | None
+        self, x: torch.Tensor, norm_weight: torch.Tensor, weight: Weight, *, empty: torch.Tensor | None = None
     ) -> torch.Tensor | SplitVector:
-        """RMSNorm, in the form that `weight` is multiplied with; `empty` is the split that comes next, for `then`."""
+        """RMSNorm, in the form that `weight` is multiplied with; `empty` as in `reference.norm`."""
         eps = self.weights.architecture.eps
-        if self._splits(weight) or self._splits(then):
-            self.kernels.norm_split(x, norm_weight, eps, self.threshold, self._normed_split, empty)
         if self._splits(weight):
-            return self._normed_split
-        self.kernels.norm(x, norm_weight, eps, self._normed)
+            self.kernels.norm_split(x, norm_weight, eps, self.threshold, self._split, empty=empty)
+            return self._split
+        self.kernels.norm(x, norm_weight, eps, self._normed, empty=empty)
         return self._normed
 
-    def _input(self, x: torch.Tensor, weight: Weight, split: SplitVector | None) -> torch.Tensor | SplitVector:
-        if not self._splits(weight):
-            return x
-        self.kernels.split(x, self.threshold, split)
-        return split
+    def _for(self, weight: Weight, x: torch.Tensor | NotedVector) -> torch.Tensor | NotedVector:
+        """What is written to be multiplied with `weight`: with notes, or the activations alone."""
+        return x.x if isinstance(x, NotedVector) and not self._splits(weight) else x
 
 
 def read_prompt(

@@ -7,6 +7,7 @@ that step's result is dropped.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from llmq.engine.decoder import Decoder, outlier_marks_for, read_prompt
 from llmq.engine.llama import LlamaEngine, LlamaGeneration, rope_table
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.sampling import SamplingSettings, likeliest
-from llmq.engine.timing import timer_for
+from llmq.engine.timing import allocated_bytes, timer_for
 from llmq.kernels.backend import current
 from llmq.kernels.buffers import Cache, Noting
 from llmq.kernels.primitives import Int8Weight
@@ -35,8 +36,9 @@ class CudaGeneration(LlamaGeneration):
         self._logits: torch.Tensor | None = None  # (vocabulary,), of the last token
 
     def prefill(self, stopped: Callable[[], bool] | None = None) -> Token:
-        """Read the whole prompt in one call and sample token 0; its seconds are the time to first token."""
-        engine = self._engine
+        """Read the whole prompt in one call and sample token 0; its seconds are the time to first token, by the clock
+        of whoever waits for it: the work before the device's first kernel is in it."""
+        engine, begun = self._engine, time.perf_counter()
         with engine.here:
             graph = self._workspace = engine.workspace(self._tokens, self._settings)
             graph.sampler.generator.manual_seed(int(self._settings.seed))
@@ -50,11 +52,12 @@ class CudaGeneration(LlamaGeneration):
                     graph.decoder.read(torch.tensor(self._prompt_ids, device=engine.device), stopped=stopped)
                 graph.choose()
                 found = graph.decoder.chosen.tolist()
+            seconds = time.perf_counter() - begun
         self._logits = graph.decoder.logits
         growth = captured.workspace_bytes if captured else engine.timer.growth_bytes
         self.workspace_bytes = max(growth, graph.workspace_bytes)
         self.allocator_peak_bytes = max(self.allocator_peak_bytes, engine.timer.peak_bytes)
-        return token_of(*found, engine.timer.seconds)
+        return token_of(*found, seconds)
 
     def step(self) -> Token:
         """Sample the next token."""
@@ -73,7 +76,7 @@ class CudaGeneration(LlamaGeneration):
         oldest.ended.synchronize()
         self._logits = oldest.logits
         self._engine.beside.wait_event(oldest.kept)
-        self.allocator_peak_bytes = torch.cuda.max_memory_allocated(self._engine.device)
+        _, self.allocator_peak_bytes = allocated_bytes(self._engine.device)
         return token_of(*oldest.chosen.tolist(), oldest.begun.elapsed_time(oldest.ended) / 1e3)
 
     def best(self, last: Token, count: int) -> dict[int, float]:

@@ -8,9 +8,11 @@ import torch
 
 from llmq.kernels.primitives import Tensors
 
-PADDING = 32  # entries of a list of outliers that may be read without knowing how many there are
-SHORTEST_PART = 64  # positions
-MOST_PARTS = 16  # 16 parts of 32 heads fill 132 multiprocessors four times
+LISTED = 32  # entries of a list of outliers that may be read without knowing how many there are
+PEAKS = 32  # of the values noted by different writers, so that few wait for one another
+TALLY = 64  # numbers: the peaks, and after them how many outliers
+SHORTEST_PART, LONGEST_PART = 32, 512  # positions
+PARTS = 16  # between the two: 16 parts of 32 heads fill 132 multiprocessors four times
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class SplitVector(Tensors):
 
     `codes`: int8 (in,), 0 at an outlier. `absmax`: float32 (1,) over the values below the threshold, infinite where a
     value is not finite. `count`: int32 (1,) outliers, whose positions and values are the first entries, in any order,
-    of `index` int32 and `value` float32 (in, rounded up to PADDING), which are 0 up to PADDING.
+    of `index` int32 and `value` float32 (in, or LISTED if that is more).
     """
 
     codes: torch.Tensor
@@ -30,9 +32,35 @@ class SplitVector(Tensors):
 
     @classmethod
     def empty(cls, width: int, device: str) -> SplitVector:
-        sizes = width, 1, 1, max(width, PADDING), max(width, PADDING)
+        sizes = width, 1, 1, max(width, LISTED), max(width, LISTED)
         types = torch.int8, torch.float32, torch.int32, torch.int32, torch.float32
         return cls(*(torch.zeros(size, dtype=kind, device=device) for size, kind in zip(sizes, types, strict=True)))
+
+
+@dataclass(frozen=True)
+class NotedVector(Tensors):
+    """One token's 16-bit activations for an int8 product that makes the codes itself, from what their writers noted.
+
+    `x`: (in,). `threshold`: as for `reference.split`. `tally`: int32 (TALLY,), emptied before they are written: PEAKS
+    numbers, the bits of non-negative float32 values, of which the largest is the `absmax` of a SplitVector, then the
+    `count`; `index` and `value` as there.
+    """
+
+    x: torch.Tensor
+    threshold: float
+    tally: torch.Tensor
+    index: torch.Tensor
+    value: torch.Tensor
+
+    @property
+    def count(self) -> torch.Tensor:
+        return self.tally[PEAKS : PEAKS + 1]
+
+    @classmethod
+    def empty(cls, x: torch.Tensor, threshold: float, tally: torch.Tensor) -> NotedVector:
+        """Note what is written into `x` in `tally`, which several vectors may have side by side."""
+        numbers = torch.zeros(2, max(len(x), LISTED), dtype=torch.int32, device=x.device)
+        return cls(x, threshold, tally, numbers[0], numbers[1].view(torch.float32))
 
 
 @dataclass(frozen=True)
@@ -83,7 +111,7 @@ class Partials(Tensors):
 
     @classmethod
     def empty(cls, heads: int, head_dim: int, capacity: int, device: str) -> Partials:
-        part = max(SHORTEST_PART, capacity // MOST_PARTS)
+        part = min(max(SHORTEST_PART, capacity // PARTS), LONGEST_PART)
         parts = -(-capacity // part)
         peaks, weights = torch.empty(2, heads, parts, device=device)
         arrived = torch.zeros(heads, dtype=torch.int32, device=device)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from llmq.kernels import primitives
-from llmq.kernels.buffers import PADDING, Cache, Noting, Partials, Rows, SplitVector
+from llmq.kernels.buffers import Cache, NotedVector, Noting, Partials, Rows, SplitVector
 from llmq.kernels.primitives import Int8Weight, SplitRows, own_outliers, split_rows
 
 Weight = torch.Tensor | Int8Weight
@@ -38,49 +38,51 @@ def embed(table: Weight, tokens: torch.Tensor, out: torch.Tensor) -> None:
         torch.index_select(table, 0, tokens, out=out)
 
 
-def norm(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """Do RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x²) + eps) · norm_weight. `x`: (..., width)."""
+def norm(
+    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, out: torch.Tensor, *, empty: torch.Tensor | None = None
+) -> None:
+    """Do RMSNorm (Zhang and Sennrich 2019, equation 4): x / sqrt(mean(x²) + eps) · norm_weight. `x`: (..., width).
+
+    `empty`: the tallies of `NotedVector`s that are written next, which become 0.
+    """
+    if empty is not None:
+        empty.zero_()
     x32 = x.float()
     scaled = (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)  # rounded here, as in LLaMA
     out.copy_(scaled * norm_weight)
 
 
 def split(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
-    """Decompose one token's activations (width,) for `product`: |x| >= threshold keeps its 16 bits; 0 turns that off.
-
-    The list of `out` must have been emptied by a `norm_split` before.
-    """
+    """Decompose one token's activations (width,) for `product`: |x| >= threshold keeps its 16 bits; 0 turns that
+    off."""
     rows = split_rows(x[None], threshold)
     count = len(rows.columns)
     out.codes.copy_(rows.codes[0])
     out.absmax.copy_(rows.absmax)
     out.count.fill_(count)
-    out.index[:PADDING], out.value[:PADDING] = 0, 0.0
     out.index[:count] = rows.columns.int()
     out.value[:count] = x[rows.columns].float()
 
 
-def split_alone(x: torch.Tensor, threshold: float, out: SplitVector) -> None:
-    """Do `split` into a list that nobody has emptied."""
-    out.index.zero_()
-    out.value.zero_()
-    split(x, threshold, out)
-
-
 def norm_split(
-    x: torch.Tensor, norm_weight: torch.Tensor, eps: float, threshold: float, out: SplitVector, empty: SplitVector
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    threshold: float,
+    out: SplitVector,
+    *,
+    empty: torch.Tensor | None = None,
 ) -> None:
-    """Do `norm`, then `split`; also empty the list of `empty`, which the next `split` fills."""
-    empty.count.zero_()
+    """Do `norm`, then `split`."""
     normed = torch.empty_like(x)
-    norm(x, norm_weight, eps, normed)
+    norm(x, norm_weight, eps, normed, empty=empty)
     split(normed, threshold, out)
 
 
 def product(
-    x: torch.Tensor | SplitVector,
+    x: torch.Tensor | SplitVector | NotedVector,
     weight: Weight,
-    out: torch.Tensor,
+    out: torch.Tensor | NotedVector,
     *,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
@@ -88,12 +90,17 @@ def product(
 ) -> None:
     """Set out = weight · x [+ bias] [+ residual]; with `gated`, SiLU(first half of the rows · x) · (second half · x).
 
-    `x`: (in,), or a SplitVector with an int8 weight (LLM.int8()); an int8 weight with a plain `x` is weight-only.
+    `x`: (in,), or a SplitVector or NotedVector with an int8 weight (LLM.int8()); an int8 weight with a plain `x` is
+    weight-only. `out`: (out,), or with `gated` a NotedVector, of which the other implementations note what they write.
     """
+    out = out.x if isinstance(out, NotedVector) else out
     if isinstance(x, SplitVector):
         count = int(x.count)
         rows = SplitRows(x.codes[None], x.absmax, x.index[:count].long())
         y = _split_product(rows, x.value[None, :count], weight)[0]
+    elif isinstance(x, NotedVector):
+        rows = split_rows(x.x[None], x.threshold)
+        y = _split_product(rows, x.x[None, rows.columns], weight)[0]
     elif isinstance(weight, Int8Weight):
         y = (weight.codes.float() @ x.float()) * weight.absmax / 127
     else:
@@ -120,14 +127,20 @@ def products(
 
 
 def attend(
-    qkv: torch.Tensor, cache: Cache, rope: torch.Tensor, position: torch.Tensor, out: torch.Tensor, scratch: Partials
+    qkv: torch.Tensor,
+    cache: Cache,
+    rope: torch.Tensor,
+    position: torch.Tensor,
+    out: torch.Tensor | NotedVector,
+    scratch: Partials,
 ) -> None:
     """Append one token's key and value to the cache, and attend over it.
 
     `qkv`: ((heads + 2·kv_heads)·head_dim,), queries first. `rope`: float32 (positions, head_dim), cosines then sines.
-    `position`: int64 (1,), how many positions are in the cache already. `out`: (heads·head_dim,). `scratch` is memory
-    for the other implementations.
+    `position`: int64 (1,), how many positions are in the cache already. `out`: (heads·head_dim,), or a NotedVector, as
+    in `product`. `scratch` is memory for the other implementations.
     """
+    out = out.x if isinstance(out, NotedVector) else out
     kv_heads, _, head_dim = cache.keys.shape
     heads = out.shape[0] // head_dim
     at = int(position)

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from llmq.kernels.backend import current, kernels_for
-from llmq.kernels.buffers import PADDING, Noting, SplitVector
+from llmq.kernels.buffers import LISTED, Noting, SplitVector
 from llmq.kernels.primitives import Int8Weight
 
 LIBRARY = torch.library.Library("llmq", "DEF")
@@ -29,7 +29,7 @@ def linear_token(x: torch.Tensor, weights, scales, biases, threshold: float) -> 
     outs = [x.new_empty(len(weight)) for weight in weights]
     kernels, split = _kernels(x.device), _split_like(x)
     with _current(x.device):
-        kernels.split_alone(_half(x).reshape(-1), threshold, split)
+        kernels.split(_half(x).reshape(-1), threshold, split)
         kernels.products(split, [*map(Int8Weight, weights, scales)], outs, biases=biases)
     return outs
 
@@ -67,7 +67,7 @@ def _current(device: torch.device) -> AbstractContextManager:
 
 def _split_like(x: torch.Tensor) -> SplitVector:
     """Room for the decomposition of one token; two allocations, for their time is what an eager step waits for."""
-    width, listed = x.shape[-1], max(x.shape[-1], PADDING)
+    width, listed = x.shape[-1], max(x.shape[-1], LISTED)
     numbers = torch.empty(2 * listed + 2, dtype=torch.int32, device=x.device)
     index, value, count, absmax = numbers.split((listed, listed, 1, 1))
     codes = torch.empty(width, dtype=torch.int8, device=x.device)

@@ -3,7 +3,7 @@
 from llmq.kernels.triton.attention import attend
 from llmq.kernels.triton.choice import likeliest
 from llmq.kernels.triton.matrix import linear_rows
-from llmq.kernels.triton.norm import norm, norm_split, split, split_alone
+from llmq.kernels.triton.norm import norm, norm_split, split
 from llmq.kernels.triton.product import product, products
 from llmq.kernels.triton.rows import append_rows, gate_rows, norm_rows, plain_rows
 from llmq.kernels.triton.weights import embed, quantize_rows
@@ -23,5 +23,4 @@ __all__ = [
     "products",
     "quantize_rows",
     "split",
-    "split_alone",
 ]

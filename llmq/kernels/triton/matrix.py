@@ -1,7 +1,11 @@
-"""LLM.int8() of many rows in one kernel: int8 tensor cores, then the outlier columns in FP16, then the scales.
+"""Int8 weights times many rows, in one kernel each.
 
-In cuBLAS' int8 product the int32 sums go to memory and come back to be scaled, 6 bytes for every output; here they stay
-in registers. The outlier columns are few: they come side by side from two small copies.
+LLM.int8(): int8 tensor cores, then the outlier columns in FP16, then the scales. In cuBLAS' int8 product the int32 sums
+go to memory and come back to be scaled, 6 bytes for every output; here they stay in registers. The outlier columns are
+few: they come side by side from two small copies.
+
+Weight-only: codes become 16-bit numbers, exactly, on their way from the registers to the tensor cores, which is why
+outputs are the rows of what a program computes; no matrix in 16 bit is written and read back.
 """
 
 from __future__ import annotations
@@ -21,18 +25,51 @@ OUTLIERS = 32  # outlier columns at a time
 
 
 @triton.jit
+def _place(program, rows, n_out, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """The rows and the outputs of a program."""
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(n_out, OUTPUTS)
+    band = program // (NEIGHBOURS * across)
+    height = tl.minimum(down - band * NEIGHBOURS, NEIGHBOURS)
+    m = (band * NEIGHBOURS + (program % (NEIGHBOURS * across)) % height) * ROWS + tl.arange(0, ROWS)
+    return m, ((program % (NEIGHBOURS * across)) // height) * OUTPUTS + tl.arange(0, OUTPUTS)
+
+
+@triton.jit
+def _codes_linear(
+    x_ptr, w_ptr, absmax_ptr, bias_ptr, out_ptr, rows, n_out, width,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, NEIGHBOURS: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    m, n = _place(tl.program_id(0), rows, n_out, ROWS, OUTPUTS, NEIGHBOURS)
+    k = tl.arange(0, INPUTS)
+    # Rows beyond the end repeat earlier ones: what they give is not stored.
+    a_ptr = w_ptr + (n % n_out).to(tl.int64)[:, None] * width + k[None, :]  # (OUTPUTS, INPUTS)
+    b_ptr = x_ptr + (m % rows).to(tl.int64)[None, :] * width + k[:, None]  # (INPUTS, ROWS)
+    acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for start in range(0, width, INPUTS):
+        a = tl.load(a_ptr, mask=k[None, :] < width - start, other=0)
+        b = tl.load(b_ptr, mask=k[:, None] < width - start, other=0.0)
+        acc = tl.dot(a.to(b.dtype), b, acc)
+        a_ptr += INPUTS
+        b_ptr += INPUTS
+    y = acc * (tl.load(absmax_ptr + n, mask=n < n_out, other=0.0) / 127)[:, None]
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n < n_out, other=0.0).to(tl.float32)[:, None]
+    out = out_ptr + m.to(tl.int64)[None, :] * n_out + n[:, None]
+    inside = (m < rows)[None, :] & (n < n_out)[:, None]
+    if RESIDUAL:
+        y += tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _int8_linear(
     x_ptr, codes_ptr, x_absmax_ptr, w_ptr, absmax_ptr, bias_ptr, columns_ptr, count_ptr, xo_ptr, wo_ptr, out_ptr,
     rows, n_out, width,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, OUTLIERS: tl.constexpr, GATHERED: tl.constexpr,
     NEIGHBOURS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    down, across = tl.cdiv(rows, ROWS), tl.cdiv(n_out, OUTPUTS)
-    band = program // (NEIGHBOURS * across)
-    height = tl.minimum(down - band * NEIGHBOURS, NEIGHBOURS)
-    m = (band * NEIGHBOURS + (program % (NEIGHBOURS * across)) % height) * ROWS + tl.arange(0, ROWS)
-    n = ((program % (NEIGHBOURS * across)) // height) * OUTPUTS + tl.arange(0, OUTPUTS)
+    m, n = _place(tl.program_id(0), rows, n_out, ROWS, OUTPUTS, NEIGHBOURS)
     k = tl.arange(0, INPUTS)
     # Rows beyond the end repeat earlier ones: what they give is not stored.
     mm, nn = (m % rows).to(tl.int64), (n % n_out).to(tl.int64)
@@ -76,18 +113,35 @@ def linear_rows(
     x = rows.x
     if residual is not None and bias is None and not isinstance(weight, Int8Weight):
         return residual.addmm_(x, weight.T)
-    if rows.threshold is None or not isinstance(weight, Int8Weight):
+    if not isinstance(weight, Int8Weight):
         return reference.linear_rows(rows, weight, bias=bias, residual=residual)
-    codes, *outliers = split_matrix(rows, weight)
     (height, width), n_out = x.shape, weight.shape[0]
     out = torch.empty(height, n_out, dtype=x.dtype, device=x.device) if residual is None else residual
-    m, n, k, warps, stages = _tile(height, n_out, width)
-    _int8_linear[(triton.cdiv(height, m) * triton.cdiv(n_out, n),)](
+    only = rows.threshold is None
+    m, n, k, warps, stages = _codes_tile(height) if only else _tile(height, n_out, width)
+    grid = (triton.cdiv(height, m) * triton.cdiv(n_out, n),)
+    flags = {"BIAS": bias is not None, "RESIDUAL": residual is not None, "num_warps": warps, "num_stages": stages}
+    sizes = {"ROWS": m, "OUTPUTS": n, "INPUTS": k, "NEIGHBOURS": NEIGHBOURS}
+    if only:
+        _codes_linear[grid](x, weight.codes, weight.absmax, bias, out, height, n_out, width, **sizes, **flags)
+        return out
+    codes, *outliers = split_matrix(rows, weight)
+    _int8_linear[grid](
         x, codes, rows.absmax, weight.codes, weight.absmax, bias, *outliers, out, height, n_out, width,
-        ROWS=m, OUTPUTS=n, INPUTS=k, OUTLIERS=OUTLIERS, GATHERED=GATHERED, NEIGHBOURS=NEIGHBOURS,
-        BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=warps, num_stages=stages,
+        OUTLIERS=OUTLIERS, GATHERED=GATHERED, **sizes, **flags,
     )  # fmt: skip
     return out
+
+
+def _codes_tile(rows: int) -> tuple[int, int, int, int, int]:
+    """As `_tile`, weight-only."""
+    if INTERPRETED:
+        return (16, 16, 32, 4, 1)
+    if rows <= 64:
+        return (64, 64, 256, 4, 3)
+    if rows <= 128:
+        return (128, 64, 128, 4, 3)
+    return (128, 128, 64, 8, 4) if rows <= 512 else (256, 128, 64, 8, 4)
 
 
 def _tile(rows: int, n_out: int, width: int) -> tuple[int, int, int, int, int]:

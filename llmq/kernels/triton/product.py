@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from llmq.kernels import reference
-from llmq.kernels.buffers import PADDING, SplitVector
+from llmq.kernels.buffers import LISTED, NotedVector, SplitVector
 from llmq.kernels.primitives import Int8Weight
+from llmq.kernels.triton.codes import PEAKS, code_scale, coded, note, packed_codes
 from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
 
 
@@ -39,7 +40,9 @@ def _epilogue(y, other, rows, bias_ptr, residual_ptr, out_ptr, n_out, GATED: tl.
         y = y / (1.0 + tl.exp(-y)) * other
     if RESIDUAL:
         y += tl.load(residual_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=inside)
+    y = y.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows, y, mask=inside)
+    return y
 
 
 @triton.jit
@@ -51,9 +54,9 @@ def _tile(w_ptr, rows, cols, start, width, row_stride, n_rows):
 
 @triton.jit
 def _plain(
-    x_ptr, w_ptr, absmax_ptr, bias_ptr, residual_ptr, out_ptr, n_out, width,
+    x_ptr, w_ptr, absmax_ptr, bias_ptr, residual_ptr, out_ptr, tally_ptr, index_ptr, value_ptr, n_out, width, threshold,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT8: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+    RESIDUAL: tl.constexpr, NOTE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Floating-point or int8 weights against 16-bit activations, summed in float32."""
     let_next_start(OVERLAP)
@@ -80,7 +83,9 @@ def _plain(
         y *= tl.load(absmax_ptr + rows, mask=rows < n_out, other=0.0) / 127
         if GATED:
             other *= tl.load(absmax_ptr + n_out + rows, mask=rows < n_out, other=0.0) / 127
-    _epilogue(y, other, rows, bias_ptr, residual_ptr, out_ptr, n_out, GATED, BIAS, RESIDUAL)
+    y = _epilogue(y, other, rows, bias_ptr, residual_ptr, out_ptr, n_out, GATED, BIAS, RESIDUAL)
+    if NOTE:
+        note(y.to(tl.float32), rows, rows < n_out, threshold, tl.program_id(0), tally_ptr, index_ptr, value_ptr)
 
 
 @triton.jit
@@ -99,16 +104,17 @@ def _accumulate(acc, w, x, DP4A: tl.constexpr):
 
 
 @triton.jit
-def _outliers(index_ptr, value_ptr, start, OUTLIERS: tl.constexpr):
-    """Some of the outliers: columns, and values as whole multiples of 2^-14, of which every FP16 value of 1/16 or more
-    is one. Sums of such products are exact in int64, so the order of the list does not matter."""
-    at = start + tl.arange(0, OUTLIERS)
-    return tl.load(index_ptr + at), (tl.load(value_ptr + at) * 16384.0).to(tl.int64)
+def _outliers(count_ptr, index_ptr, value_ptr, OUTLIERS: tl.constexpr):
+    """How many outliers, and the first of them: columns, and values as whole multiples of 2^-14, of which every FP16
+    value of 1/16 or more is one. Sums of such products are exact in int64, so the order of the list does not matter."""
+    at = tl.arange(0, OUTLIERS)
+    count, column, value = tl.load(count_ptr), tl.load(index_ptr + at), tl.load(value_ptr + at)
+    return count, column, tl.where(at < count, value * 16384.0, 0.0).to(tl.int64)
 
 
 @triton.jit
 def _gathered(w_ptr, rows, n_rows, width, column, value):
-    """The weights' codes in the outlier columns. A value of 0 is padding and reads nothing."""
+    """The weights' codes in the outlier columns. Beyond the list's end, where the value is 0, nothing is read."""
     inside = (rows < n_rows)[:, None] & (value != 0)[None, :]  # (rows, outliers)
     return tl.load(w_ptr + rows[:, None].to(tl.int64) * width + column[None, :], mask=inside, other=0)
 
@@ -136,15 +142,29 @@ def _scaled(products, outliers, x_absmax, w_absmax):
 
 
 @triton.jit
+def _int8_activations(x_ptr, start, width, scale, threshold, COLUMNS: tl.constexpr, DP4A: tl.constexpr,
+                      NOTED: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
+    """Codes of (COLUMNS,) activations, or of four times as many where four are packed: read, or made here."""
+    at = start + tl.arange(0, COLUMNS)
+    if not NOTED:
+        return tl.load(x_ptr + at, mask=at < width, other=0)
+    if DP4A:
+        return packed_codes(x_ptr, 4 * start, 4 * width, scale, threshold, COLUMNS, PTX)
+    return coded(tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32), scale, threshold, PTX)
+
+
+@triton.jit
 def _split_rows(
-    program, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr, bias_ptr,
-    residual_ptr, out_ptr, n_out, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTLIERS: tl.constexpr, DP4A: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+    program, x_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr, bias_ptr,
+    residual_ptr, out_ptr, tally_ptr, out_index_ptr, out_value_ptr, n_out, width, threshold,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTLIERS: tl.constexpr, DP4A: tl.constexpr, NOTED: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NOTE: tl.constexpr, PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """LLM.int8(): int8 codes times int8 codes summed exactly in int32, plus the outliers in float32.
 
-    With DP4A `packed_ptr` and `codes_ptr` are the same memory seen as int32, and COLUMNS counts those.
+    With DP4A `packed_ptr`, and `x_ptr` unless NOTED, are int8 memory seen as int32, and COLUMNS counts those. NOTED:
+    `x_ptr` is the activations themselves, `x_absmax_ptr` their tally.
     """
     rows = program * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLUMNS)
@@ -157,14 +177,18 @@ def _split_rows(
         acc2 = tl.zeros((ROWS, COLUMNS), tl.int32)
         w2_absmax = tl.load(absmax_ptr + n_out + rows, mask=rows < n_out, other=0.0)
     wait_for_previous(OVERLAP)
-    # Asked for before the long loop, so that these three loads in a row do not wait for its end.
-    column, value = _outliers(index_ptr, value_ptr, 0, OUTLIERS)  # (OUTLIERS,) each
-    count, x_absmax = tl.load(count_ptr), tl.load(x_absmax_ptr)
+    # Asked for before the long loop, so that these loads, one after the other, do not wait for its end.
+    count, column, value = _outliers(count_ptr, index_ptr, value_ptr, OUTLIERS)
+    if NOTED:
+        x_absmax = tl.max(tl.load(x_absmax_ptr + tl.arange(0, PEAKS)), 0).to(tl.float32, bitcast=True)
+    else:
+        x_absmax = tl.load(x_absmax_ptr)
+    scale = code_scale(x_absmax, PTX)
     gathered = _gathered(w_ptr, rows, n_out, width, column, value)  # (ROWS, OUTLIERS)
     if GATED:
         gathered2 = _gathered(w_ptr, n_out + rows, 2 * n_out, width, column, value)
     for start in range(0, packed_width, COLUMNS):
-        x = tl.load(codes_ptr + start + cols, mask=cols < packed_width - start, other=0)  # (COLUMNS,)
+        x = _int8_activations(x_ptr, start, packed_width, scale, threshold, COLUMNS, DP4A, NOTED, PTX)  # (COLUMNS,)
         acc = _accumulate(acc, w, x, DP4A)
         w = _tile(packed_ptr, rows, cols, start + COLUMNS, packed_width, packed_width, n_out)
         if GATED:
@@ -178,20 +202,24 @@ def _split_rows(
             _weighed(gathered2, value), w_ptr, n_out + rows, 2 * n_out, width, index_ptr, value_ptr, count, OUTLIERS
         )
         other = _scaled(tl.sum(acc2, 1), outliers, x_absmax, w2_absmax)
-    _epilogue(y, other, rows, bias_ptr, residual_ptr, out_ptr, n_out, GATED, BIAS, RESIDUAL)
+    y = _epilogue(y, other, rows, bias_ptr, residual_ptr, out_ptr, n_out, GATED, BIAS, RESIDUAL)
+    if NOTE:
+        note(y.to(tl.float32), rows, rows < n_out, threshold, program, tally_ptr, out_index_ptr, out_value_ptr)
 
 
 @triton.jit
 def _split(
-    codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr, bias_ptr, residual_ptr,
-    out_ptr, n_out, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTLIERS: tl.constexpr, DP4A: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
+    x_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr, bias_ptr, residual_ptr,
+    out_ptr, tally_ptr, out_index_ptr, out_value_ptr, n_out, width, threshold,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTLIERS: tl.constexpr, DP4A: tl.constexpr, NOTED: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NOTE: tl.constexpr, PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
     _split_rows(
-        tl.program_id(0), codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr,
-        bias_ptr, residual_ptr, out_ptr, n_out, width, ROWS, COLUMNS, OUTLIERS, DP4A, GATED, BIAS, RESIDUAL, OVERLAP,
+        tl.program_id(0), x_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr,
+        bias_ptr, residual_ptr, out_ptr, tally_ptr, out_index_ptr, out_value_ptr, n_out, width, threshold,
+        ROWS, COLUMNS, OUTLIERS, DP4A, NOTED, GATED, BIAS, RESIDUAL, NOTE, PTX, OVERLAP,
     )  # fmt: skip
 
 
@@ -202,7 +230,7 @@ def _split_several(
     w2_ptr, packed2_ptr, absmax2_ptr, bias2_ptr, out2_ptr, n_out2,
     w3_ptr, packed3_ptr, absmax3_ptr, bias3_ptr, out3_ptr, n_out3, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, OUTLIERS: tl.constexpr, DP4A: tl.constexpr, BIAS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The rows of up to three matrices, one matrix after the other, times the same activations."""
     let_next_start(OVERLAP)
@@ -212,19 +240,20 @@ def _split_several(
     if program < second:
         _split_rows(
             program, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w_ptr, packed_ptr, absmax_ptr,
-            bias_ptr, None, out_ptr, n_out, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS, False, OVERLAP,
+            bias_ptr, None, out_ptr, None, None, None, n_out, width, 0.0, ROWS, COLUMNS, OUTLIERS, DP4A, False,
+            False, BIAS, False, False, PTX, OVERLAP,
         )  # fmt: skip
     elif program < third:
         _split_rows(
             program - second, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w2_ptr, packed2_ptr,
-            absmax2_ptr, bias2_ptr, None, out2_ptr, n_out2, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS, False,
-            OVERLAP,
+            absmax2_ptr, bias2_ptr, None, out2_ptr, None, None, None, n_out2, width, 0.0, ROWS, COLUMNS, OUTLIERS, DP4A,
+            False, False, BIAS, False, False, PTX, OVERLAP,
         )  # fmt: skip
     else:
         _split_rows(
             program - third, codes_ptr, x_absmax_ptr, count_ptr, index_ptr, value_ptr, w3_ptr, packed3_ptr,
-            absmax3_ptr, bias3_ptr, None, out3_ptr, n_out3, width, ROWS, COLUMNS, OUTLIERS, DP4A, False, BIAS, False,
-            OVERLAP,
+            absmax3_ptr, bias3_ptr, None, out3_ptr, None, None, None, n_out3, width, 0.0, ROWS, COLUMNS, OUTLIERS, DP4A,
+            False, False, BIAS, False, False, PTX, OVERLAP,
         )  # fmt: skip
 
 
@@ -244,15 +273,15 @@ def products(
     members += members[-6:] if len(weights) == 2 else []  # for the programs of a third, of which there are none then
     _split_several[(sum(triton.cdiv(len(out), tile.rows) for out in outs),)](
         codes, x.absmax, x.count, x.index, x.value, *members, width, ROWS=tile.rows,
-        COLUMNS=tile.columns // 4 if dp4a else tile.columns, OUTLIERS=PADDING, DP4A=dp4a, BIAS=bool(biases),
-        num_warps=tile.warps, **options(outs[0].device),
+        COLUMNS=tile.columns // 4 if dp4a else tile.columns, OUTLIERS=LISTED, DP4A=dp4a, BIAS=bool(biases),
+        PTX=not INTERPRETED, num_warps=tile.warps, **options(outs[0].device),
     )  # fmt: skip
 
 
 def product(
-    x: torch.Tensor | SplitVector,
+    x: torch.Tensor | SplitVector | NotedVector,
     weight: torch.Tensor | Int8Weight,
-    out: torch.Tensor,
+    out: torch.Tensor | NotedVector,
     *,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
@@ -261,23 +290,28 @@ def product(
     """See `reference.product`."""
     rows, width = weight.shape
     n_out = rows // 2 if gated else rows
-    flags = {"GATED": gated, "BIAS": bias is not None, "RESIDUAL": residual is not None}
-    if isinstance(x, SplitVector):
-        tile = split_tile(n_out, width, gated)
-        dp4a = not INTERPRETED and width % 4 == 0
-        codes, packed = (x.codes.view(torch.int32), weight.codes.view(torch.int32)) if dp4a else (x.codes, weight.codes)
-        _split[(triton.cdiv(n_out, tile.rows),)](
-            codes, x.absmax, x.count, x.index, x.value, weight.codes, packed, weight.absmax, bias, residual, out, n_out,
-            width, ROWS=tile.rows, COLUMNS=tile.columns // 4 if dp4a else tile.columns, OUTLIERS=PADDING, DP4A=dp4a,
-            num_warps=tile.warps, **flags, **options(out.device),
+    note = isinstance(out, NotedVector)
+    places = (out.x, out.tally, out.index, out.value) if note else (out, None, None, None)
+    flags = {"GATED": gated, "BIAS": bias is not None, "RESIDUAL": residual is not None, "NOTE": note}
+    flags |= options(places[0].device)
+    if not isinstance(x, (SplitVector, NotedVector)):
+        int8 = isinstance(weight, Int8Weight)
+        codes, absmax = (weight.codes, weight.absmax) if int8 else (weight, None)
+        tile = plain_tile(n_out, width, codes.itemsize, gated)
+        _plain[(triton.cdiv(n_out, tile.rows),)](
+            x, codes, absmax, bias, residual, *places, n_out, width, float(out.threshold if note else 0),
+            ROWS=tile.rows, COLUMNS=tile.columns, INT8=int8, num_warps=tile.warps, **flags,
         )  # fmt: skip
         return
-    int8 = isinstance(weight, Int8Weight)
-    codes, absmax = (weight.codes, weight.absmax) if int8 else (weight, None)
-    tile = plain_tile(n_out, width, codes.itemsize, gated)
-    _plain[(triton.cdiv(n_out, tile.rows),)](
-        x, codes, absmax, bias, residual, out, n_out, width, ROWS=tile.rows, COLUMNS=tile.columns, INT8=int8,
-        num_warps=tile.warps, **flags, **options(out.device),
+    noted, dp4a = isinstance(x, NotedVector), not INTERPRETED and width % 4 == 0
+    tile = noted_tile(width) if noted else split_tile(n_out, width, gated)
+    packed = weight.codes.view(torch.int32) if dp4a else weight.codes
+    given = (x.x, x.tally) if noted else (x.codes.view(torch.int32) if dp4a else x.codes, x.absmax)
+    threshold = x.threshold if noted else out.threshold if note else 0
+    _split[(triton.cdiv(n_out, tile.rows),)](
+        *given, x.count, x.index, x.value, weight.codes, packed, weight.absmax, bias, residual, *places, n_out, width,
+        float(threshold), ROWS=tile.rows, COLUMNS=tile.columns // 4 if dp4a else tile.columns, OUTLIERS=LISTED,
+        DP4A=dp4a, NOTED=noted, PTX=not INTERPRETED, num_warps=tile.warps, **flags,
     )  # fmt: skip
 
 
@@ -286,7 +320,12 @@ def split_tile(n_out: int, width: int, gated: bool) -> Tile:
     programs at once, so that most of the first rows are on their way before the activations are there."""
     if width < 2048:
         return Tile(1 if gated else 2, max(512, triton.next_power_of_2(width)), 1)
-    return Tile(1 if gated else 2, 2048, 4 if gated else 1)
+    return Tile(2, 2048, 4 if gated else 1)
+
+
+def noted_tile(width: int) -> Tile:
+    """Return as `split_tile` does, where the codes are made here: eight rows share that work."""
+    return Tile(4, max(512, triton.next_power_of_2(width)), 2) if width < 2048 else Tile(8, 2048, 2)
 
 
 def plain_tile(n_out: int, width: int, itemsize: int, gated: bool) -> Tile:

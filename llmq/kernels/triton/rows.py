@@ -12,8 +12,8 @@ import triton.language as tl
 
 from llmq.kernels.buffers import Cache, Noting, Rows
 from llmq.kernels.primitives import Int8Weight
+from llmq.kernels.triton.codes import code_scale, rounded
 from llmq.kernels.triton.launch import INTERPRETED
-from llmq.kernels.triton.norm import code_scale, rounded
 
 GATHERED = 128  # outlier columns copied side by side for the matrix product; further ones are read where they are
 HEADS = 16  # rotated by one program
