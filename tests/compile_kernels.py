@@ -55,9 +55,10 @@ KERNELS = [
     ("product", "_split", PRODUCT8 | NOTES_OUT, DOT4 | {"GATED": True, "NOTE": True}, 4, DECODE),
     ("product", "_split", PRODUCT8 | {"x_ptr": F16, "x_absmax_ptr": I32, "residual_ptr": F16},
      DOT4 | {"ROWS": 8, "RESIDUAL": True, "NOTED": True}, 2, DECODE),
+    ("product", "_split", PRODUCT8 | {"x_ptr": I8, "packed_ptr": I8}, DOT4 | {"GATED": False, "DP4A": False}, 1, (90,)),
     ("product", "_split_several", SEVERAL, DOT4, 1, DECODE),
     ("attention", "_part", PART | NOTES | {"index_ptr": I32, "value_ptr": F32}, {"HALF": 64, "WIDTH": 128, "BLOCK": 32,
-     "PARTS": 16, "COMBINED": 16, "NOTE": True}, 2, DECODE),
+     "COMBINED": 16, "NOTE": True}, 2, DECODE),
     ("choice", "_part", {"logits_ptr": F32, "peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "vocabulary": "i32"},
      {"BLOCK": 1024}, 4, DECODE),
     ("choice", "_settle", {"peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "token_ptr": I64, "chosen_ptr": F64,
@@ -77,7 +78,8 @@ KERNELS = [
     ("rows", "_code", NOTED | {"codes_ptr": I8, "columns_ptr": I32, "count_ptr": I32, "rows": "i32"},
      {"BLOCK": 4096, "WHOLE": 16384}, 8, DECODE),
     ("rows", "_gather", {"x_ptr": F16, "w_ptr": I8, "columns_ptr": I32, "count_ptr": I32, "xo_ptr": F16,
-     "wo_ptr": F16, "rows": "i32", "width": "i32"}, {"GATHERED": 128}, 1, DECODE),
+     "wo_ptr": F16, "rows": "i32", "n_out": "i32", "width": "i32"},
+     {"ROWS": 16, "GATHERED": 128, "OUTLIERS": 32}, 4, DECODE),
     ("matrix", "_codes_linear", {"x_ptr": F16, "w_ptr": I8, "absmax_ptr": F32, "out_ptr": F16, "rows": "i32",
      "n_out": "i32", "width": "i32"}, {"ROWS": 128, "OUTPUTS": 128, "INPUTS": 64, "NEIGHBOURS": 8, "BIAS": False,
      "RESIDUAL": True}, 8, TENSOR_CORES),
@@ -115,6 +117,7 @@ def main() -> None:
         for capability in capabilities:
             ptx = compiled(getattr(MODULES[module], name), types, constants, warps, capability)
             marks = [mark for mark in ("dp4a", "griddepcontrol.wait", "wgmma.mma", "mma.sync") if mark in ptx]
+            marks += ["unpacked"] if constants.get("DP4A") is False else []
             print(f"{module}.{name} sm_{capability} {' '.join(marks)}")
 
 

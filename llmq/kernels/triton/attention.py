@@ -45,13 +45,11 @@ def _block(keys_ptr, values_ptr, first, stop, at, whole, half, width, BLOCK: tl.
 
 @triton.jit
 def _combined(
-    sums_ptr, peaks_ptr, weights_ptr, first, used, width, PARTS: tl.constexpr, WIDTH: tl.constexpr,
-    COMBINED: tl.constexpr,
+    sums_ptr, peaks_ptr, weights_ptr, first, used, width, WIDTH: tl.constexpr, COMBINED: tl.constexpr
 ):  # fmt: skip
     """The output of a head from its `used` parts, past the caches that may have what was there before."""
-    slot, whole = tl.arange(0, PARTS), tl.arange(0, WIDTH)
-    peak = tl.max(tl.load(peaks_ptr + first + slot, mask=slot < used, other=-float("inf"), cache_modifier=".cg"), 0)
-    total, weight = tl.zeros((WIDTH,), tl.float32), 0.0
+    whole = tl.arange(0, WIDTH)
+    total, weight, peak = tl.zeros((WIDTH,), tl.float32), 0.0, -float("inf")
     for start in range(0, used, COMBINED):
         slot = start + tl.arange(0, COMBINED)
         peaks = tl.load(peaks_ptr + first + slot, mask=slot < used, other=-float("inf"), cache_modifier=".cg")
@@ -59,9 +57,11 @@ def _combined(
         inside = (slot < used)[:, None] & (whole < width)[None, :]  # (COMBINED, WIDTH)
         place = (first + slot)[:, None] * width + whole[None, :]
         sums = tl.load(sums_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
-        share = tl.exp(peaks - peak)
-        total += tl.sum(sums * share[:, None], 0)
-        weight += tl.sum(weights * share, 0)
+        higher = tl.maximum(peak, tl.max(peaks, 0))
+        share, shrink = tl.exp(peaks - higher), tl.exp(peak - higher)
+        total = total * shrink + tl.sum(sums * share[:, None], 0)
+        weight = weight * shrink + tl.sum(weights * share, 0)
+        peak = higher
     return total / weight  # (WIDTH,)
 
 
@@ -69,7 +69,7 @@ def _combined(
 def _part(
     qkv_ptr, keys_ptr, values_ptr, rope_ptr, position_ptr, sums_ptr, peaks_ptr, weights_ptr, arrived_ptr, out_ptr,
     tally_ptr, index_ptr, value_ptr, threshold, heads, groups, width, capacity, parts, part, scale,
-    HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, COMBINED: tl.constexpr,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COMBINED: tl.constexpr,
     NOTE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
@@ -130,7 +130,7 @@ def _part(
             last = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == used - 1
             if last:
                 tl.store(arrived_ptr + head, 0)  # for the next token
-                y = _combined(sums_ptr, peaks_ptr, weights_ptr, head * parts, used, width, PARTS, WIDTH, COMBINED)
+                y = _combined(sums_ptr, peaks_ptr, weights_ptr, head * parts, used, width, WIDTH, COMBINED)
         if last:
             written = y.to(out_ptr.dtype.element_ty)
             place = head * width + whole
@@ -159,5 +159,5 @@ def attend(
         scratch.sums, scratch.peaks, scratch.weights, scratch.arrived, *made,
         heads, groups, width, capacity, parts, scratch.part, width**-0.5,
         HALF=triton.next_power_of_2(width // 2), WIDTH=triton.next_power_of_2(width), BLOCK=BLOCK,
-        PARTS=triton.next_power_of_2(parts), COMBINED=COMBINED, NOTE=noted, num_warps=WARPS, **options(qkv.device),
+        COMBINED=COMBINED, NOTE=noted, num_warps=WARPS, **options(qkv.device),
     )  # fmt: skip

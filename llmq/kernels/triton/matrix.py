@@ -17,11 +17,10 @@ import triton.language as tl
 from llmq.kernels import reference
 from llmq.kernels.buffers import Rows
 from llmq.kernels.primitives import Int8Weight
-from llmq.kernels.triton.launch import INTERPRETED
-from llmq.kernels.triton.rows import GATHERED, split_matrix
+from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
+from llmq.kernels.triton.rows import GATHERED, OUTLIERS, split_matrix
 
 NEIGHBOURS = 8  # tiles of rows taken together, so that they share columns of weights in the L2 cache
-OUTLIERS = 32  # outlier columns at a time
 
 
 @triton.jit
@@ -38,8 +37,10 @@ def _place(program, rows, n_out, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, NEIG
 def _codes_linear(
     x_ptr, w_ptr, absmax_ptr, bias_ptr, out_ptr, rows, n_out, width,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, NEIGHBOURS: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     m, n = _place(tl.program_id(0), rows, n_out, ROWS, OUTPUTS, NEIGHBOURS)
     k = tl.arange(0, INPUTS)
     # Rows beyond the end repeat earlier ones: what they give is not stored.
@@ -67,8 +68,10 @@ def _int8_linear(
     x_ptr, codes_ptr, x_absmax_ptr, w_ptr, absmax_ptr, bias_ptr, columns_ptr, count_ptr, xo_ptr, wo_ptr, out_ptr,
     rows, n_out, width,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, OUTLIERS: tl.constexpr, GATHERED: tl.constexpr,
-    NEIGHBOURS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     m, n = _place(tl.program_id(0), rows, n_out, ROWS, OUTPUTS, NEIGHBOURS)
     k = tl.arange(0, INPUTS)
     # Rows beyond the end repeat earlier ones: what they give is not stored.
@@ -121,14 +124,14 @@ def linear_rows(
     m, n, k, warps, stages = _codes_tile(height) if only else _tile(height, n_out, width)
     grid = (triton.cdiv(height, m) * triton.cdiv(n_out, n),)
     flags = {"BIAS": bias is not None, "RESIDUAL": residual is not None, "num_warps": warps, "num_stages": stages}
-    sizes = {"ROWS": m, "OUTPUTS": n, "INPUTS": k, "NEIGHBOURS": NEIGHBOURS}
+    flags |= {"ROWS": m, "OUTPUTS": n, "INPUTS": k, "NEIGHBOURS": NEIGHBOURS} | options(x.device)
     if only:
-        _codes_linear[grid](x, weight.codes, weight.absmax, bias, out, height, n_out, width, **sizes, **flags)
+        _codes_linear[grid](x, weight.codes, weight.absmax, bias, out, height, n_out, width, **flags)
         return out
     codes, *outliers = split_matrix(rows, weight)
     _int8_linear[grid](
         x, codes, rows.absmax, weight.codes, weight.absmax, bias, *outliers, out, height, n_out, width,
-        OUTLIERS=OUTLIERS, GATHERED=GATHERED, **sizes, **flags,
+        OUTLIERS=OUTLIERS, GATHERED=GATHERED, **flags,
     )  # fmt: skip
     return out
 

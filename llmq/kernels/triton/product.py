@@ -146,11 +146,13 @@ def _int8_activations(x_ptr, start, width, scale, threshold, COLUMNS: tl.constex
                       NOTED: tl.constexpr, PTX: tl.constexpr):  # fmt: skip
     """Codes of (COLUMNS,) activations, or of four times as many where four are packed: read, or made here."""
     at = start + tl.arange(0, COLUMNS)
-    if not NOTED:
-        return tl.load(x_ptr + at, mask=at < width, other=0)
-    if DP4A:
-        return packed_codes(x_ptr, 4 * start, 4 * width, scale, threshold, COLUMNS, PTX)
-    return coded(tl.load(x_ptr + at, mask=at < width, other=0.0).to(tl.float32), scale, threshold, PTX)
+    if NOTED and DP4A:
+        x = packed_codes(x_ptr, 4 * start, 4 * width, scale, threshold, COLUMNS, PTX)
+    else:
+        x = tl.load(x_ptr + at, mask=at < width, other=0)
+        if NOTED:
+            x = coded(x.to(tl.float32), scale, threshold, PTX)
+    return x
 
 
 @triton.jit

@@ -13,17 +13,21 @@ import triton.language as tl
 from llmq.kernels.buffers import Cache, Noting, Rows
 from llmq.kernels.primitives import Int8Weight
 from llmq.kernels.triton.codes import code_scale, rounded
-from llmq.kernels.triton.launch import INTERPRETED
+from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
 
 GATHERED = 128  # outlier columns copied side by side for the matrix product; further ones are read where they are
+OUTLIERS = 32  # of them multiplied at a time
+GATHERERS = 16  # rows copied by one program
 HEADS = 16  # rotated by one program
 
 
 @triton.jit
 def _append(
     qkv_ptr, rope_ptr, queries_ptr, keys_ptr, values_ptr, rows, heads, groups, width, capacity, start,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]  # (HEADS, 1)
     half = width // 2
@@ -64,7 +68,7 @@ def append_rows(
     queries = torch.empty(heads, rows, width, dtype=qkv.dtype, device=qkv.device)
     _append[(rows, triton.cdiv(heads + 2 * groups, HEADS))](
         qkv, rope, queries, cache.keys, cache.values, rows, heads, groups, width, capacity, start,
-        HEADS=HEADS, HALF=triton.next_power_of_2(width // 2), num_warps=4,
+        HEADS=HEADS, HALF=triton.next_power_of_2(width // 2), num_warps=4, **options(qkv.device),
     )  # fmt: skip
     return queries, cache.keys[:, : start + rows], cache.values[:, : start + rows]
 
@@ -89,7 +93,19 @@ def _note(x, at, inside, threshold, marks_ptr, peak):
 
 
 @triton.jit
-def _survey(x_ptr, marks_ptr, absmax_ptr, used_ptr, width, threshold, BLOCK: tl.constexpr, USED: tl.constexpr):
+def _survey(
+    x_ptr,
+    marks_ptr,
+    absmax_ptr,
+    used_ptr,
+    width,
+    threshold,
+    BLOCK: tl.constexpr,
+    USED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     noted = _noted_width(row, width, used_ptr, USED)
     peak = tl.zeros((BLOCK,), tl.float32)
@@ -108,7 +124,7 @@ def plain_rows(x: torch.Tensor, noting: Noting) -> Rows:
     absmax = torch.empty(rows, dtype=torch.float32, device=x.device)
     _survey[(rows,)](
         x, noting.outlier_marks, absmax, noting.used, width, float(noting.threshold),
-        BLOCK=min(4096, triton.next_power_of_2(width)), USED=noting.used is not None, num_warps=4,
+        BLOCK=min(4096, triton.next_power_of_2(width)), USED=noting.used is not None, num_warps=4, **options(x.device),
     )  # fmt: skip
     return Rows(x, noting.threshold, absmax, noting.outlier_marks)
 
@@ -116,8 +132,10 @@ def plain_rows(x: torch.Tensor, noting: Noting) -> Rows:
 @triton.jit
 def _gate(
     x_ptr, out_ptr, marks_ptr, absmax_ptr, used_ptr, inner, threshold,
-    BLOCK: tl.constexpr, NOTE: tl.constexpr, USED: tl.constexpr,
+    BLOCK: tl.constexpr, NOTE: tl.constexpr, USED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     noted = _noted_width(row, inner, used_ptr, USED)
     peak = tl.zeros((BLOCK,), tl.float32)
@@ -141,7 +159,7 @@ def gate_rows(gate_up: torch.Tensor, noting: Noting) -> Rows:
     _gate[(rows,)](
         gate_up, out, noting.outlier_marks, absmax, noting.used, width, float(noting.threshold or 0),
         BLOCK=min(2048, triton.next_power_of_2(width)), NOTE=absmax is not None, USED=noting.used is not None,
-        num_warps=8,
+        num_warps=8, **options(out.device),
     )  # fmt: skip
     return Rows(out, noting.threshold, absmax, noting.outlier_marks)
 
@@ -149,8 +167,10 @@ def gate_rows(gate_up: torch.Tensor, noting: Noting) -> Rows:
 @triton.jit
 def _norm(
     x_ptr, gain_ptr, out_ptr, marks_ptr, absmax_ptr, used_ptr, width, eps, threshold,
-    BLOCK: tl.constexpr, NOTE: tl.constexpr, USED: tl.constexpr,
+    BLOCK: tl.constexpr, NOTE: tl.constexpr, USED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     noted = _noted_width(row, width, used_ptr, USED)
     at = tl.arange(0, BLOCK)
@@ -172,6 +192,7 @@ def norm_rows(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, noting: No
     _norm[(rows,)](
         x, norm_weight, out, noting.outlier_marks, absmax, noting.used, width, eps, float(noting.threshold or 0),
         BLOCK=triton.next_power_of_2(width), NOTE=absmax is not None, USED=noting.used is not None, num_warps=8,
+        **options(x.device),
     )  # fmt: skip
     return Rows(out, noting.threshold, absmax, noting.outlier_marks)
 
@@ -179,11 +200,13 @@ def norm_rows(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, noting: No
 @triton.jit
 def _code(
     x_ptr, marks_ptr, absmax_ptr, codes_ptr, columns_ptr, count_ptr, rows, width,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One program a row; one more lists the outlier columns meanwhile."""
-    row = tl.program_id(0).to(tl.int64)
-    if row < rows:
+    """One program a row; the first one lists the outlier columns meanwhile, which takes it longer."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
+    row = tl.program_id(0).to(tl.int64) - 1
+    if row >= 0:
         scale = code_scale(tl.load(absmax_ptr + row), PTX)
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
@@ -200,24 +223,33 @@ def _code(
 
 
 @triton.jit
-def _gather(x_ptr, w_ptr, columns_ptr, count_ptr, xo_ptr, wo_ptr, rows, width, GATHERED: tl.constexpr):
-    """A row of activations or, after those, of weights."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, GATHERED)
-    listed = at < tl.load(count_ptr)
-    column = tl.load(columns_ptr + at, mask=listed, other=0)  # (GATHERED,)
-    if row < rows:
-        x = tl.load(x_ptr + row * width + column, mask=listed, other=0.0)
-        tl.store(xo_ptr + row * GATHERED + at, x.to(tl.float16))
+def _gather(
+    x_ptr, w_ptr, columns_ptr, count_ptr, xo_ptr, wo_ptr, rows, n_out, width,
+    ROWS: tl.constexpr, GATHERED: tl.constexpr, OUTLIERS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Some rows of activations or, after all those, of weights. What is read later is whole OUTLIERS of columns."""
+    let_next_start(OVERLAP)
+    wait_for_previous(OVERLAP)
+    program, across = tl.program_id(0), tl.cdiv(rows, ROWS)
+    at, count = tl.arange(0, GATHERED)[None, :], tl.load(count_ptr)
+    listed, used = at < count, at < tl.cdiv(count, OUTLIERS) * OUTLIERS
+    column = tl.load(columns_ptr + at, mask=listed, other=0)  # (1, GATHERED)
+    if program < across:
+        row = (program * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = row < rows
+        x = tl.load(x_ptr + row * width + column, mask=inside & listed, other=0.0)
+        tl.store(xo_ptr + row * GATHERED + at, x.to(tl.float16), mask=inside & used)
     else:
-        w = tl.load(w_ptr + (row - rows) * width + column, mask=listed, other=0)
-        tl.store(wo_ptr + (row - rows) * GATHERED + at, w.to(tl.float16))
+        row = ((program - across) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = row < n_out
+        w = tl.load(w_ptr + row * width + column, mask=inside & listed, other=0)
+        tl.store(wo_ptr + row * GATHERED + at, w.to(tl.float16), mask=inside & used)
 
 
 def split_matrix(rows: Rows, weight: Int8Weight) -> tuple[torch.Tensor, ...]:
     """See `primitives.split_rows`; the rows have been noted. Returns their codes, int8 (rows, in); a list of columns,
     int32 (in,), and int32 (1,) how many of these are the outlier columns, in order; of the first of those the values,
-    float16 (rows, GATHERED), and the weights' codes, float16 (out, GATHERED), both 0 beyond."""
+    float16 (rows, GATHERED), and the weights' codes, float16 (out, GATHERED), both 0 up to whole OUTLIERS."""
     (height, width), n_out, device = rows.x.shape, weight.shape[0], rows.x.device
     codes = torch.empty(height, width, dtype=torch.int8, device=device)
     listed = torch.empty(max(width, GATHERED) + 1, dtype=torch.int32, device=device)
@@ -227,9 +259,10 @@ def split_matrix(rows: Rows, weight: Int8Weight) -> tuple[torch.Tensor, ...]:
     _code[(height + 1,)](
         rows.x, rows.outlier_marks, rows.absmax, codes, columns, count, height, width,
         BLOCK=min(4096, triton.next_power_of_2(width)), WHOLE=triton.next_power_of_2(width), PTX=not INTERPRETED,
-        num_warps=8,
+        num_warps=8, **options(device),
     )  # fmt: skip
-    _gather[(height + n_out,)](
-        rows.x, weight.codes, columns, count, values, weights, height, width, GATHERED=GATHERED, num_warps=1,
+    _gather[(triton.cdiv(height, GATHERERS) + triton.cdiv(n_out, GATHERERS),)](
+        rows.x, weight.codes, columns, count, values, weights, height, n_out, width,
+        ROWS=GATHERERS, GATHERED=GATHERED, OUTLIERS=OUTLIERS, num_warps=4, **options(device),
     )  # fmt: skip
     return codes, columns, count, values, weights
