@@ -68,9 +68,11 @@ class CudaGeneration(LlamaGeneration):
             return self._next()
 
     def _next(self) -> Token:
-        """Keep the device busy, and wait for the oldest step under way."""
+        """Keep the device busy, and wait for the oldest step under way. No step is begun ahead that nobody will ask
+        for: the next prompt would wait for it."""
+        slots, wanted = len(self._workspace.slots), self._settings.max_new_tokens - 1  # the prompt gave the first token
         limit = self._workspace.decoder.capacity - len(self._prompt_ids)  # steps that the KV cache has positions for
-        while len(self._in_flight) < len(self._workspace.slots) and self._begun < limit:
+        while self._begun < limit and len(self._in_flight) < (slots if self._begun < wanted else 1):
             self._begin()
         oldest = self._in_flight.popleft()
         oldest.ended.synchronize()
