@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from llmq.kernels.cpu.build import NoLibrary, library_path
+from llmq.kernels.cpu.pages import Pages
 from llmq.kernels.primitives import Int8Weight, Tensors
 
 VERSION = 1
@@ -116,6 +117,9 @@ class Packed(Tensors):
 class Packing:
     """The form that `load_weights` gives matrices and vectors for the library: packed one by one, the source freed."""
 
+    def __init__(self):
+        self._pages = Pages()
+
     def matrix(self, weight: torch.Tensor | Int8Weight, *, paired: bool = False) -> Packed:
         """Pack (rows, width). `paired`: two halves of rows whose blocks alternate, gate and up."""
         codes = (weight.codes if isinstance(weight, Int8Weight) else weight).contiguous()
@@ -123,7 +127,7 @@ class Packing:
         rows, width = codes.shape
         shape = Matrix(None, None, None, rows, width, KINDS[codes.dtype], paired)
         library = open_library()
-        data = torch.empty(library.llmq_packed_bytes(shape), dtype=torch.uint8)
+        data = self._pages.empty(library.llmq_packed_bytes(shape))
         library.pack(codes.data_ptr(), shape, data.data_ptr())
         return Packed(data, None if absmax is None else _blocked(absmax, paired), rows, width, shape.kind, paired)
 
