@@ -30,8 +30,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items):
-    """The files of the browser first: they take longest, and a worker given one at the end works alone."""
-    items.sort(key=lambda item: "browser" not in item.keywords)
+    """The files of the browser first: they take longest, and a worker given one at the end works alone. A file
+    keeps its own order."""
+    files = {item.path for item in items if "browser" in item.keywords}
+    items.sort(key=lambda item: item.path not in files)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -149,9 +151,10 @@ def run(capsys):
     return lambda *arguments: run_cli(capsys, *arguments)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium; without one the browser tests are skipped, or fail where they are required."""
+    """A headless Chromium; without one the browser tests are skipped, or fail where they are required. It ends with its
+    module: as long as Playwright is there its event loop runs, and no test may start another one."""
     from browser_support import CHROMIUM_FLAGS, chromium_path
 
     path = chromium_path()
