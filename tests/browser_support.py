@@ -189,6 +189,18 @@ def themes(page) -> Iterator[str]:
         yield theme
 
 
+def violations(page) -> list[dict]:
+    """What axe finds in the open page, each with the rule's `id`, its `impact` and its `nodes`. The script stays in the
+    page, since a newly compiled one takes twice as long; the style sheets, which only an experimental rule reads, are
+    not fetched again."""
+    from axe_playwright_python.base import AXE_SCRIPT  # here: the scripts beside the tests run without it
+
+    if not page.evaluate("'axe' in window"):
+        page.evaluate(AXE_SCRIPT)
+    options = {"resultTypes": ["violations"], "preload": {"assets": ["media"]}}
+    return page.evaluate("options => axe.run(options).then(found => found.violations)", options)
+
+
 def open_settings(page) -> None:
     """Open the settings of a comparison, and wait: Gradio gives what it has just shown its first values once more, over
     what was typed meanwhile."""

@@ -18,6 +18,7 @@ from browser_support import (
     status,
     themes,
     unexplained,
+    violations,
     wait_until_still,
 )
 
@@ -534,8 +535,6 @@ def test_outliers_heatmap_and_threshold(page, address, screenshots):
 
 @pytest.mark.parametrize("window", WINDOWS, ids=WINDOWS)
 def test_accessible_and_never_wider_than_the_window(browser, address, window, screenshots):
-    from axe_playwright_python.sync_playwright import Axe
-
     page = new_tab(browser, **WINDOWS[window])
     width, found = page.viewport_size["width"], []
     open_page(page, address, "max_new_tokens=6")
@@ -544,13 +543,13 @@ def test_accessible_and_never_wider_than_the_window(browser, address, window, sc
     wait_until_still(page)
     assert unexplained(page) == []
     for theme in themes(page):
-        found += Axe().run(page).response["violations"]
+        found += violations(page)
         page.screenshot(path=screenshots / f"compare-{theme}-{window}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.get_by_role("tab", name="Outliers").click()
     page.wait_for_selector("#watch")
     for _ in themes(page):
-        found += Axe().run(page).response["violations"]
+        found += violations(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     serious = [
         (v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found if v["impact"] in ("critical", "serious")

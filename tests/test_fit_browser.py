@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from browser_support import WINDOWS, new_tab, open_page, themes, unexplained, wait_until_still
+from browser_support import WINDOWS, new_tab, open_page, themes, unexplained, violations, wait_until_still
 
 from llmq.ui.tabs.fit_tab import answer
 
@@ -143,8 +143,6 @@ def test_bars_end_where_the_card_does_or_beyond(page, address):
 
 @pytest.mark.parametrize("window", WINDOWS, ids=WINDOWS)
 def test_accessible_and_never_wider_than_the_window(browser, address, window, screenshots):
-    from axe_playwright_python.sync_playwright import Axe
-
     page = new_tab(browser, **WINDOWS[window])
     width = page.viewport_size["width"]
     open_fit(page, address)
@@ -159,7 +157,7 @@ def test_accessible_and_never_wider_than_the_window(browser, address, window, sc
     assert clipped == 0
     for theme in themes(page):
         page.screenshot(path=screenshots / f"fit-{theme}-{window}.png", full_page=True)
-        found = Axe().run(page).response["violations"]
+        found = violations(page)
         assert not [(theme, v["id"], v["impact"], [n["html"][:120] for n in v["nodes"]]) for v in found]
     page.close()
 

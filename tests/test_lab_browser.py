@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from browser_support import WINDOWS, new_tab, open_page, themes, unexplained, wait_until_still
+from browser_support import WINDOWS, new_tab, open_page, themes, unexplained, violations, wait_until_still
 
 from llmq.labs.rounding import HEADERS
 from llmq.methods import METHODS
@@ -138,8 +138,6 @@ def test_bits_turn_over_by_mouse_and_by_keyboard(page, address):
 
 @pytest.mark.parametrize("window", WINDOWS, ids=WINDOWS)
 def test_every_part_is_accessible_and_fits(browser, address, window, screenshots):
-    from axe_playwright_python.sync_playwright import Axe
-
     page = new_tab(browser, **WINDOWS[window])
     width = page.viewport_size["width"]
     open_lab(page, address)
@@ -155,8 +153,8 @@ def test_every_part_is_accessible_and_fits(browser, address, window, screenshots
         assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False)), (name, levels)
         for theme in themes(page):
             page.screenshot(path=screenshots / f"lab-{name.lower()}-{theme}-{window}.png", full_page=True)
-            violations = Axe().run(page).response["violations"]
-            assert not [(name, theme, v["id"], [n["html"][:160] for n in v["nodes"]]) for v in violations]
+            found = violations(page)
+            assert not [(name, theme, v["id"], [n["html"][:160] for n in v["nodes"]]) for v in found]
     part(page, "Bits")
     sizes = page.evaluate(
         "() => [...document.querySelectorAll('#bits button')].filter(b => b.offsetWidth).map("

@@ -14,6 +14,7 @@ from browser_support import (
     status,
     themes,
     unexplained,
+    violations,
     wait_until_still,
 )
 from colours import rgb
@@ -169,8 +170,6 @@ def test_a_threshold_off_the_slider_is_refused_by_its_value(address, bad):
 
 @pytest.mark.parametrize("window", WINDOWS, ids=WINDOWS)
 def test_every_part_is_accessible_and_fits(browser, address, window, screenshots):
-    from axe_playwright_python.sync_playwright import Axe
-
     page = new_tab(browser, **WINDOWS[window])
     width = page.viewport_size["width"]
     open_page(page, address)
@@ -196,7 +195,7 @@ def test_every_part_is_accessible_and_fits(browser, address, window, screenshots
         primary = [button for button in page.locator("button.primary, .llmq-primary").all() if button.is_visible()]
         assert len(primary) <= 1, (name, [button.inner_text() for button in primary])
         for theme in themes(page):
-            found += Axe().run(page).response["violations"]
+            found += violations(page)
             page.screenshot(path=screenshots / f"part-{name.split()[0].lower()}-{theme}-{window}.png", full_page=True)
     serious = [
         (v["id"], [n["html"][:160] for n in v["nodes"]]) for v in found if v["impact"] in ("critical", "serious")
