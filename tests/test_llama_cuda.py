@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_llama
 from tiny_runs import best_of
 
+from llmq.engine import llama_cuda
 from llmq.engine.base import Interrupted, capacity_for
 from llmq.engine.choice import choose_engines
 from llmq.engine.cuda_graph import LONGEST_PROMPT_GRAPH, graph_rows
 from llmq.engine.hf import HFEngine
-from llmq.engine.llama_cuda import CudaLlama
+from llmq.engine.llama_cuda import CudaGeneration, CudaLlama
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
@@ -82,6 +84,29 @@ def test_a_prompts_graph_has_few_rows_more_and_few_sizes():
     sizes = [graph_rows(tokens) for tokens in range(1, LONGEST_PROMPT_GRAPH + 1)]
     assert len(set(sizes)) == 16 and sizes[-1] == LONGEST_PROMPT_GRAPH and sizes == sorted(sizes)
     assert all(0 <= size - tokens < max(64, tokens / 4) for tokens, size in enumerate(sizes, 1))
+
+
+def test_a_gpu_begins_no_step_ahead_that_nobody_asks_for(monkeypatch):
+    """Two under way while more are wanted, one at the end; whoever goes on regardless gets one at a time."""
+    event = SimpleNamespace(synchronize=lambda: None, elapsed_time=lambda _: 1.0)
+    done = SimpleNamespace(chosen=torch.tensor([3.0, -1.0]), logits=None, begun=event, ended=event, kept=event)
+    under_way = []
+
+    class OnGPU(CudaGeneration):
+        def _begin(self):
+            self._begun += 1
+            self._in_flight.append(done)
+            under_way.append(len(self._in_flight))
+
+    monkeypatch.setattr(llama_cuda, "allocated_bytes", lambda device: (0, 0))
+    engine = SimpleNamespace(context=100, device="cuda:0", beside=SimpleNamespace(wait_event=lambda _: None))
+    generation = OnGPU(engine, [1, 2], SamplingSettings(max_new_tokens=5))
+    generation._workspace = SimpleNamespace(slots=[None, None], decoder=SimpleNamespace(capacity=100))
+    counts = []
+    for _ in range(6):
+        generation._next()
+        counts.append(generation._begun)
+    assert counts == [2, 3, 4, 4, 5, 6] and max(under_way) == 2 and under_way[-2:] == [1, 1]
 
 
 def ends(tied: bool, tensors: dict) -> tuple:
