@@ -24,8 +24,16 @@ def test_a_chart_has_a_bar_a_row_on_one_scale_and_says_how_it_was_measured():
     said = [element.text for element in ElementTree.fromstring(light).iter("{http://www.w3.org/2000/svg}text")]
     assert said[:4] == ["theirs", "int8 · bitsandbytes, threshold 0", "100 tok/s · 1.50 MB, spread 40 %", "FP16"]
     assert said[5:8] == ["ours <7B>", "int8 · ours", "300 tok/s · 1.50 MB, spread 33 %"]
-    assert said[8].startswith("Abacus, 2026-11-22.") and said[9].startswith("64 prompt tokens, then 32, 200 new")
+    assert said[8].startswith("Abacus, 2026-11-22.")
+    assert said[9].startswith("Decode, batch 1: 64 prompt tokens, then 32, 200 new,")
     assert DARK["ink"] in dark and LIGHT["ink"] not in dark
+
+
+def test_the_notes_of_the_stored_chart_fit_its_width():
+    texts = ElementTree.parse(tables.ROOT / next(iter(tables.CHARTS))).iter("{http://www.w3.org/2000/svg}text")
+    notes = [text.text for text in texts if text.get("font-size") == "12"]
+    letter = 6.2  # pixels, in the widest of its fonts
+    assert len(notes) == 3 and max(map(len, notes)) * letter < chart.WIDTH
 
 
 def test_a_chart_that_a_document_names_is_drawn_and_found_stale(tmp_path, monkeypatch):

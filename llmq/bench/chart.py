@@ -59,8 +59,8 @@ def _notes(groups: dict[str, dict]) -> list[str]:
         for name in ("device_name", "prompt_tokens", "new_tokens")
     )
     return [
-        f"{devices}, {shown.days(*groups.values())}. LLaMA-2-7B's shape with random weights, batch 1, decode;",
-        f"{prompts} prompt tokens, then {new} new tokens below one heading after the other.",
+        f"{devices}, {shown.days(*groups.values())}. LLaMA-2-7B's shape with random weights.",
+        f"Decode, batch 1: {prompts} prompt tokens, then {new} new, below one heading after the other.",
         "GB: weights with scales. Lines: slowest to fastest round; everybody has a turn in each.",
     ]
 
