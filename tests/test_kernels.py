@@ -89,6 +89,13 @@ def test_norm_split_and_split(width, threshold):
     assert contents(made) == contents(expected)
 
 
+def test_a_wide_vector_may_be_nothing_but_outliers():
+    x = torch.full((33000,), 7.0).half()
+    made = SplitVector.empty(len(x), "cpu")
+    fast.split(x, 6.0, made)
+    assert made.count.item() == len(x) and made.index.tolist() == list(range(len(x))) and not made.codes.any()
+
+
 def test_a_value_that_is_no_number_shows_in_the_product():
     for bad in (float("nan"), float("inf")):
         x, weight = vector(64), quantize_rows(torch.ones(8, 64))

@@ -22,8 +22,8 @@ def draw_of(settings: SamplingSettings) -> tuple:
 
 
 def graph_rows(tokens: int) -> int:
-    """Return how many rows the graph has that reads a prompt of so many tokens: an eighth or so more where it is
-    long, for every row is worked on, and 16 sizes in all."""
+    """Return how many rows the graph has that reads a prompt of so many tokens: a quarter more at most where it
+    is long, for every row is worked on, and 16 sizes in all."""
     step = max(SHORTEST_PROMPT_GRAPH, 1 << max(0, (tokens - 1).bit_length() - 3))
     return -(-tokens // step) * step
 

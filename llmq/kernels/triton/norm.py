@@ -42,16 +42,17 @@ def _vector(
             wide = ((wide * scale).to(kind) * gains).to(kind).to(tl.float32)
     if SPLIT:
         listed = is_outlier(wide, threshold)
-        counts = tl.where(listed, 65536, 0) + tl.where(listed & (whole < start), 1, 0)  # all, and before the slice
+        # All, in the upper half, and those before the slice, in the lower: one sum for both, of up to 65,535 each.
+        counts = tl.where(listed, 65536, 0).to(tl.uint32) + tl.where(listed & (whole < start), 1, 0).to(tl.uint32)
         absmax, counted = tl.max(below(wide, threshold), 0), tl.sum(counts, 0)
         codes = coded(y, code_scale(absmax, PTX), threshold, PTX)
         tl.store(codes_ptr + at, codes.to(tl.int8), mask=at < width)
         outlier = is_outlier(y, threshold)
-        slot = (counted & 65535) + tl.cumsum(outlier.to(tl.int32), 0) - 1
+        slot = (counted & 65535).to(tl.int32) + tl.cumsum(outlier.to(tl.int32), 0) - 1
         tl.store(index_ptr + slot, at, mask=outlier)
         tl.store(value_ptr + slot, y, mask=outlier)
         if start == 0:
-            tl.store(count_ptr, counted >> 16)
+            tl.store(count_ptr, (counted >> 16).to(tl.int32))
             tl.store(absmax_ptr, absmax)
     else:
         tl.store(out_ptr + at, y.to(kind), mask=at < width)
