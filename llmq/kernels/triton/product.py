@@ -7,8 +7,6 @@ against 7.5 us). The outliers are a list; their weights are gathered from rows t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -18,14 +16,7 @@ from llmq.kernels.buffers import LISTED, NotedVector, SplitVector
 from llmq.kernels.primitives import Int8Weight
 from llmq.kernels.triton.codes import PEAKS, code_scale, coded, note, packed_codes
 from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
-
-
-class Tile(NamedTuple):
-    """`rows` outputs a program, `columns` inputs at a time."""
-
-    rows: int
-    columns: int
-    warps: int
+from llmq.kernels.triton.tiles import noted_tile, plain_tile, split_tile
 
 
 @triton.jit
@@ -266,7 +257,7 @@ def products(
     if len(weights) not in (2, 3):
         return reference.products(x, weights, outs, biases=biases, product=product)
     width = weights[0].shape[1]
-    tile, dp4a = split_tile(sum(map(len, outs)), width, False), not INTERPRETED and width % 4 == 0
+    tile, dp4a = split_tile(width, False), not INTERPRETED and width % 4 == 0
     codes = x.codes.view(torch.int32) if dp4a else x.codes
     members = []
     for weight, out, bias in zip(weights, outs, biases or [None] * len(outs), strict=True):
@@ -299,14 +290,14 @@ def product(
     if not isinstance(x, (SplitVector, NotedVector)):
         int8 = isinstance(weight, Int8Weight)
         codes, absmax = (weight.codes, weight.absmax) if int8 else (weight, None)
-        tile = plain_tile(n_out, width, codes.itemsize, gated)
+        tile = plain_tile(width, codes.itemsize, gated)
         _plain[(triton.cdiv(n_out, tile.rows),)](
             x, codes, absmax, bias, residual, *places, n_out, width, float(out.threshold if note else 0),
             ROWS=tile.rows, COLUMNS=tile.columns, INT8=int8, num_warps=tile.warps, **flags,
         )  # fmt: skip
         return
     noted, dp4a = isinstance(x, NotedVector), not INTERPRETED and width % 4 == 0
-    tile = noted_tile(width) if noted else split_tile(n_out, width, gated)
+    tile = noted_tile(width) if noted else split_tile(width, gated)
     packed = weight.codes.view(torch.int32) if dp4a else weight.codes
     given = (x.x, x.tally) if noted else (x.codes.view(torch.int32) if dp4a else x.codes, x.absmax)
     threshold = x.threshold if noted else out.threshold if note else 0
@@ -315,25 +306,3 @@ def product(
         float(threshold), ROWS=tile.rows, COLUMNS=tile.columns // 4 if dp4a else tile.columns, OUTLIERS=LISTED,
         DP4A=dp4a, NOTED=noted, PTX=not INTERPRETED, num_warps=tile.warps, **flags,
     )  # fmt: skip
-
-
-def split_tile(n_out: int, width: int, gated: bool) -> Tile:
-    """Return the best tile of those tried on one H100 at LLaMA-2-7B's shapes. One warp a program leaves room for most
-    programs at once, so that most of the first rows are on their way before the activations are there."""
-    if width < 2048:
-        return Tile(1 if gated else 2, max(512, triton.next_power_of_2(width)), 1)
-    return Tile(2, 2048, 4 if gated else 1)
-
-
-def noted_tile(width: int) -> Tile:
-    """Return as `split_tile` does, where the codes are made here: eight rows share that work."""
-    return Tile(4, max(512, triton.next_power_of_2(width)), 2) if width < 2048 else Tile(8, 2048, 2)
-
-
-def plain_tile(n_out: int, width: int, itemsize: int, gated: bool) -> Tile:
-    """Return as `split_tile` does: 2.86 to 3.13 TB/s with FP16 weights, where cuBLAS reaches 2.04 to 2.78."""
-    if itemsize == 1:
-        return Tile(1 if gated else 2, 1024, 2)
-    if width < 2048:
-        return Tile(1 if gated else 2, 512, 2)
-    return Tile(1, 2048, 4) if gated or width > 8192 else Tile(2, 2048, 8)
