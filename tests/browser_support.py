@@ -53,7 +53,7 @@ CHROMIUM_FLAGS = [
     "--js-flags=--min-semi-space-size=64",  # MiB; a page is opened without collecting the garbage many times
 ]
 START_SECONDS = 300
-PATIENCE = 60_000  # milliseconds until a state that does not come is a failure; other processes may have the cores
+PATIENCE = 240_000  # milliseconds until a state that does not come is a failure; other processes may have the cores
 LOADED = "seed=1"  # a wish in the address: once the form shows it, the form has been filled from the address
 
 # Zoomed to 200 %, a window has half as many pixels each way, and each of them is drawn as four.
