@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import threading
 import time
@@ -268,9 +269,9 @@ def test_blocks_of_the_c_library_are_seen_to_come_and_go(blocks, size):
 
 
 def test_the_resident_size_shows_a_tensor_once_it_is_written_to():
-    """Until then the system has only promised the memory."""
+    """Until then the system has only promised the memory. Mapped by itself: a heap has room that is written."""
     size, seen = 64 << 20, [telemetry.used_bytes("cpu")[0]]
-    tensor = torch.empty(size, dtype=torch.uint8)
+    tensor = torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
     seen.append(telemetry.used_bytes("cpu")[0])
     tensor.fill_(1)
     seen.append(telemetry.used_bytes("cpu")[0])
