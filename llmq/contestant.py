@@ -1,14 +1,15 @@
-"""Who takes part in a comparison: a method with its settings, in the words people type. No torch."""
+"""Who takes part in a comparison: a method with its settings, or a server, in the words people type. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from llmq.errors import UserError
+from llmq.errors import BadChoice, UserError
 from llmq.fields import Kind, fields_of
 from llmq.methods import DEFAULT_THRESHOLD, Method, parse_method
+from llmq.servers.served import Served, is_served
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,14 @@ class Contestant:
     @classmethod
     def parse(cls, text: str, default_threshold: float = DEFAULT_THRESHOLD) -> Contestant:
         """`fp16`, `bnb-int8`, `bnb-int8@3.5`, `gptq@bits=4:group=128`. Raises BadChoice naming value and choices."""
-        return cls(parse_method(text, {"threshold": default_threshold}))
+        return cls.of(text, {"threshold": default_threshold})
+
+    @classmethod
+    def of(cls, text: str, defaults: Mapping[str, Any]) -> Contestant:
+        """As `parse`, with values for settings that the name does not give."""
+        if is_served(text):
+            raise BadChoice(f"{text.strip()[:80]} is a server, which can be compared; nobody here sees its weights")
+        return cls(parse_method(text, defaults))
 
     @classmethod
     def parse_all(cls, text: str, default_threshold: float = DEFAULT_THRESHOLD) -> tuple[Contestant, ...]:
@@ -41,16 +49,34 @@ class Contestant:
         first = fields_of(type(self.method))[0].named
         return f"{self.method.label}, {settings if '=' in settings.split(':')[0] else f'{first} {settings}'}"
 
+    def at(self, threshold: float) -> Contestant:
+        """The same with another threshold of outlier columns."""
+        return Contestant(replace(self.method, threshold=threshold))
+
+    @property
+    def about(self) -> str:
+        return self.method.about
+
     @property
     def threshold(self) -> float | None:
         """Of its outlier columns; None for a method that has none."""
         return self.method.threshold
 
 
+def entrant(text: str, default_threshold: float = DEFAULT_THRESHOLD) -> Contestant | Served:
+    """Who may take part in a comparison: a method, or a server such as `vllm@http://host:8000/v1#model`."""
+    return Served.parse(text) if is_served(text) else Contestant.parse(text, default_threshold)
+
+
+def entrants(text: str, default_threshold: float = DEFAULT_THRESHOLD) -> tuple[Contestant | Served, ...]:
+    """Several, with commas between them."""
+    return tuple(entrant(part, default_threshold) for part in text.split(","))
+
+
 def shown_name(label: str) -> str:
     """The title of the contestant of a label; the label itself where no method here has it, as in an old recording."""
     try:
-        return Contestant.parse(label).title
+        return entrant(label).title
     except UserError:
         return label
 
@@ -58,7 +84,7 @@ def shown_name(label: str) -> str:
 def shown_about(label: str) -> str:
     """What the method of a label does, in a sentence or two; '' where no method here has it."""
     try:
-        return Contestant.parse(label).method.about
+        return entrant(label).about
     except UserError:
         return ""
 
@@ -71,7 +97,7 @@ class OneContestant(Kind):
     holds: ClassVar[type] = Contestant
 
     def read(self, name: str, text: str, defaults: Mapping[str, Any]) -> Contestant:
-        return Contestant(parse_method(text, defaults))
+        return Contestant.of(text, defaults)
 
     def spell(self, value: Contestant) -> str:
         return value.label
@@ -86,7 +112,7 @@ class Contestants(Kind):
     holds: ClassVar[type] = tuple
 
     def read(self, name: str, text: str, defaults: Mapping[str, Any]) -> tuple[Contestant, ...]:
-        return tuple(Contestant(parse_method(part, defaults)) for part in text.split(","))
+        return tuple(Contestant.of(part, defaults) for part in text.split(","))
 
     def spell(self, value: tuple[Contestant, ...]) -> str:
         return ",".join(contestant.label for contestant in value)
