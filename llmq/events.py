@@ -50,8 +50,8 @@ class Planned:
 
     schedule: str
     reason: str
-    prompt_tokens: int
-    predicted_bytes: dict[str, int]  # contestant -> weights + KV cache + workspace at the full length
+    prompt_tokens: int | None  # by the model here
+    predicted_bytes: dict[str, int | None]  # weights, KV cache, workspace at the full length; None of a server
     free_bytes: int
     device: str
 
@@ -71,7 +71,7 @@ class Loaded:
     """
 
     contestant: str
-    weight_bytes: int
+    weight_bytes: int | None
     seconds: float
     resident: bool = False
     engine: str = "hf"
@@ -88,10 +88,11 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefilled:
-    """The prompt is in the KV cache and the first token is sampled: `seconds` is the time to first token."""
+    """The prompt is in the KV cache and the first token is sampled: `seconds` is the time to first token. The tokens of
+    a prompt are not known where a server counts them, until it has."""
 
     contestant: str
-    prompt_tokens: int
+    prompt_tokens: int | None
     seconds: float
 
 
@@ -103,15 +104,19 @@ class Step:
     speed. `text` is what became printable with this token: empty while a multi-byte character is incomplete.
     `logprob` is the natural logarithm of the token's probability before temperature and filtering; `best` the likeliest
     tokens at its place, id -> probability, likeliest first; empty in older recordings.
+
+    Of a server it is one event of its stream, read at this end after `seconds`: `tokens` of them, None where that is
+    not known, with the id only of a single one that the model of the run knows, and a `logprob` where it is told.
     """
 
     contestant: str
     index: int
-    token_id: int
+    token_id: int | None
     text: str
     seconds: float
-    logprob: float
+    logprob: float | None = None
     best: dict[str, float] = field(default_factory=dict)
+    tokens: int | None = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +149,19 @@ class Freed:
 class Finished:
     """`reason`: 'eos', 'length', 'context', 'time' or 'stopped'. `text` flushes an incomplete last character.
 
-    `peak_bytes` is what this contestant needed at its highest: weights, scales, KV cache and (on a GPU) workspace.
+    `peak_bytes` is what this contestant needed at its highest: weights, scales, KV cache and (on a GPU) workspace. What
+    a server says at the end: `prompt_tokens` and `tokens` by its own count, `cache_share` of its KV cache that was in
+    use when it began to write, everybody's. None is not known.
     """
 
     contestant: str
     reason: str
     text: str = ""
-    kv_bytes: int = 0
-    peak_bytes: int = 0
+    kv_bytes: int | None = 0
+    peak_bytes: int | None = 0
+    prompt_tokens: int | None = None
+    tokens: int | None = None
+    cache_share: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,5 +304,7 @@ def _is(value, expected) -> bool:
 
 
 def _finite(record: dict) -> dict:
-    """JSON has no infinity: the log-probability of an impossible token, -inf, is stored as null."""
-    return {key: None if value == -math.inf else value for key, value in record.items()}
+    """JSON has no infinity: the log-probability of an impossible token, -inf, is stored as null; one that is not known
+    is left out."""
+    told = {key: value for key, value in record.items() if key != "logprob" or value is not None}
+    return {key: None if value == -math.inf else value for key, value in told.items()}

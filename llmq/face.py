@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmq.contestant import Contestant
+from llmq.contestant import Contestant, entrants
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import describe, device_named
 from llmq.errors import unknown
@@ -36,6 +36,7 @@ from llmq.models.loading import quiet_libraries
 from llmq.models.presets import PRESETS
 from llmq.quantizing import Quantization
 from llmq.reporting import reported, shown_block
+from llmq.servers.reach import Reach, keys_of_environment
 from llmq.summary import RunAnswer, Summary
 from llmq.terminal import show_progress
 
@@ -89,23 +90,28 @@ class Finding:
 def compare(
     prompt: str, methods: Methods = ("fp16", "llm-int8"), *, model: str = "demo", device: str | None = None,
     max_new_tokens: int = 64, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-    schedule: str = "interleave", engine: str = "auto", random_weights: bool = False, verbose: bool | None = None,
+    schedule: str = "interleave", engine: str = "auto", random_weights: bool = False, sent: str = "messages",
+    keys: Mapping[str, str] | None = None, verbose: bool | None = None,
 ) -> Finding:  # fmt: skip
     """Run one prompt through one to three methods: texts, speeds, bytes, and where the first two texts part.
 
     `methods`: as at the command line, such as 'llm-int8@4', or of `llmq.METHODS`. `temperature` 0 is greedy.
-    `schedule`: 'interleave' or 'in-turn'; `engine`: 'auto', 'hf' or 'lean'. A method that fails says why in its `error`
-    and the others go on. Raises BadChoice for a value that cannot be used, ModelUnavailable for a model.
+    `schedule`: 'interleave', 'in-turn' or 'parallel'; `engine`: 'auto', 'hf' or 'lean'. A method that fails says why in
+    its `error` and the others go on. Among the methods may be servers of the OpenAI protocol, such as
+    'vllm@http://localhost:8000/v1#model': `sent` to them is the prompt as 'messages' or as the 'text' that the model
+    here would read, and `keys` (host:port -> key) adds to those of LLMQ_SERVER_KEYS. Raises BadChoice for a value that
+    cannot be used, ModelUnavailable for a model.
 
         llmq.compare("Name three colours.", ["fp16", "llm-int8"], max_new_tokens=16)
     """
     comparison = Comparison(
-        prompt=prompt, model=model, contestants=Contestant.parse_all(_typed(methods)), device=device_for(device),
+        prompt=prompt, model=model, contestants=entrants(_typed(methods)), device=device_for(device),
         sampling=SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                   seed=seed),
-        schedule=schedule, engine=engine, random_weights=random_weights,
+        schedule=schedule, engine=engine, random_weights=random_weights, sent=sent, keys=keys or {},
     )  # fmt: skip
     answer = RunAnswer(Run(comparison.settings(), {}), Summary())
+    machine().reach = Reach(keys=keys_of_environment())
     for _ in _telling(verbose)(followed(comparison, machine().run(comparison), answer)):
         pass
     return Finding(answer)

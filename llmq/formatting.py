@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 MISSING = "–"
 WIDE = 0.1  # the spread of repeats from which on a figure says so
-LOOPS = {"hf": "transformers", "lean": "the lean loop"}  # the engines, by the names that results have
+OVER_HTTP = "http"  # the loop of a server
+LOOPS = {"hf": "transformers", "lean": "the lean loop", OVER_HTTP: "a server, over HTTP"}  # by their names in results
 BYTE_UNITS = ("B", "kB", "MB", "GB", "TB")
 
 

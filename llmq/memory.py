@@ -141,8 +141,8 @@ def largest_batch(model: Model, method: Method, room: float, *, tokens: int, ans
 
 
 def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> Plan:
-    """`interleave` needs all contestants at once; where they do not fit, one after the other is chosen and said."""
-    if schedule != "interleave" or fit_together(predictions, free_bytes):
+    """All but `in-turn` needs all contestants at once; where they do not fit, that is chosen and said."""
+    if schedule == "in-turn" or fit_together(predictions, free_bytes):
         return Plan(schedule, "", free_bytes)
     needed = f"{sum(p.total for p in predictions) / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free"
     reason = f"loaded together they need {needed}, so each is loaded in turn and freed before the next"

@@ -22,6 +22,8 @@ def progress_line(event: Event | Progress) -> str:
             return message.partition(" (")[0].partition(" · ")[0]
         case Loading():
             return f"loading {event.contestant}" + (f": {event.message}" if event.message else "")
+        case Loaded(weight_bytes=None):
+            return f"{event.contestant}: answers"
         case Loaded():
             return f"{event.contestant}: {event.weight_bytes / 1e6:,.0f} MB of weights in {event.seconds:.1f} s"
         case Finished():

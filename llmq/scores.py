@@ -7,10 +7,12 @@ at a time, so that a small divergence is not the rounding of its own computation
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from llmq.errors import NOT_A_NUMBER, UserError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = 64  # positions at a time: a float64 row is as wide as the vocabulary
+SMALLEST_REST = 1e-9  # of what a server leaves to the tokens that it does not name: its figures are rounded
 LARGEST_LOSS = 700.0  # exp of more overflows a float64
 
 
@@ -98,6 +101,27 @@ def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def first_divergence(one: Sequence, other: Sequence) -> int | None:
     """The first place where two sequences differ; None where one is the beginning of the other."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+
+
+def lumped_divergence(own: torch.Tensor, named: Mapping[int, float]) -> float:
+    """KL(own || other) in nats of one place with all tokens but the `named` ones lumped into one: a lower bound of the
+    whole, as lumping never adds. `own`: log-probabilities (vocabulary,), float64; `named`: token -> log-probability of
+    the other, which need not add up to 1 and may come rounded."""
+    tokens = list(named)
+    ours = [math.exp(value) for value in own[tokens].tolist()]
+    theirs = [math.exp(value) for value in named.values()]
+    pairs = [*zip(ours, theirs, strict=True), (max(1 - sum(ours), 0.0), max(1 - sum(theirs), SMALLEST_REST))]
+    return max(0.0, sum(p * math.log(p / q) for p, q in pairs if p > 0 and q > 0))
+
+
+def first_text_divergence(one: Sequence[str], other: Sequence[str]) -> tuple[int | None, int | None]:
+    """The first pieces in which two texts differ, however each is cut; (None, None) where one begins the other."""
+    texts = "".join(one), "".join(other)
+    place = first_divergence(*texts)
+    if place is None:
+        return None, None
+    first, second = (bisect_right(list(accumulate(map(len, pieces))), place) for pieces in (one, other))
+    return first, second
 
 
 def perplexity(loss: float) -> float:

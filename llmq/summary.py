@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 
 from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Run, Step
 from llmq.figures.blocks import Block, Table, Verbatim
-from llmq.formatting import MISSING, format_bytes, format_seconds, format_speed, shown_coverage
+from llmq.formatting import MISSING, OVER_HTTP, format_bytes, format_seconds, format_speed, shown_coverage
 from llmq.parting import ORDINALS, Choice, Parting
-from llmq.scores import first_divergence
+from llmq.scores import first_divergence, first_text_divergence
 
 SHOWN = ("engine", "text", "token_ids", "prompt_tokens", "load_seconds", "prefill_seconds", "decode_tokens_per_second")
 SHOWN += ("weight_bytes", "kv_bytes", "peak_bytes", "error")  # of a contestant, under the same name in JSON
@@ -27,11 +27,13 @@ class Outcome:
     engine: str | None = None
     prompt_tokens: int | None = None
     prefill_seconds: float | None = None
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int | None] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
     best: list[dict[str, float]] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    step_tokens: list[int | None] = field(default_factory=list)
+    answer_tokens: int | None = None  # by the count of a server
     kv_bytes: int | None = None
     peak_bytes: int | None = None
     reason: str | None = None
@@ -52,8 +54,10 @@ class Outcome:
                 self.best.append(event.best)
                 if event.index:
                     self.step_seconds.append(event.seconds)
+                    self.step_tokens.append(event.tokens)
             case Finished():
                 self.reason, self.kv_bytes, self.peak_bytes = event.reason, event.kv_bytes, event.peak_bytes
+                self.prompt_tokens, self.answer_tokens = event.prompt_tokens or self.prompt_tokens, event.tokens
                 self.pieces.append(event.text)
             case Failed():
                 self.error = event.message
@@ -64,16 +68,24 @@ class Outcome:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Tokens over summed step seconds; token 0 belongs to the prefill. None with fewer than two tokens."""
-        seconds = sum(self.step_seconds)
-        return len(self.step_seconds) / seconds if seconds > 0 else None
+        """Tokens over summed step seconds; token 0 belongs to the prefill. None with fewer than two tokens, and while a
+        server has not told how many they are."""
+        seconds, count = sum(self.step_seconds), self.step_tokens
+        tokens = self.answer_tokens - 1 if self.answer_tokens else None if None in count else sum(count)
+        return tokens / seconds if tokens and seconds > 0 else None
 
-    def choice(self, place: int, seen_by: Outcome) -> Choice:
-        """This contestant's token at `place`, and what `seen_by` held of it; both had the same text before it."""
-        token, seen = self.token_ids[place], seen_by.best[place]
+    def chance(self, place: int) -> float | None:
+        """How likely this contestant held the token that it wrote at `place`; None where it does not tell."""
+        logprob = self.logprobs[place]
+        return None if logprob is None else math.exp(min(0.0, logprob))
+
+    def choice(self, place: int, seen_by: Outcome, there: int | None = None) -> Choice:
+        """This contestant's token at `place`, and what `seen_by` held of it; both had the same text before it. `there`:
+        the place in the other's text, where that is another."""
+        token, seen = self.token_ids[place], seen_by.best[place if there is None else there]
         ranks = dict(zip(seen, range(len(ORDINALS)), strict=False))
-        chance = math.exp(min(0.0, seen_by.logprobs[place])) if seen_by is self else seen.get(str(token))
-        ended = self.reason == "eos" and place == len(self.token_ids) - 1
+        chance = self.chance(place) if seen_by is self else seen.get(str(token))
+        ended = self.reason == "eos" and place == len(self.token_ids) - 1 and self.engine != OVER_HTTP
         text = None if ended else self.pieces[place]
         return Choice(self.contestant, token, text, chance, ranks.get(str(token)), min(seen.values(), default=None))
 
@@ -101,21 +113,36 @@ class Summary:
     def agreement(self) -> dict:
         """How far the first two contestants' tokens are the same.
 
-        `first_divergence`: index of the first token that differs, None while they agree as far as both go.
+        `first_divergence`: index of the first token that differs, None while they agree as far as both go. What a
+        server wrote is held against the other's text, and the token is the first contestant's.
         """
         if len(self.outcomes) < 2:
             return {"first_divergence": None, "matching_prefix_tokens": 0}
-        first, second = (outcome.token_ids for outcome in list(self.outcomes.values())[:2])
-        place = first_divergence(first, second)
-        same = min(len(first), len(second)) if place is None else place
-        return {"first_divergence": place, "matching_prefix_tokens": same}
+        first, second = self._pair
+        place, _ = self.places()
+        same = min(len(first.pieces), len(second.pieces), *map(len, (first.token_ids, second.token_ids)))
+        return {"first_divergence": place, "matching_prefix_tokens": same if place is None else place}
 
     def parting(self) -> Parting | None:
         """What the first two contestants chose where their texts part; None while they agree."""
-        if (place := self.agreement()["first_divergence"]) is None:
+        place, there = self.places() if len(self.outcomes) > 1 else (None, None)
+        if place is None:
             return None
+        first, second = self._pair
+        return Parting(first.choice(place, first), second.choice(there, first, place))
+
+    @property
+    def _pair(self) -> tuple[Outcome, Outcome]:
         first, second = list(self.outcomes.values())[:2]
-        return Parting(first.choice(place, first), second.choice(place, first))
+        return first, second
+
+    def places(self) -> tuple[int | None, int | None]:
+        """Where the first two part, in each one's tokens; None while they agree."""
+        first, second = self._pair
+        if OVER_HTTP in (first.engine, second.engine):
+            return first_text_divergence(first.pieces, second.pieces)
+        place = first_divergence(first.token_ids, second.token_ids)
+        return place, place
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from llmq.engine.loading import load_engine
 from llmq.errors import BadChoice
 from llmq.events import Finished, Loaded, Loading, Memory, Planned, Prefilled, Reading, Step, Waiting
 from llmq.kernels.cpu.library import why_not_native
-from llmq.labs import compare
+from llmq.labs import lanes
 from llmq.labs.compare import Comparison
 from llmq.machine.door import Machine
 from llmq.methods import METHODS
@@ -59,7 +59,7 @@ def prefill(name: str) -> list[tuple[str, str]]:
 def test_it_is_told_how_much_of_a_prompt_is_read_and_nothing_else_changes(tiny_folder, machine, monkeypatch):
     asked = comparison(tiny_folder, "fp32,bnb-int8")
     usual = list(machine.run(asked))
-    monkeypatch.setattr(compare, "TOLD_SECONDS", 0.0)
+    monkeypatch.setattr(lanes, "TOLD_SECONDS", 0.0)
     events = list(machine.run(asked))
     for name in ("fp32", "bnb-int8"):
         shares = [event.fraction for event in events if isinstance(event, Reading) and event.contestant == name]

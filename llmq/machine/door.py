@@ -32,6 +32,7 @@ from llmq.methods.coverage import coverage
 from llmq.methods.swap import telling
 from llmq.models.opening import Model, describe_model, open_model
 from llmq.models.reference_text import CALIBRATION, windows
+from llmq.servers.reach import ANYWHERE, Reach
 
 if TYPE_CHECKING:
     from llmq.memory import Prediction
@@ -59,9 +60,10 @@ class Stop(Protocol):
 
 class Machine:
     """The queue, the thread and the loaded engines of one process. `load` makes an engine; tests pass their own.
-    `open` finds the model of a name for every question."""
+    `open` finds the model of a name for every question, `reach` says which servers may be asked."""
 
     open: Callable[..., Model] = staticmethod(open_model)
+    reach: Reach = ANYWHERE
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class Lease:
 
     def __init__(self, machine: Machine, device: str, stop: Stop):
         self.device, self.stop, self.pool, self.clock = device, stop, machine.pool, machine.clock
-        self.find = machine.open
+        self.find, self.reach = machine.open, machine.reach
         self.loaded: list[Key] = []  # engines that this question brought into memory
         self.aside: SimpleQueue = SimpleQueue()  # what is to be heard before the next item, while that is being made
 

@@ -66,6 +66,24 @@ def _in_template(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     )
 
 
+def as_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The ids of a prompt as the text of which a tokenizer makes them; a token that it puts in front by itself is none
+    of it."""
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    begins = tokenizer.bos_token or ""
+    adds = begins and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(begins) if adds else text
+
+
+def one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """The id of the token that `text` is; None where it is several or none, or where the tokenizer keeps no account of
+    every byte, so that one text may be two tokens (a word with and without a space before it)."""
+    if "ByteLevel" not in type(getattr(tokenizer.backend_tokenizer, "decoder", None)).__name__:
+        return None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[0] if len(ids) == 1 else None
+
+
 class TextStream:
     """Turns a growing list of token ids into text that only ever grows.
 

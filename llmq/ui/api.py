@@ -18,7 +18,7 @@ import gradio as gr
 
 from llmq import face
 from llmq.cards import device_bytes
-from llmq.contestant import Contestant
+from llmq.contestant import Contestant, entrants
 from llmq.engine.sampling import SamplingSettings
 from llmq.environment import device_named
 from llmq.errors import BadChoice, Ended, UserError
@@ -64,7 +64,7 @@ class Api:
         self, owner: str, prompt: str, model: str = "demo", device: str | None = None, threshold: float = 6.0,
         methods: str = "fp16,bnb-int8", max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
         top_p: float = 1.0, seed: int = 0, schedule: str = "interleave", engine: str = "auto",
-        random_weights: bool = False,
+        random_weights: bool = False, sent: str = "messages",
     ) -> Iterator[dict]:  # fmt: skip
         """Run one prompt through one to three methods: texts, speeds, bytes, and where the first two texts part.
 
@@ -75,17 +75,19 @@ class Api:
             top_k: 0 is off
             top_p: 1 is off
             seed: all methods draw with the same noise
-            schedule: interleave (their steps in turn) or in-turn (one method after the other)
+            schedule: interleave (their steps in turn), in-turn (one method after the other) or parallel (servers
+                meanwhile)
             engine: auto, hf (transformers) or lean (our own loop)
             random_weights: a preset's shape with random weights
+            sent: to servers among the methods, the prompt as messages or as the text that the model here would read
         """
         tokens = self.state.access.check_tokens(max_new_tokens)
         comparison = Comparison(
-            prompt=prompt, model=model, contestants=_contestants(methods, threshold),
+            prompt=prompt, model=model, contestants=entrants(methods, THRESHOLD.check("threshold", threshold)),
             device=self._device(device),
             sampling=SamplingSettings(max_new_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                       seed=seed),
-            schedule=schedule, engine=engine, random_weights=random_weights,
+            schedule=schedule, engine=engine, random_weights=random_weights, sent=sent,
         )  # fmt: skip
         answer = RunAnswer(Run(comparison.settings(), {}), Summary())
         events = face.followed(comparison, self.state.run(comparison, owner), answer)

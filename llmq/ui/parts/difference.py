@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmq.formatting import OVER_HTTP
 from llmq.summary import Summary
 
 UNKNOWN = {"shares": [], "changes": []}
@@ -14,20 +15,24 @@ UNKNOWN = {"shares": [], "changes": []}
 
 def difference(summary: Summary, contestants: int) -> dict:
     """`memory` and `speed`, each with `shares` (0 to 1 of the largest) and `changes` ('▼ 39%', '▲ 1.8×'; '' for the
-    first) as soon as all `contestants` have a figure; `same` and `parted`: how far the first two texts agree."""
+    first) as soon as all `contestants` have a figure, those that never will, of servers, left out; `same` and `parted`:
+    how far the first two texts agree."""
     outcomes = list(summary.outcomes.values())
+    weights = [0 if one.engine == OVER_HTTP else one.weight_bytes for one in outcomes]
     return {
-        "memory": _figure([outcome.weight_bytes for outcome in outcomes], contestants, _percent),
+        "memory": _figure(weights, contestants, _percent),
         "speed": _figure([outcome.decode_tokens_per_second for outcome in outcomes], contestants, _times),
         **_words(summary, contestants),
     }
 
 
 def _figure(values: Sequence[float | None], contestants: int, told) -> dict:
-    if len(values) < contestants or not all(values):
+    """0 is what will not be known."""
+    if len(values) < contestants or None in values or not any(values):
         return UNKNOWN
+    first, *others = values
     shares = [round(value / max(values), 2) for value in values]
-    return {"shares": shares, "changes": ["", *(told(value / values[0]) for value in values[1:])]}
+    return {"shares": shares, "changes": ["", *(told(value / first) if first and value else "" for value in others)]}
 
 
 def _percent(ratio: float) -> str:

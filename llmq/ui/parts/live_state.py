@@ -52,8 +52,10 @@ class _Progress:
     def enter(self, state: str, *, text: str | None = None, note: str = "") -> None:
         self.state, self.state_text, self.note = state, text or STATE_TEXT[state], note
 
-    def raise_peak(self, count: int) -> None:
-        self.peak_bytes = max(count, self.peak_bytes or 0)
+    def raise_peak(self, count: int | None) -> None:
+        """At least `count`; None is not known."""
+        if count is not None:
+            self.peak_bytes = max(count, self.peak_bytes or 0)
 
     def window_speed(self) -> float | None:
         """Tokens per second over the last decode steps; None when not decoding and nothing came since the last call."""
@@ -154,7 +156,8 @@ class LiveState:
             case Finished():
                 self._keep()
                 progress.raise_peak(event.peak_bytes)
-                progress.enter("finished", text=REASON_TEXT.get(event.reason, f"Finished: {event.reason}"))
+                said = REASON_TEXT.get(event.reason, f"Finished: {event.reason}")
+                progress.enter("finished", text=said, note=_cache_note(event))
             case Failed():
                 progress.enter("failed", text="Failed", note=event.message)
             case Freed() if progress.state != "failed":  # a failure's message is worth more
@@ -214,6 +217,10 @@ def _highest(held: Mapping[str, float], new: Mapping[str, float]) -> dict[str, f
 
 def _waiting_note(event: Waiting) -> str:
     return f"runs in front of this one: {event.position}" if event.position else "another run holds the device"
+
+
+def _cache_note(event: Finished) -> str:
+    return "" if event.cache_share is None else f"{event.cache_share:.1%} of the server's KV cache was in use"
 
 
 def _freed_note(event: Freed) -> str:

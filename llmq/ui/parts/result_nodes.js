@@ -45,7 +45,7 @@ const makePane = ({ title, about }, index) => {
   const text = node("div", { class: "llmq-text", role: "region", tabindex: "0", "aria-label": `What ${title} wrote`,
     dir: "auto", id: `pane-${index}` });
   const root = node("section", { class: `llmq-pane llmq-c${index}`, "aria-label": title },
-    node("header", {}, node("h2", {}, about ? term(title, { "data-says": about }) : title), slots.state_text),
+    node("header", {}, node("h2", { title }, about ? term(title, { "data-says": about }) : title), slots.state_text),
     text, list, slots.note, arithmetic);
   return { root, slots, text, arithmetic };
 };

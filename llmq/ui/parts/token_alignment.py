@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
 from llmq.scores import first_divergence
 
+WORDS = re.compile(r"\s*\S+|\s+")
 ALIGN_AT_MOST = 2048  # tokens; repetitive texts of this length take 0.6 s to align, of 4096 tokens 4 s
 PREFIX, SAME, DIFFERENT = "prefix", "same", "diff"
-Token = tuple[int, str]
+Token = tuple[int | str | None, str]
 
 
 def diff_tokens(tokens_a: Sequence[Token], tokens_b: Sequence[Token]) -> dict:
@@ -35,6 +37,12 @@ def diff_tokens(tokens_a: Sequence[Token], tokens_b: Sequence[Token]) -> dict:
         "aligned": aligned,
         "pieces": [_pieces(tokens_a, kinds_a), _pieces(tokens_b, kinds_b)],
     }
+
+
+def words_of(tokens: Sequence[Token]) -> list[Token]:
+    """The text of `tokens` cut at its words: so two texts are held against each other that were cut in different
+    ways."""
+    return [(word, word) for word in WORDS.findall("".join(text for _, text in tokens))]
 
 
 def _pieces(tokens: Sequence[Token], kinds: Sequence[str]) -> list[list[str]]:

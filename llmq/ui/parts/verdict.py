@@ -3,7 +3,7 @@ tokens where those part: plain text, never markup."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmq.contestant import shown_name
@@ -132,15 +132,16 @@ def _agreement(summary: Summary, baseline: Outcome, other: Outcome) -> str:
     where = (
         f"are the same for {_tokens(same)} and part at token {first + 1}" if first else "differ from the first token on"
     )
-    return f"The two texts {where}. {_how_sure(baseline, other, first)}. All later differences follow from this one."
+    sure = _how_sure((baseline, other), summary.places())
+    return f"The two texts {where}.{sure} All later differences follow from this one."
 
 
-def _how_sure(baseline: Outcome, other: Outcome, place: int) -> str:
-    """How likely each model held the token that it wrote where they part."""
-    chances = [math.exp(min(outcome.logprobs[place], 0.0)) for outcome in (baseline, other)]
-    pairs = zip((baseline, other), chances, strict=True)
-    told = ", ".join(f"{_name(outcome)} gave its own choice {chance:.0%}" for outcome, chance in pairs)
-    return f"There {told}{': little decided it' if max(chances) < 0.5 else ''}"
+def _how_sure(pair: tuple[Outcome, Outcome], places: Sequence[int]) -> str:
+    """How likely each model held the token that it wrote where they part, as far as it is known."""
+    chances = {_name(one): one.chance(place) for one, place in zip(pair, places, strict=True)}
+    known = {name: chance for name, chance in chances.items() if chance is not None}
+    told = ", ".join(f"{name} gave its own choice {chance:.0%}" for name, chance in known.items())
+    return f" There {told}{': little decided it' if max(known.values()) < 0.5 else ''}." if known else ""
 
 
 def _name(outcome: Outcome) -> str:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 
 from llmq.cards import CARDS, HERE, device_bytes
+from llmq.contestant import Contestant, entrant
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import UserError
 from llmq.labs.compare import SCHEDULES
 from llmq.labs.outliers import LOWEST_THRESHOLD
 from llmq.methods import DEFAULT_THRESHOLD, Method, parse_method
 from llmq.methods.base import THRESHOLD
+from llmq.servers.served import Served
 
 NUMBERS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
 
@@ -80,13 +81,19 @@ def outlier_wishes(query: Mapping[str, str]) -> dict:
 
 
 def _methods(names: list[str], *, own: bool) -> dict:
-    """The labels of methods; with the threshold that they share, unless each has its `own`."""
-    methods = [method for method in map(_method, names) if method]
-    shared = {method.threshold for method in methods} - {None}
+    """The labels of methods and servers; with the threshold that they share, unless each has its `own`."""
+    found = [one for one in map(_entrant, names) if one]
+    shared = {one.threshold for one in found} - {None}
     if own or len(shared) != 1:
-        return {"methods": list(dict.fromkeys(method.spelled for method in methods))}
-    usual = [m if m.threshold is None else replace(m, threshold=DEFAULT_THRESHOLD) for m in methods]
-    return {"methods": list(dict.fromkeys(method.spelled for method in usual)), "threshold": shared.pop()}
+        return {"methods": list(dict.fromkeys(one.label for one in found))}
+    usual = [one if one.threshold is None else one.at(DEFAULT_THRESHOLD) for one in found]
+    return {"methods": list(dict.fromkeys(one.label for one in usual)), "threshold": shared.pop()}
+
+
+def _entrant(name: str) -> Contestant | Served | None:
+    with suppress(UserError):
+        return entrant(name)
+    return None
 
 
 def _method(text: str) -> Method | None:

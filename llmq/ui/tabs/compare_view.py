@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmq.contestant import Contestant, shown_name
+from llmq.contestant import Contestant, entrant, shown_name
 from llmq.errors import UserError
 from llmq.events import Event, Finished, Loaded, Loading, Planned, Prefilled, Reading, Run, Step, Waiting
 from llmq.formatting import shown_coverage
 from llmq.models.presets import model_title
+from llmq.servers.served import is_served
 from llmq.summary import Summary
 from llmq.ui.parts.difference import difference
 from llmq.ui.parts.live_state import LiveState
 from llmq.ui.parts.progress import event_line
 from llmq.ui.parts.recording import Pace, recorded
-from llmq.ui.parts.token_alignment import SAME, diff_tokens
+from llmq.ui.parts.token_alignment import SAME, Token, diff_tokens, words_of
 from llmq.ui.parts.verdict import verdict
 
+OVER_HTTP = "over HTTP, with the server's queue; what it computes in is its own affair"
 UPDATE_SECONDS = 0.25  # the panel draws four times a second; every update costs the engine a slice of the GIL
 PANES = 3
 
@@ -50,7 +52,7 @@ class CompareView:
             {label: arithmetic(label, self.device, cpu=self.cpu) for label in self.labels}, run=self.run
         )
         self._texts = [""] * len(self.labels)
-        self._tokens: list[list[tuple[int, str]]] = [[] for _ in self.labels]
+        self._tokens: list[list[Token]] = [[] for _ in self.labels]
         self._reading: list[str] = []  # contestants that are loaded and have not read the prompt
         self._status, self._fraction = "Starting", None
 
@@ -118,7 +120,7 @@ class CompareView:
         if not self._reading:
             return ""
         plan: Planned | None = self.summary.plan
-        parts = [f"{plan.prompt_tokens:,} tokens"] if plan else []
+        parts = [f"{plan.prompt_tokens:,} tokens"] if plan and plan.prompt_tokens else []
         parts += [f"{event.fraction:.0%}"] if isinstance(event, Reading) else []
         return f"{shown_name(self._reading[0])} reads the prompt: {', '.join(parts)}"
 
@@ -142,7 +144,9 @@ class CompareView:
             "details": list(said.details),
         }
         if len(self.labels) > 1 and all(self._tokens[:2]):
-            compared = diff_tokens(*self._tokens[:2])
+            pair = self._tokens[:2]
+            served = any(is_served(label) for label in self.labels[:2])
+            compared = diff_tokens(*(map(words_of, pair) if served else pair))
             pieces = [self._ended(index, pieces) for index, pieces in enumerate(compared["pieces"])]
             found |= {"pieces": pieces + [None] * (len(self.labels) - 2), "first": compared["first"]}
         return found
@@ -185,7 +189,8 @@ def asked_of(settings: Mapping) -> dict:
 def arithmetic(label: str, device: str, loop: str = "hf", cpu: str = "") -> str:
     """What a contestant stores and multiplies in; empty for a method this version does not know (old recordings)."""
     try:
-        return Contestant.parse(label).method.arithmetic(device, loop, cpu)
+        found = entrant(label)
+        return found.method.arithmetic(device, loop, cpu) if isinstance(found, Contestant) else OVER_HTTP
     except UserError:
         return ""
 
