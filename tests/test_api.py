@@ -42,6 +42,7 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
     "compare": {
         "prompt": ..., **WHERE, "methods": "fp16,bnb-int8", "max_new_tokens": 128, "temperature": 0.0, "top_k": 0,
         "top_p": 1.0, "seed": 0, "schedule": "interleave", "engine": "auto", "random_weights": False,
+        "sent": "messages",
     },
     "ablation": {**WINDOWS, **WHERE},
     "agreement": READ | WHERE,
@@ -70,6 +71,10 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
         "outlier": 0.0, **WHERE,
     },
     "sensitivity": {**WINDOWS, "method": "llm-int8", "by": "modules", "room": 3.0, "joined": True, **WHERE},
+    "server": {
+        "server": "openai@http://localhost:8000/v1", "prompt": "", "methods": "fp16,llm-int8", "tokens": 64,
+        "sent": "messages", **WHERE,
+    },
     "silencing": {**WINDOWS, "prompt": "", "counts": "1,2,4,8", "draws": 3, **WHERE},
     "thresholds": {**WINDOWS, "method": "llm-int8", "thresholds": "0,2,4,6,8,inf", **WHERE},
     "memory": {
@@ -98,7 +103,11 @@ REFUSED = [  # endpoint, what is asked, a word of the refusal
     ("compare", {"prompt": PROMPT, "methods": "int3"}, "unknown method 'int3'; choose from fp16, "),
     ("compare", {"prompt": PROMPT, "max_new_tokens": 0}, "max_new_tokens is 0; choose a whole number from 1 to 4096"),
     ("compare", {"prompt": PROMPT, "threshold": -1, "methods": "fp16"}, "threshold is -1"),
-    ("compare", {"prompt": PROMPT, "schedule": "both"}, "unknown schedule 'both'; choose from interleave, in-turn"),
+    (
+        "compare",
+        {"prompt": PROMPT, "schedule": "both"},
+        "unknown schedule 'both'; choose from interleave, in-turn, parallel",
+    ),
     ("compare", {"prompt": PROMPT, "device": "cuda:7"}, "device 'cuda:7' is not here"),
     ("compare", {"prompt": " "}, "the prompt is empty"),
     ("outliers", {"prompt": PROMPT, "threshold": 0}, "threshold is 0: with the decomposition off"),
@@ -263,7 +272,7 @@ def test_parameters_have_the_names_and_defaults_of_the_flags(name):
     """A switch that is on has a flag to turn it off; a text from a file is a text here; no answer is written there, and
     `bench` is no endpoint, so that advice measures nothing."""
     required = {option: "x" for option, default in TABLE[name].items() if default is ... or option == "prompt"}
-    words = words_of(name, {} if name in ("decoding", "silencing", "rounding") else required)
+    words = words_of(name, {} if name in ("decoding", "server", "silencing", "rounding") else required)
     options = vars(build_parser().parse_args([str(word) for word in words]))
     fields = {"baseline": "baseline", "read": "text", "method": "contestant", "methods": "contestants"}
     for option, default in TABLE[name].items():
