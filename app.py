@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -95,6 +96,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="the most that one model may take from the hub for a visitor, such as 3GB (default: 0)",
     )  # fmt: skip
     parser.add_argument(
+        "--allow-servers", metavar="HOSTS", default="",
+        help="servers that visitors may compare with, comma-separated: gpu.example:8000 (public addresses only)",
+    )  # fmt: skip
+    parser.add_argument(
         "--allow-frames", metavar="SITES", default="",
         help="sites that may show the page in a frame, comma-separated: https://school.example",
     )  # fmt: skip
@@ -128,7 +133,8 @@ def access_for(options: argparse.Namespace, model: str) -> Access:
     named = [name.strip() for name in f"{model},{options.allow_models}".split(",")]
     size = options.allow_downloads
     most = 0 if size == "0" else int(device_bytes(size, "--allow-downloads"))
-    return Access.of_strangers(tuple(filter(None, named)), most)
+    servers = tuple(filter(None, (host.strip() for host in options.allow_servers.split(","))))
+    return Access.of_strangers(tuple(filter(None, named)), most, servers)
 
 
 def make_state(options: argparse.Namespace, run=run_job) -> AppState:
@@ -139,6 +145,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     from llmq.models.choice import choose_model
     from llmq.models.loading import quiet_libraries
     from llmq.models.opening import open_model
+    from llmq.servers.reach import keys_of_environment
     from llmq.ui.shell.guard import sites_in
     from llmq.ui.shell.teaching import open_classes
 
@@ -147,9 +154,10 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     choice = choose_model(options.model, device, hosted=is_hosted())
     methods = options.methods or default_methods(device)
     access = access_for(options, choice.model)
+    access = replace(access, reach=access.reach.with_keys(keys_of_environment()))
     for name in (choice.model, *(access.models or ())):
         open_model(name)
-    JOBS.machine.open = access.open_model
+    JOBS.machine.open, JOBS.machine.reach = access.open_model, access.reach
     if options.max_memory:
         JOBS.machine.pool.most_bytes = int(device_bytes(options.max_memory, "--max-memory"))
     return AppState(

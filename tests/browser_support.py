@@ -148,7 +148,7 @@ def compare_inputs(
     prompt: str, *, methods=("fp16", "bnb-int8", "none"), tokens: int = 8, temperature: float = 0
 ) -> list:
     """The inputs of a click on Generate, in the form's order."""
-    return [prompt, "demo", *methods, 6.0, tokens, "interleave", temperature, 0, 1, 0]
+    return [prompt, "demo", *methods, 6.0, tokens, "interleave", temperature, 0, 1, 0, "", ""]
 
 
 def new_tab(browser, **options):

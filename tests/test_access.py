@@ -170,9 +170,17 @@ def test_the_document_says_what_is_so():
     assert f"{MOST_BYTES >> 20} MiB" in text and f"{MOST_FILE_BYTES // 10**9} GB at most, the oldest" in text
     assert f"Outliers tab stay in memory, {KEPT_FINDINGS} at most" in text and all(name in text for name in HEADERS)
     flags = set(re.findall(r"--[a-z][a-z-]+", text))
-    assert flags >= {"--share", "--private", "--public", "--allow-models", "--allow-downloads", "--auth"}
+    assert flags >= {
+        "--share",
+        "--private",
+        "--public",
+        "--allow-models",
+        "--allow-servers",
+        "--allow-downloads",
+        "--auth",
+    }
     values = dict.fromkeys(("--allow-models", "--allow-frames", "--model"), "demo")
-    values |= {"--allow-downloads": "3", "--auth": "a:b", "--host": "::1"}
+    values |= {"--allow-servers": "gpu.example:8000", "--allow-downloads": "3", "--auth": "a:b", "--host": "::1"}
     for flag in flags:
         app.parse([flag, *([values[flag]] if flag in values else [])])
     assert AT_ONCE == 10 and EVERY_SECONDS == 2.0 and LONGEST_REPLAY == 3600

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from browser_support import (
@@ -21,6 +22,7 @@ from browser_support import (
     violations,
     wait_until_still,
 )
+from scripted_server import WORDS, scripted
 
 from llmq.events import Run, Step, TimedEvent
 
@@ -164,6 +166,40 @@ def test_generates_side_by_side_and_keeps_the_plot(page, address):
         press(page, "download")
     assert download.value.suggested_filename.endswith(".jsonl")
     assert page.hosts == {address.split("/")[2]}
+
+
+def test_a_server_is_tried_and_stands_beside_the_methods(page, address):
+    """Asked what it has, its model becomes the third method; its key is in no link and no downloaded run."""
+    key = "sk-very-secret-7f3a"
+    with scripted(models=("small", "large")) as server:
+        open_page(page, address, "prompt=Hello&methods=fp16,llm-int8&max_new_tokens=8")
+        open_settings(page)
+        page.locator("#server button").first.click()
+        page.locator("#server-address input, #server-address textarea").fill("nothing")
+        press(page, "server-test")
+        page.wait_for_function(
+            "/unknown kind of server 'nothing'/.test(document.querySelector('#server-said')?.innerText)"
+        )
+        page.locator("#server-address input, #server-address textarea").fill(server.name(model=""))
+        page.locator("#server-key input").fill(key)
+        press(page, "server-test")
+        page.wait_for_function(f"document.querySelector('#method-2 input').value === {server.name(model='small')!r}")
+        assert "small is the third method now" in page.locator("#server-said").inner_text()
+        page.locator("#server-model input").click()
+        page.get_by_role("option", name="large").click()
+        page.wait_for_function(f"document.querySelector('#method-2 input').value === {server.name(model='large')!r}")
+        press(page, "generate")
+        finish(page)
+        assert {headers["Authorization"] for _, headers, _ in server.requests} == {f"Bearer {key}"}
+        assert [body["model"] for body in server.bodies] == ["large"]
+    assert pane(page, 2) == "".join(WORDS) and f"openai@http://{server.host}" not in pane(page, 0)
+    assert "over HTTP" in page.locator("#result .llmq-pane").nth(2).inner_text()
+    with page.expect_download() as started:
+        press(page, "download")
+    written = Path(started.value.path()).read_text()
+    assert "large" in written and key not in written
+    link = page.locator("#link textarea, #link input").first.input_value()
+    assert key not in link and key not in page.url and "large" in link
 
 
 def test_a_second_generate_changes_nothing_of_a_run(page, address):

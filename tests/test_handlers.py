@@ -64,7 +64,7 @@ class Page:
         return 1
 
     def form(self, model: str = "demo", temperature: float = 0) -> tuple:
-        return (PROMPT, model, *NAMES, "none", 6.0, 8, "interleave", temperature, 0, 1, 0)
+        return (PROMPT, model, *NAMES, "none", 6.0, 8, "interleave", temperature, 0, 1, 0, "", "")
 
     def explain(self) -> Iterator[dict]:
         key = self.state.keep(read())

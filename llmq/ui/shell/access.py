@@ -13,6 +13,7 @@ from llmq.models import opening
 from llmq.models.hub import Fetching
 from llmq.models.opening import Model
 from llmq.models.presets import PRESETS
+from llmq.servers.reach import ANYWHERE, Reach
 
 LOOPBACK = ("127.", "localhost", "::1")
 
@@ -22,24 +23,27 @@ class Access:
     """What a visitor may do; the default is the owner's own machine, where everything goes.
 
     `models`: the names that may be opened, None for any; `fetching`: what may come from the hub for them;
-    `random_weights`: whether a preset's shape may be filled with them; `most_tokens`: of one answer; `upload_bytes`: of
-    one file.
+    `random_weights`: whether a preset's shape may be filled with them; `reach`: the servers that may be asked;
+    `most_tokens`: of one answer; `upload_bytes`: of one file.
     """
 
     models: tuple[str, ...] | None = None
     fetching: Fetching = Fetching()
     random_weights: bool = True
+    reach: Reach = ANYWHERE
     most_tokens: int = MAX_NEW_TOKENS
     upload_bytes: int = 32_000_000
 
     @classmethod
-    def of_strangers(cls, models: tuple[str, ...] = (), download_bytes: int = 0) -> Access:
+    def of_strangers(
+        cls, models: tuple[str, ...] = (), download_bytes: int = 0, servers: tuple[str, ...] = ()
+    ) -> Access:
         """Presets that nobody has to sign for, `models` of the owner's, and `download_bytes` at most for one of them,
-        without the owner's token."""
+        without the owner's token; `servers` of the owner's, by host."""
         free = tuple(name for name, preset in PRESETS.items() if not preset.gated)
         return cls(
             models=tuple(dict.fromkeys((*free, *models))), fetching=Fetching(download_bytes, token=False),
-            random_weights=False, most_tokens=1024, upload_bytes=16_000_000,
+            random_weights=False, reach=Reach(frozenset(servers)), most_tokens=1024, upload_bytes=16_000_000,
         )  # fmt: skip
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from llmq.contestant import Contestant
+from collections.abc import Mapping
+
+from llmq.contestant import entrant
 from llmq.engine.sampling import MAX_NEW_TOKENS, SamplingSettings
 from llmq.errors import BadChoice
 from llmq.labs.compare import Comparison
@@ -12,14 +14,16 @@ NONE = "none"  # in a method field: no contestant
 
 
 def comparison_of(
-    device: str, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed
-) -> Comparison:
-    """The form's values, in the order of the tab's inputs. Raises UserError naming the value that is wrong."""
+    device: str, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p,
+    seed, keys: Mapping[str, str] | None = None,
+) -> Comparison:  # fmt: skip
+    """The form's values, in the order of the tab's inputs; `keys` of servers, by host. Raises UserError naming the
+    value that is wrong."""
     methods = [str(name) for name in (left, right, third) if name and name != NONE]
     return Comparison(
         prompt=prompt,
         model=model,
-        contestants=tuple(Contestant.parse(name, threshold) for name in methods),
+        contestants=tuple(entrant(name, threshold) for name in methods),
         sampling=SamplingSettings(
             max_new_tokens=_whole("max_new_tokens", max_new_tokens),
             temperature=temperature,
@@ -29,6 +33,7 @@ def comparison_of(
         ),
         schedule=schedule,
         device=device,
+        keys=keys or {},
     )
 
 

@@ -28,6 +28,7 @@ from llmq.ui.shell.state import AppState
 from llmq.ui.shell.wiring import ASKED, QUIET, owner_of, tell_end
 from llmq.ui.tabs.compare_form import LONGEST_ANSWER, NONE, comparison_of, labels_in
 from llmq.ui.tabs.compare_view import PANES, CompareView, asked_of, recording_of, recording_title
+from llmq.ui.tabs.server_form import ServerForm
 
 LARGEST_RECORDING = 32_000_000  # bytes
 MOST_EVENTS = 50_000  # of a recording: three answers of 4,096 tokens, and memory ten times a second meanwhile
@@ -44,7 +45,7 @@ class CompareTab:
     """Builds the tab inside an open `gr.Blocks`; `wire()` connects it once every component exists."""
 
     def __init__(self, state: AppState):
-        self.state = state
+        self.state, self.server = state, ServerForm(state)
 
     def build(self) -> None:
         with gr.Column(elem_id="compare-view", elem_classes=["llmq-view"]):
@@ -96,6 +97,7 @@ class CompareTab:
             self.method_settings = method_settings(chosen, elem_id="method-settings")
             with gr.Accordion("How these methods work", open=False, elem_id="compare-how"):
                 self.how = how_it_works(*self.state.methods, elem_id="compare-explained")
+            self.server.build()
             with gr.Row(equal_height=True):
                 self.max_new_tokens = gr.Slider(
                     1,
@@ -112,8 +114,9 @@ class CompareTab:
                     elem_id="threshold", min_width=220,
                 )  # fmt: skip
                 self.schedule = gr.Radio(
-                    [("both at once", SCHEDULES[0]), ("one after the other", SCHEDULES[1])], value=SCHEDULES[0],
-                    label="Schedule", info="Only one step runs at a time, either way.", elem_id="schedule",
+                    list(zip(("both at once", "one after the other", "servers meanwhile"), SCHEDULES, strict=True)),
+                    value=SCHEDULES[0], label="Schedule", info="Of methods only one step runs at a time.",
+                    elem_id="schedule",
                     min_width=280,
                 )  # fmt: skip
             with gr.Row(equal_height=True):
@@ -186,7 +189,8 @@ class CompareTab:
             button.click(None, None, self.prompt, js=f"() => {json.dumps(text)}", **QUIET)
         form = list(self.settings.values())
         generated = gr.on(
-            [self.generate.click, self.prompt.submit], self._generate, form, self.result, **ASKED,
+            [self.generate.click, self.prompt.submit], self._generate, [*form, self.server.address, self.server.key],
+            self.result, **ASKED,
         )  # fmt: skip
         generated.then(self._keep, None, self.download, **QUIET)
         self.advise.click(None, self.model, None, js=ADVICE, **QUIET)
@@ -198,6 +202,7 @@ class CompareTab:
         gr.on(chosen, lambda *names: explained_methods(names), self.methods, self.how, **QUIET)
         self.result.stop(self._stop, None, None, **QUIET)
         gr.on([part.change for part in form], None, form, self.link, js=script("link.js"), **QUIET)
+        self.server.wire(self.methods[-1])
         wire_settings(self.method_settings, self.methods, **QUIET)
         keep_in_address(self.link)
         loaded = page.load(self._from_link, None, form, **QUIET)
@@ -205,7 +210,7 @@ class CompareTab:
 
     def _generate(
         self, prompt, model, left, right, third, threshold, max_new_tokens, schedule, temperature, top_k, top_p, seed,
-        request: gr.Request,
+        server, key, request: gr.Request,
     ) -> Iterator[dict]:  # fmt: skip
         """Run one prompt through two or three methods; stream what the result shows."""
         owner = owner_of(request)
@@ -213,7 +218,7 @@ class CompareTab:
         try:
             comparison = comparison_of(
                 self.state.device, prompt, model, left, right, third, threshold, max_new_tokens, schedule,
-                temperature, top_k, top_p, seed,
+                temperature, top_k, top_p, seed, self.server.keys(server, key),
             )  # fmt: skip
             source = self.state.access.open_model(comparison.model).source
         except UserError as error:
