@@ -9,7 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmq.contestant import Contestant
+from llmq.contestant import Contestant, entrants
+from llmq.environment import every_device
 from llmq.errors import BadChoice
 from llmq.face import (
     Finding,
@@ -26,7 +27,7 @@ from llmq.face import (
 from llmq.fields import Field, Text
 from llmq.files import read_text, write_text
 from llmq.labs.base import Lab
-from llmq.reporting import memory_lines, shown_block
+from llmq.reporting import memory_lines, reported, shown_block
 from llmq.summary import RunAnswer
 from llmq.terminal import show_progress
 
@@ -38,9 +39,9 @@ ALL_BENCHES = {"what", "device", "threshold", "methods", "save", "json", "run"} 
 
 
 def run_compare(options) -> int:
-    given = ("prompt", "model", "device", "schedule", "engine", "random_weights")
+    given = ("prompt", "model", "device", "schedule", "engine", "random_weights", "sent")
     given += ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    methods = [contestant.method for contestant in _contestants(options)]
+    methods = [contestant.label for contestant in entrants(options.methods, options.threshold)]
     return show(compare(methods=methods, verbose=True, **{name: getattr(options, name) for name in given}), options)
 
 
@@ -117,6 +118,22 @@ def _notes(result: dict) -> Iterator[str]:
     yield from result["notes"]
     for row in result["results"]:
         yield from (f"{row['method']}: {note}" for note in row["notes"])
+
+
+def run_sweep(options) -> int:
+    """Measure what is missing of a sweep, and show all of it. A cell without an answer is exit status 1."""
+    from llmq.sweeps.grid import Grid, models_in
+    from llmq.sweeps.run import sweep
+
+    tokens = options.tokens or (64 if options.what == "speed" else 4096)
+    methods = tuple(name.strip() for name in options.methods.split(","))
+    grid = Grid(options.what, models_in(options.models), methods, tokens)
+    devices = [device_for(name.strip()) for name in options.devices.split(",")] if options.devices else every_device()
+    for item in reported(sweep(grid, options.out, devices, ray=options.ray, again=options.again)):
+        answer = item
+    options.save = None
+    show(Finding(answer), options)
+    return EXIT_FAILED if len(answer.rows) < len(grid.cells) else 0
 
 
 def run_tasks(options) -> int:

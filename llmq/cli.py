@@ -97,6 +97,8 @@ def build_parser() -> Parser:
     _add_labs(commands)
     repeatable = "repeatable speed and memory figures, in rounds in which everybody has a turn"
     _command(commands, "bench", actions.run_bench, repeatable, _bench)
+    swept = "quality, speed or outliers of many models, a file for each cell, to be resumed at any time"
+    _command(commands, "sweep", actions.run_sweep, swept, _sweep)
     answered = "tasks with right answers, through lm-eval (pip install '.[tasks]')"
     _command(commands, "tasks", actions.run_tasks, answered, _tasks)
     written = "quantize a model and write it as a checkpoint that transformers and llmq open"
@@ -132,7 +134,8 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--schedule", default="interleave", help="interleave or in-turn")
+    parser.add_argument("--schedule", default="interleave", help="interleave, in-turn or parallel")
+    parser.add_argument("--sent", default="messages", help="to servers: messages (default), or the text read here")
     _add(parser, "--engine", "--random-weights", *FILES)
 
 
@@ -201,6 +204,19 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         "--seconds": whole | {"help": "energy: how long each stretch takes at least (default: 3)"},
     }.items():
         parser.add_argument(flag, **more | {"default": argparse.SUPPRESS})
+
+
+def _sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=("quality", "outliers", "speed"))
+    families = "comma-separated; pythia, opt, llama, smollm2 and qwen2.5 are families"
+    parser.add_argument("--models", default="demo", help=f"{families} (default: demo)")
+    parser.add_argument("--methods", default="llm-int8,nf4", help="each beside FP16, comma-separated; not for outliers")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of the text (default: 4096), of a speed's answer (64)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where every cell's file is kept")
+    parser.add_argument("--devices", help="cells run on each at a time, comma-separated (default: every GPU, or cpu)")
+    parser.add_argument("--ray", action="store_true", help="on a Ray cluster (RAY_ADDRESS) instead of this machine")
+    parser.add_argument("--again", action="store_true", help="try the cells that failed once more")
+    parser.add_argument("--html", type=Path, metavar="OUT.html", help="write a page that needs nothing else")
 
 
 def _tasks(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ def device_named(name: str | None) -> str:
     if not name:
         return default_device()
     if "://" in name:
-        raise BadChoice(f"device {name!r} is a server; llmq computes in this process only so far")
+        raise BadChoice(f"device {name!r} is a server; name it among the methods: vllm@http://host:8000/v1#model")
     if "," in name or "+" in name:
         raise BadChoice(f"device {name!r} names several devices; llmq computes on one so far, such as cuda:0")
     count = torch.cuda.device_count()
@@ -41,6 +41,13 @@ def device_named(name: str | None) -> str:
     if name not in choices:
         raise BadChoice(f"device {name!r} is not here; choose from {', '.join(choices)}")
     return name
+
+
+def every_device() -> list[str]:
+    """All CUDA devices, or the CPU where there is none."""
+    import torch
+
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
 
 
 def device_label(device: str) -> str:

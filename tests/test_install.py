@@ -68,8 +68,10 @@ def test_version_and_requirements_are_said_once(installed):
     found = Distribution.at(installed / f"llmq-{llmq.__version__}.dist-info")
     assert found.version == llmq.__version__ and found.metadata["Requires-Python"] == ">=3.11"
     wanted = {*map(Requirement, (ROOT / "requirements.txt").read_text().split())}
-    extra, tasks = sorted((more for more in map(Requirement, found.requires) if more.marker), key=lambda one: one.name)
-    assert {*map(Requirement, found.requires)} - {extra, tasks} == wanted and len(wanted) > 5
+    extras = sorted((more for more in map(Requirement, found.requires) if more.marker), key=lambda one: one.name)
+    extra, tasks, ray = extras
+    assert {*map(Requirement, found.requires)} - {*extras} == wanted and len(wanted) > 5
+    assert (ray.name, str(ray.marker)) == ("ray", 'extra == "ray"')
     assert (tasks.name, str(tasks.marker)) == ("lm-eval", 'extra == "tasks"')
     (gradio,) = (requirement for requirement in wanted if requirement.name == "gradio")
     assert (extra.name, extra.extras, extra.specifier) == ("gradio", {"mcp"}, gradio.specifier)
