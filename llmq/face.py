@@ -111,8 +111,7 @@ def compare(
         schedule=schedule, engine=engine, random_weights=random_weights, sent=sent, keys=keys or {},
     )  # fmt: skip
     answer = RunAnswer(Run(comparison.settings(), {}), Summary())
-    machine().reach = Reach(keys=keys_of_environment())
-    for _ in _telling(verbose)(followed(comparison, machine().run(comparison), answer)):
+    for _ in _telling(verbose)(followed(comparison, _with_keys().run(comparison), answer)):
         pass
     return Finding(answer)
 
@@ -255,9 +254,16 @@ def machine() -> Machine:
     return Machine()
 
 
+def _with_keys() -> Machine:
+    """The machine, with the keys of servers that the environment has now."""
+    found = machine()
+    found.reach = Reach(keys=keys_of_environment())
+    return found
+
+
 def answer_to(question: Question, verbose: bool | None = None):
     """What a question comes to at last."""
-    *_, last = _telling(verbose)(machine().run(question))
+    *_, last = _telling(verbose)(_with_keys().run(question))
     return last
 
 

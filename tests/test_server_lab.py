@@ -9,6 +9,7 @@ import pytest
 import torch
 from scripted_server import Answering, chat, scripted, usage
 
+import llmq
 from llmq.contestant import Contestant
 from llmq.engine.loading import Key, load_engine
 from llmq.errors import UserError
@@ -124,6 +125,15 @@ def test_nobody_is_asked_who_may_not_be(tiny_folder):
     with scripted() as server, pytest.raises(UserError, match="this page asks no server"):
         list(machine.run(ServerLab(server=Served.parse(server.name()), model=str(tiny_folder))))
     assert server.requests == []
+
+
+def test_a_key_of_the_environment_goes_with_the_question(tiny_folder, truth, monkeypatch):
+    with scripted(tells(truth)) as server:
+        monkeypatch.setenv("LLMQ_SERVER_KEYS", f"{server.host}=secret")
+        asked = {"server": server.name(), "prompt": "Hi", "methods": "fp32", "tokens": 16, "model": str(tiny_folder)}
+        found = llmq.ask("server", **asked)
+        assert {headers["Authorization"] for _, headers, _ in server.requests} == {"Bearer secret"}
+    assert "secret" not in json.dumps(found.to_json())
 
 
 def test_lumping_hides_and_never_adds():
