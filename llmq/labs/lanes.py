@@ -225,8 +225,8 @@ class ServedLane(Lane):
     def _refused(self, error: Refused) -> UserError:
         """With the models that the server has, where it is asked for another."""
         try:
-            models = self.connection.models()
-        except UserError:
+            models = self.connection.models(self.course.lease.stop.is_set)
+        except (UserError, Stopped):
             return error
         unknown = models and self.model not in models
         return UserError(f"{error}; it lists the models {', '.join(models)[:300]}") if unknown else error

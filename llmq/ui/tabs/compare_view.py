@@ -120,9 +120,10 @@ class CompareView:
         if not self._reading:
             return ""
         plan: Planned | None = self.summary.plan
-        parts = [f"{plan.prompt_tokens:,} tokens"] if plan and plan.prompt_tokens else []
+        known = plan and plan.prompt_tokens and not is_served(self._reading[0])  # a server counts for itself
+        parts = [f"{plan.prompt_tokens:,} tokens"] if known else []
         parts += [f"{event.fraction:.0%}"] if isinstance(event, Reading) else []
-        return f"{shown_name(self._reading[0])} reads the prompt: {', '.join(parts)}"
+        return f"{shown_name(self._reading[0])} reads the prompt{': ' if parts else ''}{', '.join(parts)}"
 
     def _closing(self) -> str:
         outcomes = self.summary.outcomes.values()
