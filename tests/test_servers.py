@@ -118,7 +118,7 @@ def test_keys_are_their_hosts_own():
     asked = Reach(keys=keys).with_keys({"third": "c"})
     assert asked.key(Served.parse("vllm@http://host:8000/v1")) == KEY
     assert asked.key(Served.parse("vllm@http://host:8001/v1")) is None
-    assert KEY not in repr(asked) and pickle.loads(pickle.dumps(asked)) == asked
+    assert KEY not in repr(asked) and pickle.loads(pickle.dumps(asked)) == asked and hash(asked)
     with pytest.raises(UserError, match="entry 2 of LLMQ_SERVER_KEYS is not host=KEY") as error:
         keys_of_environment({"LLMQ_SERVER_KEYS": f"host=a {KEY}"})
     assert KEY not in str(error.value)

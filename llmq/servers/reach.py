@@ -26,7 +26,7 @@ class Reach:
     `keys`: host -> key."""
 
     hosts: frozenset[str] | None = None
-    keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    keys: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     def check(self, served: Served) -> None:
         """Raise BadChoice where nobody here may ask this server."""
