@@ -78,7 +78,7 @@ class Visitor:
 
     def run(self, prompt: str, tokens: int = 4, seen: Callable[[dict], bool] | None = None) -> Ended:
         """Generate with both methods."""
-        data = [prompt, self.model, *self.methods, "none", 6.0, tokens, "interleave", 0, 0, 1, 0]
+        data = [prompt, self.model, *self.methods, "none", 6.0, tokens, "interleave", 0, 0, 1, 0, "", ""]
         return self.click("generate", "click", data, seen)
 
     def light(self) -> Ended:

@@ -138,7 +138,7 @@ def try_out(model: Path) -> None:
         running_app(*flags, program=Path(__file__), env=environment(host)) as address,
     ):
         for number, tokens in enumerate((1024, 64, 64), 1):
-            form = ["Hello", str(model), "fp16", "llm-int8", "none", 6.0, tokens, "interleave", 0, 0, 1, 0]
+            form = ["Hello", str(model), "fp16", "llm-int8", "none", 6.0, tokens, "interleave", 0, 0, 1, 0, "", ""]
             began = stopped = time.monotonic()
             for _, message in raw_messages(address, "generate", form, f"session{number}"):
                 said = json.dumps(message)

@@ -13,6 +13,7 @@ from llmq.labs.decoding import Decoding
 from llmq.labs.race import Race
 from llmq.labs.rounding import EXAMPLE
 from llmq.labs.rows import RowAnswer
+from llmq.labs.server import ServerLab
 from llmq.machine.door import Machine
 from llmq.methods import METHODS
 from llmq.ui.parts.how import explained_methods
@@ -127,6 +128,7 @@ def test_every_lab_with_a_part_is_asked_with_its_own_model_and_prompt(lab):
     assert [(name, prompt.placeholder) for name, prompt in prompts.items() if prompt.visible] == [
         ("Decoding", Decoding.example),
         ("Race", Race.example),
+        ("Server", ServerLab.example),
     ]
     section = lab.parts["Decoding"].panel.section(Decoding)
     defaults = [component.value for _, component in section.controls]

@@ -58,6 +58,8 @@ def commands(model: Path, folder: Path) -> list[list[str]]:
         ("race", "--methods", "fp16,llm-int8", "--tokens", 1024),
         ("rounding", "--method", "absmax"),
         ("tasks", "no-such-task"),
+        ("server", "--server", "openai@http://127.0.0.1:9/v1"),
+        ("sweep", "quality", "--models", "no-such-model", "--out", folder / "swept"),
         ("quantize", model, "--method", "rtn@group=32", "--save", folder / "quantized"),
         ("memory", "--context", 64),
         ("advise", "--context", 64),
