@@ -20,6 +20,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import httpx
+from page_form import filled
 
 ROOT = Path(__file__).resolve().parent.parent
 # A name given here replaces Playwright's own list of features, so its entries that matter to a test come along. The two
@@ -148,7 +149,7 @@ def compare_inputs(
     prompt: str, *, methods=("fp16", "bnb-int8", "none"), tokens: int = 8, temperature: float = 0
 ) -> list:
     """The inputs of a click on Generate, in the form's order."""
-    return [prompt, "demo", *methods, 6.0, tokens, "interleave", temperature, 0, 1, 0, "", ""]
+    return filled(prompt, "demo", methods, tokens=tokens, temperature=temperature)
 
 
 def new_tab(browser, **options):

@@ -21,6 +21,7 @@ from statistics import median
 
 import httpx
 import psutil
+from page_form import filled
 
 PROMPTS = [f"Name {count} things that are {colour}." for count in ("two", "three") for colour in ("red", "blue")]
 JOIN, DATA, AT_ONCE = "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/run/predict"
@@ -78,8 +79,7 @@ class Visitor:
 
     def run(self, prompt: str, tokens: int = 4, seen: Callable[[dict], bool] | None = None) -> Ended:
         """Generate with both methods."""
-        data = [prompt, self.model, *self.methods, "none", 6.0, tokens, "interleave", 0, 0, 1, 0, "", ""]
-        return self.click("generate", "click", data, seen)
+        return self.click("generate", "click", filled(prompt, self.model, self.methods, tokens=tokens), seen)
 
     def light(self) -> Ended:
         """A click that needs no device."""

@@ -130,6 +130,7 @@ def save_model(folder: Path) -> None:
 def try_out(model: Path) -> None:
     """Start a Space here, stop a run, make another, and print what happened when."""
     from browser_support import press_stop, raw_messages, running_app
+    from page_form import filled
 
     save_model(model)
     flags = ["--model", str(model), "--device", "cuda:0"]
@@ -138,7 +139,7 @@ def try_out(model: Path) -> None:
         running_app(*flags, program=Path(__file__), env=environment(host)) as address,
     ):
         for number, tokens in enumerate((1024, 64, 64), 1):
-            form = ["Hello", str(model), "fp16", "llm-int8", "none", 6.0, tokens, "interleave", 0, 0, 1, 0, "", ""]
+            form = filled("Hello", str(model), ("fp16", "llm-int8"), tokens=tokens)
             began = stopped = time.monotonic()
             for _, message in raw_messages(address, "generate", form, f"session{number}"):
                 said = json.dumps(message)

@@ -330,10 +330,24 @@ def test_an_example_stands_at_its_end_after_a_refusal(page, address):
 
 
 def test_a_recording_is_replaying_from_the_click_on(page, address):
+    page.emulate_media(reduced_motion="no-preference")
     open_page(page, address)
     page.route("**/queue/join*", lambda route: None)  # the server does not answer
-    press(page, "replay")
-    assert state(page) == "replaying"
+    states = page.evaluate(
+        """async () => {
+            const view = document.querySelector("#compare-view"), seen = [];
+            const moment = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+            const drawn = new Promise((done) => new MutationObserver(done).observe(
+                document.querySelector("#pane-0"), { childList: true, characterData: true, subtree: true }));
+            await drawn;
+            await moment(100); // by now the next frame of the example waits for its drawing
+            new MutationObserver(() => seen.push(view.dataset.state)).observe(view, { attributes: true });
+            document.querySelector("#replay").click();
+            await moment(1500);
+            return seen;
+        }"""
+    )
+    assert set(states) == {"replaying"}, "a frame of the example was drawn over it"
     press(page, "stop")
     wait_for(page, "replayed")
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 from browser_support import ROOT
+from page_form import filled
 from test_compare_view import NAMES, script
 from test_observatory_views import SILENCED, cause, read, report
 
@@ -64,7 +65,7 @@ class Page:
         return 1
 
     def form(self, model: str = "demo", temperature: float = 0) -> tuple:
-        return (PROMPT, model, *NAMES, "none", 6.0, 8, "interleave", temperature, 0, 1, 0, "", "")
+        return tuple(filled(PROMPT, model, NAMES, temperature=temperature))
 
     def explain(self) -> Iterator[dict]:
         key = self.state.keep(read())

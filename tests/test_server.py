@@ -22,6 +22,7 @@ import pytest
 from browser_support import ROOT, wait_for
 from gradio.queueing import Queue
 from load_server import Visitor
+from page_form import filled
 from test_api import served
 from tiny_runs import light
 
@@ -115,7 +116,7 @@ def test_a_second_question_of_one_visitor_is_refused_in_a_sentence(server):
 
 
 def joined(visitor: Visitor) -> dict:
-    data = [ENDLESS, Visitor.model, *Visitor.methods, "none", 6.0, 4, "interleave", 0, 0, 1, 0]
+    data = filled(ENDLESS, Visitor.model, Visitor.methods, tokens=4)
     number = load_server.dependencies(visitor.address)["generate", "click"]
     return {"data": data, "fn_index": number, "session_hash": visitor.session, "event_data": None}
 

@@ -9,7 +9,7 @@ let asked = 0; // how often something was asked
 let open = 0; // which of them has no end yet
 let drawnRun = EMPTY.run;
 let drawnPieces = null;
-let pending = false;
+let pending = null; // what cancels the drawing to come
 let lastDraw = -Infinity;
 let example = null; // the one that a click held up
 let dropped = false; // whether Stop came before the recording that was asked for
@@ -100,7 +100,7 @@ const fillFrame = (value) => {
 };
 
 const draw = () => {
-  pending = false;
+  pending = null;
   lastDraw = performance.now();
   enter(shown.state);
   fillFrame(shown);
@@ -125,8 +125,10 @@ const draw = () => {
 
 const schedule = () => {
   if (pending) return;
-  pending = true;
-  setTimeout(() => requestAnimationFrame(draw), Math.max(0, lastDraw + redrawPause() - performance.now()));
+  let frame = null;
+  const timer = setTimeout(() => { frame = requestAnimationFrame(draw); },
+    Math.max(0, lastDraw + redrawPause() - performance.now()));
+  pending = () => { clearTimeout(timer); cancelAnimationFrame(frame); pending = null; };
 };
 
 const show = (value) => {
@@ -146,6 +148,7 @@ const begin = (state) => {
   if (shown.state === "example" && playing) example = playing;
   dropped = false;
   halt();
+  pending?.(); // what was shown until now is not drawn over what is said here
   open = ++asked;
   followFocus("stop");
   enter(state);
