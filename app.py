@@ -68,7 +68,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--methods", help="two or three, comma-separated (default: fp16,llm-int8; on a GPU also bnb-int8)"
     )
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N or cuda:N,cuda:M (default: a GPU where there is one)")
     host = os.environ.get("GRADIO_SERVER_NAME") or ("0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1")
     port = os.environ.get("GRADIO_SERVER_PORT") or None
     ports = f"{DEFAULT_PORTS[0]} to {DEFAULT_PORTS[-1]}"
@@ -141,6 +141,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     """What the page works with; raises UserError for a wrong device, method or model."""
     from llmq.cards import device_bytes
     from llmq.contestant import Contestant
+    from llmq.devices import first
     from llmq.environment import device_label, device_named
     from llmq.models.choice import choose_model
     from llmq.models.loading import quiet_libraries
@@ -150,7 +151,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     from llmq.ui.shell.teaching import open_classes
 
     quiet_libraries()  # imports transformers, which two threads cannot import at once: it replaces its own module
-    device = device_named(options.device)
+    device = device_named(options.device, several=True)
     choice = choose_model(options.model, device, hosted=is_hosted())
     methods = options.methods or default_methods(device)
     access = access_for(options, choice.model)
@@ -167,7 +168,8 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
         access=access,
         frames=sites_in(options.allow_frames),
         classes=open_classes(options.class_file) if options.classes or options.class_file else None,
-        device=device,
+        device=first(device),
+        devices=device,
         device_label=device_label(device),
         model=choice.model,
         model_reason=choice.reason,

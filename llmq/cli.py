@@ -128,13 +128,19 @@ def _add(parser: argparse.ArgumentParser, *options: str) -> None:
 
 def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt")
-    _add(parser, *MODEL, "--methods")
+    several = "or several GPUs to spread each model over, such as cuda:0,cuda:1"
+    parser.add_argument("--device", help=f"cpu, cuda, cuda:N, {several} (default: a GPU where there is one)")
+    _add(parser, "--model", "--threshold", "--methods")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default); 2 at most")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--schedule", default="interleave", help="interleave, in-turn or parallel")
+    parser.add_argument(
+        "--schedule",
+        default="interleave",
+        help="interleave, in-turn, or parallel: servers meanwhile, and each method on one of several GPUs",
+    )
     parser.add_argument("--sent", default="messages", help="to servers: messages (default), or the text read here")
     _add(parser, "--engine", "--random-weights", *FILES)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from llmq import cgroup, telemetry
+from llmq.devices import first, parts
 from llmq.errors import BadChoice, UserError
 from llmq.models.loading import Source, revision_of
 
@@ -25,22 +27,37 @@ def default_device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
-def device_named(name: str | None) -> str:
-    """'cpu', 'cuda', 'cuda:N' or None (choose) as a torch device string with its index."""
+def device_named(name: str | None, *, several: bool = False) -> str:
+    """'cpu', 'cuda', 'cuda:N' or None (choose) as a torch device string with its index; where `several` can be used,
+    also 'cuda:0,cuda:1'."""
     import torch
 
     if not name:
         return default_device()
     if "://" in name:
         raise BadChoice(f"device {name!r} is a server; name it among the methods: vllm@http://host:8000/v1#model")
-    if "," in name or "+" in name:
-        raise BadChoice(f"device {name!r} names several devices; llmq computes on one so far, such as cuda:0")
+    if "," in name:
+        return _several_named(name, several)
     count = torch.cuda.device_count()
     choices = ["cpu", *(f"cuda:{i}" for i in range(count))]
     name = "cuda:0" if name == "cuda" else name
     if name not in choices:
         raise BadChoice(f"device {name!r} is not here; choose from {', '.join(choices)}")
     return name
+
+
+def _several_named(name: str, several: bool) -> str:
+    if not several:
+        raise BadChoice(f"device {name!r} names several devices, over which only compare and the page spread a model")
+    names = [one.strip() for one in name.split(",")]
+    if not all(names):
+        raise BadChoice(f"device {name!r} has a comma with no device beside it")
+    found = [device_named(one) for one in names]
+    if "cpu" in found:
+        raise BadChoice(f"device {name!r} mixes the CPU with others; name GPUs, such as cuda:0,cuda:1")
+    if len(set(found)) < len(found):
+        raise BadChoice(f"device {name!r} names one twice")
+    return ",".join(found)
 
 
 def every_device() -> list[str]:
@@ -55,7 +72,8 @@ def device_label(device: str) -> str:
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.get_device_name(device)
+        names = [torch.cuda.get_device_name(one) for one in parts(device)]
+        return " + ".join(f"{count} × {name}" if count > 1 else name for name, count in Counter(names).items())
     cores, granted = os.cpu_count(), cgroup.processors()
     return f"{_cpu_name()}, {cores} cores" + (f", {granted:g} of them granted" if granted < cores else "")
 
@@ -86,7 +104,7 @@ def describe(device: str, source: Source | None = None) -> dict:
         "commit": commit(),
     }
     if device.startswith("cuda"):
-        nvml = telemetry.Nvml.for_torch_device(device)
+        nvml = telemetry.Nvml.for_torch_device(first(device))
         facts |= {"driver": nvml.driver if nvml else None, "cuda": torch.version.cuda}
     if source:
         facts |= {"model": source.name, "model_revision": None}

@@ -54,6 +54,7 @@ class Planned:
     predicted_bytes: dict[str, int | None]  # weights, KV cache, workspace at the full length; None of a server
     free_bytes: int
     device: str
+    devices: dict[str, str] = field(default_factory=dict)  # contestant -> its own, where they compute at the same time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,7 @@ class Memory:
     device_bytes: int | None = None  # NVML, whole device
     device_process_bytes: int | None = None  # NVML, this process
     allocated_bytes: int | None = None  # torch allocator, live tensors
+    by_device: dict[str, int] = field(default_factory=dict)  # the same on each, where there are several
     peak_allocated_bytes: int | None = None  # torch allocator, high-water mark of this run
     ledger: dict[str, dict[str, int]] = field(default_factory=dict)
 

@@ -99,13 +99,14 @@ def compare(
     `schedule`: 'interleave', 'in-turn' or 'parallel'; `engine`: 'auto', 'hf' or 'lean'. A method that fails says why in
     its `error` and the others go on. Among the methods may be servers of the OpenAI protocol, such as
     'vllm@http://localhost:8000/v1#model': `sent` to them is the prompt as 'messages' or as the 'text' that the model
-    here would read, and `keys` (host:port -> key) adds to those of LLMQ_SERVER_KEYS. Raises BadChoice for a value that
-    cannot be used, ModelUnavailable for a model.
+    here would read, and `keys` (host:port -> key) adds to those of LLMQ_SERVER_KEYS. `device` may name several GPUs,
+    'cuda:0,cuda:1': each model is spread over them, or with 'parallel' each method has one of its own. Raises
+    BadChoice for a value that cannot be used, ModelUnavailable for a model.
 
         llmq.compare("Name three colours.", ["fp16", "llm-int8"], max_new_tokens=16)
     """
     comparison = Comparison(
-        prompt=prompt, model=model, contestants=entrants(_typed(methods)), device=device_for(device),
+        prompt=prompt, model=model, contestants=entrants(_typed(methods)), device=device_for(device, several=True),
         sampling=SamplingSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                   seed=seed),
         schedule=schedule, engine=engine, random_weights=random_weights, sent=sent, keys=keys or {},
@@ -267,10 +268,11 @@ def answer_to(question: Question, verbose: bool | None = None):
     return last
 
 
-def device_for(name: str | None) -> str:
-    """The device of that name, with the libraries told to keep quiet before anything loads."""
+def device_for(name: str | None, *, several: bool = False) -> str:
+    """The device of that name (of `several`, where they can be used), with the libraries told to keep quiet before
+    anything loads."""
     quiet_libraries()
-    return device_named(name)
+    return device_named(name, several=several)
 
 
 def _telling(verbose: bool | None, tell: Callable[[Iterable], Any] = reported) -> Callable[[Iterable], Any]:

@@ -17,7 +17,8 @@ def progress_line(event: Event | Progress) -> str:
         case Waiting(position=position) if position:
             return "waiting for another run to leave the device"
         case Planned():
-            return f"{event.schedule} on {event.device}" + (f": {event.reason}" if event.reason else "")
+            where = ", ".join(f"{name} on {device}" for name, device in event.devices.items()) or f"on {event.device}"
+            return f"{event.schedule} {where}" + (f": {event.reason}" if event.reason else "")
         case Loading(contestant="", message=message):
             return message.partition(" (")[0].partition(" · ")[0]
         case Loading():

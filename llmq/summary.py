@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
-from llmq.events import Event, Failed, Finished, Loaded, Planned, Prefilled, Run, Step
+from llmq.events import Event, Failed, Finished, Loaded, Memory, Planned, Prefilled, Run, Step
 from llmq.figures.blocks import Block, Table, Verbatim
 from llmq.formatting import MISSING, OVER_HTTP, format_bytes, format_seconds, format_speed, shown_coverage
 from llmq.parting import ORDINALS, Choice, Parting
@@ -100,6 +100,7 @@ class Summary:
     def __init__(self, events: Iterable[Event] = ()):
         self.outcomes: dict[str, Outcome] = {}
         self.plan: Planned | None = None
+        self.peak_by_device: dict[str, int] = {}  # of live tensors, in bytes; where there are several devices
         for event in events:
             self.add(event)
 
@@ -107,6 +108,9 @@ class Summary:
         if isinstance(event, Planned):
             self.plan = event
             self.outcomes = {name: Outcome(name) for name in event.predicted_bytes}
+        elif isinstance(event, Memory):
+            for device, count in event.by_device.items():
+                self.peak_by_device[device] = max(count, self.peak_by_device.get(device, 0))
         elif name := getattr(event, "contestant", ""):
             self.outcomes.setdefault(name, Outcome(name)).add(event)
 
@@ -193,6 +197,8 @@ class RunAnswer:
             "device": plan.device if plan else run.settings.get("device"),
             "schedule": plan.schedule if plan else run.settings.get("schedule"),
             "schedule_reason": plan.reason if plan else "",
+            "devices": plan.devices if plan else {},
+            "peak_bytes_by_device": self.summary.peak_by_device,
             "peak_source": "torch allocator" if plan and plan.device.startswith("cuda") else "tensor sizes",
             "contestants": [outcome.to_json() for outcome in self.summary.outcomes.values()],
             "agreement": self.summary.agreement(),

@@ -14,9 +14,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from llmq import cgroup
+from llmq.devices import first, parts
 from llmq.events import Memory
 
 DEFAULT_HZ = 10.0
@@ -66,24 +67,35 @@ class Sampler:
 
 
 class MemoryReader:
-    """Reads every figure there is for one torch device; callable, so that it is a Sampler's `read`."""
+    """Reads every figure there is for one device, or of several together; callable, so that it is a Sampler's
+    `read`."""
 
     def __init__(self, device: str = "cpu"):
         import psutil
 
         self._process = psutil.Process()
-        self._device = device if device.startswith("cuda") else None
-        self._nvml = Nvml.for_torch_device(device) if self._device else None
+        self._devices = parts(device) if device.startswith("cuda") else ()
+        found = [Nvml.for_torch_device(one) for one in self._devices]
+        self._nvml = found if all(found) else []
 
     def __call__(self) -> dict:
         figures = {"process_bytes": self._process.memory_info().rss}
-        if self._device:
+        if self._devices:
             import torch
 
-            figures["allocated_bytes"] = torch.cuda.memory_allocated(self._device)
+            allocated = {one: torch.cuda.memory_allocated(one) for one in self._devices}
+            figures["allocated_bytes"] = sum(allocated.values())
+            figures |= {"by_device": allocated} if len(allocated) > 1 else {}
         if self._nvml:
-            figures |= {"device_bytes": self._nvml.device_bytes(), "device_process_bytes": self._nvml.process_bytes()}
+            figures["device_bytes"] = _total(nvml.device_bytes() for nvml in self._nvml)
+            figures["device_process_bytes"] = _total(nvml.process_bytes() for nvml in self._nvml)
         return figures
+
+
+def _total(figures: Iterable[int | None]) -> int | None:
+    """Their sum; None where one is not known."""
+    known = list(figures)
+    return None if None in known else sum(known)
 
 
 class Nvml:
@@ -163,14 +175,14 @@ def _pynvml():
 
 def other_processes(device: str) -> int | None:
     """How many other processes compute on a GPU; None where its driver does not tell."""
-    nvml = Nvml.for_torch_device(device)
-    return nvml.other_processes() if nvml else None
+    found = [Nvml.for_torch_device(one) for one in parts(device)]
+    return _total(nvml.other_processes() for nvml in found) if all(found) else None
 
 
 def clock_mhz(device: str) -> float | None:
     """The clock of the GPU, or the mean of the processors', at this moment; None where the system does not tell."""
     if device.startswith("cuda"):
-        nvml = Nvml.for_torch_device(device)
+        nvml = Nvml.for_torch_device(first(device))
         return nvml.clock_mhz() if nvml else None
     import psutil
 
@@ -186,8 +198,10 @@ def free_bytes(device: str) -> int:
     if device.startswith("cuda"):
         import torch
 
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        def room(one: str) -> int:
+            return torch.cuda.mem_get_info(one)[0] + torch.cuda.memory_reserved(one) - torch.cuda.memory_allocated(one)
+
+        return sum(map(room, parts(device)))
     import psutil
 
     return int(min(psutil.virtual_memory().available, cgroup.memory_room()))
@@ -202,7 +216,7 @@ def used_bytes(device: str) -> tuple[int, ...]:
     if device.startswith("cuda"):
         import torch
 
-        return (torch.cuda.memory_allocated(device),)
+        return (sum(map(torch.cuda.memory_allocated, parts(device))),)
     import psutil
 
     return psutil.Process().memory_info().rss, _live_heap_bytes()

@@ -17,7 +17,7 @@ SOURCES = {
 # From the ground up: a package, or a module beside them, imports only from floors below its own.
 FLOORS = [
     "llmq llmq.cgroup llmq.errors llmq.formatting llmq.hooks",
-    "llmq.cache llmq.cards llmq.fields llmq.files llmq.scores llmq.terminal",
+    "llmq.cache llmq.cards llmq.devices llmq.fields llmq.files llmq.scores llmq.terminal",
     "llmq.events llmq.kernels llmq.stored",
     "llmq.methods llmq.servers llmq.telemetry",
     "llmq.contestant llmq.models llmq.transformers",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
+from llmq.devices import are_several
 from llmq.errors import BadChoice, unknown
 from llmq.methods import Method
 from llmq.models.architecture import Unsupported, architecture_of, matrices
@@ -45,6 +46,8 @@ def why_not_lean(method: Method, config: Mapping, device: str = "cpu") -> str:
     """Tell why the lean loop of `device` cannot run `method` on this model; '' where it can."""
     if method.packed is None:
         return f"{method.spelled} runs through transformers only"
+    if are_several(device):
+        return "a model over several GPUs runs through transformers"
     if method.by_row and device != "cpu":
         return f"{method.spelled} runs through transformers on a GPU, where the lean loop pools the rows of a call"
     try:

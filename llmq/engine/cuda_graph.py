@@ -124,7 +124,7 @@ def recorded(
     side.synchronize()
     if generator:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, stream=side, pool=pool):
+    with torch.cuda.graph(graph, stream=side, pool=pool, capture_error_mode="thread_local"):  # others may compute
         run()
     return graph
 

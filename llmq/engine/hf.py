@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from llmq.devices import first
 from llmq.engine.base import Interrupted, Token, token_of, warm_up_length
 from llmq.engine.sampling import Sampler, SamplingSettings, likeliest
 from llmq.engine.timing import timer_for
@@ -35,7 +36,8 @@ WARM_UP_STEPS = 2
 class HFEngine:
     """One loaded model on one device, for one generation at a time.
 
-    `device` is 'cpu' or 'cuda:N'. `clock` returns seconds and is used on a CPU only.
+    `device` is 'cpu', 'cuda:N', or several GPUs over which the model is spread. `clock` returns seconds and is used on
+    a CPU only.
     """
 
     name = "hf"
@@ -95,7 +97,7 @@ class HFEngine:
 
         self.settle()
         with torch.inference_mode(), _interruptible(self.model, stopped):
-            return self.model(torch.tensor([ids], device=self.device), use_cache=False).logits[0]
+            return self.model(torch.tensor([ids], device=first(self.device)), use_cache=False).logits[0]
 
     def decode_logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
         """As `logits`, through the decode step with its KV cache: a call a token, each fed the text's own."""
@@ -118,7 +120,7 @@ class HFEngine:
         import torch
 
         self.settle()
-        prompt = torch.tensor([ids], device=self.device)
+        prompt = torch.tensor([ids], device=first(self.device))
         with torch.inference_mode(), _interruptible(self.model, stopped):
             found = self.model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), num_beams=width, max_new_tokens=tokens,
@@ -159,7 +161,7 @@ class Generation:
         self._prompt_ids = prompt_ids
         self._cache_name = cache_name(engine.model)
         self._cache = DynamicCache(config=engine.model.config)
-        self._sampler = Sampler(settings, engine.device)
+        self._sampler = Sampler(settings, first(engine.device))
         self._last: int | None = None
         self.logits: torch.Tensor | None = None  # (vocabulary,), of the last call
         self.workspace_bytes = 0  # most that one call needed beyond weights and KV cache; 0 on a CPU
@@ -207,7 +209,7 @@ class Generation:
         self._engine.settle()
         kv_before = self.kv_bytes
         with torch.inference_mode(), timer:
-            tokens = torch.tensor([ids], device=self._engine.device)
+            tokens = torch.tensor([ids], device=first(self._engine.device))
             kept = {self._cache_name: self._cache}
             logits = model(tokens, **kept, use_cache=True, logits_to_keep=1).logits[0, -1]
             token_id, logprob = self._sampler.choose(logits).tolist()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from llmq.devices import first, parts
+
 
 class HostTimer:
     """Seconds between entering and leaving; `growth_bytes` stays 0: a CPU has no allocator to ask."""
@@ -31,20 +33,22 @@ def allocated_bytes(device: str) -> tuple[int, int]:
 
 
 class CudaTimer:
-    """Seconds between two CUDA events; `growth_bytes` is the allocator's peak over the level it started from."""
+    """Seconds between two CUDA events; `growth_bytes` is the allocator's peak over the level it started from. Of
+    several devices the events are on the first, to which the logits come back, and the peaks are added up."""
 
     def __init__(self, device: str):
         import torch
 
-        self._torch, self._device = torch, device
-        with torch.cuda.device(device):
+        self._torch, self._device, self._all = torch, first(device), parts(device)
+        with torch.cuda.device(self._device):
             self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __enter__(self):
         cuda = self._torch.cuda
-        cuda.synchronize(self._device)
-        cuda.reset_peak_memory_stats(self._device)
-        self._level, _ = allocated_bytes(self._device)
+        for one in self._all:
+            cuda.synchronize(one)
+            cuda.reset_peak_memory_stats(one)
+        self._level = self._allocated()[0]
         self._begin.record(cuda.current_stream(self._device))
 
     def __exit__(self, *_):
@@ -52,8 +56,12 @@ class CudaTimer:
         self._end.record(cuda.current_stream(self._device))
         self._end.synchronize()
         self.seconds = self._begin.elapsed_time(self._end) / 1e3
-        _, self.peak_bytes = allocated_bytes(self._device)
+        self.peak_bytes = self._allocated()[1]
         self.growth_bytes = self.peak_bytes - self._level
+
+    def _allocated(self) -> tuple[int, int]:
+        found = [allocated_bytes(one) for one in self._all]
+        return sum(now for now, _ in found), sum(peak for _, peak in found)
 
 
 def timer_for(device: str, clock: Callable[[], float] = time.perf_counter) -> HostTimer | CudaTimer:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
+from llmq.devices import first
 from llmq.kernels import reference
 
 if TYPE_CHECKING:
@@ -46,12 +47,13 @@ def quantizer_for(device: str) -> Callable[[torch.Tensor, Int8Weight], None]:
 
 
 def current(device: str) -> AbstractContextManager:
-    """Return a `with` block in which kernels are launched on the GPU `device`; it does nothing for a CPU."""
+    """Return a `with` block in which kernels are launched on the GPU `device`, the first of several; it does nothing
+    for a CPU."""
     if not device.startswith("cuda"):
         return nullcontext()
     import torch
 
-    return torch.cuda.device(device)
+    return torch.cuda.device(first(device))
 
 
 def _why_not_triton(device: str) -> str:

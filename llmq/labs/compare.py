@@ -4,7 +4,8 @@
 another. `in-turn`: one contestant after the other; chosen by itself when they do not fit together, and then each is
 freed, and seen to be freed, before the next is loaded. A server's steps cannot be held back: it writes its whole text
 alone, after those that take turns. `parallel`: servers write while the others do; what shares a machine shares its
-speed.
+speed. Of several GPUs each contestant has one of its own then, in a thread of its own, at the same time as the others;
+under every other schedule each model is spread over all of them.
 
 The stream ends by itself, also after a failure: a contestant that fails is out, the others go on, and what was
 generated stays. Closing the generator gives the device back.
@@ -15,10 +16,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import cycle
+from threading import Lock
 from typing import Annotated
 
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
+from llmq.devices import are_several, parts
 from llmq.engine.base import Interrupted
 from llmq.engine.choice import ENGINES, choose_engines
 from llmq.engine.loading import Key
@@ -28,6 +32,7 @@ from llmq.events import Event, Freed, Memory, Planned
 from llmq.fields import Choice
 from llmq.labs.base import Lab
 from llmq.labs.lanes import Course, Lane, LoadedLane, ServedLane
+from llmq.labs.merged import merged
 from llmq.machine.door import Lease, out_of_memory, shortage
 from llmq.methods import METHODS
 from llmq.models.text import require_text
@@ -41,9 +46,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Lab):
-    """Everything that decides a run. `device`: 'cpu' or 'cuda:N'. `sent`: a server gets the prompt as a message, to
-    which it applies its template, or as the text that the model here would read. `keys`: of servers, by host; of this
-    run only, and written nowhere."""
+    """Everything that decides a run. `device`: 'cpu', 'cuda:N' or 'cuda:N,cuda:M'. `sent`: a server gets the
+    prompt as a message, to which it applies its template, or as the text that the model here would read. `keys`: of
+    servers, by host; of this run only, and written nowhere."""
 
     prompt: str
     contestants: tuple[Contestant | Served, ...] = (Contestant.parse("fp16"), Contestant.parse("bnb-int8"))
@@ -89,7 +94,7 @@ class _Race:
         self.comparison, self.lease, self.pool = comparison, lease, lease.pool
         lease.reach = lease.reach.with_keys(comparison.keys)
         self.lanes: list[Lane] = []
-        self._peak = 0
+        self._peak, self._sampling = 0, Lock()
 
     def run(self) -> Iterator[Event]:
         plan = yield from self._plan((yield from self._opened()))
@@ -126,8 +131,18 @@ class _Race:
             },
             free_bytes=plan.free_bytes,
             device=comparison.device,
+            devices={lane.name: lane.key.device for lane in computed.values()} if self.abreast else {},
         )
         return plan
+
+    @property
+    def abreast(self) -> bool:
+        """Whether each contestant has a device of its own."""
+        return self.comparison.schedule == "parallel" and are_several(self.comparison.device)
+
+    def _devices(self) -> tuple[str, ...]:
+        """The device of each contestant in turn."""
+        return parts(self.comparison.device) if self.abreast else (self.comparison.device,)
 
     def _computed(self, course: Course) -> dict[Contestant, LoadedLane]:
         """The lanes of those that compute here."""
@@ -135,17 +150,22 @@ class _Race:
         tokens = min(model.context, len(course.prompt_ids) + comparison.sampling.max_new_tokens)
         asked = {"tokens": tokens, "answer": tokens - len(course.prompt_ids)}
         methods = [contestant.method for contestant in comparison.computed]
-        loops = choose_engines(comparison.engine, methods, model.config.to_dict(), comparison.device)
-        for contestant, loop in zip(comparison.computed, loops, strict=True):
-            key = Key.of(model, contestant.method, comparison.device, loop)
-            prediction = memory.predict(model.shape, key.method, **asked, loop=loop, device=comparison.device)
+        loops = choose_engines(comparison.engine, methods, model.config.to_dict(), self._devices()[0])
+        for contestant, loop, device in zip(comparison.computed, loops, cycle(self._devices())):
+            key = Key.of(model, contestant.method, device, loop)
+            prediction = memory.predict(model.shape, key.method, **asked, loop=loop, device=device)
             lanes[contestant] = LoadedLane(course, contestant, key=key, prediction=prediction)
         return lanes
 
     def _make_room(self) -> memory.Plan:
-        """Plan as if nothing of ours were loaded; drop other models only when this run needs their room."""
+        """Plan as if nothing of ours were loaded; drop other models only when this run needs their room. What has a
+        device of its own is told by `Lease.load` if it does not fit there."""
         lanes = [lane for lane in self.lanes if isinstance(lane, LoadedLane)]
         device, keys = self.comparison.device, [lane.key for lane in lanes]
+        if self.abreast:
+            self.fits_together = True
+            self.pool.drop_others(set(keys))
+            return memory.Plan("parallel", "", telemetry.free_bytes(device))
         free_now = telemetry.free_bytes(device)
         needs = [
             replace(lane.prediction, weights=0, scales=0) if lane.key in keys[:place] else lane.prediction
@@ -163,13 +183,25 @@ class _Race:
     def _together(self, lanes: list[Lane]) -> Iterator[Event]:
         """Those that compute here take turns; servers write all the while, or each alone after them."""
         alone = [] if self.comparison.schedule == "parallel" else [one for one in lanes if isinstance(one, ServedLane)]
-        yield from self._interleave([lane for lane in lanes if lane not in alone])
+        together = [lane for lane in lanes if lane not in alone]
+        yield from self._load(together)
+        groups: dict[str, list[Lane]] = {}
+        for lane in together:
+            groups.setdefault(lane.key.device if isinstance(lane, LoadedLane) else "", []).append(lane)
+        apart = groups.values() if self.abreast else [together]
+        yield from merged([self._write(group) for group in apart])
         for lane in alone:
             yield from self._interleave([lane])
 
     def _interleave(self, lanes: list[Lane]) -> Iterator[Event]:
+        yield from self._load(lanes)
+        yield from self._write(lanes)
+
+    def _load(self, lanes: list[Lane]) -> Iterator[Event]:
         for lane in lanes:
             yield from self._guarded(lane, lane.load)
+
+    def _write(self, lanes: list[Lane]) -> Iterator[Event]:
         for lane in _running(lanes):
             yield from self._guarded(lane, lane.prefill)
         while running := _running(lanes):
@@ -218,9 +250,13 @@ class _Race:
 
     def _memory(self) -> Iterator[Memory]:
         """The samples that came in, each with the ledger as it is now."""
+        with self._sampling:
+            samples = self.sampler.drain()
+        if not samples:
+            return
         ledger = {lane.name: lane.ledger() for lane in self.lanes if isinstance(lane, LoadedLane)}
         seen = [lane.allocator_peak_bytes for lane in _running(self.lanes)]
-        for sample in self.sampler.drain():
+        for sample in samples:
             self._peak = max([self._peak, sample.allocated_bytes or 0, *seen])
             peak = self._peak if sample.allocated_bytes is not None else None
             yield replace(sample, peak_allocated_bytes=peak, ledger=ledger)

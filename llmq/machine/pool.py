@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from llmq import telemetry
+from llmq.devices import share_on
 from llmq.engine.base import Engine
 from llmq.engine.loading import Key, load_engine
 from llmq.methods import Method
@@ -48,8 +49,8 @@ class Pool:
         return key in self._engines
 
     def bytes_on(self, device: str) -> int:
-        """What would come back if every engine on `device` were dropped."""
-        return sum(_bytes(engine) for key, engine in self._engines.items() if key.device == device)
+        """What would come back there if every engine on `device` were dropped; one that is spread lies evenly."""
+        return sum(int(share_on(device, key.device) * _bytes(engine)) for key, engine in self._engines.items())
 
     def limit_on(self, device: str) -> int:
         """The most bytes that engines between questions take on `device`."""
@@ -66,7 +67,7 @@ class Pool:
 
     def make_room(self, device: str, needed: int) -> None:
         """Drop the least recently used engines that are not in use until `needed` bytes more are within the limit."""
-        for key in [key for key in self if key.device == device and key not in self._in_use]:
+        for key in [key for key in self if share_on(device, key.device) and key not in self._in_use]:
             if self.bytes_on(device) + needed <= self.limit_on(device):
                 return
             self.drop(key)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from llmq.methods.base import WeightBytes
 from llmq.methods.folding import FOLDED, fold_
 from llmq.methods.rtn import Grouped, Rtn
+from llmq.methods.swap import moved_
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ class Awq(Grouped):
     def quantize_(self, model: nn.Module, device: str, statistics: Mapping[str, torch.Tensor] | None = None):
         if not self.folded:
             return super().quantize_(model, device, statistics)
-        fold_(model.to(device), self, statistics)
+        fold_(moved_(model, device), self, statistics)
         return Rtn(bits=self.bits, group=self.group, range=self.range).quantize_(model, device)
 
     def bytes(self, shape: tuple[int, int]) -> WeightBytes:

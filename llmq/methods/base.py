@@ -146,7 +146,7 @@ class Method:
         import torch
 
         opened = swap.opened_int8(model)
-        swap.cast_parameters_(model if opened else model.to(device), getattr(torch, self.dtype))
+        swap.cast_parameters_(model if opened else swap.moved_(model, device), getattr(torch, self.dtype))
         if not self.dense:
             swap.replace_(model, opened or self.layers(model), self.quantize, statistics or {})
         if self.int8_head:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from llmq.devices import are_several
 from llmq.errors import BadChoice
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ def telling(told: Told) -> Iterator[None]:
         yield
     finally:
         _told.reset(before)
+
+
+def moved_(model: nn.Module, device: str) -> nn.Module:
+    """Move `model` to a single device; one that is spread over several lies there already."""
+    return model if are_several(device) else model.to(device)
 
 
 def replace_(model: nn.Module, layers: list, quantize: Callable, statistics: Mapping[str, torch.Tensor]) -> None:

@@ -195,20 +195,22 @@ def load_model(
 ) -> PreTrainedModel:
     """Return the model under one method on one device, in eval mode, without gradients.
 
-    `device`: 'cpu' or 'cuda:N'; `statistics`: of the layers' inputs, for a calibrated method. bitsandbytes silently
-    takes another path in training mode, so eval is not optional.
+    `device`: 'cpu', 'cuda:N', or several GPUs to spread it over; `statistics`: of the layers' inputs,
+    for a calibrated method. bitsandbytes silently takes another path in training mode, so eval is not optional.
     """
     from llmq.models.quantized import open_quantized
+    from llmq.models.spread import device_map
 
+    places = device_map(transformers_config(source), device)
     if source.kind == "random":
         from llmq.models.random_weights import random_llama
 
-        model = random_llama(transformers_config(source), device)
+        model = random_llama(transformers_config(source), places)
     elif held := open_quantized(source, method, device):
         return held.requires_grad_(False).eval()
     else:
-        dense = {"dtype": method.dtype, "device_map": {"": device}}
-        model = open_checkpoint(source, dense if source.edit else method.load_arguments(device))
+        arguments = {"dtype": method.dtype} if source.edit else method.load_arguments(device)
+        model = open_checkpoint(source, arguments | {"device_map": places})
     if source.edit:
         model = edit_model_(model, source.edit)
     return method.quantize_(model, device, statistics).requires_grad_(False).eval()

@@ -102,6 +102,15 @@ PRESETS: dict[str, Preset] = {
             Shape(4096, 14336, 32, 32, 8, 128256, 131072, 500000.0, _LLAMA3_ROPE),
             gated=True,
         ),
+        Preset(
+            "llama-3.1-70b-instruct",
+            "Llama-3.1-70B-Instruct",
+            "meta-llama/Llama-3.1-70B-Instruct",
+            "70 B parameters, 141 GB in FP16, over several GPUs; gated: accept the licence and set HF_TOKEN.",
+            "Llama 3.1 Community",
+            Shape(8192, 28672, 80, 64, 8, 128256, 131072, 500000.0, _LLAMA3_ROPE),
+            gated=True,
+        ),
     )
 }
 

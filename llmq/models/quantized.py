@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llmq.devices import are_several
 from llmq.errors import BadChoice, ModelUnavailable
 from llmq.models.checkpoint import CheckpointTensors
 from llmq.models.config import quantization_of
@@ -61,6 +62,8 @@ def open_quantized(source: Source, method: Method, device: str) -> PreTrainedMod
         return None
     if source.edit:
         raise BadChoice(f"{source.name} is quantized: only weights in 16 or 32 bit are edited")
+    if are_several(device):
+        raise BadChoice(f"{source.name} holds quantized layers, which open on one device: choose such as cuda:0")
     del config.quantization_config
     tensors = CheckpointTensors(folder_of(source), source.name)
     layers = dict(_layers(source, tensors, found, settings, device))

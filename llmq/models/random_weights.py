@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from llmq.models.skeleton import meta_model
+from llmq.models.spread import device_of, dispatched
 
 if TYPE_CHECKING:
     import torch
@@ -65,20 +66,23 @@ class RandomTensors:
 _PLANTED = {"layernorm": NORM_GAIN, "v_proj": VALUE_GAIN, "up_proj": GATED_GAIN}
 
 
-def random_llama(config: LlamaConfig, device: str, seed: int = 0) -> LlamaForCausalLM:
-    """Return an fp16 LLaMA of `config`'s shape on `device` with the weights of `RandomTensors`."""
-    import torch
+def random_llama(config: LlamaConfig, places: str | dict[str, str], seed: int = 0) -> LlamaForCausalLM:
+    """Return an fp16 LLaMA of `config`'s shape with the weights of `RandomTensors`: on one device, or its parts where
+    `places` says."""
+    from torch import nn
 
-    model = meta_model(config).half().to_empty(device=device)
+    places = {"": places} if isinstance(places, str) else places
+    model, tensors = meta_model(config).half(), RandomTensors(config, seed)
+    for name, _ in list(model.named_parameters()):
+        owner, _, kept = name.rpartition(".")
+        tensor = tensors.get(name, device_of(name, places))
+        setattr(model.get_submodule(owner), kept, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
-    tensors = RandomTensors(config, seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors.get(name, device))
-    # Buffers (rotary frequencies) are computed, not drawn: to_empty left them unset.
-    rotary = model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    # Buffers (rotary frequencies) are computed, not drawn: the skeleton has none.
+    rotary = type(model.model.rotary_emb)(config=config).to(device_of("model.rotary_emb", places))
+    model.model.rotary_emb = rotary
     rotary.original_inv_freq = rotary.original_inv_freq.clone()  # a tensor of its own, as in a loaded model
-    return model.eval()
+    return dispatched(model.eval(), places) if len(places) > 1 else model.eval()
 
 
 def _spread(inputs: int) -> float:

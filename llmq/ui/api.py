@@ -76,7 +76,7 @@ class Api:
             top_p: 1 is off
             seed: all methods draw with the same noise
             schedule: interleave (their steps in turn), in-turn (one method after the other) or parallel (servers
-                meanwhile)
+                meanwhile; of several GPUs each method has its own)
             engine: auto, hf (transformers) or lean (our own loop)
             random_weights: a preset's shape with random weights
             sent: to servers among the methods, the prompt as messages or as the text that the model here would read
@@ -84,7 +84,7 @@ class Api:
         tokens = self.state.access.check_tokens(max_new_tokens)
         comparison = Comparison(
             prompt=prompt, model=model, contestants=entrants(methods, THRESHOLD.check("threshold", threshold)),
-            device=self._device(device),
+            device=self.state.devices if device == self.state.devices else self._device(device),
             sampling=SamplingSettings(max_new_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                       seed=seed),
             schedule=schedule, engine=engine, random_weights=random_weights, sent=sent,

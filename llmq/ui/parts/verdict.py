@@ -45,6 +45,9 @@ def verdict(summary: Summary, cpu: str = "") -> Verdict:
         told.append(agreement)
         short = _with_texts(short, summary)
     failed = [f"{_name(o)} did not finish, so there is nothing to compare" for o in (baseline, *others) if o.error]
+    if held := summary.peak_by_device:
+        each = ", ".join(f"{format_bytes(count)} on {device}" for device, count in held.items())
+        told.append(f"Live tensors at their most: {each}.")
     return Verdict(" ".join(f"{line}." for line in failed + short), tuple(dict.fromkeys(told)))
 
 

@@ -43,8 +43,10 @@ class AppState:
     opened: threading.Event = field(default_factory=threading.Event)  # set once somebody has opened the page
     classes: Classes | None = None  # of the lesson, where the server has them
     jobs: Jobs | None = None  # those that `run` runs, where the server is to watch over them
+    devices: str = ""  # of a comparison, which may have several; `device` is their first
 
     def __post_init__(self):
+        self.devices = self.devices or self.device
         self._numbers = itertools.count(1)
         sweep(Path(tempfile.gettempdir()), FOLDER)
         opened = ExitStack()

@@ -217,7 +217,7 @@ class CompareTab:
         self.state.take_recording(owner)
         try:
             comparison = comparison_of(
-                self.state.device, prompt, model, left, right, third, threshold, max_new_tokens, schedule,
+                self.state.devices, prompt, model, left, right, third, threshold, max_new_tokens, schedule,
                 temperature, top_k, top_p, seed, self.server.keys(server, key),
             )  # fmt: skip
             source = self.state.access.open_model(comparison.model).source
@@ -226,7 +226,7 @@ class CompareTab:
             return
         run = Run(comparison.settings(), {})
         view = CompareView(
-            labels_in(comparison), self.state.next_run(), comparison.device, asked_of(run.settings),
+            labels_in(comparison), self.state.next_run(), self.state.device, asked_of(run.settings),
             cpu=cpu_capability(),
         )  # fmt: skip
         value: dict = {}

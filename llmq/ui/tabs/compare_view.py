@@ -100,6 +100,8 @@ class CompareView:
             self.live.add(event)
         if isinstance(event, Loaded):
             told = arithmetic(event.contestant, self.device, event.engine, self.cpu)
+            own = self.summary.plan.devices.get(event.contestant) if self.summary.plan else None
+            told += f"; on {own}" if own else ""
             share = shown_coverage(event.coverage)
             self.live.describe(event.contestant, f"{told}; coverage: {share} in 8 bit" if share else told)
         if isinstance(event, Step | Finished):

@@ -1,0 +1,170 @@
+"""Decode and prefill of one model on one GPU and on several by tensor parallelism, which transformers has:
+`python -m llmq.bench.tensor_parallel --gpus 1,2,4 --model llama-2-7b-chat --random-weights [--save FILE]`.
+
+Each count is a run of its own, a process for each GPU (torchrun); on a machine without any the processes share the CPU.
+Every matrix is parted among the GPUs by the model's own plan, and their sums are exchanged twice a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+from llmq.engine.hf import HFEngine
+from llmq.engine.sampling import SamplingSettings
+from llmq.errors import BadChoice, UserError
+from llmq.formatting import format_bytes, format_seconds
+from llmq.methods import METHODS
+
+PROMPT_TOKENS, NEW_TOKENS, REPEATS, WARM_UPS = 64, 64, 5, 2
+FIRST_ID = 5  # of a prompt of tokens that are no end of text in any of the presets
+WORKER = "--worker"
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print a table, write the file."""
+    parser = argparse.ArgumentParser(prog="python -m llmq.bench.tensor_parallel", description=__doc__.partition(":")[0])
+    parser.add_argument("--gpus", default="1,2", help="how many, comma-separated (default: 1,2)")
+    parser.add_argument("--model", default="demo", help="a preset, a hub id or a local folder (default: demo)")
+    parser.add_argument("--random-weights", action="store_true", help="a preset's shape with random weights")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the result")
+    options = parser.parse_args(arguments)
+    try:
+        result = measure(counts_in(options.gpus), options.model, random_weights=options.random_weights)
+    except UserError as error:
+        print(f"llmq: {error}", file=sys.stderr)
+        return 1
+    for row in result["results"]:
+        print(
+            f"{row['gpus']} GPU{'s' if row['gpus'] > 1 else ' '}  {row['tokens_per_second']:7.2f} tok/s "
+            f"({row['tokens_per_second_min']:.2f} to {row['tokens_per_second_max']:.2f}), "
+            f"{row['over_one']:.2f} times one; first token {format_seconds(row['prefill_seconds'])}; "
+            f"{format_bytes(max(row['peak_bytes']))} at most on one; "
+            f"{row['same_tokens']} of {NEW_TOKENS} tokens as on one"
+        )
+    if options.save:
+        options.save.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def counts_in(text: str) -> list[int]:
+    """Return how many GPUs, one first: what the others are compared with. Raises BadChoice for what is no such list."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise BadChoice(f"--gpus is {text!r}; give numbers such as 1,2,4")
+    return sorted({1, *map(int, parts)})
+
+
+def measure(counts: list[int], model: str, *, random_weights: bool = False) -> dict:
+    """Return a result for each of `counts`, in the form of a stored one. Raises UserError where a run fails."""
+    import torch
+
+    from llmq.environment import default_device, describe
+    from llmq.models.opening import open_model
+
+    have = torch.cuda.device_count()
+    if have and max(counts) > have:
+        raise BadChoice(f"--gpus asks for {max(counts)} and there are {have}")
+    opened = open_model(model, random_weights=random_weights)
+    for _ in opened.prepare():
+        pass
+    with tempfile.TemporaryDirectory(prefix="llmq-parallel-") as folder:
+        rows = [_run(count, _checkpoint(opened, Path(folder)), Path(folder)) for count in counts]
+    one = rows[0]
+    for row in rows:
+        row["over_one"] = row["tokens_per_second"] / one["tokens_per_second"]
+        pairs = zip(row["tokens"], one["tokens"], strict=True)
+        row["same_tokens"] = next((place for place, (a, b) in enumerate(pairs) if a != b), NEW_TOKENS)
+    for row in rows:
+        del row["tokens"]
+    asked = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": REPEATS}
+    conditions = asked | {"random_weights": random_weights} | describe(default_device(), opened.source)
+    conditions["command"] = " ".join(["python -m llmq.bench.tensor_parallel", *sys.argv[1:]])
+    return {"kind": "tensor-parallel", "model": model, "conditions": conditions, "results": rows}
+
+
+def _checkpoint(opened, folder: Path) -> Path:
+    """Where the model's files are; random weights are written once."""
+    from llmq.models.loading import folder_of, load_model
+
+    if opened.source.kind != "random":
+        return folder_of(opened.source)
+    if not (written := folder / "model").exists():
+        from llmq.environment import default_device
+
+        load_model(opened.source, METHODS["fp16"], default_device()).save_pretrained(written)
+    return written
+
+
+def _run(count: int, checkpoint: Path, folder: Path) -> dict:
+    """One count of GPUs: as many processes, of which the first writes what it measured."""
+    out = folder / f"{count}.json"
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run(
+        [*run, "-m", "llmq.bench.tensor_parallel", WORKER, str(checkpoint), str(out)],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+    )  # fmt: skip
+    if not out.exists():
+        said = [line for line in done.stderr.splitlines() if "Error" in line]
+        raise UserError(f"on {count} GPUs: {said[-1].strip() if said else f'the run ended with {done.returncode}'}")
+    return json.loads(out.read_text())
+
+
+def work(checkpoint: str, out: str) -> int:
+    """Be one of the processes: load this one's part, generate with all the others, and tell what was measured."""
+    import torch
+    from torch import distributed
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    from llmq.models.loading import quiet_libraries
+
+    quiet_libraries()
+    rank, count = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    where = {"distributed_config": DistributedConfig(tp_plan="auto")} if count > 1 else {"device_map": {"": device}}
+    dtype = torch.float16 if device != "cpu" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, **where).eval()
+    engine, turns = HFEngine(model, METHODS["fp16"], device), []
+    size = model.config.get_text_config().vocab_size
+    ids = [FIRST_ID + i * 37 % (size - FIRST_ID) for i in range(PROMPT_TOKENS)]
+    for _ in range(REPEATS + WARM_UPS):
+        with closing(engine.start(ids, SamplingSettings(max_new_tokens=NEW_TOKENS))) as generation:
+            first = generation.prefill()
+            steps = [generation.step() for _ in range(NEW_TOKENS - 1)]
+            turns.append((first, steps, generation.allocator_peak_bytes))
+    peak, peaks = max(turn[2] for turn in turns), [None] * count
+    if count > 1:
+        distributed.all_gather_object(peaks, peak)
+    if rank == 0:
+        Path(out).write_text(json.dumps(_told(turns[WARM_UPS:], peaks if count > 1 else [peak])))
+    if count > 1:
+        distributed.destroy_process_group()
+    return 0
+
+
+def _told(turns: list[tuple], peaks: list[int]) -> dict:
+    speeds = [len(steps) / sum(token.seconds for token in steps) for _, steps, _ in turns]
+    return {
+        "gpus": len(peaks),
+        "tokens_per_second": statistics.median(speeds),
+        "tokens_per_second_min": min(speeds),
+        "tokens_per_second_max": max(speeds),
+        "prefill_seconds": statistics.median(first.seconds for first, _, _ in turns),
+        "peak_bytes": peaks,
+        "tokens": [token.token_id for token in (turns[0][0], *turns[0][1])],
+    }
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    raise SystemExit(work(*words[1:]) if words[:1] == [WORKER] else main(words))

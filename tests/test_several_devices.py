@@ -1,0 +1,223 @@
+"""A model over several GPUs and contestants on one each: what can be known of both without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from llmq import environment, telemetry
+from llmq.bench import tensor_parallel
+from llmq.contestant import Contestant
+from llmq.devices import are_several, first, parts, share_on
+from llmq.engine.choice import choose_engines
+from llmq.engine.sampling import SamplingSettings
+from llmq.errors import BadChoice
+from llmq.events import Memory, Planned, Step
+from llmq.labs import compare as compare_lab
+from llmq.labs.compare import Comparison
+from llmq.labs.merged import merged
+from llmq.machine.door import Machine
+from llmq.methods import parse_method
+from llmq.models.skeleton import meta_model
+from llmq.models.spread import device_map, device_of, even_shares
+from llmq.summary import RunAnswer, Summary
+from llmq.ui.parts.verdict import verdict
+
+PAIR = "cuda:0,cuda:1"
+
+
+def test_a_name_stands_for_its_parts():
+    assert (parts("cpu"), first(PAIR), are_several("cuda:1"), are_several(PAIR)) == (("cpu",), "cuda:0", False, True)
+    assert [share_on("cuda:0", "cuda:0"), share_on("cuda:0", PAIR), share_on("cuda:2", PAIR)] == [1.0, 0.5, 0.0]
+    assert share_on(PAIR, "cuda:1") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cuda:0,cpu", "mixes the CPU"),
+        ("cuda:1,cuda:1", "names one twice"),
+        ("cuda:0,cuda:7", "'cuda:7' is not here"),
+        ("cuda:0,", "no device beside it"),
+        (",", "no device beside it"),
+    ],
+)
+def test_a_wrong_list_of_devices_is_said(monkeypatch, name, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(BadChoice, match=words):
+        environment.device_named(name, several=True)
+
+
+def test_several_devices_where_one_can_be_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert environment.device_named("cuda:0, cuda:1", several=True) == PAIR
+    with pytest.raises(BadChoice, match="only compare and the page spread"):
+        environment.device_named(PAIR)
+
+
+def test_a_label_counts_equal_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda one: {"cuda:2": "B"}.get(one, "A"))
+    assert environment.device_label("cuda:0,cuda:1,cuda:2") == "2 × A + B"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_shares_are_even_whole_layers_in_order(tied, count):
+    config = tiny_config(num_hidden_layers=24, tie_word_embeddings=tied)
+    model, names = meta_model(config), [f"cuda:{number}" for number in range(count)]
+    places = even_shares(model, ",".join(names))
+    layers = [places[f"model.layers.{i}"] for i in range(24)]
+    assert layers == sorted(layers) and set(places.values()) == set(names)
+    held = Counter()
+    for name, tensor in model.named_parameters():
+        held[device_of(name, places)] += tensor.nbytes
+    layer = sum(tensor.nbytes for tensor in model.model.layers[0].parameters())
+    assert max(held.values()) - min(held.values()) <= 2 * max(layer, model.model.embed_tokens.weight.nbytes)
+    assert (places["lm_head"] == places["model.embed_tokens"]) == tied or count == 1
+
+
+def test_a_single_device_has_everything():
+    assert device_map(tiny_config(), "cuda:3") == {"": "cuda:3"}
+    assert device_of("model.layers.1.mlp.up_proj.weight", {"model.layers.1": "b", "model.layers.10": "c"}) == "b"
+
+
+def test_a_spread_model_runs_through_transformers():
+    config = tiny_config().to_dict()
+    assert choose_engines("auto", [parse_method("fp16"), parse_method("llm-int8")], config, PAIR) == ["hf", "hf"]
+    with pytest.raises(BadChoice, match="over several GPUs runs through transformers"):
+        choose_engines("lean", [parse_method("fp16")], config, PAIR)
+
+
+def test_memory_is_that_of_all_and_told_for_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_allocated", {"cuda:0": 30, "cuda:1": 12}.get)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {"cuda:0": 50, "cuda:1": 12}.get)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda one: ({"cuda:0": 100, "cuda:1": 200}[one], 1000))
+    nvml = {"cuda:0": 40, "cuda:1": 20}
+    fake = SimpleNamespace(for_torch_device=lambda one: SimpleNamespace(
+        device_bytes=lambda: nvml[one], process_bytes=lambda: None if one == "cuda:1" else 5))  # fmt: skip
+    monkeypatch.setattr(telemetry, "Nvml", fake)
+    read = telemetry.MemoryReader(PAIR)()
+    assert read["by_device"] == {"cuda:0": 30, "cuda:1": 12} and read["allocated_bytes"] == 42
+    assert (read["device_bytes"], read["device_process_bytes"]) == (60, None)
+    assert (telemetry.free_bytes(PAIR), telemetry.used_bytes(PAIR)) == (320, (42,))
+    assert "by_device" not in telemetry.MemoryReader("cuda:0")()
+
+
+def test_the_highest_of_each_device_is_kept_and_told():
+    plan = Planned(schedule="parallel", reason="", prompt_tokens=3, predicted_bytes={"fp16": 1}, free_bytes=1,
+                   device=PAIR, devices={"fp16": "cuda:0"})  # fmt: skip
+    samples = [Memory(at=0, by_device={"cuda:0": 3_000_000, "cuda:1": 0}), Memory(at=1, by_device={"cuda:0": 1})]
+    summary = Summary([plan, *samples])
+    assert summary.peak_by_device == {"cuda:0": 3_000_000, "cuda:1": 0}
+    assert verdict(summary).details == ("Live tensors at their most: 3.00 MB on cuda:0, 0 B on cuda:1.",)
+    told = RunAnswer(SimpleNamespace(settings={}, environment={}), summary).to_json()
+    assert (told["devices"], told["peak_bytes_by_device"]["cuda:0"]) == ({"fp16": "cuda:0"}, 3_000_000)
+
+
+def test_streams_are_merged_as_their_items_come():
+    gate = threading.Event()
+
+    def slow():
+        assert gate.wait(60)
+        yield "slow"
+
+    def quick():
+        yield "quick"
+        gate.set()
+
+    assert list(merged([slow(), quick()])) == ["quick", "slow"]
+
+
+def test_what_one_stream_raises_ends_them_all():
+    closed = threading.Event()
+
+    def endless():
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.set()
+
+    def broken():
+        yield 2
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        list(merged([endless(), broken()]))
+    assert closed.is_set()
+
+
+def test_whoever_stops_listening_ends_every_stream():
+    closed = []
+
+    def endless(name):
+        try:
+            while True:
+                yield name
+        finally:
+            closed.append(name)
+
+    heard = merged([endless("a"), endless("b")])
+    next(heard)
+    heard.close()
+    assert sorted(closed) == ["a", "b"]
+
+
+@pytest.fixture
+def abreast(monkeypatch):
+    """A comparison that takes two names of the CPU for two devices, and the threads in which its lanes wrote."""
+    monkeypatch.setattr(compare_lab, "are_several", lambda device: True)
+    monkeypatch.setattr(compare_lab, "parts", lambda device: ("cpu", "cpu:0"))
+    for owner in (telemetry,):
+        monkeypatch.setattr(owner, "free_bytes", lambda device: 10**12)
+    threads, original = {}, compare_lab.LoadedLane.step
+
+    def step(lane):
+        threads.setdefault(lane.name, set()).add(threading.current_thread().name)
+        yield from original(lane)
+
+    monkeypatch.setattr(compare_lab.LoadedLane, "step", step)
+    return threads
+
+
+def test_in_parallel_each_contestant_has_a_device_and_a_thread(abreast, tiny_folder):
+    comparison = Comparison(
+        prompt="Hello", model=str(tiny_folder), schedule="parallel", device="cpu", engine="hf",
+        contestants=tuple(map(Contestant.parse, ("fp16", "llm-int8"))), sampling=SamplingSettings(max_new_tokens=6),
+    )  # fmt: skip
+    events = list(Machine().run(comparison))
+    plan = next(event for event in events if isinstance(event, Planned))
+    assert plan.devices == {"fp16": "cpu", "llm-int8": "cpu:0"} and plan.schedule == "parallel"
+    summary = Summary(events)
+    assert not any(outcome.error for outcome in summary.outcomes.values())
+    assert all(len(outcome.token_ids) == 6 or outcome.reason == "eos" for outcome in summary.outcomes.values())
+    assert len(abreast["fp16"] | abreast["llm-int8"]) == 2, "a thread for each"
+    alone = Comparison(
+        prompt="Hello", model=str(tiny_folder), device="cpu", engine="hf", sampling=SamplingSettings(max_new_tokens=6),
+        contestants=(Contestant.parse("fp16"),),
+    )  # fmt: skip
+    steps = [event.token_id for event in Machine().run(alone) if isinstance(event, Step)]
+    assert summary.outcomes["fp16"].token_ids == steps
+
+
+def test_tensor_parallel_on_two_processes_writes_what_one_does(tiny_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["tensor_parallel", "--gpus", "1,2"])
+    assert tensor_parallel.main(["--gpus", "2", "--model", str(tiny_folder), "--save", str(out)]) == 0
+    stored = json.loads(out.read_text())
+    assert [row["gpus"] for row in stored["results"]] == [1, 2]
+    assert [row["same_tokens"] for row in stored["results"]] == [tensor_parallel.NEW_TOKENS] * 2
+    assert "2 GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["two", "1,", "0", "-1", ""])
+def test_a_wrong_count_of_gpus_is_said(text, capsys):
+    assert tensor_parallel.main(["--gpus", text]) == 1
+    assert f"--gpus is {text!r}" in capsys.readouterr().err
