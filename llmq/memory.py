@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from llmq.contestant import Contestant
@@ -32,10 +33,16 @@ class Prediction:
     scales: int
     kv: int | None
     workspace: int
+    loading: int = 0  # of the 16-bit model, where the method's weights are made of it on the device
 
     @property
     def total(self) -> int:
         return self.weights + self.scales + (self.kv or 0) + self.workspace
+
+    @property
+    def most(self) -> int:
+        """What stands there at some moment, while it loads or later."""
+        return max(self.total, self.loading)
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,8 @@ def _row(model: Model, contestant: Contestant, use: Use, room: float | None) -> 
     cache, workspace = worst_moment(config, use)
     told = {"weights": weights, "scales": scales, "kv": cache, "workspace": workspace}
     found = Prediction(*(part and part.bytes for part in told.values()))
-    row = {"method": contestant.label, **asdict(found), "total": None if found.kv is None else found.total}
+    asked = {name: count for name, count in asdict(found).items() if name != "loading"}
+    row = {"method": contestant.label, **asked, "total": None if found.kv is None else found.total}
     row |= {"fits": None, "largest_context": None, "largest_batch": None}
     if room is not None and found.kv is not None:
         row["fits"] = found.total <= room
@@ -144,10 +152,16 @@ def plan(schedule: str, predictions: Sequence[Prediction], free_bytes: int) -> P
     """All but `in-turn` needs all contestants at once; where they do not fit, that is chosen and said."""
     if schedule == "in-turn" or fit_together(predictions, free_bytes):
         return Plan(schedule, "", free_bytes)
-    needed = f"{sum(p.total for p in predictions) / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free"
+    needed = f"{_most(predictions) / 1e9:.2f} GB and {free_bytes / 1e9:.2f} GB are free"
     reason = f"loaded together they need {needed}, so each is loaded in turn and freed before the next"
     return Plan("in-turn", reason, free_bytes)
 
 
 def fit_together(predictions: Sequence[Prediction], free_bytes: int) -> bool:
-    return sum(p.total for p in predictions) <= HEADROOM * free_bytes
+    return _most(predictions) <= HEADROOM * free_bytes
+
+
+def _most(predictions: Sequence[Prediction]) -> int:
+    """What stands there when it is most: one after the other is loaded, and all stay."""
+    held = list(accumulate((p.total for p in predictions), initial=0))
+    return max([held[-1], *(before + p.most for before, p in zip(held, predictions, strict=False))])

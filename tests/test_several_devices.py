@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from llmq import environment, telemetry
+from llmq import environment, memory, telemetry
 from llmq.bench import tensor_parallel
 from llmq.contestant import Contestant
 from llmq.devices import are_several, first, parts, share_on
 from llmq.engine.choice import choose_engines
+from llmq.engine.loading import Key, loading_bytes
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice
 from llmq.events import Memory, Planned, Step
@@ -24,7 +25,9 @@ from llmq.labs import compare as compare_lab
 from llmq.labs.compare import Comparison
 from llmq.labs.merged import merged
 from llmq.machine.door import Machine
+from llmq.memory import Prediction
 from llmq.methods import parse_method
+from llmq.models.opening import open_model
 from llmq.models.skeleton import meta_model
 from llmq.models.spread import device_map, device_of, even_shares
 from llmq.summary import RunAnswer, Summary
@@ -195,6 +198,7 @@ def test_in_parallel_each_contestant_has_a_device_and_a_thread(abreast, tiny_fol
     events = list(Machine().run(comparison))
     plan = next(event for event in events if isinstance(event, Planned))
     assert plan.devices == {"fp16": "cpu", "llm-int8": "cpu:0"} and plan.schedule == "parallel"
+    assert "each is slower than alone" in plan.reason
     summary = Summary(events)
     assert not any(outcome.error for outcome in summary.outcomes.values())
     assert all(len(outcome.token_ids) == 6 or outcome.reason == "eos" for outcome in summary.outcomes.values())
@@ -221,3 +225,30 @@ def test_tensor_parallel_on_two_processes_writes_what_one_does(tiny_folder, tmp_
 def test_a_wrong_count_of_gpus_is_said(text, capsys):
     assert tensor_parallel.main(["--gpus", text]) == 1
     assert f"--gpus is {text!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "device", "loop", "dense"),
+    [
+        ("fp16", "cuda:0", "hf", False),
+        ("llm-int8", "cuda:0", "hf", True),
+        ("llm-int8", PAIR, "hf", True),
+        ("llm-int8", "cuda:0", "lean", False),
+        ("llm-int8", "cpu", "hf", False),  # where the 16-bit weights are a file's pages
+        ("bnb-int8", "cuda:0", "hf", False),
+    ],
+)
+def test_what_stands_on_a_gpu_while_a_method_is_made_of_the_dense_model(tiny_folder, method, device, loop, dense):
+    model = open_model(str(tiny_folder))
+    whole = sum(2 * tensor.numel() for tensor in model.shape.parameters())
+    whole += sum(tensor.nbytes for tensor in model.shape.buffers())
+    assert loading_bytes(Key(model, parse_method(method), device, loop)) == (whole if dense else 0)
+
+
+def test_the_plan_counts_what_stands_there_while_the_next_is_loaded():
+    """FP16 and a method that is made of it: 141 + 72 GB fit into 300, and 141 + 141 for a moment do not into 280."""
+    dense, made = Prediction(141, 0, 0, 0), Prediction(72, 0, 0, 0, loading=141)
+    assert (dense.most, made.total, made.most) == (141, 72, 141)
+    assert memory.plan("interleave", [dense, made], 300).schedule == "interleave"
+    short = memory.plan("interleave", [dense, made], 280)
+    assert short.schedule == "in-turn" and memory.fit_together([made, dense], 280)

@@ -13,7 +13,7 @@ from pathlib import Path
 from llmq.cache import cache_folder
 from llmq.engine.base import Engine
 from llmq.engine.hf import HFEngine
-from llmq.methods import Method
+from llmq.methods import METHODS, Method
 from llmq.methods.calibrate import FOLDER, file_name
 from llmq.models.config import quantization_of
 from llmq.models.loading import folder_of, load_model
@@ -63,6 +63,18 @@ def _load_hf(key: Key) -> HFEngine:
         torch.set_num_threads(usable_threads())
     statistics = load_file(statistics_file(key)) if needs_statistics(key) else None
     return HFEngine(load_model(key.model.source, key.method, key.device, statistics), key.method, key.device)
+
+
+def loading_bytes(key: Key) -> int:
+    """Tell how large the 16-bit model is that stands on a GPU while the method's weights are made of it; 0 where they
+    come as they are, or are made one after the other on the way in, as in our own loop and by bitsandbytes."""
+    method, source = key.method, key.model.source
+    if key.loop != "hf" or not key.device.startswith("cuda") or method.dense or quantization_of(key.model.config):
+        return 0
+    if source.kind != "random" and "quantization_config" in method.load_arguments(key.device):
+        return 0
+    dense = next(one for one in METHODS.values() if one.dense and one.dtype == method.dtype)
+    return dense.predict(key.model.shape).weights
 
 
 def needs_statistics(key: Key) -> bool:

@@ -25,7 +25,7 @@ from llmq.contestant import Contestant
 from llmq.devices import are_several, parts
 from llmq.engine.base import Interrupted
 from llmq.engine.choice import ENGINES, choose_engines
-from llmq.engine.loading import Key
+from llmq.engine.loading import Key, loading_bytes
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, OutOfMemory, UserError
 from llmq.events import Event, Freed, Memory, Planned
@@ -41,6 +41,10 @@ from llmq.servers.served import Served
 SCHEDULES = ("interleave", "in-turn", "parallel")
 SENT = ("messages", "text")  # how a prompt goes to a server
 MAX_CONTESTANTS = 3
+HELD_UP = (
+    "transformers' loop needs the processor for most of a step, and two of them wait for each other: "
+    "each is slower than alone"
+)
 log = logging.getLogger(__name__)
 
 
@@ -154,6 +158,7 @@ class _Race:
         for contestant, loop, device in zip(comparison.computed, loops, cycle(self._devices())):
             key = Key.of(model, contestant.method, device, loop)
             prediction = memory.predict(model.shape, key.method, **asked, loop=loop, device=device)
+            prediction = replace(prediction, loading=loading_bytes(key))
             lanes[contestant] = LoadedLane(course, contestant, key=key, prediction=prediction)
         return lanes
 
@@ -165,10 +170,11 @@ class _Race:
         if self.abreast:
             self.fits_together = True
             self.pool.drop_others(set(keys))
-            return memory.Plan("parallel", "", telemetry.free_bytes(device))
+            reason = HELD_UP if sum(key.loop == "hf" for key in keys) > 1 else ""
+            return memory.Plan("parallel", reason, telemetry.free_bytes(device))
         free_now = telemetry.free_bytes(device)
         needs = [
-            replace(lane.prediction, weights=0, scales=0) if lane.key in keys[:place] else lane.prediction
+            replace(lane.prediction, weights=0, scales=0, loading=0) if lane.key in keys[:place] else lane.prediction
             for place, lane in enumerate(lanes)  # contestants that share their weights need them once
         ]
         plan = memory.plan(self.comparison.schedule, needs, free_now + self.pool.bytes_on(device))
@@ -241,7 +247,7 @@ class _Race:
     def _shortage(self, lane: LoadedLane) -> str:
         """What was missing, once what the lane had is given back."""
         self._free(lane)
-        return shortage(lane.name, lane.prediction.total, telemetry.free_bytes(lane.key.device))
+        return shortage(lane.name, lane.prediction.most, telemetry.free_bytes(lane.key.device))
 
     def _free(self, lane: LoadedLane) -> Freed:
         lane.close()

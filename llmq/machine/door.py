@@ -182,10 +182,10 @@ class Lease:
             prediction = prediction or memory.predict(key.model.shape, contestant.method, tokens=512)
             self.pool.make_room(key.device, prediction.weights + prediction.scales)
             free = telemetry.free_bytes(key.device)
-            if prediction.total > free:
-                raise OutOfMemory(shortage(contestant.label, prediction.total, free))
+            if prediction.most > free:
+                raise OutOfMemory(shortage(contestant.label, prediction.most, free))
             self.loaded.append(key)
-        with out_of_memory(lambda: shortage(contestant.label, prediction.total, telemetry.free_bytes(key.device))):
+        with out_of_memory(lambda: shortage(contestant.label, prediction.most, telemetry.free_bytes(key.device))):
             engine, seconds = self._got(key, contestant.method, contestant.label)
         yield Loaded(
             contestant=contestant.label,
