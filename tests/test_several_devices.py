@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_config, tiny_llama
 
 from llmq import environment, memory, telemetry
 from llmq.bench import tensor_parallel
@@ -26,7 +27,7 @@ from llmq.labs.compare import Comparison
 from llmq.labs.merged import merged
 from llmq.machine.door import Machine
 from llmq.memory import Prediction
-from llmq.methods import parse_method
+from llmq.methods import parse_method, swap
 from llmq.models.opening import open_model
 from llmq.models.skeleton import meta_model
 from llmq.models.spread import device_map, device_of, even_shares
@@ -252,3 +253,17 @@ def test_the_plan_counts_what_stands_there_while_the_next_is_loaded():
     assert memory.plan("interleave", [dense, made], 300).schedule == "interleave"
     short = memory.plan("interleave", [dense, made], 280)
     assert short.schedule == "in-turn" and memory.fit_together([made, dense], 280)
+
+
+def test_a_layer_is_freed_as_soon_as_it_is_replaced():
+    """No more than one layer of 16 bit beside what is made: 70B leave no room for both models."""
+    model, method, seen = tiny_llama(torch.float16), parse_method("llm-int8"), []
+    dense = [weakref.ref(layer.weight) for _, layer in method.layers(model)]
+
+    def told(share: float) -> None:
+        seen.append(sum(weight() is not None for weight in dense))
+
+    with swap.telling(told):
+        method.quantize_(model, "cpu")
+    total = len(dense)
+    assert [total - alive for alive in seen] == [0, *range(total - 1)], "the last one told of is let go with the next"

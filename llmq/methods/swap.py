@@ -39,11 +39,14 @@ def moved_(model: nn.Module, device: str) -> nn.Module:
 
 
 def replace_(model: nn.Module, layers: list, quantize: Callable, statistics: Mapping[str, torch.Tensor]) -> None:
-    """Put `quantize(layer, its statistics)` in the place of each of `layers`, (name, module). Raises BadChoice where
-    there are none."""
+    """Put `quantize(layer, its statistics)` in the place of each of `layers`, (name, module), which are taken out of
+    that list: a layer is freed as soon as it is replaced. Raises BadChoice where there are none."""
     require_layers(model, layers)
-    for number, (name, layer) in enumerate(layers):
-        _told.get()(number / len(layers))
+    layers.reverse()
+    total = len(layers)
+    while layers:
+        _told.get()(1 - len(layers) / total)
+        name, layer = layers.pop()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantize(as_linear(layer), statistics.get(name)))
 
