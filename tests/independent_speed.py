@@ -72,6 +72,7 @@ def report_memory(name, model, engine, base):
     with_library = torch.cuda.memory_allocated()
     torch._C._cuda_clearCublasWorkspaces()
     library = with_library - torch.cuda.memory_allocated()
+    plain(model)  # by which cuBLAS has it again
     generation = engine.start(IDS, SamplingSettings(max_new_tokens=NEW))
     generation.prefill()
     for _ in range(NEW - 1):

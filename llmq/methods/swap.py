@@ -48,7 +48,10 @@ def replace_(model: nn.Module, layers: list, quantize: Callable, statistics: Map
         _told.get()(1 - len(layers) / total)
         name, layer = layers.pop()
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantize(as_linear(layer), statistics.get(name)))
+        made = quantize(as_linear(layer), statistics.get(name))
+        setattr(model.get_submodule(parent), child, made)
+        if made is not layer:
+            layer._parameters.clear()  # accelerate's hooks hold a layer in a circle, which is collected much later
 
 
 def require_layers(model: nn.Module, layers: list) -> None:
