@@ -65,6 +65,30 @@ def generate_table(result: dict) -> str:
     return drawn(rows, note, result)
 
 
+def parallel_table(result: dict) -> str:
+    """One model on several GPUs by tensor parallelism."""
+    rows = ["| GPUs | decode, tok/s (lowest–highest) | against one | first token | peak memory of each | same tokens |"]
+    rows.append("|---:|---:|---:|---:|---:|---:|")
+    c = result["conditions"]
+    for row in result["results"]:
+        cells = [
+            str(row["gpus"]),
+            ranged(row, "tokens_per_second"),
+            times(row, "over_one"),
+            seconds(row, "prefill_seconds"),
+            format_bytes(max(row["peak_bytes"])),
+            f"{row['same_tokens']} of {c['new_tokens']}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    note = (
+        f"{c['device_name']}, {result['model']} ({weights(c)}) in FP16 through transformers, eager, a process for each "
+    )
+    note += (
+        f"GPU; batch 1, {length(c)}, medians of {c['repeats']} generations after two that do not count; {origin(c)}."
+    )
+    return drawn(rows, note, result)
+
+
 def lean_table(short: dict, long: dict, prefill: dict) -> str:
     """The lean loop at LLaMA-2-7B's shape: decode at two context lengths and prefill, every method against FP16."""
     later, first = ({row["method"]: row for row in result["results"]} for result in (long, prefill))

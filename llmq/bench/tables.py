@@ -85,6 +85,7 @@ def table(name: str) -> str:
         "energy": speed_tables.energy_table,
         "quality": _quality_table,
         "memory": ledger_table,
+        "tensor-parallel": speed_tables.parallel_table,
     }
     return (kinds.get(kind) or (_lab_table if kind in lab_classes() else speed_tables.decode_table))(results[0])
 
