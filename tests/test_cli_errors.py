@@ -45,7 +45,7 @@ WRONG_SETTINGS = {
     "--methods fp16 --threshold -1": ["-1", "0 (off) to 65504"],
     "--device cuda:99": ["'cuda:99'", "cpu"],
     "--device tpu": ["'tpu'", "cpu"],
-    "--device cuda:0,cuda:1": ["'cuda:0,cuda:1'", "several devices"],
+    "--device cuda:0,cuda:1": ["'cuda:0' is not here", "cpu"],
     "--device http://host:8000": ["'http://host:8000'", "server"],
     "--model nope": ["'nope'", *PRESETS],
     "--model nope --random-weights": ["'nope'", *PRESETS],
