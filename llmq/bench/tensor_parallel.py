@@ -20,6 +20,7 @@ from pathlib import Path
 from llmq.engine.hf import HFEngine
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError
+from llmq.files import write_text
 from llmq.formatting import format_bytes, format_seconds
 from llmq.methods import METHODS
 
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
             f"{row['same_tokens']} of {NEW_TOKENS} tokens as on one"
         )
     if options.save:
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(options.save, json.dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -146,7 +147,7 @@ def work(checkpoint: str, out: str) -> int:
     if count > 1:
         distributed.all_gather_object(peaks, peak)
     if rank == 0:
-        Path(out).write_text(json.dumps(_told(turns[WARM_UPS:], peaks if count > 1 else [peak])))
+        write_text(Path(out), json.dumps(_told(turns[WARM_UPS:], peaks if count > 1 else [peak])))
     if count > 1:
         distributed.destroy_process_group()
     return 0
