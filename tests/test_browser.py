@@ -382,7 +382,7 @@ def test_stop_keeps_the_text_and_frees_the_device(page, address):
 
 def test_second_visitor_waits_in_line(page, address, browser):
     other = new_tab(browser)
-    open_page(page, address, "max_new_tokens=500&prompt=Tell+a+story.")
+    open_page(page, address, "max_new_tokens=1024&prompt=Tell+a+story.")
     open_page(other, address, "max_new_tokens=2&prompt=Hello")
     generate(page)
     wait_for_text(page)
