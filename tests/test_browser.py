@@ -339,7 +339,7 @@ def test_a_recording_is_replaying_from_the_click_on(page, address):
             const moment = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
             const drawn = new Promise((done) => new MutationObserver(done).observe(
                 document.querySelector("#pane-0"), { childList: true, characterData: true, subtree: true }));
-            await drawn;
+            await Promise.race([drawn, moment(5000)]); // where a page took long to open, the example is over
             await moment(100); // by now the next frame of the example waits for its drawing
             new MutationObserver(() => seen.push(view.dataset.state)).observe(view, { attributes: true });
             document.querySelector("#replay").click();
