@@ -18,6 +18,7 @@ from llmq.fields import Number
 from llmq.methods.base import WeightBytes
 from llmq.methods.folding import FOLDED, fold_
 from llmq.methods.naive import Vectorwise
+from llmq.methods.swap import moved_
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,7 @@ class SmoothQuant(Vectorwise):
     def quantize_(self, model: nn.Module, device: str, statistics: Mapping[str, torch.Tensor] | None = None):
         if not self.folded:
             return super().quantize_(model, device, statistics)
-        fold_(model.to(device), self, statistics)
+        fold_(moved_(model, device), self, statistics)
         return Vectorwise().quantize_(model, device)
 
     def _smoothed(self, linear: nn.Linear, largest_inputs: torch.Tensor, alpha: float) -> nn.Module:
