@@ -50,8 +50,23 @@ def replace_(model: nn.Module, layers: list, quantize: Callable, statistics: Map
         parent, _, child = name.rpartition(".")
         made = quantize(as_linear(layer), statistics.get(name))
         setattr(model.get_submodule(parent), child, made)
-        if made is not layer:
+        if made is not layer and getattr(layer, "_hf_hook", None):
             layer._parameters.clear()  # accelerate's hooks hold a layer in a circle, which is collected much later
+
+
+@contextmanager
+def without_hooks(module: nn.Module, after: Callable[[], nn.Module] | None = None) -> Iterator[None]:
+    """Take accelerate's hook off `module` for a while; it is put back, or on the module that `after()` returns. A
+    hooked module keeps the forward of the class that it had."""
+    if not (hook := getattr(module, "_hf_hook", None)):
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    vars(module).pop("forward", None)  # which it leaves bound to the class
+    yield
+    add_hook_to_module(after() if after else module, hook)
 
 
 def require_layers(model: nn.Module, layers: list) -> None:

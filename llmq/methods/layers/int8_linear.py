@@ -10,6 +10,7 @@ from llmq.kernels.backend import current, kernels_for, quantizer_for
 from llmq.kernels.buffers import Noting
 from llmq.kernels.primitives import Int8Weight, own_outliers
 from llmq.kernels.reference import linear_by_row
+from llmq.methods.swap import without_hooks
 
 
 class Int8Linear(nn.Linear):
@@ -105,6 +106,11 @@ def int8_weight(weight: nn.Parameter) -> Int8Weight:
 def convert_ends_(model: nn.Module, threshold: float | None) -> None:
     """Embedding and head of `model` in int8; one table where they are tied. Raises BadChoice where they are no such."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    with without_hooks(embedding), without_hooks(head, model.get_output_embeddings):
+        _convert_ends_(model, embedding, head, threshold)
+
+
+def _convert_ends_(model: nn.Module, embedding: nn.Module, head: nn.Module, threshold: float | None) -> None:
     plain = isinstance(embedding, nn.Embedding) and embedding.max_norm is None
     if not plain or type(head) not in (nn.Linear, Int8Linear):
         raise BadChoice(f"the embedding and head of {type(model).__name__} cannot be int8; choose llm-int8")
