@@ -162,6 +162,12 @@ def fit_together(predictions: Sequence[Prediction], free_bytes: int) -> bool:
 
 
 def _most(predictions: Sequence[Prediction]) -> int:
-    """What stands there when it is most: one after the other is loaded, and all stay."""
-    held = list(accumulate((p.total for p in predictions), initial=0))
-    return max([held[-1], *(before + p.most for before, p in zip(held, predictions, strict=False))])
+    """What stands there when it is most: one after the other is loaded, in `loading_order`, and all stay."""
+    ordered = sorted(predictions, key=loading_order)
+    held = list(accumulate((p.total for p in ordered), initial=0))
+    return max([held[-1], *(before + p.most for before, p in zip(held, ordered, strict=False))])
+
+
+def loading_order(prediction: Prediction) -> int:
+    """Sort by this: whoever needs the most beside what stays of it comes first, while there is room."""
+    return prediction.total - prediction.most

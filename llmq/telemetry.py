@@ -194,14 +194,15 @@ def clock_mhz(device: str) -> float | None:
 
 
 def free_bytes(device: str) -> int:
-    """Bytes a new tensor could use on `device`: free VRAM plus what the allocator caches, or available memory."""
+    """Bytes a new tensor could use on `device`: free VRAM plus what the allocator caches, or available memory. Of
+    several GPUs, over which a model is spread evenly, as many times what the fullest has left."""
     if device.startswith("cuda"):
         import torch
 
         def room(one: str) -> int:
             return torch.cuda.mem_get_info(one)[0] + torch.cuda.memory_reserved(one) - torch.cuda.memory_allocated(one)
 
-        return sum(map(room, parts(device)))
+        return len(parts(device)) * min(map(room, parts(device)))
     import psutil
 
     return int(min(psutil.virtual_memory().available, cgroup.memory_room()))

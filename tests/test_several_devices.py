@@ -21,12 +21,12 @@ from llmq.devices import are_several, first, parts, share_on
 from llmq.engine.choice import choose_engines
 from llmq.engine.loading import Key, loading_bytes
 from llmq.engine.sampling import SamplingSettings
-from llmq.errors import BadChoice
+from llmq.errors import BadChoice, OutOfMemory
 from llmq.events import Memory, Planned, Step
 from llmq.labs import compare as compare_lab
 from llmq.labs.compare import Comparison
 from llmq.labs.merged import merged
-from llmq.machine.door import Machine
+from llmq.machine.door import Lease, Machine, predicted
 from llmq.memory import Prediction
 from llmq.methods import parse_method, swap
 from llmq.models.opening import open_model
@@ -111,7 +111,7 @@ def test_memory_is_that_of_all_and_told_for_each(monkeypatch):
     read = telemetry.MemoryReader(PAIR)()
     assert read["by_device"] == {"cuda:0": 30, "cuda:1": 12} and read["allocated_bytes"] == 42
     assert (read["device_bytes"], read["device_process_bytes"]) == (60, None)
-    assert (telemetry.free_bytes(PAIR), telemetry.used_bytes(PAIR)) == (320, (42,))
+    assert (telemetry.free_bytes(PAIR), telemetry.used_bytes(PAIR)) == (2 * 120, (42,)), "of the fullest, twice"
     assert "by_device" not in telemetry.MemoryReader("cuda:0")()
 
 
@@ -188,8 +188,14 @@ def abreast(monkeypatch):
         threads.setdefault(lane.name, set()).add(threading.current_thread().name)
         yield from original(lane)
 
+    def ledger(lane):
+        callers.setdefault(lane.name, set()).add(threading.current_thread().name)
+        return told(lane)
+
+    callers, told = {}, compare_lab.LoadedLane.ledger
     monkeypatch.setattr(compare_lab.LoadedLane, "step", step)
-    return threads
+    monkeypatch.setattr(compare_lab.LoadedLane, "ledger", ledger)
+    return threads, callers
 
 
 def test_in_parallel_each_contestant_has_a_device_and_a_thread(abreast, tiny_folder):
@@ -204,7 +210,9 @@ def test_in_parallel_each_contestant_has_a_device_and_a_thread(abreast, tiny_fol
     summary = Summary(events)
     assert not any(outcome.error for outcome in summary.outcomes.values())
     assert all(len(outcome.token_ids) == 6 or outcome.reason == "eos" for outcome in summary.outcomes.values())
-    assert len(abreast["fp16"] | abreast["llm-int8"]) == 2, "a thread for each"
+    threads, callers = abreast
+    assert len(threads["fp16"] | threads["llm-int8"]) == 2, "a thread for each"
+    assert not callers["fp16"] & threads["llm-int8"] and not callers["llm-int8"] & threads["fp16"], "closed meanwhile"
     alone = Comparison(
         prompt="Hello", model=str(tiny_folder), device="cpu", engine="hf", sampling=SamplingSettings(max_new_tokens=6),
         contestants=(Contestant.parse("fp16"),),
@@ -248,12 +256,18 @@ def test_what_stands_on_a_gpu_while_a_method_is_made_of_the_dense_model(tiny_fol
 
 
 def test_the_plan_counts_what_stands_there_while_the_next_is_loaded():
-    """FP16 and a method that is made of it: 141 + 72 GB fit into 300, and 141 + 141 for a moment do not into 280."""
+    """FP16 and a method that is made of it."""
     dense, made = Prediction(141, 0, 0, 0), Prediction(72, 0, 0, 0, loading=141)
     assert (dense.most, made.total, made.most) == (141, 72, 141)
-    assert memory.plan("interleave", [dense, made], 300).schedule == "interleave"
-    short = memory.plan("interleave", [dense, made], 280)
-    assert short.schedule == "in-turn" and memory.fit_together([made, dense], 280)
+    two = [made, Prediction(72, 1, 0, 0, loading=141)]  # the second is made beside the first
+    assert memory.plan("interleave", two, 225).schedule == "interleave"
+    assert memory.plan("interleave", two, 220).schedule == "in-turn", "73 + 141 of 209"
+    for asked in (
+        [dense, made],
+        [made, dense],
+    ):  # in the order that needs less: 141, then 72 + 141
+        assert memory.plan("interleave", asked, 225).schedule == "interleave"
+        assert memory.plan("interleave", asked, 224).schedule == "in-turn"
 
 
 @pytest.mark.parametrize("hooked", [False, True])
@@ -292,3 +306,49 @@ def test_one_layer_in_two_places_is_not_emptied_by_its_first():
     kept = shared.weight
     method.quantize_(model, "cpu")
     assert shared.weight is kept
+
+
+@pytest.fixture
+def plans(monkeypatch, tiny_folder):
+    """Plan a comparison on two GPUs that have so many bytes free, of methods that need so many; what is planned."""
+
+    def planned(free: dict[str, int], needs: dict[str, int], schedule: str = "parallel"):
+        monkeypatch.setattr(telemetry, "free_bytes", lambda device: free[device])
+        monkeypatch.setattr(compare_lab, "predicted", lambda key, **_: Prediction(needs[key.method.name], 0, 0, 0))
+        comparison = Comparison(
+            prompt="Hello", model=str(tiny_folder), device=PAIR, schedule=schedule, engine="hf",
+            contestants=tuple(map(Contestant.parse, needs)),
+        )  # fmt: skip
+        race = compare_lab._Race(comparison, Lease(Machine(), PAIR, threading.Event()))
+        course = SimpleNamespace(model=open_model(str(tiny_folder)), prompt_ids=[1, 2])
+        return next(race._plan(course))
+
+    return planned
+
+
+def test_each_device_of_those_at_the_same_time_has_a_plan(plans):
+    """Three methods on two GPUs: the first and the third share one."""
+    free, needs = {"cuda:0": 100, "cuda:1": 100}, {"fp16": 60, "llm-int8": 30, "int8-weight-only": 30}
+    fits = plans(free, needs)
+    assert fits.schedule == "parallel" and fits.free_bytes == 200
+    assert fits.devices == {"fp16": "cuda:0", "llm-int8": "cuda:1", "int8-weight-only": "cuda:0"}
+    short = plans(free | {"cuda:0": 90}, needs)
+    assert short.schedule == "in-turn" and "loaded in turn" in short.reason
+    assert plans(free | {"cuda:1": 32}, needs).schedule == "parallel"
+
+
+def test_a_spread_model_is_planned_for_all_of_its_devices(plans):
+    assert plans({PAIR: 100}, {"fp16": 60, "llm-int8": 30}, "interleave").schedule == "interleave"
+    assert plans({PAIR: 94}, {"fp16": 60, "llm-int8": 30}, "interleave").schedule == "in-turn"
+
+
+def test_a_lab_is_told_what_stands_there_while_it_loads(monkeypatch, tiny_folder):
+    """Refused before anything is loaded, where the 16-bit model does not fit on the way."""
+    key = Key(open_model(str(tiny_folder)), parse_method("llm-int8"), "cuda:0", "hf")
+    need = predicted(key, tokens=8)
+    assert need.loading > need.weights + need.scales
+    monkeypatch.setattr(telemetry, "free_bytes", lambda device: need.most - 1)
+    monkeypatch.setattr(telemetry, "used_bytes", lambda device: (0,))
+    lease = Lease(Machine(lambda key: pytest.fail("loaded")), "cuda:0", threading.Event())
+    with pytest.raises(OutOfMemory, match=f"{predicted(key, tokens=512).most:,} bytes predicted"):
+        list(lease.load(key, Contestant.parse("llm-int8")))

@@ -25,7 +25,7 @@ from llmq.contestant import Contestant
 from llmq.devices import are_several, parts
 from llmq.engine.base import Interrupted
 from llmq.engine.choice import ENGINES, choose_engines
-from llmq.engine.loading import Key, loading_bytes
+from llmq.engine.loading import Key
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, OutOfMemory, UserError
 from llmq.events import Event, Freed, Memory, Planned
@@ -33,7 +33,7 @@ from llmq.fields import Choice
 from llmq.labs.base import Lab
 from llmq.labs.lanes import Course, Lane, LoadedLane, ServedLane
 from llmq.labs.merged import merged
-from llmq.machine.door import Lease, out_of_memory, shortage
+from llmq.machine.door import Lease, out_of_memory, predicted, shortage
 from llmq.methods import METHODS
 from llmq.models.text import require_text
 from llmq.servers.served import Served
@@ -98,10 +98,14 @@ class _Race:
         self.comparison, self.lease, self.pool = comparison, lease, lease.pool
         lease.reach = lease.reach.with_keys(comparison.keys)
         self.lanes: list[Lane] = []
-        self._peak, self._sampling = 0, Lock()
+        self._lock = Lock()  # of what the lanes tell and the samples, where each has a thread
+        self._ledger: dict[str, dict[str, int]] = {}  # of every lane, after its last stage
+        self._peaks: dict[str, int] = {}  # by device
 
     def run(self) -> Iterator[Event]:
         plan = yield from self._plan((yield from self._opened()))
+        for lane in self.lanes:
+            self._note(lane)
         with telemetry.Sampler(self.comparison.device) as self.sampler:
             try:
                 yield from (self._in_turn() if plan.schedule == "in-turn" else self._together(self.lanes))
@@ -157,34 +161,39 @@ class _Race:
         loops = choose_engines(comparison.engine, methods, model.config.to_dict(), self._devices()[0])
         for contestant, loop, device in zip(comparison.computed, loops, cycle(self._devices())):
             key = Key.of(model, contestant.method, device, loop)
-            prediction = memory.predict(model.shape, key.method, **asked, loop=loop, device=device)
-            prediction = replace(prediction, loading=loading_bytes(key))
-            lanes[contestant] = LoadedLane(course, contestant, key=key, prediction=prediction)
+            lanes[contestant] = LoadedLane(course, contestant, key=key, prediction=predicted(key, **asked))
         return lanes
 
     def _make_room(self) -> memory.Plan:
-        """Plan as if nothing of ours were loaded; drop other models only when this run needs their room. What has a
-        device of its own is told by `Lease.load` if it does not fit there."""
+        """Plan as if nothing of ours were loaded; drop other models only when this run needs their room. Each device of
+        those who compute at the same time has a plan, and one that is too small is everybody's."""
         lanes = [lane for lane in self.lanes if isinstance(lane, LoadedLane)]
-        device, keys = self.comparison.device, [lane.key for lane in lanes]
-        if self.abreast:
-            self.fits_together = True
-            self.pool.drop_others(set(keys))
-            reason = HELD_UP if sum(key.loop == "hf" for key in keys) > 1 else ""
-            return memory.Plan("parallel", reason, telemetry.free_bytes(device))
-        free_now = telemetry.free_bytes(device)
-        needs = [
-            replace(lane.prediction, weights=0, scales=0, loading=0) if lane.key in keys[:place] else lane.prediction
-            for place, lane in enumerate(lanes)  # contestants that share their weights need them once
-        ]
-        plan = memory.plan(self.comparison.schedule, needs, free_now + self.pool.bytes_on(device))
-        missing = [need for key, need in zip(keys, needs, strict=True) if key not in self.pool]
-        self.fits_together = memory.fit_together(needs, plan.free_bytes)
+        keys = [lane.key for lane in lanes]
+        rooms = [self._room(device, lanes) for device in self._devices()]
+        self.fits_together = all(fits for _, fits, _ in rooms)
         if not self.fits_together:
             self.pool.drop_others(set())
-        elif not memory.fit_together(missing, free_now):
+        elif not all(fits_now for _, _, fits_now in rooms):
             self.pool.drop_others(set(keys))
-        return plan
+        plan = next((plan for plan, _, _ in rooms if plan.reason), rooms[0][0])
+        if self.abreast and not plan.reason and sum(key.loop == "hf" for key in keys) > 1:
+            plan = replace(plan, reason=HELD_UP)
+        return replace(plan, free_bytes=sum(plan.free_bytes for plan, _, _ in rooms))
+
+    def _room(self, device: str, everybody: list[LoadedLane]) -> tuple[memory.Plan, bool, bool]:
+        """The plan for a device, whether those on it fit together there, and whether they do beside what is loaded."""
+        lanes = [lane for lane in everybody if lane.key.device == device]
+        keys, free_now = [lane.key for lane in lanes], telemetry.free_bytes(device)
+        needs = [self._need(lane, keys[:place]) for place, lane in enumerate(lanes)]
+        plan = memory.plan(self.comparison.schedule, needs, free_now + self.pool.bytes_on(device))
+        missing = [need for key, need in zip(keys, needs, strict=True) if key not in self.pool]
+        return plan, memory.fit_together(needs, plan.free_bytes), memory.fit_together(missing, free_now)
+
+    def _need(self, lane: LoadedLane, before: list[Key]) -> memory.Prediction:
+        """Of a lane: contestants that share their weights need them once, and what is loaded is not loaded again."""
+        if lane.key in before:
+            return replace(lane.prediction, weights=0, scales=0, loading=0)
+        return replace(lane.prediction, loading=0) if lane.key in self.pool else lane.prediction
 
     def _together(self, lanes: list[Lane]) -> Iterator[Event]:
         """Those that compute here take turns; servers write all the while, or each alone after them."""
@@ -204,7 +213,8 @@ class _Race:
         yield from self._write(lanes)
 
     def _load(self, lanes: list[Lane]) -> Iterator[Event]:
-        for lane in lanes:
+        by_need = {lane.name: memory.loading_order(lane.prediction) for lane in lanes if isinstance(lane, LoadedLane)}
+        for lane in sorted(lanes, key=lambda lane: by_need.get(lane.name, 0)):
             yield from self._guarded(lane, lane.load)
 
     def _write(self, lanes: list[Lane]) -> Iterator[Event]:
@@ -242,7 +252,16 @@ class _Race:
         except Exception as error:  # the boundary: whatever breaks one contestant must not take the others along
             log.exception("%s failed", lane.name)
             yield lane.fail(f"{type(error).__name__}: {error}")
+        self._note(lane)
         yield from self._memory()
+
+    def _note(self, lane: Lane) -> None:
+        """What a lane holds now, told in the thread that changes it."""
+        if isinstance(lane, LoadedLane):
+            ledger, peak, device = lane.ledger(), lane.allocator_peak_bytes, lane.key.device
+            with self._lock:
+                self._ledger[lane.name] = ledger
+                self._peaks[device] = max(peak, self._peaks.get(device, 0))
 
     def _shortage(self, lane: LoadedLane) -> str:
         """What was missing, once what the lane had is given back."""
@@ -252,17 +271,19 @@ class _Race:
     def _free(self, lane: LoadedLane) -> Freed:
         lane.close()
         lane.engine = None
+        self._note(lane)
         return Freed(contestant=lane.name, **asdict(self.pool.drop(lane.key)))
 
     def _memory(self) -> Iterator[Memory]:
-        """The samples that came in, each with the ledger as it is now."""
-        with self._sampling:
-            samples = self.sampler.drain()
-        if not samples:
-            return
-        ledger = {lane.name: lane.ledger() for lane in self.lanes if isinstance(lane, LoadedLane)}
-        seen = [lane.allocator_peak_bytes for lane in _running(self.lanes)]
-        for sample in samples:
-            self._peak = max([self._peak, sample.allocated_bytes or 0, *seen])
-            peak = self._peak if sample.allocated_bytes is not None else None
-            yield replace(sample, peak_allocated_bytes=peak, ledger=ledger)
+        """The samples that came in, each with the ledger as it is now. The peak of several devices is that of each."""
+        with self._lock:
+            ledger = {lane.name: self._ledger[lane.name] for lane in self.lanes if lane.name in self._ledger}
+            samples = [replace(sample, **self._peak(sample), ledger=ledger) for sample in self.sampler.drain()]
+        yield from samples
+
+    def _peak(self, sample: Memory) -> dict[str, int]:
+        if sample.allocated_bytes is None:
+            return {}
+        seen = sample.by_device if self.abreast else {self.comparison.device: sample.allocated_bytes}
+        self._peaks = {device: max(count, self._peaks.get(device, 0)) for device, count in seen.items()}
+        return {"peak_allocated_bytes": sum(self._peaks.values())}

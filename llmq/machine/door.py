@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from llmq import memory, telemetry
 from llmq.contestant import Contestant
 from llmq.engine.base import Engine, Interrupted
-from llmq.engine.loading import Key, needs_statistics, statistics_file
+from llmq.engine.loading import Key, loading_bytes, needs_statistics, statistics_file
 from llmq.errors import OutOfMemory, is_allocation_failure
 from llmq.events import Event, Loaded, Loading, Progress, Waiting
 from llmq.machine.allocator import let_segments_grow
@@ -179,8 +179,8 @@ class Lease:
         yield Loading(contestant=contestant.label, message=note)
         resident = key in self.pool
         if not resident:
-            prediction = prediction or memory.predict(key.model.shape, contestant.method, tokens=512)
-            self.pool.make_room(key.device, prediction.weights + prediction.scales)
+            prediction = prediction or predicted(key, tokens=512)
+            self.pool.make_room(key.device, max(prediction.weights + prediction.scales, prediction.loading))
             free = telemetry.free_bytes(key.device)
             if prediction.most > free:
                 raise OutOfMemory(shortage(contestant.label, prediction.most, free))
@@ -240,6 +240,12 @@ class Lease:
             del engine
             if not resident:
                 self.pool.drop(wanted)
+
+
+def predicted(key: Key, **asked) -> Prediction:
+    """What an engine will need, and while it loads; `asked` as `memory.predict` takes it."""
+    found = memory.predict(key.model.shape, key.method, **asked, loop=key.loop, device=key.device)
+    return replace(found, loading=loading_bytes(key))
 
 
 @contextmanager

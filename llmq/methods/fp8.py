@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
+from llmq.devices import first
 from llmq.fields import Choice
 from llmq.methods.base import Method, WeightBytes
 from llmq.methods.rounding import Float8, Rounding
@@ -41,7 +42,7 @@ class Fp8(Method):
             return True
         from llmq.methods.layers.fp8_linear import has_fp8_units
 
-        return not has_fp8_units(device)
+        return not has_fp8_units(first(device))
 
     def quantize(self, linear: nn.Linear, statistics: torch.Tensor | None = None) -> nn.Module:
         """A layer of E4M3 weights that rounds its input."""

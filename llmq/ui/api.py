@@ -84,7 +84,7 @@ class Api:
         tokens = self.state.access.check_tokens(max_new_tokens)
         comparison = Comparison(
             prompt=prompt, model=model, contestants=entrants(methods, THRESHOLD.check("threshold", threshold)),
-            device=self.state.devices if device == self.state.devices else self._device(device),
+            device=self._device(device, self.state.devices),
             sampling=SamplingSettings(max_new_tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                       seed=seed),
             schedule=schedule, engine=engine, random_weights=random_weights, sent=sent,
@@ -179,11 +179,12 @@ class Api:
             raise UserError("stopped before anything was found")
         yield _whole(*answers)
 
-    def _device(self, name: str | None) -> str:
-        """The server's. Raises BadChoice where another one is asked for."""
-        if name is not None and device_named(name) != self.state.device:
-            raise BadChoice(f"device is {name!r:.80}; this server computes on {self.state.device}")
-        return self.state.device
+    def _device(self, name: str | None, own: str = "") -> str:
+        """The server's, or all its `own`. Raises BadChoice where another one is asked for."""
+        own = own or self.state.device
+        if name is not None and device_named(name, several=True) != own:
+            raise BadChoice(f"device is {name!r:.80}; this server computes on {own}")
+        return own
 
 
 def _contestants(methods: str, threshold: float) -> tuple[Contestant, ...]:
