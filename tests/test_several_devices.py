@@ -224,7 +224,7 @@ def test_in_parallel_each_contestant_has_a_device_and_a_thread(abreast, tiny_fol
 def test_tensor_parallel_on_two_processes_writes_what_one_does(tiny_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", ["tensor_parallel", "--gpus", "1,2"])
-    assert tensor_parallel.main(["--gpus", "2", "--model", str(tiny_folder), "--save", str(out)]) == 0
+    assert tensor_parallel.main(["--gpus", "2,1", "--model", str(tiny_folder), "--save", str(out)]) == 0
     stored = json.loads(out.read_text())
     assert [row["gpus"] for row in stored["results"]] == [1, 2]
     assert [row["same_tokens"] for row in stored["results"]] == [tensor_parallel.NEW_TOKENS] * 2

@@ -67,14 +67,15 @@ def generate_table(result: dict) -> str:
 
 def parallel_table(result: dict) -> str:
     """One model on several GPUs by tensor parallelism."""
-    rows = ["| GPUs | decode, tok/s (lowest–highest) | against one | first token | peak memory of each | same tokens |"]
+    rows = ["| GPUs | decode, tok/s (lowest–highest) | against the fewest | first token | peak memory of each "]
+    rows[0] += "| same tokens |"
     rows.append("|---:|---:|---:|---:|---:|---:|")
     c = result["conditions"]
     for row in result["results"]:
         cells = [
             str(row["gpus"]),
             ranged(row, "tokens_per_second"),
-            times(row, "over_one"),
+            times(row, "over_fewest"),
             seconds(row, "prefill_seconds"),
             format_bytes(max(row["peak_bytes"])),
             f"{row['same_tokens']} of {c['new_tokens']}",

@@ -1,4 +1,4 @@
-"""Decode and prefill of one model on one GPU and on several by tensor parallelism, which transformers has:
+"""Decode and prefill of one model on several numbers of GPUs by tensor parallelism, which transformers has:
 `python -m llmq.bench.tensor_parallel --gpus 1,2,4 --model llama-2-7b-chat --random-weights [--save FILE]`.
 
 Each count is a run of its own, a process for each GPU (torchrun); on a machine without any the processes share the CPU.
@@ -10,19 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
 
+from llmq.bench.rounds import spread
 from llmq.engine.hf import HFEngine
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, UserError
 from llmq.files import write_text
 from llmq.formatting import format_bytes, format_seconds
 from llmq.methods import METHODS
+from llmq.scores import first_divergence
 
 PROMPT_TOKENS, NEW_TOKENS, REPEATS, WARM_UPS = 64, 64, 5, 2
 FIRST_ID = 5  # of a prompt of tokens that are no end of text in any of the presets
@@ -46,9 +47,9 @@ def main(arguments: list[str]) -> int:
         print(
             f"{row['gpus']} GPU{'s' if row['gpus'] > 1 else ' '}  {row['tokens_per_second']:7.2f} tok/s "
             f"({row['tokens_per_second_min']:.2f} to {row['tokens_per_second_max']:.2f}), "
-            f"{row['over_one']:.2f} times one; first token {format_seconds(row['prefill_seconds'])}; "
+            f"{row['over_fewest']:.2f} times the fewest; first token {format_seconds(row['prefill_seconds'])}; "
             f"{format_bytes(max(row['peak_bytes']))} at most on one; "
-            f"{row['same_tokens']} of {NEW_TOKENS} tokens as on one"
+            f"{row['same_tokens']} of {NEW_TOKENS} tokens as on these"
         )
     if options.save:
         write_text(options.save, json.dumps(result, indent=1) + "\n")
@@ -56,11 +57,11 @@ def main(arguments: list[str]) -> int:
 
 
 def counts_in(text: str) -> list[int]:
-    """Return how many GPUs, one first: what the others are compared with. Raises BadChoice for what is no such list."""
+    """Return how many GPUs, the fewest first: what the others are compared with. Raises BadChoice for no such list."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
         raise BadChoice(f"--gpus is {text!r}; give numbers such as 1,2,4")
-    return sorted({1, *map(int, parts)})
+    return sorted(set(map(int, parts)))
 
 
 def measure(counts: list[int], model: str, *, random_weights: bool = False) -> dict:
@@ -78,13 +79,11 @@ def measure(counts: list[int], model: str, *, random_weights: bool = False) -> d
         pass
     with tempfile.TemporaryDirectory(prefix="llmq-parallel-") as folder:
         rows = [_run(count, _checkpoint(opened, Path(folder)), Path(folder)) for count in counts]
-    one = rows[0]
-    for row in rows:
-        row["over_one"] = row["tokens_per_second"] / one["tokens_per_second"]
-        pairs = zip(row["tokens"], one["tokens"], strict=True)
-        row["same_tokens"] = next((place for place, (a, b) in enumerate(pairs) if a != b), NEW_TOKENS)
-    for row in rows:
-        del row["tokens"]
+    fewest, texts = rows[0], [row.pop("tokens") for row in rows]
+    for row, text in zip(rows, texts, strict=True):
+        row["over_fewest"] = row["tokens_per_second"] / fewest["tokens_per_second"]
+        parting = first_divergence(text, texts[0])
+        row["same_tokens"] = NEW_TOKENS if parting is None else parting
     asked = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "repeats": REPEATS}
     conditions = asked | {"random_weights": random_weights} | describe(default_device(), opened.source)
     conditions["command"] = " ".join(["python -m llmq.bench.tensor_parallel", *sys.argv[1:]])
@@ -99,8 +98,10 @@ def _checkpoint(opened, folder: Path) -> Path:
         return folder_of(opened.source)
     if not (written := folder / "model").exists():
         from llmq.environment import default_device
+        from llmq.machine.pool import reclaim
 
         load_model(opened.source, METHODS["fp16"], default_device()).save_pretrained(written)
+        reclaim(default_device())  # for the processes to come
     return written
 
 
@@ -157,10 +158,8 @@ def _told(turns: list[tuple], peaks: list[int]) -> dict:
     speeds = [len(steps) / sum(token.seconds for token in steps) for _, steps, _ in turns]
     return {
         "gpus": len(peaks),
-        "tokens_per_second": statistics.median(speeds),
-        "tokens_per_second_min": min(speeds),
-        "tokens_per_second_max": max(speeds),
-        "prefill_seconds": statistics.median(first.seconds for first, _, _ in turns),
+        **spread("tokens_per_second", speeds),
+        **spread("prefill_seconds", [first.seconds for first, _, _ in turns]),
         "peak_bytes": peaks,
         "tokens": [token.token_id for token in (turns[0][0], *turns[0][1])],
     }
