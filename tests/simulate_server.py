@@ -25,6 +25,7 @@ import simpy
 
 ACTIONS, WEIGHTS = ("run", "click", "stop", "leave"), (4, 4, 1, 1)  # as in load_server.behave
 HALF_LIFE = 300.0  # seconds, as in llmq.machine.queue
+PENDING, AN_ADDRESS = 96, 32  # that may wait, in all and from one address, as in llmq.machine.jobs
 LEFT_SECONDS = 0.5  # until a server notices that nobody listens, as in llmq.machine.jobs
 
 
@@ -49,6 +50,7 @@ class Seen:
 
     starts: list[float] = field(default_factory=list)
     runs: int = 0
+    refused: int = 0
     busy: float = 0.0  # seconds that the device was held
 
     def told(self, seconds: float) -> dict:
@@ -56,6 +58,7 @@ class Seen:
         p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))] if ordered else None
         return {
             "runs": self.runs,
+            "refused": self.refused,
             "runs_per_minute": round(60 * self.runs / seconds, 1),
             "start_p50": round(median(ordered), 3) if ordered else None,
             "start_p95": None if p95 is None else round(p95, 3),
@@ -66,7 +69,8 @@ class Seen:
 class Server:
     """One device and its fair line."""
 
-    def __init__(self, chance: random.Random, service: Service):
+    def __init__(self, chance: random.Random, service: Service, most: int = PENDING):
+        self.most = most
         self.env, self.chance, self.service, self.seen = simpy.Environment(), chance, service, Seen()
         self.device = simpy.PriorityResource(self.env)
         self._used: dict[int, tuple[float, float]] = {}
@@ -80,8 +84,15 @@ class Server:
         self.seen.busy += seconds
         self._used[address] = (self._seconds(address) + seconds, self.env.now)
 
+    def admits(self) -> bool:
+        """Whether one more is let into the line."""
+        return len(self.device.queue) + self.device.count < self.most
+
     def run(self, address: int) -> Iterator:
-        """A click on Generate, to its end."""
+        """A click on Generate, to its end, or to the sentence that refuses it."""
+        if not self.admits():
+            self.seen.refused += 1
+            return
         asked, place = self.env.now, self.chance.randrange(len(self.service.device))
         with self.device.request(priority=self._seconds(address)) as turn:
             yield turn
@@ -147,9 +158,9 @@ def arrivals(per_hour: Callable[[float], float], hours: float, runs: int, servic
     return server.seen.told(seconds)
 
 
-def together(students: int, within: float, service: Service, seed: int = 0) -> dict:
-    """A course in which everybody asks once within so many seconds: how long the last one waits."""
-    server = Server(random.Random(seed), service)
+def together(students: int, within: float, service: Service, seed: int = 0, most: int = PENDING) -> dict:
+    """A course in which everybody asks once within so many seconds: how long they wait, and who is refused."""
+    server = Server(random.Random(seed), service, most)
 
     def student(address: int) -> Iterator:
         yield server.env.timeout(server.chance.uniform(0, within))
@@ -276,11 +287,13 @@ def tables() -> list[str]:
         service = Service.same(seconds_of(name), 0)
         told = arrivals(lambda hour: peak, 12, RUNS, service)
         lines.append(f"| {place} | {service.device[0]:.2f} s | {3600 / service.device[0]:,.0f} | {_row(told)} |")
-    lines += ["", "| where | first words, median | of 95 % | everybody has answers after |", "|---|---:|---:|---:|"]
+    lines += ["", "| where | first words, median | of 95 % | the last answer after | refused | behind one address |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
     for place, name in PLACES.items():
-        told = together(COURSE, WITHIN, Service.same(seconds_of(name), 0))
-        waits = f"{told['start_p50']:.1f} s | {told['start_p95']:.1f} s"
-        lines.append(f"| {place} | {waits} | {told['last_seconds'] / 60:.1f} minutes |")
+        service = Service.same(seconds_of(name), 0)
+        told, behind = (together(COURSE, WITHIN, service, most=most) for most in (PENDING, AN_ADDRESS))
+        waits = f"{told['start_p50']:.1f} s | {told['start_p95']:.1f} s | {told['last_seconds'] / 60:.1f} minutes"
+        lines.append(f"| {place} | {waits} | {told['refused']} | {behind['refused']} |")
     return lines
 
 

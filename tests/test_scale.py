@@ -7,7 +7,21 @@ import random
 from statistics import mean
 
 import pytest
-from simulate_server import CROWD, PAGE, Seen, Server, Service, arrivals, crowd, filled_page, together
+from simulate_server import (
+    AN_ADDRESS,
+    CROWD,
+    HALF_LIFE,
+    LEFT_SECONDS,
+    PAGE,
+    PENDING,
+    Seen,
+    Server,
+    Service,
+    arrivals,
+    crowd,
+    filled_page,
+    together,
+)  # fmt: skip
 
 from llmq.machine import queue
 from llmq.machine.jobs import Limits
@@ -32,8 +46,13 @@ def test_a_crowd_that_is_always_there_keeps_the_device_busy(monkeypatch):
 
 
 def test_the_last_of_a_course_waits_for_all_before():
-    told = together(500, 60, Service.same(1.0))
-    assert told["runs"] == 500 and 500 <= told["last_seconds"] <= 502
+    told = together(500, 60, Service.same(1.0), most=500)
+    assert (told["runs"], told["refused"]) == (500, 0) and 500 <= told["last_seconds"] <= 502
+
+
+def test_whoever_finds_the_line_full_is_refused():
+    told = together(500, 1, Service.same(10.0))
+    assert (told["runs"], told["refused"]) == (PENDING, 500 - PENDING)
 
 
 def test_whoever_has_used_the_device_least_comes_first():
@@ -52,13 +71,13 @@ def test_whoever_has_used_the_device_least_comes_first():
     server.env.process(ask(1))
     server.env.process(come())
     server.env.run()
-    assert order.index(2) < len(order) - 1
+    assert order == [1, 1, 2, 1, 1], "before the two that asked at the same moment, in front of it"
 
 
 def test_the_models_constants_are_the_servers():
-    from simulate_server import HALF_LIFE, LEFT_SECONDS
-
-    assert (HALF_LIFE, LEFT_SECONDS) == (queue.HALF_LIFE, Limits().left_seconds)
+    limits = Limits()
+    assert (HALF_LIFE, LEFT_SECONDS) == (queue.HALF_LIFE, limits.left_seconds)
+    assert (PENDING, AN_ADDRESS) == (limits.pending, limits.pending_an_address)
     assert f"from {Limits().pending} in line on, {Limits().pending_an_address} from one" in " ".join(
         PAGE.read_text().split()
     )
