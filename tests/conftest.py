@@ -59,6 +59,16 @@ def machine_of_its_own():
     face.machine.cache_clear()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_its_own():
+    """A page started in this process says where all of Gradio keeps files: in a folder that goes with that page, and
+    with it would go the files of the next module's tests."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
