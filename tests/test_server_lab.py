@@ -12,7 +12,7 @@ from scripted_server import Answering, chat, scripted, usage
 import llmq
 from llmq.contestant import Contestant
 from llmq.engine.loading import Key, load_engine
-from llmq.errors import UserError
+from llmq.errors import BadChoice, UserError
 from llmq.labs import load_answer, save_answer
 from llmq.labs.rows import RowAnswer
 from llmq.labs.server import ServerLab
@@ -145,3 +145,140 @@ def test_lumping_hides_and_never_adds():
         assert 0 <= parts[0] <= parts[1] + 1e-12 <= parts[2] + 2e-12 <= whole + 1e-9
         assert lumped_divergence(p, {i: p[i].item() for i in range(10)}) == pytest.approx(0, abs=1e-12)
     assert math.isfinite(lumped_divergence(p, {0: 0.0}))
+
+
+TEXT = "Hello, you two."
+
+
+@pytest.fixture(scope="module")
+def reading(tiny_folder):
+    """The tiny model's FP32 log-probabilities of TEXT read from its first token on: (tokens - 1, vocabulary)."""
+    model = open_model(str(tiny_folder))
+    ids = model.tokenizer(TEXT)["input_ids"]
+    logits = load_engine(Key.of(model, Contestant.parse("fp32").method, "cpu")).logits(ids)
+    return model, ids, logits[:-1].double().log_softmax(1)
+
+
+def echoes(reading, most=5, extra=1, prompt_tokens=None, **changes):
+    """A server of OpenAI's older form: the text comes back with its log-probabilities, and `extra` tokens after it."""
+    model, ids, logs = reading
+    names = [model.tokenizer.decode([token]) for token in ids]
+
+    def likeliest(place: int) -> dict:
+        top = logs[place].topk(most).indices.tolist()
+        return {model.tokenizer.decode([token]): logs[place, token].item() for token in top}
+
+    own = [logs[place, token].item() for place, token in enumerate(ids[1:])]
+    told = {
+        "tokens": names + ["!"] * extra,
+        "token_logprobs": [None, *own] + [-1.0] * extra,
+        "top_logprobs": [None, *map(likeliest, range(len(ids) - 1))] + [{"!": -1.0}] * extra,
+    }
+    used = {"prompt_tokens": prompt_tokens or len(ids), "completion_tokens": extra}
+    return says({"choices": [{"text": TEXT, "logprobs": told | changes}], "usage": used})
+
+
+def says(answer: object):
+    return lambda server, body: server.begin(200, "application/json").raw(json.dumps(answer).encode())
+
+
+def lists_by_ids(reading, count=20):
+    """As vLLM tells of a prompt: by ids, its own token among them, wherever that comes."""
+    model, ids, logs = reading
+    places = [None]
+    for place, token in enumerate(ids[1:]):
+        named = dict.fromkeys([token, *logs[place].topk(count).indices.tolist()])
+        entry = {str(one): {"logprob": logs[place, one].item(), "rank": 1, "decoded_token": "?"} for one in named}
+        entry[str(token)]["decoded_token"] = model.tokenizer.decode([token])
+        places.append(entry)
+    usage = {"prompt_tokens": len(ids), "completion_tokens": 1}
+    return says({"choices": [{"text": "!", "logprobs": None, "prompt_logprobs": places}], "usage": usage})
+
+
+def read_by(server, folder, kind="openai", **more) -> RowAnswer:
+    asked = {"contestants": Contestant.parse_all("fp32,absmax"), "prompt": TEXT, "read": "text"} | more
+    *_, last = Machine().run(ServerLab(server=Served.parse(server.name(kind)), model=str(folder), **asked))
+    return last
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("openai", "echo"), ("vllm", "prompt_logprobs")])
+def test_a_server_and_the_methods_read_the_same_text(kind, asked, tiny_folder, reading):
+    _, ids, logs = reading
+    # By its text a part of a character hides others, and most tokens here are such: only the likeliest is told.
+    with scripted(echoes(reading, most=1) if kind == "openai" else lists_by_ids(reading)) as server:
+        found = read_by(server, tiny_folder, kind)
+        (body,) = server.bodies
+    assert body[asked] and body["prompt"] == (ids if kind == "vllm" else TEXT) and not body.get("stream")
+    own, rounded = found.rows
+    assert own["tokens"] == len(ids) - 1 and own["top1_agreement"] == 1 and own["first_difference"] is None
+    assert own["choices"] == own["tokens"] if kind == "vllm" else 0 < own["choices"] <= own["tokens"]
+    assert own["kl_lower_bound"] < 1e-6 and own["logprob_difference"] < 1e-5
+    assert rounded["kl_lower_bound"] > 100 * own["kl_lower_bound"]
+    assert found.result["conditions"]["read"] == "text" and "answer" not in found.result["conditions"]
+
+
+def test_a_text_is_read_as_far_as_is_asked(tiny_folder, reading):
+    model, ids, logs = reading
+    with scripted(echoes((model, ids[:6], logs), extra=0)) as server:
+        found = read_by(server, tiny_folder, tokens=6)
+        assert server.bodies[0]["prompt"] == TEXT[:6] and found.rows[0]["tokens"] == 5
+
+
+def refuses(server: Answering, body: dict) -> None:
+    server.begin(400, "application/json").raw(b'{"error": "no echo"}')
+
+
+@pytest.mark.parametrize(
+    ("say", "told"),
+    [
+        (lambda found: echoes(found, tokens=["H"] * 3), "tells no log-probabilities of what it read"),
+        (lambda found: echoes(found, extra=4), "read 19 tokens where 15 were sent"),
+        (lambda found: echoes(found, token_logprobs=[-1.0] * 16), "tells no log-probabilities of what it read"),
+        (lambda found: echoes(found, top_logprobs=[None] * 16), "does not tell the likeliest tokens of what it reads"),
+        (lambda found: echoes(found, tokens=["H", "x"] + ["l"] * 14), "into other tokens than the model here"),
+        (lambda found: says({"choices": [{"text": "!", "logprobs": None}]}), "tells no log-probabilities"),
+        (lambda found: says({"choices": [{"prompt_logprobs": [None, {}]}]}), "read 2 tokens where 15 were sent"),
+        (lambda found: says({"choices": [{"prompt_logprobs": [None] + [{}] * 14}]}), "tells no log-probabilities"),
+        (lambda found: says([]), "tells no log-probabilities"),
+        (lambda found: refuses, "answers 400: no echo"),
+    ],
+)
+def test_what_tells_nothing_of_a_text_is_said_in_one_line(say, told, tiny_folder, reading):
+    with scripted(say(reading)) as server:
+        with pytest.raises(UserError, match=told) as caught:
+            read_by(server, tiny_folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_log_probabilities_that_come_one_place_late_are_none_of_the_text(tiny_folder, monkeypatch):
+    """As llama-cpp-python 0.3.36 tells them (its issue 1983): those after a token stand at the token."""
+    model = open_model(str(tiny_folder))
+    ids = model.tokenizer(TEXT)["input_ids"]
+    sure = torch.full((len(ids), 259), -20.0, dtype=torch.float64)  # of every next token
+    sure[range(len(ids) - 1), ids[1:]] = -0.01
+    sure[-1, ids[0]] = -0.01
+    with scripted(echoes((model, ids, sure[:-1]), most=1)) as server:
+        assert read_by(server, tiny_folder).rows[0]["choices"] > 0
+    with scripted(echoes((model, ids, sure[1:]), most=1)) as server, pytest.raises(UserError, match="one place late"):
+        read_by(server, tiny_folder)
+
+
+def test_another_count_of_the_text_is_another_model(tiny_folder, reading):
+    with (
+        scripted(echoes(reading, prompt_tokens=99)) as server,
+        pytest.raises(UserError, match="the server read 99 tokens"),
+    ):
+        read_by(server, tiny_folder)
+
+
+@pytest.mark.parametrize("kind", ["llama.cpp", "tgi", "ollama", "transformers"])
+def test_servers_that_tell_nothing_of_a_text_are_not_asked(kind, tiny_folder):
+    with scripted() as server:
+        with pytest.raises(BadChoice, match="tells no log-probabilities of what it reads; let it answer"):
+            read_by(server, tiny_folder, kind)
+        assert not server.bodies
+
+
+def test_one_token_is_no_text_to_read(tiny_folder):
+    with scripted() as server, pytest.raises(BadChoice, match="give a longer text"):
+        read_by(server, tiny_folder, prompt="H")

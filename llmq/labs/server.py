@@ -1,4 +1,5 @@
-"""How near a server is to the methods here: it writes, they read its text, and each place is held against the other.
+"""How near a server is to the methods here: it writes and they read its text, or both read the same text, and each
+place is held against the other.
 
 A server tells the log-probabilities of a few tokens at each place, if of any. The divergence is that of those tokens
 one by one and of all others as one: lumping can only hide a difference, so it is a lower bound of the KL.
@@ -18,7 +19,7 @@ from llmq.engine.base import Interrupted
 from llmq.engine.choice import choose_engines
 from llmq.engine.loading import Key
 from llmq.environment import describe
-from llmq.errors import UserError
+from llmq.errors import BadChoice, UserError
 from llmq.events import Event, Progress
 from llmq.fields import Choice, Number, Text
 from llmq.formatting import MISSING, format_share, quoted
@@ -28,7 +29,7 @@ from llmq.machine.door import Lease
 from llmq.models.opening import Model
 from llmq.models.text import as_text, one_token
 from llmq.scores import lumped_divergence
-from llmq.servers.protocol import Refused, Request, Told, Usage
+from llmq.servers.protocol import Reading, Refused, Request, Told, Usage
 from llmq.servers.served import OneServer, Served
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.1  # between two looks at what has arrived
 LIKELIEST = 20  # tokens at a place, of a server that tells so many
 WISHES_REFUSED = (400, 422, 500, 501)  # what servers answer that cannot tell log-probabilities
+READ = ("answer", "text")
 EXAMPLE = "Name three colours and say where each is seen."
 
 
@@ -51,6 +53,19 @@ class Written:
     usage: Usage | None
 
 
+@dataclass(frozen=True)
+class Held:
+    """What the methods are held against: `ids` after `prompt_ids`, what the server `told` of each, which may be fewer,
+    the `text` of both, and the tokens that it would have chosen, as far as these are known, where that is not what it
+    wrote."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    told: tuple[Told, ...]
+    text: str
+    choices: list[int | None] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerLab(TableLab):
     """`contestants` read what `server` answers to `prompt` in up to `tokens` tokens."""
@@ -58,9 +73,9 @@ class ServerLab(TableLab):
     kind, command, part = "server", ("server",), "Server"
     title, button = "Which method here is a server nearest to?", "Ask the server"
     about = (
-        "A server answers greedily, and every method here reads its answer. Where the server tells log-probabilities, "
-        "KL says how far each method's are from them; otherwise the first choices are compared. Both have to run the "
-        "same model."
+        "A server answers greedily, and every method here reads its answer; or it reads a text as they do. Where the "
+        "server tells log-probabilities, KL says how far each method's are from them; otherwise the first choices are "
+        "compared. Both have to run the same model."
     )
     explained = (
         "**KL, at least.** Of the tokens that the server names at a place each counts by itself, and all others "
@@ -69,7 +84,7 @@ class ServerLab(TableLab):
     )
     example, prompted = EXAMPLE, "What the server answers."
     server: Annotated[Served, OneServer(label="Server")] = Served.parse("openai@http://localhost:8000/v1")
-    prompt: Annotated[str, Text(help=f"what it answers; default: {EXAMPLE}", flag="--prompt")] = ""
+    prompt: Annotated[str, Text(help=f"what it answers or reads; default: {EXAMPLE}", flag="--prompt")] = ""
     contestants: Annotated[tuple[Contestant, ...], Contestants(label="Methods", help="that read it, with commas")] = (
         Contestant.parse_all("fp16,llm-int8")
     )
@@ -77,10 +92,15 @@ class ServerLab(TableLab):
     sent: Annotated[
         str, Choice(SENT, ("as a message", "as the text read here"), help="messages or text", label="The prompt goes")
     ] = SENT[0]
+    read: Annotated[
+        str,
+        Choice(READ, ("what the server answers", "the text itself"), help="its answer, or the prompt (vLLM, echo)",
+               label="Both read"),
+    ] = READ[0]  # fmt: skip
     columns = {
         "Method": lambda row: shown_name(row["method"]),
         "KL, at least": lambda row: _shown(row["kl_lower_bound"], "{:.3g}"),
-        "Same first choice": lambda row: f"{format_share(row['top1_agreement'])} of {row['tokens']}",
+        "Same first choice": lambda row: _shown_agreement(row),
         "Chosen token": lambda row: _shown(row["logprob_difference"], "{:.3g} nats"),
         "First other choice": lambda row: _shown_first(row),
     }
@@ -89,30 +109,70 @@ class ServerLab(TableLab):
         """Yield events, progress, and an answer after every method; stopped early, what was measured stays."""
         lease.reach.check(self.server)
         model = yield from lease.open(self.model)
-        prompt_ids = model.encode(self.prompt.strip() or self.example, new_tokens=self.tokens)
-        yield lease.progress(f"{self.server.title} writes", 0.0)
+        reads = self.read == "text"
+        yield lease.progress(f"{self.server.title} {'reads' if reads else 'writes'}", 0.0)
+        held = self._read(lease, model) if reads else self._answered(lease, model)
+        asked = {"prompt": self._given, "read": self.read, "sent": "text" if reads else self.sent}
+        told = asked | {"server": self.server.label, "likeliest": _named(held.told)}
+        told |= {} if reads else {"answer": held.text, "answer_tokens": len(held.ids)}
+        told |= {"command": self.typed()} | describe(self.device, model.source)
+        text = f"what {self.server.title} {'read' if reads else 'wrote'}"
+        facts = {"text": text, "tokens": len(held.ids)}
+        yield from self.gathered(self._rows(lease, model, held), told, lambda rows: facts)
+
+    @property
+    def _given(self) -> str:
+        return self.prompt.strip() or self.example
+
+    def _answered(self, lease: Lease, model: Model) -> Held:
+        """What the server answers."""
+        prompt_ids = model.encode(self._given, new_tokens=self.tokens)
         written = self._written(lease, model, prompt_ids)
         ids = _ids_of(written, model)
-        if written.usage and written.usage.prompt_tokens != len(prompt_ids):
-            raise UserError(
-                f"the server read {written.usage.prompt_tokens} tokens of prompt where {self.model} reads "
-                f"{len(prompt_ids)}: another model or template. Choose the model that it runs, or send the text"
-            )
-        told = {"prompt": self.prompt.strip() or self.example, "answer": written.text, "sent": self.sent}
-        told |= {"server": self.server.label, "answer_tokens": len(ids), "likeliest": _named(written.tokens)}
-        told |= {"command": self.typed()} | describe(self.device, model.source)
-        facts = {"text": f"what {self.server.title} wrote", "tokens": len(ids)}
-        yield from self.gathered(self._rows(lease, model, prompt_ids, ids, written), told, lambda rows: facts)
+        self._require_same(written.usage, prompt_ids, "another model or template. Choose the model that it runs, or "
+                           "send the text")  # fmt: skip
+        return Held(prompt_ids, ids, written.tokens[: len(ids)], written.text)
 
-    def _written(self, lease: Lease, model: Model, prompt_ids: list[int]) -> Written:
+    def _read(self, lease: Lease, model: Model) -> Held:
+        """What the server tells of the prompt as a text, up to `tokens` of it."""
+        ids = model.tokenizer(self._given)["input_ids"][: min(self.tokens, model.context)]
+        text = as_text(model.tokenizer, ids)
+        if len(ids) < 2:
+            raise BadChoice("the text is one token, and nothing is told of a first one; give a longer text")
+        with closing(self._connected(lease)) as connection:
+            reading = Reading(ids if self.server.dialect.ids else text, LIKELIEST)
+            places, usage = connection.read(reading, self._name(connection, lease), ids, lease.stop.is_set)
+        self._require_same(usage, ids, "another model. Choose the model that it runs")
+        told = tuple(place for place in places if place is not None)
+        if len(told) != len(ids) - 1 or not all(place.likeliest for place in told):
+            raise UserError("the server does not tell the likeliest tokens of what it reads; let it answer")
+        _require_same_pieces(told, ids[1:], model)
+        choices = [_first(place, model) for place in told]
+        _require_in_place(choices, ids[1:])
+        return Held(ids[:1], ids[1:], told, text, choices)
+
+    def _require_same(self, usage: Usage | None, ids: Sequence[int], why: str) -> None:
+        if usage and usage.prompt_tokens != len(ids):
+            raise UserError(
+                f"the server read {usage.prompt_tokens} tokens of prompt where {self.model} reads {len(ids)}: {why}"
+            )
+
+    def _connected(self, lease: Lease) -> Connection:
         from llmq.servers.connection import Connection
 
-        prompt, raw = self.prompt.strip() or self.example, self.sent == "text"
+        return Connection(self.server, lease.reach)
+
+    def _name(self, connection: Connection, lease: Lease) -> str:
+        """Of the model that is asked."""
+        return self.server.model or self.server.only_one(connection.models(lease.stop.is_set))
+
+    def _written(self, lease: Lease, model: Model, prompt_ids: list[int]) -> Written:
+        prompt, raw = self._given, self.sent == "text"
         if raw:
             prompt = prompt_ids if self.server.dialect.ids else as_text(model.tokenizer, prompt_ids)
         request = Request(prompt, raw, self.tokens, likeliest=LIKELIEST)
-        with closing(Connection(self.server, lease.reach)) as connection:
-            name = self.server.model or self.server.only_one(connection.models(lease.stop.is_set))
+        with closing(self._connected(lease)) as connection:
+            name = self._name(connection, lease)
             try:
                 return _heard(connection, request, name, lease)
             except Refused as error:
@@ -120,13 +180,14 @@ class ServerLab(TableLab):
                     raise
                 return _heard(connection, Request(prompt, raw, self.tokens), name, lease)
 
-    def _rows(self, lease: Lease, model: Model, prompt_ids: list[int], ids: list[int], written: Written) -> Rows:
+    def _rows(self, lease: Lease, model: Model, held: Held) -> Rows:
         for contestant in self.contestants:
             loop = choose_engines("auto", [contestant.method], model.config.to_dict(), self.device)[0]
             engine = yield from lease.load(Key.of(model, contestant.method, self.device, loop), contestant)
             yield lease.progress(f"{contestant.title} reads it", None)
-            logits = engine.logits([*prompt_ids, *ids], lease.stop.is_set)[len(prompt_ids) - 1 : -1].float().cpu()
-            yield {"method": contestant.label} | _compared(logits, ids, written, model)
+            logits = engine.logits([*held.prompt_ids, *held.ids], lease.stop.is_set)
+            found = _compared(logits[len(held.prompt_ids) - 1 : -1].float().cpu(), held, model)
+            yield {"method": contestant.label} | found
 
     @classmethod
     def finding(cls, rows: list[dict]) -> str:
@@ -173,21 +234,42 @@ def _ids_of(written: Written, model: Model) -> list[int]:
     return ids[:same]
 
 
-def _compared(logits: torch.Tensor, ids: Sequence[int], written: Written, model: Model) -> dict:
+def _require_same_pieces(told: Sequence[Told], ids: Sequence[int], model: Model) -> None:
+    """Raises UserError where the server cuts a text into other tokens; one that is part of a character is not seen."""
+    for token_id, place in zip(ids, told, strict=True):
+        text, own = place.data.decode("utf-8", "replace"), model.tokenizer.decode([token_id])
+        if own.strip() and text.strip() and "\ufffd" not in own + text and own.strip() != text.strip():
+            raise UserError(
+                f"the server cuts the text into other tokens than the model here ({quoted(text)} for {quoted(own)}); "
+                "choose the model that it runs"
+            )
+
+
+def _require_in_place(choices: Sequence[int | None], ids: Sequence[int]) -> None:
+    """Raises UserError where the likeliest tokens are rather those of the next place."""
+    own, late = (sum(a == b for a, b in zip(choices, tokens, strict=False)) for tokens in (ids, ids[1:]))
+    if late > max(2, 2 * own):
+        raise UserError(
+            "the server tells the log-probabilities of a text one place late, as llama-cpp-python does; let it answer"
+        )
+
+
+def _compared(logits: torch.Tensor, held: Held, model: Model) -> dict:
     """How one method holds the text: `logits` (tokens, vocabulary), row i of token i."""
-    own = logits.double().log_softmax(1)
-    choices = own.argmax(1).tolist()
-    differing = [place for place, (choice, token) in enumerate(zip(choices, ids, strict=True)) if choice != token]
-    row = {"tokens": len(ids), "top1_agreement": 1 - len(differing) / len(ids), "first_difference": None}
+    own, ids, told = logits.double().log_softmax(1), held.ids, held.told
+    choices, theirs = own.argmax(1).tolist(), held.choices or ids
+    known = [place for place, token in enumerate(theirs) if token is not None]
+    differing = [place for place in known if choices[place] != theirs[place]]
+    agreement = 1 - len(differing) / len(known) if known else None
+    row = {"tokens": len(ids), "choices": len(known), "top1_agreement": agreement, "first_difference": None}
     row |= {"kl_lower_bound": None, "logprob_difference": None}
     if differing:
         place = differing[0]
         chosen = model.tokenizer.decode([choices[place]])
-        row["first_difference"] = {"place": place, "server": model.tokenizer.decode([ids[place]]), "method": chosen}
-    told = written.tokens[: len(ids)]
+        row["first_difference"] = {"place": place, "server": model.tokenizer.decode([theirs[place]]), "method": chosen}
     if len(told) == len(ids):
-        held = own[range(len(ids)), list(ids)].tolist()
-        row["logprob_difference"] = mean(abs(ours - one.logprob) for ours, one in zip(held, told, strict=True))
+        written = own[range(len(ids)), ids].tolist()
+        row["logprob_difference"] = mean(abs(ours - one.logprob) for ours, one in zip(written, told, strict=True))
     if told and all(one.likeliest for one in told):
         row["kl_lower_bound"] = mean(lumped_divergence(own[at], _by_id(one, model)) for at, one in enumerate(told))
     return row
@@ -195,13 +277,31 @@ def _compared(logits: torch.Tensor, ids: Sequence[int], written: Written, model:
 
 def _by_id(told: Told, model: Model) -> dict[int, float]:
     """The log-probabilities at a place by the tokens here; what is none here belongs to the rest."""
-    found = {one_token(model.tokenizer, data.decode("utf-8", "replace")): value for data, value in told.likeliest}
+
+    found = {_token(named, model): value for named, value in told.likeliest}
     return {token: value for token, value in found.items() if token is not None}
+
+
+def _first(told: Told, model: Model) -> int | None:
+    """The token here that the server finds likeliest at a place; None where one of those it names is none here: parts
+    of characters, named by their text, look alike and hide each other."""
+    found = _by_id(told, model)
+    return max(found, key=found.get) if len(found) == len(told.likeliest) else None
+
+
+def _token(named: bytes | int, model: Model) -> int | None:
+    return named if isinstance(named, int) else one_token(model.tokenizer, named.decode("utf-8", "replace"))
 
 
 def _named(tokens: Sequence[Told]) -> int | None:
     """At how many tokens of a place the server told its log-probabilities."""
     return min((len(token.likeliest) for token in tokens), default=0) or None
+
+
+def _shown_agreement(row: dict) -> str:
+    if row["top1_agreement"] is None:
+        return MISSING
+    return f"{format_share(row['top1_agreement'])} of {row.get('choices', row['tokens'])}"
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,8 +23,22 @@ from httpx_sse import EventSource, SSEError
 
 from llmq.errors import UserError, first_line
 from llmq.files import parse_json
-from llmq.servers.limits import MOST_EVENT, Bounded, Order
-from llmq.servers.protocol import DONE, Arrived, Broken, Refused, Request, Stopped, models_of, piece_of, words_of
+from llmq.servers.limits import MOST_ANSWER, MOST_EVENT, Bounded, Order
+from llmq.servers.protocol import (
+    DONE,
+    Arrived,
+    Broken,
+    Reading,
+    Refused,
+    Request,
+    Stopped,
+    Told,
+    Usage,
+    models_of,
+    piece_of,
+    read_by,
+    words_of,
+)  # fmt: skip
 from llmq.servers.reach import Reach
 from llmq.servers.served import Served
 
@@ -73,6 +87,13 @@ class Connection:
         """Ask for an answer, which begins to arrive. Raises BadChoice for what this kind of server cannot do."""
         body, arrived = request.body(self.served.dialect, model), SimpleQueue()
         return Reply(self._submit(self._stream(request.path, body, arrived.put)), arrived)
+
+    def read(
+        self, reading: Reading, model: str, ids: Sequence[int], stopped: Callable[[], bool] = lambda: False
+    ) -> tuple[tuple[Told | None, ...], Usage | None]:
+        """What the server tells of a text whose tokens are `ids`; see `protocol.read_by`."""
+        body = reading.body(self.served.dialect, model)
+        return read_by(self._wait(self._submit(self._post(reading.path, body)), stopped), ids)
 
     def close(self) -> None:
         """End what is under way, and the connection with it."""
@@ -127,6 +148,13 @@ class Connection:
         async with client.stream("GET", f"{base}{path}", **asked) as response:
             await self._check(response)
             return (await _read(response)).decode("utf-8", "replace")
+
+    async def _post(self, path: str, body: dict) -> str:
+        """An answer in one piece."""
+        client, base, asked = await asyncio.to_thread(self._asked)
+        async with client.stream("POST", f"{base}{path}", json=body, **asked) as response:
+            await self._check(response)
+            return (await _read(response, MOST_ANSWER)).decode("utf-8", "replace")
 
     async def _stream(self, path: str, body: dict, arrived: Callable[[Arrived], None]) -> None:
         client, base, asked = await asyncio.to_thread(self._asked)
@@ -259,13 +287,13 @@ class Reply:
         self._running.cancel()
 
 
-async def _read(response: httpx.Response) -> bytes:
+async def _read(response: httpx.Response, most: int = MOST_EVENT) -> bytes:
     """All of an answer that is no stream."""
     parts, size = [], 0
     async for part in response.aiter_bytes():
         parts.append(part)
-        if (size := size + len(part)) > MOST_EVENT:
-            raise Broken(f"the server sent more than {MOST_EVENT // 10**6} MB")
+        if (size := size + len(part)) > most:
+            raise Broken(f"the server sent more than {most // 10**6} MB")
     return b"".join(parts)
 
 

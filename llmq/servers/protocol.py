@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from llmq.errors import BadChoice, UserError
 from llmq.files import parse_json
-from llmq.servers.dialects import Dialect
+from llmq.servers.dialects import PROMPT_LOGPROBS, Dialect
 
 DONE = "[DONE]"
 ENDS = {"stop": "eos", "length": "length"}
@@ -68,12 +68,32 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A text to read, of which the server tells the log-probabilities: itself, or its ids where a server takes these.
+    One token is asked for after it, as some servers write one at least."""
+
+    text: str | Sequence[int]
+    likeliest: int
+    path: ClassVar[str] = "/completions"
+
+    def body(self, dialect: Dialect, model: str) -> dict[str, Any]:
+        """As of a Request."""
+        if not dialect.reads:
+            raise BadChoice(f"{dialect.title} tells no log-probabilities of what it reads; let it answer")
+        body = {"model": model, "prompt": self.text, "max_tokens": 1, "temperature": 0, **dialect.own}
+        if dialect.reads == PROMPT_LOGPROBS:
+            return body | {PROMPT_LOGPROBS: self.likeliest}
+        return body | {"echo": True, "logprobs": min(self.likeliest, dialect.most_likeliest)}
+
+
+@dataclass(frozen=True)
 class Told:
-    """One token as a server tells it: its bytes, the natural log of its probability, and the likeliest at its place."""
+    """One token as a server tells it: its bytes, the natural log of its probability, and the likeliest at its place, by
+    their bytes or, where the server tells these, by their ids."""
 
     data: bytes
     logprob: float
-    likeliest: tuple[tuple[bytes, float], ...] = ()
+    likeliest: tuple[tuple[bytes | int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +183,42 @@ def _completion_tokens(told: Mapping) -> tuple[Told, ...]:
         Told(_text(name).encode(), _log(value), tuple((_text(n).encode(), _log(v)) for n, v in (top or {}).items()))
         for name, value, top in zip(names, values, tops, strict=True)
     )
+
+
+def read_by(data: str, ids: Sequence[int]) -> tuple[tuple[Told | None, ...], Usage | None]:
+    """What a server tells of a text that it read, a Told for each of `ids`, and its own count; of the first token it
+    tells nothing. Raises Broken where this is no such answer, or one of another number of tokens."""
+    try:
+        answer = parse_json(data)
+        (choice,) = answer["choices"]
+        used = answer.get("usage")
+        usage = Usage(_count(used["prompt_tokens"]), _count(used["completion_tokens"])) if used else None
+        if (listed := choice.get(PROMPT_LOGPROBS)) is not None:
+            return _by_ids(listed, ids), usage
+        told = {name: choice["logprobs"][name] for name in ("tokens", "token_logprobs", "top_logprobs")}
+        known = len(told["tokens"])
+        if told["token_logprobs"][0] is not None:
+            raise ValueError("a first token comes after nothing")
+        places = (None, *_completion_tokens({name: values[1:] for name, values in told.items()}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Broken(f"the server tells no log-probabilities of what it read: {data[:80]!r}") from error
+    if not len(ids) <= known <= len(ids) + 1:
+        raise Broken(f"the server read {known} tokens where {len(ids)} were sent")
+    return places[: len(ids)], usage
+
+
+def _by_ids(listed: Sequence[Mapping | None], ids: Sequence[int]) -> tuple[Told | None, ...]:
+    if len(listed) != len(ids):
+        raise Broken(f"the server read {len(listed)} tokens where {len(ids)} were sent")
+    found: list[Told | None] = []
+    for token_id, place in zip(ids, listed, strict=True):
+        if place is None:
+            found.append(None)
+            continue
+        own = place[str(token_id)]
+        likeliest = tuple((int(key), _log(entry["logprob"])) for key, entry in place.items())
+        found.append(Told(_text(own.get("decoded_token")).encode(), _log(own["logprob"]), likeliest))
+    return tuple(found)
 
 
 def _text(value: Any) -> str:
