@@ -66,6 +66,12 @@ WINDOWS = {
 }
 
 
+def resize(page, window: str) -> None:
+    """Give an open page the size of one of WINDOWS, and wait until what is drawn has it."""
+    page.set_viewport_size(WINDOWS[window]["viewport"])
+    wait_until_still(page)
+
+
 def chromium_path() -> str | None:
     """The Chromium to drive: CHROMIUM names one, else the system's."""
     named = os.environ.get("CHROMIUM")
@@ -211,16 +217,21 @@ def themes(page) -> Iterator[str]:
         yield theme
 
 
-def violations(page) -> list[dict]:
-    """What axe finds in the open page, each with the rule's `id`, its `impact` and its `nodes`. The script stays in the
-    page, since a newly compiled one takes twice as long; the style sheets, which only an experimental rule reads, are
-    not fetched again."""
+def violations(page, theme: str = "light", within: str = "html") -> list[dict]:
+    """What axe finds in the open page, or `within` a part of it that is new, each with the rule's `id`, `impact` and
+    its `nodes`. In a dark `theme`, after a light one, it looks at colours alone: nothing else has changed. The script
+    stays in the page, since a newly compiled one takes twice as long; the style sheets, which only an experimental rule
+    reads, are not fetched again."""
     from axe_playwright_python.base import AXE_SCRIPT  # here: the scripts beside the tests run without it
 
     if not page.evaluate("'axe' in window"):
         page.evaluate(AXE_SCRIPT)
     options = {"resultTypes": ["violations"], "preload": {"assets": ["media"]}}
-    return page.evaluate("options => axe.run(options).then(found => found.violations)", options)
+    if theme == "dark":
+        options["runOnly"] = {"type": "tag", "values": ["cat.color"]}
+    return page.evaluate(
+        "([within, options]) => axe.run(within, options).then(found => found.violations)", [within, options]
+    )
 
 
 def open_settings(page) -> None:

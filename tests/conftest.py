@@ -181,9 +181,9 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def address(demo):
-    """The running app."""
+    """The running app, one for all who ask for no flags: a start takes ten seconds of both cores."""
     from browser_support import running_app
 
     with running_app() as url:

@@ -593,13 +593,13 @@ def test_accessible_and_never_wider_than_the_window(browser, address, window, sc
     wait_until_still(page)
     assert unexplained(page) == []
     for theme in themes(page):
-        found += violations(page)
+        found += violations(page, theme)
         page.screenshot(path=screenshots / f"compare-{theme}-{window}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.get_by_role("tab", name="Outliers").click()
     page.wait_for_selector("#watch")
-    for _ in themes(page):
-        found += violations(page)
+    for theme in themes(page):
+        found += violations(page, theme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     serious = [
         (v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found if v["impact"] in ("critical", "serious")

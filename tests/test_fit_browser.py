@@ -157,7 +157,7 @@ def test_accessible_and_never_wider_than_the_window(browser, address, window, sc
     assert clipped == 0
     for theme in themes(page):
         page.screenshot(path=screenshots / f"fit-{theme}-{window}.png", full_page=True)
-        found = violations(page)
+        found = violations(page, theme)
         assert not [(theme, v["id"], v["impact"], [n["html"][:120] for n in v["nodes"]]) for v in found]
     page.close()
 

@@ -15,10 +15,11 @@ import llmq
 from llmq.cli import Parser, build_parser
 
 PROGRAM = """
-import json, sys
+import gc, json, sys
 sys.modules["gradio"] = None
-import llmq.bench.bandwidth, llmq.cli
+import llmq.bench.bandwidth, llmq.cli, llmq.transformers
 llmq.bench.bandwidth.BANDWIDTH_BYTES["cpu"] = 1 << 20
+gc.freeze()  # every run collects garbage, and what the libraries hold is none
 
 def status(arguments):
     try:
