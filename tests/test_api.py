@@ -73,7 +73,7 @@ TABLE = {  # endpoint -> its parameters and their defaults; ...: it must be give
     "sensitivity": {**WINDOWS, "method": "llm-int8", "by": "modules", "room": 3.0, "joined": True, **WHERE},
     "server": {
         "server": "openai@http://localhost:8000/v1", "prompt": "", "methods": "fp16,llm-int8", "tokens": 64,
-        "sent": "messages", **WHERE,
+        "sent": "messages", "read": "answer", **WHERE,
     },
     "silencing": {**WINDOWS, "prompt": "", "counts": "1,2,4,8", "draws": 3, **WHERE},
     "thresholds": {**WINDOWS, "method": "llm-int8", "thresholds": "0,2,4,6,8,inf", **WHERE},

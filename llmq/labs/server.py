@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from statistics import mean
 from typing import TYPE_CHECKING, Annotated
 
 from llmq.contestant import Contestant, Contestants, shown_name
@@ -24,17 +23,15 @@ from llmq.events import Event, Progress
 from llmq.fields import Choice, Number, Text
 from llmq.formatting import MISSING, format_share, quoted
 from llmq.labs.compare import SENT
+from llmq.labs.held import Held, compared, first_of, named_in, require_in_place, require_same_pieces
 from llmq.labs.rows import RowAnswer, Rows, TableLab
 from llmq.machine.door import Lease
 from llmq.models.opening import Model
 from llmq.models.text import as_text, one_token
-from llmq.scores import lumped_divergence
 from llmq.servers.protocol import Reading, Refused, Request, Told, Usage
 from llmq.servers.served import OneServer, Served
 
 if TYPE_CHECKING:
-    import torch
-
     from llmq.servers.connection import Connection
 
 POLL_SECONDS = 0.1  # between two looks at what has arrived
@@ -53,19 +50,6 @@ class Written:
     usage: Usage | None
 
 
-@dataclass(frozen=True)
-class Held:
-    """What the methods are held against: `ids` after `prompt_ids`, what the server `told` of each, which may be fewer,
-    the `text` of both, and the tokens that it would have chosen, as far as these are known, where that is not what it
-    wrote."""
-
-    prompt_ids: list[int]
-    ids: list[int]
-    told: tuple[Told, ...]
-    text: str
-    choices: list[int | None] | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServerLab(TableLab):
     """`contestants` read what `server` answers to `prompt` in up to `tokens` tokens."""
@@ -82,19 +66,21 @@ class ServerLab(TableLab):
         "together as one: so the figure is never more than the whole KL (method to server, nats for a token). "
         "**Chosen token.** How far the log-probabilities of the token that was written lie apart, on average."
     )
-    example, prompted = EXAMPLE, "What the server answers."
+    example, prompted = EXAMPLE, "What the server answers, or reads."
     server: Annotated[Served, OneServer(label="Server")] = Served.parse("openai@http://localhost:8000/v1")
     prompt: Annotated[str, Text(help=f"what it answers or reads; default: {EXAMPLE}", flag="--prompt")] = ""
     contestants: Annotated[tuple[Contestant, ...], Contestants(label="Methods", help="that read it, with commas")] = (
         Contestant.parse_all("fp16,llm-int8")
     )
-    tokens: Annotated[int, Number(2, 512, whole=True, help="of the answer", label="Tokens", shown=256, step=1)] = 64
+    tokens: Annotated[
+        int, Number(2, 512, whole=True, help="of the answer or text", label="Tokens", shown=256, step=1)
+    ] = 64
     sent: Annotated[
         str, Choice(SENT, ("as a message", "as the text read here"), help="messages or text", label="The prompt goes")
     ] = SENT[0]
     read: Annotated[
         str,
-        Choice(READ, ("what the server answers", "the text itself"), help="its answer, or the prompt (vLLM, echo)",
+        Choice(READ, ("the server's answer", "the prompt, as a text"), help="answer, or text: the prompt itself",
                label="Both read"),
     ] = READ[0]  # fmt: skip
     columns = {
@@ -102,7 +88,7 @@ class ServerLab(TableLab):
         "KL, at least": lambda row: _shown(row["kl_lower_bound"], "{:.3g}"),
         "Same first choice": lambda row: _shown_agreement(row),
         "Chosen token": lambda row: _shown(row["logprob_difference"], "{:.3g} nats"),
-        "First other choice": lambda row: _shown_first(row),
+        "First other choice": lambda row: _shownfirst_of(row),
     }
 
     def run(self, lease: Lease) -> Iterator[Event | Progress | RowAnswer]:
@@ -113,7 +99,7 @@ class ServerLab(TableLab):
         yield lease.progress(f"{self.server.title} {'reads' if reads else 'writes'}", 0.0)
         held = self._read(lease, model) if reads else self._answered(lease, model)
         asked = {"prompt": self._given, "read": self.read, "sent": "text" if reads else self.sent}
-        told = asked | {"server": self.server.label, "likeliest": _named(held.told)}
+        told = asked | {"server": self.server.label, "likeliest": named_in(held.told)}
         told |= {} if reads else {"answer": held.text, "answer_tokens": len(held.ids)}
         told |= {"command": self.typed()} | describe(self.device, model.source)
         text = f"what {self.server.title} {'read' if reads else 'wrote'}"
@@ -146,9 +132,9 @@ class ServerLab(TableLab):
         told = tuple(place for place in places if place is not None)
         if len(told) != len(ids) - 1 or not all(place.likeliest for place in told):
             raise UserError("the server does not tell the likeliest tokens of what it reads; let it answer")
-        _require_same_pieces(told, ids[1:], model)
-        choices = [_first(place, model) for place in told]
-        _require_in_place(choices, ids[1:])
+        require_same_pieces(told, ids[1:], model)
+        choices = [first_of(place, model) for place in told]
+        require_in_place(choices, ids[1:])
         return Held(ids[:1], ids[1:], told, text, choices)
 
     def _require_same(self, usage: Usage | None, ids: Sequence[int], why: str) -> None:
@@ -186,7 +172,7 @@ class ServerLab(TableLab):
             engine = yield from lease.load(Key.of(model, contestant.method, self.device, loop), contestant)
             yield lease.progress(f"{contestant.title} reads it", None)
             logits = engine.logits([*held.prompt_ids, *held.ids], lease.stop.is_set)
-            found = _compared(logits[len(held.prompt_ids) - 1 : -1].float().cpu(), held, model)
+            found = compared(logits[len(held.prompt_ids) - 1 : -1].float().cpu(), held, model)
             yield {"method": contestant.label} | found
 
     @classmethod
@@ -234,70 +220,6 @@ def _ids_of(written: Written, model: Model) -> list[int]:
     return ids[:same]
 
 
-def _require_same_pieces(told: Sequence[Told], ids: Sequence[int], model: Model) -> None:
-    """Raises UserError where the server cuts a text into other tokens; one that is part of a character is not seen."""
-    for token_id, place in zip(ids, told, strict=True):
-        text, own = place.data.decode("utf-8", "replace"), model.tokenizer.decode([token_id])
-        if own.strip() and text.strip() and "\ufffd" not in own + text and own.strip() != text.strip():
-            raise UserError(
-                f"the server cuts the text into other tokens than the model here ({quoted(text)} for {quoted(own)}); "
-                "choose the model that it runs"
-            )
-
-
-def _require_in_place(choices: Sequence[int | None], ids: Sequence[int]) -> None:
-    """Raises UserError where the likeliest tokens are rather those of the next place."""
-    own, late = (sum(a == b for a, b in zip(choices, tokens, strict=False)) for tokens in (ids, ids[1:]))
-    if late > max(2, 2 * own):
-        raise UserError(
-            "the server tells the log-probabilities of a text one place late, as llama-cpp-python does; let it answer"
-        )
-
-
-def _compared(logits: torch.Tensor, held: Held, model: Model) -> dict:
-    """How one method holds the text: `logits` (tokens, vocabulary), row i of token i."""
-    own, ids, told = logits.double().log_softmax(1), held.ids, held.told
-    choices, theirs = own.argmax(1).tolist(), held.choices or ids
-    known = [place for place, token in enumerate(theirs) if token is not None]
-    differing = [place for place in known if choices[place] != theirs[place]]
-    agreement = 1 - len(differing) / len(known) if known else None
-    row = {"tokens": len(ids), "choices": len(known), "top1_agreement": agreement, "first_difference": None}
-    row |= {"kl_lower_bound": None, "logprob_difference": None}
-    if differing:
-        place = differing[0]
-        chosen = model.tokenizer.decode([choices[place]])
-        row["first_difference"] = {"place": place, "server": model.tokenizer.decode([theirs[place]]), "method": chosen}
-    if len(told) == len(ids):
-        written = own[range(len(ids)), ids].tolist()
-        row["logprob_difference"] = mean(abs(ours - one.logprob) for ours, one in zip(written, told, strict=True))
-    if told and all(one.likeliest for one in told):
-        row["kl_lower_bound"] = mean(lumped_divergence(own[at], _by_id(one, model)) for at, one in enumerate(told))
-    return row
-
-
-def _by_id(told: Told, model: Model) -> dict[int, float]:
-    """The log-probabilities at a place by the tokens here; what is none here belongs to the rest."""
-
-    found = {_token(named, model): value for named, value in told.likeliest}
-    return {token: value for token, value in found.items() if token is not None}
-
-
-def _first(told: Told, model: Model) -> int | None:
-    """The token here that the server finds likeliest at a place; None where one of those it names is none here: parts
-    of characters, named by their text, look alike and hide each other."""
-    found = _by_id(told, model)
-    return max(found, key=found.get) if len(found) == len(told.likeliest) else None
-
-
-def _token(named: bytes | int, model: Model) -> int | None:
-    return named if isinstance(named, int) else one_token(model.tokenizer, named.decode("utf-8", "replace"))
-
-
-def _named(tokens: Sequence[Told]) -> int | None:
-    """At how many tokens of a place the server told its log-probabilities."""
-    return min((len(token.likeliest) for token in tokens), default=0) or None
-
-
 def _shown_agreement(row: dict) -> str:
     if row["top1_agreement"] is None:
         return MISSING
@@ -308,7 +230,7 @@ def _shown(value: float | None, form: str) -> str:
     return MISSING if value is None or not math.isfinite(value) else form.format(value)
 
 
-def _shown_first(row: dict) -> str:
+def _shownfirst_of(row: dict) -> str:
     first = row["first_difference"]
     if first is None:
         return "none"
