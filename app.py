@@ -150,7 +150,8 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
     from llmq.ui.shell.guard import sites_in
     from llmq.ui.shell.teaching import open_classes
 
-    quiet_libraries()  # imports transformers, which two threads cannot import at once: it replaces its own module
+    if gpu_is_lent():
+        quiet_libraries()  # the host's library has to be asked for GPUs before anybody else asks torch
     device = device_named(options.device, several=True)
     choice = choose_model(options.model, device, hosted=is_hosted())
     methods = options.methods or default_methods(device)
@@ -181,7 +182,7 @@ def make_state(options: argparse.Namespace, run=run_job) -> AppState:
 
 def default_methods(device: str) -> str:
     """The quickest pair, on a GPU of one's own with bitsandbytes between them."""
-    from llmq.kernels.cpu.library import why_not_native
+    from llmq.kernels.cpu.build import why_not_native
 
     if device.startswith("cuda"):
         return "fp16,llm-int8" if gpu_is_lent() else "fp16,bnb-int8,llm-int8"
@@ -247,9 +248,11 @@ def fetch(state: AppState) -> None:
 def warm_up(state: AppState) -> None:
     """Import and open what the first run needs (seconds) while the visitor reads the page: earlier it would hold up the
     imports of the page itself."""
+    from llmq.models.loading import quiet_libraries
     from llmq.models.opening import open_model
 
     state.opened.wait(UNOPENED)
+    quiet_libraries()
     with suppress(UserError):  # the first run says it where it is read
         open_model(state.model).tokenizer  # noqa: B018
     if not any(method.startswith("bnb-") for method in state.methods):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,24 +24,21 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "gradio")
 
 def default_device() -> str:
     """The first CUDA device where there is one, else the CPU."""
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    return "cuda:0" if _gpus() else "cpu"
 
 
 def device_named(name: str | None, *, several: bool = False) -> str:
     """'cpu', 'cuda', 'cuda:N' or None (choose) as a torch device string with its index; where `several` can be used,
     also 'cuda:0,cuda:1'."""
-    import torch
-
     if not name:
         return default_device()
+    if name == "cpu":
+        return name
     if "://" in name:
         raise BadChoice(f"device {name!r} is a server; name it among the methods: vllm@http://host:8000/v1#model")
     if "," in name:
         return _several_named(name, several)
-    count = torch.cuda.device_count()
-    choices = ["cpu", *(f"cuda:{i}" for i in range(count))]
+    choices = ["cpu", *(f"cuda:{i}" for i in range(_gpus()))]
     name = "cuda:0" if name == "cuda" else name
     if name not in choices:
         raise BadChoice(f"device {name!r} is not here; choose from {', '.join(choices)}")
@@ -62,9 +61,27 @@ def _several_named(name: str, several: bool) -> str:
 
 def every_device() -> list[str]:
     """All CUDA devices, or the CPU where there is none."""
+    return [f"cuda:{number}" for number in range(_gpus())] or ["cpu"]
+
+
+def _gpus() -> int:
+    """How many GPUs torch can use. It is not imported (2.5 s on two cores) to hear that there is no driver."""
+    if "torch" not in sys.modules and not _may_have_a_driver():
+        return 0
     import torch
 
-    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+    return torch.cuda.device_count()
+
+
+def _may_have_a_driver() -> bool:
+    """Whether NVIDIA's driver, or AMD's, is there to be asked."""
+    if sys.platform == "darwin":
+        return False
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
 
 
 def device_label(device: str) -> str:

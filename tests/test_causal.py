@@ -91,7 +91,7 @@ def test_a_later_token_changes_nothing_before_it(typed, causal):
 
 @pytest.mark.parametrize("typed", ["llm-int8", "llm-int8@outliers=row", "llm-int8@3:outliers=row"])
 def test_the_library_reads_a_prompt_causally(typed):
-    from llmq.kernels.cpu.library import why_not_native
+    from llmq.kernels.cpu.build import why_not_native
 
     if reason := why_not_native():
         pytest.skip(reason)

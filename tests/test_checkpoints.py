@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, modeling_util
 
 from llmq.engine.choice import choose_engines
 from llmq.errors import ModelUnavailable
-from llmq.kernels.cpu.library import why_not_native
+from llmq.kernels.cpu.build import why_not_native
 from llmq.machine.pool import load_engine
 from llmq.methods import parse_method
 from llmq.models.config import ignored_settings

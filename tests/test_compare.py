@@ -26,7 +26,7 @@ from llmq.engine.hf import HFEngine
 from llmq.engine.loading import load_engine
 from llmq.errors import BadChoice
 from llmq.events import Finished, Loaded, Loading, Memory, Planned, Prefilled, Reading, Step, Waiting
-from llmq.kernels.cpu.library import why_not_native
+from llmq.kernels.cpu.build import why_not_native
 from llmq.labs import lanes
 from llmq.labs.compare import Comparison
 from llmq.machine.door import Machine

@@ -26,7 +26,7 @@ from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
 from llmq.kernels import primitives, reference
 from llmq.kernels.cpu import build
-from llmq.kernels.cpu.library import why_not_native
+from llmq.kernels.cpu.build import opened_library, why_not_native
 from llmq.kernels.primitives import Int8Weight
 from llmq.methods import METHODS, parse_method
 from llmq.models.architecture import Architecture, Rope, architecture_of
@@ -402,8 +402,8 @@ def test_engines_on_several_threads_do_not_disturb_each_other():
 
 
 def forget() -> None:
-    why_not_native.cache_clear()
-    open_library.cache_clear()
+    for cached in (why_not_native, opened_library, open_library):
+        cached.cache_clear()
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def choose_engines(wanted: str, methods: Sequence[Method], config: Mapping, devi
         raise BadChoice(f"engine 'lean': {next(filter(None, reasons))}; choose auto or hf")
     possible = [not reason and wanted != "hf" for reason in reasons]
     if any(possible) and device == "cpu":
-        from llmq.kernels.cpu.library import why_not_native  # with torch behind it
+        from llmq.kernels.cpu.build import why_not_native
 
         if missing := why_not_native():
             if wanted == "lean":

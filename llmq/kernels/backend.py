@@ -42,8 +42,9 @@ def quantizer_for(device: str) -> Callable[[torch.Tensor, Int8Weight], None]:
     if device.startswith("cuda"):
         return kernels_for(device)[0].quantize_rows
     from llmq.kernels.cpu import library
+    from llmq.kernels.cpu.build import why_not_native
 
-    return reference.quantize_rows if library.why_not_native() else library.quantize_rows
+    return reference.quantize_rows if why_not_native() else library.quantize_rows
 
 
 def current(device: str) -> AbstractContextManager:

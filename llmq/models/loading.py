@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from llmq.methods import Method
     from llmq.models.random_weights import RandomTensors
 
+_QUIETING = threading.Lock()
 ROUND_TRIP = "hello world how are you today"  # what a tokenizer must give back, whatever it does to spaces and capitals
 GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' names for one class
 
@@ -266,15 +268,19 @@ def eos_ids_of(source: Source, config: PretrainedConfig | PlainConfig) -> frozen
 
 def quiet_libraries() -> None:
     """Keep what the libraries tell their own users off the terminal: progress bars, what their next versions change,
-    packages that would help a method llmq does not have. Errors still show; llmq reports progress itself."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging as transformers_logging
+    packages that would help a method llmq does not have. Errors still show; llmq reports progress itself.
 
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
+    It imports transformers, which two threads cannot import at once, as that replaces its own module: who comes later
+    waits."""
+    with _QUIETING:
+        from huggingface_hub.utils import disable_progress_bars
+        from transformers.utils import logging as transformers_logging
+
+        disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore", FutureWarning)
 
 
 @contextmanager

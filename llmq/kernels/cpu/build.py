@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -39,6 +41,25 @@ def library_path() -> Path:
     except (OSError, TimeoutError) as error:
         raise NoLibrary(f"{path.parent} cannot be written ({error})") from error
     return path
+
+
+@cache
+def opened_library() -> ctypes.CDLL:
+    """Return the library, compiled if need be. Raises NoLibrary."""
+    try:
+        return ctypes.CDLL(str(library_path()))
+    except OSError as error:
+        raise NoLibrary(f"the compiled library cannot be opened ({error})") from error
+
+
+@cache
+def why_not_native() -> str:
+    """Tell why the CPU loop cannot run here; '' where it can. Compiles the library the first time."""
+    try:
+        opened_library()
+    except NoLibrary as reason:
+        return str(reason)
+    return ""
 
 
 def native_flag() -> str:

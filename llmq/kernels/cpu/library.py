@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from llmq.kernels.cpu.build import NoLibrary, library_path
+from llmq.kernels.cpu.build import opened_library
 from llmq.kernels.cpu.pages import Pages
 from llmq.kernels.primitives import Int8Weight, Tensors
 
@@ -70,22 +70,9 @@ _SIGNATURES = {
 
 
 @cache
-def why_not_native() -> str:
-    """Tell why the CPU loop cannot run here; '' where it can. Compiles the library the first time."""
-    try:
-        open_library()
-    except NoLibrary as reason:
-        return str(reason)
-    return ""
-
-
-@cache
 def open_library() -> ctypes.CDLL:
-    """Return the library, compiled if need be. Raises NoLibrary."""
-    try:
-        library = ctypes.CDLL(str(library_path()))
-    except OSError as error:
-        raise NoLibrary(f"the compiled library cannot be opened ({error})") from error
+    """Return the library with its functions' types, compiled if need be. Raises NoLibrary."""
+    library = opened_library()
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

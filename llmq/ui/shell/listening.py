@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from urllib.parse import parse_qs
 from starlette.middleware import Middleware
 
 from llmq.machine.jobs import Listeners
+from llmq.models.loading import quiet_libraries
 from llmq.ui.shell import classroom, lessons, owner
 from llmq.ui.shell.state import AppState
 
@@ -28,7 +30,7 @@ def watched(options: dict, state: AppState, queue: Queue) -> dict:
     listeners = state.jobs.listeners if state.jobs else Listeners()
     ears = Middleware(
         Ears, listeners=listeners, left=state.stop, uploaded=state.prune, opened=state.opened.set,
-        heard=partial(forget, queue),
+        heard=partial(forget, queue), needed=quiet_libraries,
     )  # fmt: skip
     return options | {
         "middleware": [*options.get("middleware", ()), ears, Middleware(lessons.ToTheLesson)],
@@ -43,18 +45,23 @@ def watched(options: dict, state: AppState, queue: Queue) -> dict:
 
 class Ears:
     """Stands in front of the server: counts the streams of answers, and calls `left(session)` when a page is closed,
-    `opened()` after one was sent, `uploaded()` after an upload, and `heard(session)` when a stream of answers ended."""
+    `opened()` after one was sent, `uploaded()` after an upload, and `heard(session)` when a stream of answers ended.
+    The first click, or call, waits for `needed()`: the libraries are imported after the page was sent."""
 
     def __init__(
         self, app, listeners: Listeners, left: Callable[[str], object], uploaded: Callable[[], object],
-        opened: Callable[[], object], heard: Callable[[str], object],
+        opened: Callable[[], object], heard: Callable[[str], object], needed: Callable[[], object],
     ):  # fmt: skip
         self.app, self.listeners, self.left, self.uploaded, self.opened = app, listeners, left, uploaded, opened
-        self.heard = heard
+        self.heard, self.needed, self.ready = heard, needed, False
         listeners.told = True
 
     async def __call__(self, scope, receive, send) -> None:
         session, page = session_of(scope), page_of(scope)
+        if not self.ready and scope.get("method") == "POST" and "/gradio_api/" in scope["path"]:
+            self.opened()
+            await asyncio.to_thread(self.needed)
+            self.ready = True
         try:
             with self.listeners.listening(session) if session else nullcontext():
                 await self.app(scope, receive, send)
