@@ -180,3 +180,29 @@ def test_the_page_and_the_command_line_have_one_range_of_temperatures(plain_stat
     parts = build(plain_state).config["components"]
     (slider,) = (part["props"] for part in parts if part["props"].get("elem_id") == "temperature")
     assert (slider["minimum"], slider["maximum"]) == (0, MAX_TEMPERATURE)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_first_click_waits_for_the_libraries_and_is_answered_where_there_are_none(fails, caplog):
+    import asyncio
+
+    from llmq.machine.jobs import Listeners
+    from llmq.ui.shell.listening import Ears
+
+    happened = []
+
+    def needed() -> None:
+        happened.append("imported")
+        if fails:
+            raise OSError("libtorch.so is broken")
+
+    async def page(scope, receive, send) -> None:
+        happened.append(scope["method"])
+
+    nobody = dict.fromkeys(("left", "uploaded", "heard"), lambda *_: None)
+    ears = Ears(page, Listeners(), opened=lambda: happened.append("opened"), needed=needed, **nobody)
+    for method in ("GET", "POST", "POST"):
+        scope = {"type": "http", "method": method, "path": "/gradio_api/queue/join", "query_string": b"", "headers": []}
+        asyncio.run(ears(scope, None, None))
+    assert happened == ["GET", "opened", "imported", "POST", "POST"]
+    assert [record.exc_info[1].args for record in caplog.records] == [("libtorch.so is broken",)] * fails

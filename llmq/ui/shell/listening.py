@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from llmq.ui.shell.state import AppState
 if TYPE_CHECKING:
     from gradio.queueing import Queue
 
+log = logging.getLogger(__name__)
 OPEN = re.compile(r".*/gradio_api/heartbeat/(?P<session>[^/]+)")
 BY_NAME = re.compile(r".*/gradio_api/call/(?:v2/)?[^/]+/(?P<session>[^/]+)/?")
 
@@ -60,7 +62,10 @@ class Ears:
         session, page = session_of(scope), page_of(scope)
         if not self.ready and scope.get("method") == "POST" and "/gradio_api/" in scope["path"]:
             self.opened()
-            await asyncio.to_thread(self.needed)
+            try:
+                await asyncio.to_thread(self.needed)
+            except Exception:  # whoever needs them says so where it is read
+                log.exception("the libraries cannot be imported")
             self.ready = True
         try:
             with self.listeners.listening(session) if session else nullcontext():
