@@ -38,7 +38,7 @@ from llmq.servers.protocol import (
     piece_of,
     read_by,
     words_of,
-)  # fmt: skip
+)
 from llmq.servers.reach import Reach
 from llmq.servers.served import Served
 

@@ -141,8 +141,7 @@ def piece_of(data: str) -> Piece:
 
 
 def _piece(event: Mapping) -> Piece:
-    used = event.get("usage")
-    usage = Usage(_count(used["prompt_tokens"]), _count(used["completion_tokens"])) if used else None
+    usage = _usage(event)
     choices = event["choices"] if "choices" in event or not usage else []
     if not choices:
         return Piece(usage=usage)
@@ -160,6 +159,11 @@ def _piece(event: Mapping) -> Piece:
     ids = tuple(map(_count, choice.get("token_ids") or ()))
     end = choice.get("finish_reason") or ""
     return Piece(text, tokens, ids, offset, ENDS.get(end, _text(end)), usage)
+
+
+def _usage(event: Mapping) -> Usage | None:
+    used = event.get("usage")
+    return Usage(_count(used["prompt_tokens"]), _count(used["completion_tokens"])) if used else None
 
 
 def _chat_token(found: Mapping) -> Told:
@@ -191,8 +195,7 @@ def read_by(data: str, ids: Sequence[int]) -> tuple[tuple[Told | None, ...], Usa
     try:
         answer = parse_json(data)
         (choice,) = answer["choices"]
-        used = answer.get("usage")
-        usage = Usage(_count(used["prompt_tokens"]), _count(used["completion_tokens"])) if used else None
+        usage = _usage(answer)
         if (listed := choice.get(PROMPT_LOGPROBS)) is not None:
             return _by_ids(listed, ids), usage
         told = {name: choice["logprobs"][name] for name in ("tokens", "token_logprobs", "top_logprobs")}
