@@ -14,10 +14,10 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llmq.kernels.triton import attention, choice, matrix, norm, product, rows, weights  # noqa: E402,F401
+from llmq.kernels.triton import attention, by_row, choice, matrix, norm, product, rows, weights  # noqa: E402,F401
 
 MODULES = {name: sys.modules[f"llmq.kernels.triton.{name}"] for name in (
-    "attention", "choice", "matrix", "norm", "product", "rows", "weights")}  # fmt: skip
+    "attention", "by_row", "choice", "matrix", "norm", "product", "rows", "weights")}  # fmt: skip
 DECODE, TENSOR_CORES = (75, 80, 90), (80, 90)  # int8 `tl.dot` does not compile for sm_75
 ALIGNED = {"width", "n_out", "n_out2", "n_out3"}  # multiples of 16 in every model the lean loop takes
 F16, F32, F64, I8, I32, I64 = "*fp16", "*fp32", "*fp64", "*i8", "*i32", "*i64"
@@ -39,6 +39,8 @@ VECTOR = {"BLOCK": 4096, "SLICE": 128, "NORM": True, "SPLIT": True, "EMPTIED": 0
 ROWS8 = {"x_ptr": F16, "codes_ptr": I8, "x_absmax_ptr": F32, "w_ptr": I8, "absmax_ptr": F32, "columns_ptr": I32}
 ROWS8 |= {"count_ptr": I32, "xo_ptr": F16, "wo_ptr": F16, "out_ptr": F16, "rows": "i32", "n_out": "i32"}
 NOTED = {"x_ptr": F16, "marks_ptr": I8, "absmax_ptr": F32, "width": "i32"}
+BY_ROW = {"codes_ptr": I8, "absmax_ptr": F32, "columns_ptr": I32, "marks_ptr": I32, "count_ptr": I32}
+OWN = {"ROWS": 64, "OUTPUTS": 64, "INPUTS": 128, "OUTLIERS": 32, "BIAS": False}
 PLAIN = {"ROWS": 2, "COLUMNS": 2048, "BIAS": False, "RESIDUAL": False}
 DOT4 = {"ROWS": 2, "COLUMNS": 512, "OUTLIERS": 32, "DP4A": True, "BIAS": False, "RESIDUAL": False}
 
@@ -85,6 +87,12 @@ KERNELS = [
      "RESIDUAL": True}, 8, TENSOR_CORES),
     ("matrix", "_int8_linear", ROWS8 | {"width": "i32"}, {"ROWS": 128, "OUTPUTS": 256, "INPUTS": 128, "OUTLIERS": 32,
      "GATHERED": 128, "NEIGHBOURS": 8, "BIAS": False, "RESIDUAL": True}, 8, TENSOR_CORES),
+    ("by_row", "_norm", NORM | BY_ROW, {"BLOCK": 4096}, 8, DECODE),
+    ("by_row", "_plain", {"x_ptr": F16, "width": "i32", "threshold": "fp32"} | BY_ROW, {"BLOCK": 4096, "BLOCKS": 3}, 16,
+     DECODE),
+    *(("by_row", "_product", ROWS8 | {"sums_ptr": I32, "width": "i32", "threshold": "fp32"},
+       OWN | {"GATED": gated, "RESIDUAL": not gated, "PARTS": 1 if gated else 2}, 4, TENSOR_CORES)
+      for gated in (True, False)),
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tiny_runs import key_of
 from llmq.contestant import Contestant
 from llmq.engine.sampling import SamplingSettings
 from llmq.kernels import reference
-from llmq.kernels.buffers import Noting
+from llmq.kernels.buffers import COUNTERS, Noting, SplitVector
 from llmq.kernels.primitives import Int8Weight
 from llmq.machine.door import Machine
 
@@ -123,8 +123,6 @@ def multiply(kernels, x, weight) -> torch.Tensor:
 
 
 def split_vector(kernels, x):
-    from llmq.kernels.buffers import SplitVector
-
     made = SplitVector.empty(x.shape[1], GPU)
     kernels.split(x[0], 6.0, made)
     return made
@@ -313,3 +311,44 @@ def first_token(lean, ids: list[int]) -> tuple[int, float]:
     made = generation.prefill()
     generation.close()
     return made.token_id, made.logprob
+
+
+@pytest.mark.parametrize("rows", [2, 16, 33, 64, 100])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_rows_product_is_that_of_the_row_alone(shape, rows, kernels):
+    """Bit for bit: decomposition, product, gate and residual of several sequences."""
+    generator = torch.Generator(GPU).manual_seed(rows)
+    weight = Int8Weight(torch.empty(shape, dtype=torch.int8, device=GPU), torch.empty(shape[0], device=GPU))
+    kernels.quantize_rows((0.02 * torch.randn(shape, device=GPU, generator=generator)).half(), weight)
+    x = torch.randn(rows, shape[1], device=GPU, generator=generator).half()
+    x[:, [3, 77]] *= 20
+    x[0, 100], x[-1, ::9] = 6.0, 30000.0
+    gain = torch.rand(shape[1], device=GPU, generator=generator).half()
+    noting = Noting(6.0, torch.zeros(shape[1] + COUNTERS, dtype=torch.int32, device=GPU), by_row=True)
+    normed = kernels.norm_rows(x, gain, 1e-5, noting)
+    before = torch.randn(rows, shape[0], device=GPU, generator=generator).half()
+    found = kernels.linear_rows(normed, weight, residual=before.clone())
+    gated = kernels.gated_rows(normed, weight, Noting()).x
+    for row, alone in enumerate(x):
+        split = SplitVector.empty(shape[1], GPU)
+        kernels.norm_split(alone, gain, 1e-5, 6.0, split)
+        assert torch.equal(normed.codes[row], split.codes) and normed.absmax[row] == split.absmax
+        for made, given in ((found, {"residual": before[row]}), (gated, {"gated": True})):
+            expected = torch.empty_like(made[row])
+            kernels.product(split, weight, expected, **given)
+            assert torch.equal(made[row], expected), (row, (made[row] != expected).sum())
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head", "int8-weight-only"])
+def test_sequences_decoded_together_are_what_each_is_alone(method, demo, machine):
+    lean, ids = engine(machine, demo, method, "lean"), reference_ids(demo, 900)
+    prompts = [ids[start : start + 20 + start % 37] for start in range(0, 800, 47)]
+    generation = lean.start_several(prompts, SamplingSettings(max_new_tokens=60))
+    steps = [generation.step() if place else generation.prefill() for place in range(60)]
+    generation.close()
+    agreed = 0
+    for prompt, row in zip(prompts, zip(*steps, strict=True), strict=True):
+        found, expected = [token.token_id for token in row], generate(lean, prompt, 60)
+        agreed += found == expected
+    assert agreed == len(prompts) if method.startswith("llm-int8") else agreed > 0.7 * len(prompts)

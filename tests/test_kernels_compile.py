@@ -28,7 +28,7 @@ def marks(lines: list[str], kernel: str, capability: int) -> list[set[str]]:
 def test_every_decode_kernel_compiles_from_turing_to_hopper(lines):
     kernels = {line.split()[0] for line in lines}
     for capability in (75, 80, 90):
-        many_rows = {"matrix._int8_linear", "matrix._codes_linear"}
+        many_rows = {"matrix._int8_linear", "matrix._codes_linear", "by_row._product"}
         assert {k for k in kernels if marks(lines, k, capability)} >= kernels - many_rows
     assert not any("mma" in mark for line in lines if " sm_75 " in line for mark in line.split()[2:])
 
@@ -38,9 +38,13 @@ def test_int8_products_are_integer_instructions(lines):
     assert all(("dp4a" in mark) != ("unpacked" in mark) for mark in found) and len(found) > 6
     assert marks(lines, "matrix._int8_linear", 80) == [{"mma.sync"}]
     assert marks(lines, "matrix._int8_linear", 90) == [{"wgmma.mma", "griddepcontrol.wait"}]
+    assert marks(lines, "by_row._product", 80) == 2 * [{"mma.sync"}]
+    assert marks(lines, "by_row._product", 90) == 2 * [{"wgmma.mma"}]
 
 
 def test_kernels_wait_for_each_other_where_they_may_overlap(lines):
-    for kernel in {line.split()[0] for line in lines} - {"weights._quantize"}:  # which runs while a model is loaded
+    apart = {"weights._quantize"}  # which runs while a model is loaded
+    apart |= {"by_row._norm", "by_row._plain", "by_row._product"}  # quicker one after the other
+    for kernel in {line.split()[0] for line in lines} - apart:
         assert all("griddepcontrol.wait" in found for found in marks(lines, kernel, 90))
         assert not any("griddepcontrol.wait" in found for c in (75, 80) for found in marks(lines, kernel, c))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmq.engine.decoder import Decoder
 from llmq.engine.sampling import Sampler, SamplingSettings
+
+if TYPE_CHECKING:
+    from llmq.engine.batch import BatchDecoder
 
 STEPS_UNDER_WAY = 2  # the one awaited and the next
 SHORTEST_PROMPT_GRAPH, LONGEST_PROMPT_GRAPH = 64, 2048  # rows; a longer prompt keeps the GPU busier than its launches
@@ -47,12 +51,15 @@ class InFlight:
 
 
 class StepGraph:
-    """A decoder and the way to run its step: captured on a GPU, called elsewhere."""
+    """A decoder and the way to run its step: captured on a GPU, called elsewhere. `under_way`: how many steps may be at
+    once on a GPU."""
 
-    def __init__(self, decoder: Decoder, settings: SamplingSettings):
+    def __init__(
+        self, decoder: Decoder | BatchDecoder, settings: SamplingSettings, *, under_way: int = STEPS_UNDER_WAY
+    ):
         self.decoder, self.sampler = decoder, Sampler(settings, decoder.device)
         on_gpu = decoder.device.startswith("cuda")
-        self.slots = [InFlight.make(decoder.logits) for _ in range(STEPS_UNDER_WAY if on_gpu else 0)]
+        self.slots = [InFlight.make(decoder.logits) for _ in range(under_way if on_gpu else 0)]
         self.graph = try_capture(self._capture) if on_gpu else None
         self.prompts: dict[int, PromptGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None  # prompts' graphs never run side by side
@@ -93,7 +100,7 @@ class StepGraph:
             decoder.kernels.likeliest(decoder.logits, decoder.token, decoder.chosen)
         else:
             decoder.chosen.copy_(self.sampler.choose(decoder.logits))
-            decoder.token.copy_(decoder.chosen[:1])
+            decoder.token.copy_(decoder.chosen[..., 0])
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Record a step; the run before is on a position that the prompt overwrites."""

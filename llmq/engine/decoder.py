@@ -8,7 +8,8 @@ over the rows of a call, so chunks would change results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
@@ -136,29 +137,47 @@ def read_prompt(
     `used`: int32 (1,), how many of `ids` are the prompt's where the rest only fills a captured graph's shape: those
     rows mean nothing and change nothing else.
 
-    `stopped` is asked before every layer, so a long prompt can be given up (raises Interrupted). `outlier_marks`:
+    `stopped` is asked in every layer, so a long prompt can be given up (raises Interrupted). `outlier_marks`:
     int8 zeros (4·layers, widest input): 1 where a column of the inputs of q/k/v, output, gate/up and down of each layer
     in turn is multiplied in 16 bit.
     """
+    outlier_marks = outlier_marks_for(weights.architecture, ids.device) if outlier_marks is None else outlier_marks
+    layers = iter(caches)
+
+    def attend(qkv: torch.Tensor) -> torch.Tensor:
+        if stopped and stopped():
+            raise Interrupted
+        return _attend(*kernels.append_rows(qkv, next(layers), rope, 0))
+
+    noting = (Noting(threshold, marks, used) for marks in outlier_marks)
+    return through_layers(weights, kernels, ids, noting, attend)
+
+
+def through_layers(
+    weights: LlamaWeights,
+    kernels,
+    ids: torch.Tensor,
+    noting: Iterator[Noting],
+    attend: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Take `ids` (rows,) through the layers, as many rows in each call; returns what the final norm gets, (rows,
+    hidden). `noting`: of the inputs of q/k/v, output, gate/up and down of each layer in turn, where their weights are
+    int8. `attend`: from the queries, keys and values of a layer, (rows, qkv_rows), to (rows, heads·head_dim)."""
     a = weights.architecture
     hidden = torch.empty(len(ids), a.hidden_size, dtype=weights.dtype, device=ids.device)
     kernels.embed(weights.embedding, ids, hidden)
-    outlier_marks = outlier_marks_for(a, ids.device) if outlier_marks is None else outlier_marks
-    parts = (part for layer in weights.layers for part in layer.matrices)
-    noting = (
-        Noting(threshold if isinstance(part, Int8Weight) else None, marks, used)
-        for part, marks in zip(parts, outlier_marks, strict=True)
-    )
-    for layer, cache in zip(weights.layers, caches, strict=True):
-        if stopped and stopped():
-            raise Interrupted
-        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, next(noting))
-        qkv = kernels.linear_rows(rows, layer.qkv, bias=layer.qkv_bias)
-        attended = _attend(*kernels.append_rows(qkv, cache, rope, 0))
-        rows = kernels.plain_rows(attended, next(noting))
+
+    def noted(weight: Weight) -> Noting:
+        found = next(noting)
+        return found if isinstance(weight, Int8Weight) else replace(found, threshold=None)
+
+    for layer in weights.layers:
+        rows = kernels.norm_rows(hidden, layer.attention_norm, a.eps, noted(layer.qkv))
+        attended = attend(kernels.linear_rows(rows, layer.qkv, bias=layer.qkv_bias))
+        rows = kernels.plain_rows(attended, noted(layer.output))
         kernels.linear_rows(rows, layer.output, bias=layer.output_bias, residual=hidden)
-        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, next(noting))
-        rows = kernels.gate_rows(kernels.linear_rows(rows, layer.gate_up), next(noting))
+        rows = kernels.norm_rows(hidden, layer.mlp_norm, a.eps, noted(layer.gate_up))
+        rows = kernels.gated_rows(rows, layer.gate_up, noted(layer.down))
         kernels.linear_rows(rows, layer.down, residual=hidden)
     return hidden
 

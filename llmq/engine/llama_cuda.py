@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from llmq.engine.base import Interrupted, Token, capacity_for, token_of
+from llmq.engine.batch import BatchGeneration
 from llmq.engine.cuda_graph import InFlight, StepGraph, draw_of
 from llmq.engine.decoder import Decoder, outlier_marks_for, read_prompt
 from llmq.engine.llama import LlamaEngine, LlamaGeneration, rope_table
@@ -132,6 +133,10 @@ class CudaLlama(LlamaEngine):
             return StepGraph(decoder, settings)
 
         return self.take((capacity, draw_of(settings), threshold), make)
+
+    def start_several(self, prompts: Sequence[list[int]], settings: SamplingSettings) -> BatchGeneration:
+        """Begin generations that are decoded together, one for each of `prompts`; nothing is read until `prefill()`."""
+        return BatchGeneration(self, prompts, settings)
 
     def decode_logits(self, ids: list[int], stopped: Callable[[], bool] | None = None) -> torch.Tensor:
         """As `logits`, through the decode step with its KV cache: a call a token, each fed the text's own."""

@@ -62,24 +62,27 @@ class Sampler:
         self.generator = torch.Generator(device=device).manual_seed(int(settings.seed))
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
-        """Choose from (vocab_size,) float logits -> float64 tensor [token id, its log-probability before any filter].
+        """Choose from (..., vocab_size) float logits -> float64 (..., 2): token ids, and their log-probabilities before
+        any filter.
 
         One small tensor so that a GPU needs one transfer. NaN logits give a NaN log-probability.
         """
         import torch
 
         logits = logits.float()
-        token = logits.argmax() if self.settings.temperature == 0 else self._draw(logits)
-        logprob = logits.log_softmax(-1).gather(0, token.view(1))  # few kernels, and indexing would wait for a GPU
-        return torch.cat([token.view(1).double(), logprob.double()])
+        weights = logits if self.settings.temperature == 0 else self._noisy(logits)
+        token = weights.argmax(-1, keepdim=True)
+        logprob = logits.log_softmax(-1).gather(-1, token)  # few kernels, and indexing would wait for a GPU
+        return torch.cat([token.double(), logprob.double()], -1)
 
-    def _draw(self, logits: torch.Tensor) -> torch.Tensor:
+    def _noisy(self, logits: torch.Tensor) -> torch.Tensor:
+        """Numbers of which the largest is at a token drawn at random."""
         import torch
 
         weights = filtered_probabilities(logits, self.settings)
         noise = torch.empty_like(weights).exponential_(generator=self.generator)
         # argmax(p / E), E ~ Exp(1), is a draw from p: the exponential form of the Gumbel-max trick.
-        return (weights / noise).argmax()
+        return weights / noise
 
 
 def likeliest(logits: torch.Tensor, known: Token, count: int) -> dict[int, float]:
@@ -91,13 +94,13 @@ def likeliest(logits: torch.Tensor, known: Token, count: int) -> dict[int, float
 
 
 def filtered_probabilities(logits: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
-    """Turn (vocab_size,) float32 logits into (vocab_size,) float32 probabilities after temperature, top-k, top-p."""
+    """Turn (..., vocab_size) float32 logits into float32 probabilities after temperature, top-k, top-p."""
     import torch
 
     # The largest logit is moved to 0 first, in float64: hardly any temperature then divides to -inf, never to NaN.
-    logits = (logits.double() - logits.max()) / settings.temperature
+    logits = (logits.double() - logits.amax(-1, keepdim=True)) / settings.temperature
     if 0 < settings.top_k < logits.shape[-1]:
-        kept = logits.topk(int(settings.top_k)).values[-1]
+        kept = logits.topk(int(settings.top_k)).values[..., -1:]
         logits = logits.masked_fill(logits < kept, -torch.inf)
     if settings.top_p < 1:
         ordered, order = logits.sort(descending=True)

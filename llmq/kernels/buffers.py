@@ -13,6 +13,7 @@ PEAKS = 32  # of the values noted by different writers, so that few wait for one
 TALLY = 64  # numbers: the peaks, and after them how many outliers
 SHORTEST_PART, LONGEST_PART = 32, 512  # positions
 PARTS = 16  # between the two: 16 parts of 32 heads fill 132 multiprocessors four times
+COUNTERS = 1024  # numbers after the marks of rows that have outliers of their own
 
 
 @dataclass(frozen=True)
@@ -68,30 +69,40 @@ class Noting:
     """What is noted of a call's rows while they are written. `threshold`: float for LLM.int8(), None where they keep
     their 16 bits. `outlier_marks`: int8 zeros, at least (in,): the columns that are multiplied in 16 bit become 1, then
     or at the latest in `linear_rows`. `used`: None, or int32 (1,): so many rows are the prompt's, and outliers are
-    looked for in those alone."""
+    looked for in those alone.
+
+    `by_row`: each row has outliers of its own, as if it were alone in the call. `outlier_marks` is then int32 zeros, at
+    least (in + COUNTERS,): its last COUNTERS numbers are the kernels' own, the first of them counts the marked columns.
+    """
 
     threshold: float | None = None
     outlier_marks: torch.Tensor | None = None
     used: torch.Tensor | None = None
+    by_row: bool = False
 
 
 @dataclass(frozen=True)
 class Rows:
     """Activations of a call, (rows, in), on their way into linear layers.
 
-    `threshold`: as in `Noting`. With a threshold an implementation may note what it saw while it wrote `x`: `absmax`
-    float32 (rows,) over the values below the threshold, and `outlier_marks`.
+    `threshold`, `by_row`: as in `Noting`. With a threshold an implementation may note what it saw while it wrote `x`:
+    `absmax` float32 (rows,) over the values below the threshold, and `outlier_marks`; by row also the `codes`, int8
+    (rows, in), and `columns`, int32 (in,), of which the first are the marked ones, in no particular order.
     """
 
     x: torch.Tensor
     threshold: float | None = None
     absmax: torch.Tensor | None = None
     outlier_marks: torch.Tensor | None = None
+    by_row: bool = False
+    codes: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Cache(Tensors):
-    """Keys and values of one layer. `keys`, `values`: (kv_heads, capacity, head_dim)."""
+    """Keys and values of one layer. `keys`, `values`: (kv_heads, capacity, head_dim), of several sequences
+    (sequences, kv_heads, capacity, head_dim)."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -101,7 +112,7 @@ class Cache(Tensors):
 class Partials(Tensors):
     """Attention over parts of the context, to be combined: float32 `sums` (heads, parts, head_dim), `peaks` and
     `weights` (heads, parts), the largest score and the sum of exponentials of each part; `arrived`: int32 (heads,),
-    how many parts of this token are done, 0 between two tokens."""
+    how many parts of this token are done, 0 between two tokens. Of several sequences, the heads of each in turn."""
 
     sums: torch.Tensor
     peaks: torch.Tensor
@@ -110,9 +121,10 @@ class Partials(Tensors):
     part: int  # positions in one part
 
     @classmethod
-    def empty(cls, heads: int, head_dim: int, capacity: int, device: str) -> Partials:
+    def empty(cls, heads: int, head_dim: int, capacity: int, device: str, *, positions: int | None = None) -> Partials:
+        """Cut a context of `capacity` positions, of which the first `positions` are used: all unless told."""
         part = min(max(SHORTEST_PART, capacity // PARTS), LONGEST_PART)
-        parts = -(-capacity // part)
+        parts = -(-(positions or capacity) // part)
         peaks, weights = torch.empty(2, heads, parts, device=device)
         arrived = torch.zeros(heads, dtype=torch.int32, device=device)
         return cls(torch.empty(heads, parts, head_dim, device=device), peaks, weights, arrived, part)

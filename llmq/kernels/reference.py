@@ -7,6 +7,7 @@ end, to the type of `out`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
@@ -139,7 +140,13 @@ def attend(
     `qkv`: ((heads + 2·kv_heads)·head_dim,), queries first. `rope`: float32 (positions, head_dim), cosines then sines.
     `position`: int64 (1,), how many positions are in the cache already. `out`: (heads·head_dim,), or a NotedVector, as
     in `product`. `scratch` is memory for the other implementations.
+
+    Several sequences, each with one token: `qkv`, `cache`, `position` and `out` (sequences, ...).
     """
+    if qkv.ndim == 2:
+        for row, at in enumerate(position):
+            attend(qkv[row], Cache(cache.keys[row], cache.values[row]), rope, at, out[row], scratch)
+        return
     out = out.x if isinstance(out, NotedVector) else out
     kv_heads, _, head_dim = cache.keys.shape
     heads = out.shape[0] // head_dim
@@ -161,10 +168,13 @@ def _rotated(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
 
 def likeliest(logits: torch.Tensor, token: torch.Tensor, chosen: torch.Tensor) -> None:
     """Choose the most likely token. `logits`: float32 (vocab_size,); `token`: int64 (1,), the next step's input;
-    `chosen`: float64 (2,), the token and its log-probability, NaN where a logit is."""
-    best = logits.argmax()
-    token.copy_(best)
-    chosen.copy_(torch.stack((best.double(), (logits[best] - logits.logsumexp(-1)).double())))
+    `chosen`: float64 (2,), the token and its log-probability, NaN where a logit is. Of several sequences
+    (sequences, vocab_size), (sequences,) and (sequences, 2)."""
+    rows = logits.view(-1, logits.shape[-1])
+    best = rows.argmax(-1, keepdim=True)
+    token.copy_(best.view(-1))
+    logprob = rows.gather(-1, best) - rows.logsumexp(-1, keepdim=True)
+    chosen.copy_(torch.cat((best.double(), logprob.double()), -1).view_as(chosen))
 
 
 def append_rows(
@@ -189,7 +199,7 @@ def plain_rows(x: torch.Tensor, noting: Noting) -> Rows:
     """Hand on `x` (rows, in) as it is."""
     if noting.used is not None:
         x = x * (torch.arange(len(x), device=x.device) < noting.used)[:, None]  # the rows beyond mean nothing
-    return Rows(x, noting.threshold, outlier_marks=noting.outlier_marks)
+    return Rows(x, noting.threshold, outlier_marks=noting.outlier_marks, by_row=noting.by_row)
 
 
 def norm_rows(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, noting: Noting) -> Rows:
@@ -205,6 +215,14 @@ def gate_rows(gate_up: torch.Tensor, noting: Noting) -> Rows:
     return plain_rows(functional.silu(gate) * up, noting)
 
 
+def gated_rows(rows: Rows, weight: Weight, noting: Noting) -> Rows:
+    """Do `linear_rows`, then `gate_rows`: gate and up in one matrix, (2·inner, in). By row nothing is rounded between
+    them, as in `product`."""
+    x = rows.x.float() if rows.by_row else rows.x
+    gated = gate_rows(linear_rows(replace(rows, x=x), weight), Noting())
+    return plain_rows(gated.x.to(rows.x.dtype), noting)
+
+
 def linear_rows(
     rows: Rows, weight: Weight, *, bias: torch.Tensor | None = None, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -217,9 +235,22 @@ def linear_rows(
         y = functional.linear(x, weight, bias)
     elif rows.threshold is None:
         y = functional.linear(x, weight.dequantized(x.dtype), bias)
+    elif rows.by_row:
+        y = linear_by_row(x.float(), weight, bias, rows.threshold, rows.outlier_marks)
+        return y.to(x.dtype) if residual is None else residual.copy_(y + residual)
     else:
         y = _int8_rows(x, weight, bias, rows.threshold, rows.outlier_marks)
     return y if residual is None else residual.add_(y)
+
+
+def scores(rows: Rows, weight: Weight, out: torch.Tensor) -> None:
+    """Set `out`, float32 (rows, out), as `linear_rows` does: the logits, which are not rounded to 16 bits."""
+    if isinstance(weight, Int8Weight):
+        out.copy_(linear_rows(replace(rows, x=rows.x.float()), weight))
+    elif rows.x.is_cuda and rows.x.dtype != torch.float32:
+        torch.mm(rows.x, weight.T, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(rows.x.float(), weight.float().T, out=out)
 
 
 def _int8_rows(

@@ -2,7 +2,7 @@
 
 from llmq.kernels.triton.attention import attend
 from llmq.kernels.triton.choice import likeliest
-from llmq.kernels.triton.matrix import linear_rows
+from llmq.kernels.triton.matrix import gated_rows, linear_rows, scores
 from llmq.kernels.triton.norm import norm, norm_split, split
 from llmq.kernels.triton.product import product, products
 from llmq.kernels.triton.rows import append_rows, gate_rows, norm_rows, plain_rows
@@ -13,6 +13,7 @@ __all__ = [
     "attend",
     "embed",
     "gate_rows",
+    "gated_rows",
     "likeliest",
     "linear_rows",
     "norm",
@@ -22,5 +23,6 @@ __all__ = [
     "product",
     "products",
     "quantize_rows",
+    "scores",
     "split",
 ]

@@ -73,17 +73,19 @@ def _part(
     NOTE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
-    head, mine = tl.program_id(0), tl.program_id(1)
+    head, mine, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     shared = heads // groups
     group = head // shared
+    lane = row * heads + head  # of all heads of all sequences
+    qkv_ptr += row * (heads + 2 * groups) * width
     half = width // 2
     at, whole = tl.arange(0, HALF), tl.arange(0, WIDTH)
-    position = tl.load(position_ptr).to(tl.int32)
+    position = tl.load(position_ptr + row).to(tl.int32)
     start = mine * part
     if start <= position:
         stop = tl.minimum(start + part, position)
-        keys_ptr += group.to(tl.int64) * capacity * width
-        values_ptr += group.to(tl.int64) * capacity * width
+        keys_ptr += (row * groups + group).to(tl.int64) * capacity * width
+        values_ptr += (row * groups + group).to(tl.int64) * capacity * width
         k1, k2, v = _block(keys_ptr, values_ptr, start, stop, at, whole, half, width, BLOCK)
         cosine = tl.load(rope_ptr + position * width + at, mask=at < half, other=0.0)
         sine = tl.load(rope_ptr + position * width + half + at, mask=at < half, other=0.0)
@@ -122,18 +124,18 @@ def _part(
         used = position // part + 1
         y, last = total / weight, used == 1
         if not last:
-            slot = head * parts + mine
+            slot = lane * parts + mine
             tl.store(sums_ptr + slot * width + whole, total, mask=whole < width)
             tl.store(peaks_ptr + slot, peak)
             tl.store(weights_ptr + slot, weight)
             tl.debug_barrier()  # all that this program stored, before it says so
-            last = tl.atomic_add(arrived_ptr + head, 1, sem="acq_rel") == used - 1
+            last = tl.atomic_add(arrived_ptr + lane, 1, sem="acq_rel") == used - 1
             if last:
-                tl.store(arrived_ptr + head, 0)  # for the next token
-                y = _combined(sums_ptr, peaks_ptr, weights_ptr, head * parts, used, width, WIDTH, COMBINED)
+                tl.store(arrived_ptr + lane, 0)  # for the next token
+                y = _combined(sums_ptr, peaks_ptr, weights_ptr, lane * parts, used, width, WIDTH, COMBINED)
         if last:
             written = y.to(out_ptr.dtype.element_ty)
-            place = head * width + whole
+            place = lane * width + whole
             tl.store(out_ptr + place, written, mask=whole < width)
             if NOTE:
                 note(written.to(tl.float32), place, whole < width, threshold, head, tally_ptr, index_ptr, value_ptr)
@@ -150,14 +152,15 @@ def attend(
     scratch: Partials,
 ) -> None:
     """See `reference.attend`."""
-    groups, capacity, width = cache.keys.shape
-    heads, parts, _ = scratch.sums.shape
+    groups, capacity, width = cache.keys.shape[-3:]
+    heads, parts, rows = qkv.shape[-1] // width - 2 * groups, scratch.sums.shape[1], position.shape[0]
     noted = isinstance(out, NotedVector)
     made = (out.x, out.tally, out.index, out.value, out.threshold) if noted else (out, None, None, None, 0.0)
-    _part[(heads, parts)](
+    overlap = options(qkv.device) if rows == 1 else {"OVERLAP": False}  # see `by_row`
+    _part[(heads, parts, rows)](
         qkv, cache.keys, cache.values, rope, position,
         scratch.sums, scratch.peaks, scratch.weights, scratch.arrived, *made,
         heads, groups, width, capacity, parts, scratch.part, width**-0.5,
         HALF=triton.next_power_of_2(width // 2), WIDTH=triton.next_power_of_2(width), BLOCK=BLOCK,
-        COMBINED=COMBINED, NOTE=noted, num_warps=WARPS, **options(qkv.device),
+        COMBINED=COMBINED, NOTE=noted, num_warps=WARPS, **overlap,
     )  # fmt: skip

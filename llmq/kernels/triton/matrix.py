@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 
 from llmq.kernels import reference
-from llmq.kernels.buffers import Rows
+from llmq.kernels.buffers import Noting, Rows
 from llmq.kernels.primitives import Int8Weight
+from llmq.kernels.triton import by_row
 from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
-from llmq.kernels.triton.rows import GATHERED, OUTLIERS, split_matrix
+from llmq.kernels.triton.rows import GATHERED, OUTLIERS, gate_rows, plain_rows, split_matrix
 
 NEIGHBOURS = 8  # tiles of rows taken together, so that they share columns of weights in the L2 cache
 
@@ -118,22 +119,48 @@ def linear_rows(
         return residual.addmm_(x, weight.T)
     if not isinstance(weight, Int8Weight):
         return reference.linear_rows(rows, weight, bias=bias, residual=residual)
+    out = torch.empty(len(x), weight.shape[0], dtype=x.dtype, device=x.device) if residual is None else residual
+    _multiply(rows, weight, out, bias=bias, residual=residual is not None)
+    return out
+
+
+def scores(rows: Rows, weight, out: torch.Tensor) -> None:
+    """See `reference.scores`."""
+    if isinstance(weight, Int8Weight):
+        _multiply(rows, weight, out)
+    else:
+        reference.scores(rows, weight, out)
+
+
+def gated_rows(rows: Rows, weight, noting: Noting) -> Rows:
+    """See `reference.gated_rows`; by row in one kernel, which rounds once, as `product` does."""
+    if not (rows.by_row and isinstance(weight, Int8Weight)):
+        return gate_rows(linear_rows(rows, weight), noting)
+    out = torch.empty(len(rows.x), weight.shape[0] // 2, dtype=rows.x.dtype, device=rows.x.device)
+    by_row.multiply(rows, weight, out, gated=True)
+    return plain_rows(out, noting)
+
+
+def _multiply(
+    rows: Rows, weight: Int8Weight, out: torch.Tensor, *, bias: torch.Tensor | None = None, residual: bool = False
+) -> None:
+    """Set `out` (rows, out), or add to it."""
+    if rows.by_row:
+        return by_row.multiply(rows, weight, out, bias=bias, residual=residual)
+    x, only = rows.x, rows.threshold is None
     (height, width), n_out = x.shape, weight.shape[0]
-    out = torch.empty(height, n_out, dtype=x.dtype, device=x.device) if residual is None else residual
-    only = rows.threshold is None
     m, n, k, warps, stages = _codes_tile(height) if only else _tile(height, n_out, width)
     grid = (triton.cdiv(height, m) * triton.cdiv(n_out, n),)
-    flags = {"BIAS": bias is not None, "RESIDUAL": residual is not None, "num_warps": warps, "num_stages": stages}
+    flags = {"BIAS": bias is not None, "RESIDUAL": residual, "num_warps": warps, "num_stages": stages}
     flags |= {"ROWS": m, "OUTPUTS": n, "INPUTS": k, "NEIGHBOURS": NEIGHBOURS} | options(x.device)
     if only:
         _codes_linear[grid](x, weight.codes, weight.absmax, bias, out, height, n_out, width, **flags)
-        return out
+        return
     codes, *outliers = split_matrix(rows, weight)
     _int8_linear[grid](
         x, codes, rows.absmax, weight.codes, weight.absmax, bias, *outliers, out, height, n_out, width,
         OUTLIERS=OUTLIERS, GATHERED=GATHERED, **flags,
     )  # fmt: skip
-    return out
 
 
 def _codes_tile(rows: int) -> tuple[int, int, int, int, int]:

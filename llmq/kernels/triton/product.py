@@ -15,7 +15,7 @@ from llmq.kernels import reference
 from llmq.kernels.buffers import LISTED, NotedVector, SplitVector
 from llmq.kernels.primitives import Int8Weight
 from llmq.kernels.triton.codes import PEAKS, code_scale, coded, note, packed_codes
-from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
+from llmq.kernels.triton.launch import INTERPRETED, UNFUSED, let_next_start, options, wait_for_previous
 from llmq.kernels.triton.tiles import noted_tile, plain_tile, split_tile
 
 
@@ -267,7 +267,7 @@ def products(
     _split_several[(sum(triton.cdiv(len(out), tile.rows) for out in outs),)](
         codes, x.absmax, x.count, x.index, x.value, *members, width, ROWS=tile.rows,
         COLUMNS=tile.columns // 4 if dp4a else tile.columns, OUTLIERS=LISTED, DP4A=dp4a, BIAS=bool(biases),
-        PTX=not INTERPRETED, num_warps=tile.warps, **options(outs[0].device),
+        PTX=not INTERPRETED, num_warps=tile.warps, **UNFUSED, **options(outs[0].device),
     )  # fmt: skip
 
 
@@ -304,5 +304,5 @@ def product(
     _split[(triton.cdiv(n_out, tile.rows),)](
         *given, x.count, x.index, x.value, weight.codes, packed, weight.absmax, bias, residual, *places, n_out, width,
         float(threshold), ROWS=tile.rows, COLUMNS=tile.columns // 4 if dp4a else tile.columns, OUTLIERS=LISTED,
-        DP4A=dp4a, NOTED=noted, PTX=not INTERPRETED, num_warps=tile.warps, **flags,
+        DP4A=dp4a, NOTED=noted, PTX=not INTERPRETED, num_warps=tile.warps, **UNFUSED, **flags,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from llmq.kernels.buffers import Cache, Noting, Rows
 from llmq.kernels.primitives import Int8Weight
+from llmq.kernels.triton.by_row import decomposed
 from llmq.kernels.triton.codes import code_scale, rounded
 from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
 
@@ -120,6 +121,8 @@ def plain_rows(x: torch.Tensor, noting: Noting) -> Rows:
     """See `reference.plain_rows`; `x` is contiguous."""
     if noting.threshold is None:
         return Rows(x)
+    if noting.by_row:
+        return decomposed(x, noting)
     rows, width = x.shape
     absmax = torch.empty(rows, dtype=torch.float32, device=x.device)
     _survey[(rows,)](
@@ -153,6 +156,8 @@ def _gate(
 
 def gate_rows(gate_up: torch.Tensor, noting: Noting) -> Rows:
     """See `reference.gate_rows`."""
+    if noting.by_row and noting.threshold is not None:
+        return decomposed(gate_rows(gate_up, Noting()).x, noting)
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     absmax = None if noting.threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
@@ -186,6 +191,8 @@ def _norm(
 
 def norm_rows(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, noting: Noting) -> Rows:
     """See `reference.norm_rows`; `x` is contiguous."""
+    if noting.by_row and noting.threshold is not None:
+        return decomposed(x, noting, norm_weight, eps)
     rows, width = x.shape
     out = torch.empty_like(x)
     absmax = None if noting.threshold is None else torch.empty(rows, dtype=torch.float32, device=out.device)
