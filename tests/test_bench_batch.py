@@ -159,7 +159,7 @@ def row(method: str, batch: int, over: float | None) -> dict:
     [
         ({"batches": "1,0"}, "batches is '1,0'; choose whole numbers"),
         ({"modes": "fast"}, "unknown mode 'fast'"),
-        ({"engine": "lean"}, "engine 'lean'"),
+        ({"engine": "lean"}, "engine 'lean' decodes several sequences together on a GPU only"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(settings, words):

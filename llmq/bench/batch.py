@@ -1,4 +1,5 @@
-"""What a batch does to the throughput: several sequences decoded together through transformers' own `generate`.
+"""What a batch does to the throughput: several sequences decoded together, through transformers' own `generate` or, on
+a GPU, in our own loop.
 
 A step reads the weights once for all its sequences, so the tokens a second grow with the batch until memory holds no
 more of them: then a method with smaller weights has room for a larger batch. For every batch the models are loaded
@@ -9,15 +10,48 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llmq import memory, telemetry
-from llmq.bench.generate import GenerateBench, ModeSide, grouped, speeds_of
+from llmq.bench.generate import Arrivals, GenerateBench, Home, ModeSide, grouped, speeds_of
 from llmq.bench.rounds import ratio, spread
 from llmq.bench.setup import Setup, Side, whole_numbers
+from llmq.contestant import Contestant
+from llmq.engine.choice import choose_engines
+from llmq.engine.loading import Key, load_engine
+from llmq.engine.sampling import SamplingSettings
+from llmq.errors import BadChoice
 from llmq.machine.door import Lease
 from llmq.models.opening import Model
 from llmq.models.reference_text import reference_text
+
+if TYPE_CHECKING:
+    from llmq.engine.llama_cuda import CudaLlama
+
+
+@dataclass
+class LeanHome(Home):
+    """Where an engine of our own loop is. It keeps the memory of a batch for the next turn."""
+
+    engine: CudaLlama | None = None
+
+    def load(self, key: Key) -> int:
+        self.engine = self.engine or load_engine(key)
+        return self.engine.weight_bytes + self.engine.scale_bytes
+
+    def generate(self, mode: str, prompts: list[list[int]], new_tokens: int, arrivals: Arrivals) -> list[int]:
+        arrivals.put(None)
+        found = []
+        with closing(self.engine.start_several(prompts, SamplingSettings(max_new_tokens=new_tokens))) as generation:
+            for place in range(new_tokens):
+                found.append(generation.step() if place else generation.prefill())
+                arrivals.put(found[-1])
+        return [tokens[0].token_id for tokens in found]
+
+    def release(self) -> None:
+        self.engine = None
 
 
 @dataclass
@@ -44,6 +78,7 @@ class BatchBench(GenerateBench):
     the fixed text, `prompt_tokens` long."""
 
     kind = "batch"
+    own_loop = "lean"
     columns = ("method", "mode", "batch", "tokens_per_second", "row_tokens_per_second", "over_fp16", "prefill_seconds")
     columns += ("predicted_bytes", "peak_bytes", "largest_batch")
     modes: str = "eager"
@@ -52,6 +87,13 @@ class BatchBench(GenerateBench):
     def __post_init__(self):
         super().__post_init__()
         whole_numbers("batches", self.batches)
+        if self.engine == self.own_loop and not self.device.startswith("cuda"):
+            raise BadChoice("engine 'lean' decodes several sequences together on a GPU only; choose auto or hf")
+
+    def loop_of(self, contestant: Contestant, model: Model) -> str:
+        if self.engine != self.own_loop:
+            return super().loop_of(contestant, model)
+        return choose_engines(self.engine, [contestant.method], model.config.to_dict(), self.device)[0]
 
     def conditions(self) -> dict:
         return super().conditions() | {"batch": whole_numbers("batches", self.batches)}
@@ -63,10 +105,16 @@ class BatchBench(GenerateBench):
         room = memory.HEADROOM * telemetry.free_bytes(self.device)
         found = []
         for batch in batches:
-            for side in super().sides(setup):
+            for side in self._modes(setup):
                 facts = {"mode": side.mode, "home": side.home, "prompts": prompts[:batch]}
                 found.append(self._limited(BatchSide(side.contestant, side.key, **facts), room))
         return found
+
+    def _modes(self, setup: Setup) -> list[ModeSide]:
+        """Who takes part with every batch. Our own loop has no modes."""
+        if self.engine != self.own_loop:
+            return super().sides(setup)
+        return [ModeSide(contestant, key, mode="lean", home=LeanHome()) for contestant, key in setup.entries]
 
     def groups(self, sides: list[BatchSide], *, apart: bool) -> list[list[BatchSide]]:
         """All with the same batch; alone where they do not fit together."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from llmq.bench.rounds import ratio, spread
 from llmq.bench.setup import DecodingBench, Setup, Side
@@ -38,6 +38,29 @@ class Home:
 
     model: PreTrainedModel | None = None
 
+    def load(self, key: Key) -> int:
+        """Load the model unless it is there; its bytes."""
+        self.model = self.model or _loaded(key)
+        return stored_bytes(self.model) + key.method.scale_bytes(self.model)
+
+    def generate(self, mode: str, prompts: list[list[int]], new_tokens: int, arrivals: Arrivals) -> list[int]:
+        """Continue all `prompts`, which are of one length; the tokens of the first."""
+        import torch
+        from transformers import GenerationConfig
+
+        settings = GenerationConfig(
+            max_new_tokens=new_tokens, do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=0,
+            cache_implementation="static" if mode == "compiled" else None,
+            compile_config=_compiler(mode, self.model.device.type),
+        )  # fmt: skip
+        prompt = torch.tensor(prompts, device=self.model.device)
+        mask = torch.ones_like(prompt)
+        made = self.model.generate(prompt, attention_mask=mask, generation_config=settings, streamer=arrivals)
+        return made[0, prompt.shape[1] :].tolist()
+
+    def release(self) -> None:
+        self.model = None
+
 
 @dataclass
 class ModeSide(Side):
@@ -60,6 +83,7 @@ class GenerateBench(DecodingBench):
     kind = "transformers"
     columns = ("method", "mode", "tokens_per_second", "over_fp16", "over_bnb", "prefill_seconds", "weight_bytes")
     columns += ("peak_bytes",)
+    own_loop: ClassVar[str] = ""  # the engine beside transformers that a subclass measures, too
     modes: str = ",".join(MODES)
 
     def __post_init__(self):
@@ -67,6 +91,8 @@ class GenerateBench(DecodingBench):
         for mode in self.modes.split(","):
             if mode not in MODES:
                 raise unknown("mode", mode, MODES)
+        if self.engine == self.own_loop:
+            return
         for contestant in self.contestants:
             if contestant.method.name == "llm-int8" and not dropped_in(contestant.method):
                 told = "here llm-int8 is the drop-in for transformers, of which only the threshold can be set"
@@ -100,14 +126,11 @@ class GenerateBench(DecodingBench):
         return [setup.prompt_ids]
 
     def begin(self, lease: Lease, side: ModeSide, setup: Setup) -> dict:
-        if side.home.model is None:
-            side.home.model = _loaded(side.key)
-        weight_bytes = stored_bytes(side.home.model) + side.contestant.method.scale_bytes(side.home.model)
-        return {"engine": "hf", "mode": side.mode, "weight_bytes": weight_bytes}
+        return {"engine": side.key.loop, "mode": side.mode, "weight_bytes": side.home.load(side.key)}
 
     def turn(self, lease: Lease, side: ModeSide, setup: Setup, number: int) -> dict:
         """Generate once. The first time compiles, and shows what memory that takes."""
-        arrivals = _Arrivals(lease.clock)
+        arrivals = Arrivals(lease.clock)
         generate = self._generate if number else self._first
         try:
             if not side.error:
@@ -116,12 +139,12 @@ class GenerateBench(DecodingBench):
             side.error = first_line(error)
         return {} if side.error else arrivals.figures(self.new_tokens)
 
-    def _first(self, side: ModeSide, prompts: list[list[int]], arrivals: _Arrivals) -> None:
+    def _first(self, side: ModeSide, prompts: list[list[int]], arrivals: Arrivals) -> None:
         import torch
         from torch._dynamo.utils import counters
 
-        device, started = side.home.model.device, arrivals.clock()
-        on_gpu = device.type == "cuda"
+        device, started = self.device, arrivals.clock()
+        on_gpu = device.startswith("cuda")
         counters.clear()
         before = torch.cuda.memory_allocated(device) if on_gpu else 0
         if on_gpu:
@@ -135,20 +158,8 @@ class GenerateBench(DecodingBench):
             "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
         }
 
-    def _generate(self, side: ModeSide, prompts: list[list[int]], arrivals: _Arrivals) -> None:
-        import torch
-        from transformers import GenerationConfig
-
-        model = side.home.model
-        settings = GenerationConfig(
-            max_new_tokens=self.new_tokens, do_sample=False, eos_token_id=NO_TOKEN, pad_token_id=0,
-            cache_implementation="static" if side.mode == "compiled" else None,
-            compile_config=_compiler(side.mode, model.device.type),
-        )  # fmt: skip
-        prompt = torch.tensor(prompts, device=model.device)
-        mask = torch.ones_like(prompt)
-        made = model.generate(prompt, attention_mask=mask, generation_config=settings, streamer=arrivals)
-        side.tokens = made[0, prompt.shape[1] :].tolist()
+    def _generate(self, side: ModeSide, prompts: list[list[int]], arrivals: Arrivals) -> None:
+        side.tokens = side.home.generate(side.mode, prompts, self.new_tokens, arrivals)
 
     def end(self, lease: Lease, setup: Setup, sides: list[ModeSide]) -> None:
         _forget_graphs()
@@ -156,7 +167,7 @@ class GenerateBench(DecodingBench):
 
         def release() -> None:
             for side in homes:
-                side.home.model = None
+                side.home.release()
 
         freed = watched_release(self.device, sum(side.known["weight_bytes"] for side in homes), release)
         for side in sides:
@@ -229,7 +240,7 @@ def _compiler(mode: str, device: str):
     return config
 
 
-class _Arrivals:
+class Arrivals:
     """When the prompt and then each token was handed over, as transformers' streamers are."""
 
     def __init__(self, clock: Callable[[], float]):
