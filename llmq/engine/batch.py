@@ -14,7 +14,7 @@ import torch
 
 from llmq.engine.base import Token, capacity_for, token_of
 from llmq.engine.cuda_graph import StepGraph, draw_of
-from llmq.engine.decoder import read_prompt, through_layers
+from llmq.engine.decoder import Decoder, through_layers
 from llmq.engine.llama import rope_table
 from llmq.engine.llama_weights import LlamaWeights
 from llmq.engine.sampling import SamplingSettings
@@ -63,17 +63,13 @@ class BatchDecoder:
     def workspace_bytes(self) -> int:
         return sum(part.nbytes for part in (self.rope, self.logits, self._attended, self._scratch, self._marks))
 
-    def read(self, prompts: Sequence[list[int]]) -> None:
-        """Fill the empty caches from one prompt for each row; afterwards `logits` are the next tokens'."""
-        last = torch.empty(self.rows, self.weights.norm.numel(), dtype=self.weights.dtype, device=self.device)
-        for row, ids in enumerate(prompts):
-            caches = [Cache(cache.keys[row], cache.values[row]) for cache in self.caches]
-            given = torch.tensor(ids, device=self.device)
-            hidden = read_prompt(self.weights, self.kernels, given, caches, self.rope, threshold=self.threshold)
-            last[row] = hidden[-1]
-        self.position.copy_(torch.tensor([len(ids) for ids in prompts]))
-        self._marks.zero_()
-        self._score(last)
+    def take_over(self, row: int, reader: Decoder, tokens: int) -> None:
+        """Continue in `row` what `reader` has read: so many tokens' keys and values, and the next one's logits."""
+        for own, read in zip(self.caches, reader.caches, strict=True):
+            own.keys[row, :, :tokens] = read.keys[:, :tokens]
+            own.values[row, :, :tokens] = read.values[:, :tokens]
+        self.logits[row] = reader.logits
+        self.position[row] = tokens
 
     def step(self) -> None:
         """Feed each row's `token` at its `position`; afterwards `logits` are the next tokens' and positions are one
@@ -111,7 +107,7 @@ class BatchGeneration:
 
     def __init__(self, engine: CudaLlama, prompts: Sequence[list[int]], settings: SamplingSettings):
         assert prompts and all(prompts), "every sequence needs at least one prompt token"
-        self._engine, self._prompts = engine, prompts
+        self._engine, self._prompts, self._settings = engine, prompts, settings
         longest = min(engine.context, max(map(len, prompts)) + settings.max_new_tokens)
         kind = ("several", len(prompts), longest, draw_of(settings), engine.threshold)
 
@@ -133,10 +129,15 @@ class BatchGeneration:
         return self._graph.kv_bytes
 
     def prefill(self) -> list[Token]:
-        """Read the prompts, one after the other, and choose the first token of each; their seconds are those of all."""
+        """Read the prompts, one after the other and as each is read alone, and choose the first token of each; their
+        seconds are those of all."""
         begun = time.perf_counter()
         with self._engine.here:
-            self._graph.decoder.read(self._prompts)
+            reader = self._engine.workspace(max(map(len, self._prompts)), self._settings)
+            for row, ids in enumerate(self._prompts):
+                reader.read(ids)
+                self._graph.decoder.take_over(row, reader.decoder, len(ids))
+            self._engine.spare.append(reader)
             self._graph.choose()
             return self._tokens(begun)
 

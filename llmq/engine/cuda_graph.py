@@ -82,6 +82,14 @@ class StepGraph:
             self.prompts[rows] = try_capture(lambda: PromptGraph(self.decoder, rows, self._pool))
         return self.prompts[rows]
 
+    def read(self, ids: list[int], *, stopped: Callable[[], bool] | None = None) -> None:
+        """Read a prompt, by the graph for its length where there can be one; afterwards the decoder has the logits of
+        the next token. `stopped` as in `decoder.read_prompt`."""
+        if captured := self.prompt_of(len(ids)):
+            captured.read(ids)
+        else:
+            self.decoder.read(torch.tensor(ids, device=self.decoder.device), stopped=stopped)
+
     def step(self) -> None:
         """Run one token: the forward pass and the choice of the next token."""
         if self.graph:

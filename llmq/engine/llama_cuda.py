@@ -47,10 +47,7 @@ class CudaGeneration(LlamaGeneration):
             if captured and stopped and stopped():
                 raise Interrupted
             with engine.timer:
-                if captured:
-                    captured.read(self._prompt_ids)
-                else:
-                    graph.decoder.read(torch.tensor(self._prompt_ids, device=engine.device), stopped=stopped)
+                graph.read(self._prompt_ids, stopped=stopped)
                 graph.choose()
                 found = graph.decoder.chosen.tolist()
             seconds = time.perf_counter() - begun
