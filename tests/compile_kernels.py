@@ -5,6 +5,7 @@ Prints one line a kernel and capability; ends with an error when one does not co
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llmq.kernels.triton import attention, by_row, choice, matrix, norm, product, rows, weights  # noqa: E402,F401
+from llmq.kernels.triton.launch import UNFUSED  # noqa: E402
+from llmq.kernels.triton.tiles import rows_tile  # noqa: E402
 
 MODULES = {name: sys.modules[f"llmq.kernels.triton.{name}"] for name in (
     "attention", "by_row", "choice", "matrix", "norm", "product", "rows", "weights")}  # fmt: skip
 DECODE, TENSOR_CORES = (75, 80, 90), (80, 90)  # int8 `tl.dot` does not compile for sm_75
+SHARED = {75: 65_536, 80: 166_912, 90: 232_448}  # bytes of shared memory that a program may have
 ALIGNED = {"width", "n_out", "n_out2", "n_out3"}  # multiples of 16 in every model the lean loop takes
 F16, F32, F64, I8, I32, I64 = "*fp16", "*fp32", "*fp64", "*i8", "*i32", "*i64"
 SPLIT = {"codes_ptr": I8, "absmax_ptr": F32, "count_ptr": I32, "index_ptr": I32, "value_ptr": F32}
@@ -40,9 +44,15 @@ ROWS8 = {"x_ptr": F16, "codes_ptr": I8, "x_absmax_ptr": F32, "w_ptr": I8, "absma
 ROWS8 |= {"count_ptr": I32, "xo_ptr": F16, "wo_ptr": F16, "out_ptr": F16, "rows": "i32", "n_out": "i32"}
 NOTED = {"x_ptr": F16, "marks_ptr": I8, "absmax_ptr": F32, "width": "i32"}
 BY_ROW = {"codes_ptr": I8, "absmax_ptr": F32, "columns_ptr": I32, "marks_ptr": I32, "count_ptr": I32}
-OWN = {"ROWS": 64, "OUTPUTS": 64, "INPUTS": 128, "OUTLIERS": 32, "BIAS": False}
+OWN = {"OUTLIERS": by_row.OUTLIERS, "BIAS": False}
 PLAIN = {"ROWS": 2, "COLUMNS": 2048, "BIAS": False, "RESIDUAL": False}
 DOT4 = {"ROWS": 2, "COLUMNS": 512, "OUTLIERS": 32, "DP4A": True, "BIAS": False, "RESIDUAL": False}
+
+
+def constants_of(tile) -> dict:
+    """What a kernel is compiled with, of a tile of `by_row`; 'stages' and 'warps' are options."""
+    return {name if name in ("stages", "warps") else name.upper(): size for name, size in tile._asdict().items()}
+
 
 # (module, kernel, argument types, constants, warps, compute capabilities); arguments in neither are None
 KERNELS = [
@@ -61,6 +71,8 @@ KERNELS = [
     ("product", "_split_several", SEVERAL, DOT4, 1, DECODE),
     ("attention", "_part", PART | NOTES | {"index_ptr": I32, "value_ptr": F32}, {"HALF": 64, "WIDTH": 128, "BLOCK": 32,
      "COMBINED": 16, "NOTE": True}, 2, DECODE),
+    ("attention", "_part", PART | {"part_ptr": I32}, {"HALF": 64, "WIDTH": 128, "BLOCK": 32, "COMBINED": 16,
+     "SEVERAL": True, "OVERLAP": False}, 2, DECODE),
     ("choice", "_part", {"logits_ptr": F32, "peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "vocabulary": "i32"},
      {"BLOCK": 1024}, 4, DECODE),
     ("choice", "_settle", {"peaks_ptr": F32, "places_ptr": I32, "sums_ptr": F32, "token_ptr": I64, "chosen_ptr": F64,
@@ -91,18 +103,20 @@ KERNELS = [
     ("by_row", "_plain", {"x_ptr": F16, "width": "i32", "threshold": "fp32"} | BY_ROW, {"BLOCK": 4096, "BLOCKS": 3}, 16,
      DECODE),
     *(("by_row", "_product", ROWS8 | {"sums_ptr": I32, "width": "i32", "threshold": "fp32"},
-       OWN | {"GATED": gated, "RESIDUAL": not gated, "PARTS": 1 if gated else 2}, 4, TENSOR_CORES)
-      for gated in (True, False)),
+       OWN | constants_of(rows_tile(height, n_out, width, gated)) | {"GATED": gated, "RESIDUAL": not gated}, 4,
+       TENSOR_CORES)
+      for height, n_out, width, gated in ((8, 12288, 4096, False), (64, 11008, 4096, True), (64, 4096, 11008, False))),
 ]  # fmt: skip
 
 
-def compiled(kernel, types: dict, constants: dict, warps: int, capability: int) -> str:
-    """The kernel's PTX."""
+def compiled(kernel, types: dict, constants: dict, warps: int, capability: int):
+    """What Triton makes of the kernel."""
     constants = {
         "USED": "used_ptr" in types,
         "PTX": True,
         "NOTE": False,
         "NOTED": False,
+        "SEVERAL": False,
         "OVERLAP": capability >= 90,
     } | constants
     names = kernel.arg_names
@@ -116,16 +130,27 @@ def compiled(kernel, types: dict, constants: dict, warps: int, capability: int) 
             if types.get(name, "").startswith("*") or (name in ALIGNED and name in types)
         },
     )
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    return made.asm["ptx"]
+    options = {"num_warps": constants.get("warps", warps), "num_stages": constants.get("stages", 3)} | UNFUSED
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return made
+
+
+def sums(ttgir: str) -> list[str]:
+    """How many neighbours of a sum or maximum over whole vectors one thread has: 'each8' for 8."""
+    layouts = dict(re.findall(r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[(\d+)\]", ttgir))
+    found = re.findall(r"\}\) : \(tensor<\d+xf32, (#\w+)>\)", ttgir)
+    return sorted({f"each{layouts[one]}" for one in found if one in layouts})
 
 
 def main() -> None:
     for module, name, types, constants, warps, capabilities in KERNELS:
         for capability in capabilities:
-            ptx = compiled(getattr(MODULES[module], name), types, constants, warps, capability)
+            made = compiled(getattr(MODULES[module], name), types, constants, warps, capability)
+            assert made.metadata.shared <= SHARED[capability], (name, made.metadata.shared)
+            ptx = made.asm["ptx"]
             marks = [mark for mark in ("dp4a", "griddepcontrol.wait", "wgmma.mma", "mma.sync") if mark in ptx]
             marks += ["unpacked"] if constants.get("DP4A") is False else []
+            marks += sums(made.asm["ttgir"]) if name in ("_vector", "_norm") else []
             print(f"{module}.{name} sm_{capability} {' '.join(marks)}")
 
 

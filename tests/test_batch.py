@@ -8,7 +8,7 @@ from test_llama_cuda import KINDS, pair
 
 from llmq.engine.sampling import SamplingSettings
 from llmq.kernels import reference
-from llmq.kernels.buffers import COUNTERS, Cache, Noting, Partials, SplitVector
+from llmq.kernels.buffers import COUNTERS, Cache, Noting, Partials, Rows, SplitVector
 from llmq.kernels.primitives import Int8Weight, quantize_rows
 
 PROMPTS = [list(b"Hello LLaMA, how are you?"), list(b"One"), list(b"A llama is a camelid of the Andes.")]
@@ -52,11 +52,40 @@ def test_a_batch_is_drawn_again_by_its_seed_and_its_memory_is_used_again():
 def test_a_batch_ends_where_its_positions_end():
     _, lean = pair()
     generation = lean.start_several(PROMPTS, SamplingSettings(max_new_tokens=2))
-    generation.prefill()
-    generation.step()
-    generation.step()
-    with pytest.raises(AssertionError, match="ends here"):
+    with pytest.raises(AssertionError, match="before prefill"):
         generation.step()
+    generation.prefill()
+    assert generation.kv_bytes > 0
+    generation.step()
+    generation.step()
+    with pytest.raises(AssertionError, match="ends"):
+        generation.step()
+    generation.close()
+    assert generation.kv_bytes == 0
+    with pytest.raises(AssertionError, match="longer than the context"):
+        lean.start_several([[1] * (lean.context + 1)], SamplingSettings())
+
+
+def test_attention_is_cut_for_each_sequence_as_for_it_alone():
+    """Whoever has a longer neighbour sums in the order in which it sums alone."""
+    _, lean = pair(max_position_embeddings=1024)
+    prompts = [PROMPTS[0], PROMPTS[0] * 24]
+    generation = lean.start_several(prompts, SamplingSettings(max_new_tokens=20))
+    generation.prefill()
+    cut = generation._graph.decoder._scratch.sequence_parts.tolist()
+    for prompt, part in zip(prompts, cut, strict=True):
+        lone = lean.start(prompt, SamplingSettings(max_new_tokens=20))
+        lone.prefill()
+        assert lone._workspace.decoder._scratch.part == part
+    assert cut == [32, 64]
+
+
+@pytest.mark.parametrize("width", [12, 40])
+def test_what_stays_in_16_bit_beside_int8_is_gated_in_16_bit(width):
+    x, weight = torch.randn(3, width).half(), torch.randn(2 * 10, width).half()
+    found = reference.gated_rows(Rows(x, by_row=True), weight, Noting())
+    assert found.x.dtype == torch.float16
+    assert torch.equal(found.x, reference.gated_rows(Rows(x), weight, Noting()).x)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +148,8 @@ def test_a_rows_product_is_that_of_the_row_alone(fast, rows, width, outputs, thr
         fast.scores(split, weight, found)
     else:
         found = fast.linear_rows(split, weight, bias=bias, residual=residual)
+    if not extra:
+        assert torch.equal(found, fast.linear_rows(split, weight))  # once more, of the same notes
     for row, alone in enumerate(x):
         expected = torch.empty(found.shape[1], dtype=found.dtype)
         given = {"bias": bias, "residual": None if before is None else before[row], "gated": extra == "gated"}
@@ -131,12 +162,15 @@ def test_attention_and_choice_of_several_are_those_of_each(fast):
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(rows, (heads + 2 * groups) * width, generator=generator).half()
     cache = Cache(*torch.randn(2, rows, groups, capacity, width, generator=generator).half())
-    rope, position = torch.randn(capacity, width, generator=generator), torch.tensor([0, 40, 95])
+    rope, position = torch.randn(capacity, width, generator=generator), torch.tensor([0, 70, 95])
+    parts = [32, 64, 32]  # as long as suits each
     copies = [Cache(cache.keys[row].clone(), cache.values[row].clone()) for row in range(rows)]
     out, expected = torch.empty(2, rows, heads * width).half()
-    fast.attend(qkv, cache, rope, position, out, Partials.empty(rows * heads, width, capacity, "cpu"))
-    for row, own in enumerate(copies):
-        scratch = Partials.empty(heads, width, capacity, "cpu")
+    scratch = Partials.empty(heads, width, capacity, "cpu", part=32, sequences=rows)
+    scratch.sequence_parts.copy_(torch.tensor(parts))
+    fast.attend(qkv, cache, rope, position, out, scratch)
+    for row, (own, part) in enumerate(zip(copies, parts, strict=True)):
+        scratch = Partials.empty(heads, width, capacity, "cpu", part=part)
         fast.attend(qkv[row], own, rope, position[row : row + 1], expected[row], scratch)
         assert torch.equal(cache.keys[row], own.keys) and torch.equal(cache.values[row], own.values)
     assert torch.equal(out, expected)

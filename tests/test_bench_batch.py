@@ -75,6 +75,21 @@ def test_a_turn_decodes_all_prompts_at_once_and_counts_all_their_tokens():
     assert (row["tokens_per_second"], row["row_tokens_per_second"], row["prefill_seconds"]) == (2.0, 1.0, 2.0)
 
 
+def test_what_is_measured_has_the_threshold_it_is_named_by(tiny_folder):
+    from llmq.bench.batch import LeanHome
+    from llmq.engine.loading import Key
+
+    named = Contestant.parse("llm-int8@3").method
+    key = Key.of(open_model(str(tiny_folder)), named, "cpu")
+    assert key.method.threshold != 3.0
+    home = generate.Home()
+    home.load(key, named)
+    assert {layer.threshold for layer in home.model.modules() if hasattr(layer, "threshold")} == {3.0}
+    lean = LeanHome()
+    lean.load(Key.of(key.model, named, "cpu", "lean"), named)
+    assert lean.engine.threshold == 3.0
+
+
 def test_prompts_are_different_stretches_and_begin_again_where_the_text_ends():
     model = SimpleNamespace(tokenize=lambda text: list(range(7)))
     assert stretches(model, 3, 4) == [[0, 1, 2], [3, 4, 5], [6, 0, 1], [2, 3, 4]]
@@ -106,7 +121,7 @@ def test_what_will_not_fit_is_not_tried_on_a_cpu(tiny_folder, monkeypatch):
 
 def test_whoever_is_alone_is_loaded_once_for_a_batch(tiny_folder, monkeypatch):
     loaded = []
-    monkeypatch.setattr(generate, "_loaded", lambda key: loaded.append(key.method.name) or tiny_llama())
+    monkeypatch.setattr(generate, "_loaded", lambda key, method: loaded.append(method.name) or tiny_llama())
     monkeypatch.setattr(BatchBench, "_apart", lambda self, keys: "no rounds: too large")
     result = answer(asked(tiny_folder))
     assert loaded == ["fp16", "llm-int8"] * 2 and not result["conditions"]["rounds"]
@@ -123,7 +138,7 @@ def test_a_batch_that_memory_refuses_is_that_batch_s_own(tiny_folder, monkeypatc
         return decode(prompt, **settings)
 
     monkeypatch.setattr(model, "generate", refuse)
-    monkeypatch.setattr(generate, "_loaded", lambda key: model)
+    monkeypatch.setattr(generate, "_loaded", lambda key, method: model)
     rows = answer(asked(tiny_folder, contestants=METHODS[:1]))["results"]
     assert [row["error"] for row in rows] == ["", "CUDA out of memory."] and rows[0]["tokens_per_second"] > 0
 
@@ -160,6 +175,8 @@ def row(method: str, batch: int, over: float | None) -> dict:
         ({"batches": "1,0"}, "batches is '1,0'; choose whole numbers"),
         ({"modes": "fast"}, "unknown mode 'fast'"),
         ({"engine": "lean"}, "engine 'lean' decodes several sequences together on a GPU only"),
+        ({"engine": "lean", "device": "cuda:0", "modes": "compiled"}, "engine 'lean' has none"),
+        ({"engine": ""}, "engine '' is not transformers'"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(settings, words):

@@ -94,7 +94,7 @@ def test_tokens_are_timed_as_they_arrive():
 def test_models_that_do_not_fit_together_are_loaded_one_after_the_other(tiny_folder, monkeypatch):
     alive = []
 
-    def load(key):
+    def load(key, method):
         alive.append(weakref.ref(model := tiny_llama()))
         assert sum(one() is not None for one in alive) == 1, "the one before is gone"
         return model

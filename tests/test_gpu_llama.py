@@ -332,6 +332,9 @@ def test_a_rows_product_is_that_of_the_row_alone(shape, rows, kernels):
     for row, alone in enumerate(x):
         split = SplitVector.empty(shape[1], GPU)
         kernels.norm_split(alone, gain, 1e-5, 6.0, split)
+        own = torch.empty_like(alone)
+        kernels.norm(alone, gain, 1e-5, own)
+        assert torch.equal(normed.x[row], own)
         assert torch.equal(normed.codes[row], split.codes) and normed.absmax[row] == split.absmax
         for made, given in ((found, {"residual": before[row]}), (gated, {"gated": True})):
             expected = torch.empty_like(made[row])
@@ -343,7 +346,7 @@ def test_a_rows_product_is_that_of_the_row_alone(shape, rows, kernels):
 @pytest.mark.parametrize("method", ["fp16", "llm-int8", "llm-int8-head", "int8-weight-only"])
 def test_sequences_decoded_together_are_what_each_is_alone(method, demo, machine):
     lean, ids = engine(machine, demo, method, "lean"), reference_ids(demo, 900)
-    prompts = [ids[start : start + 20 + start % 37] for start in range(0, 800, 47)]
+    prompts = [ids[start : start + 20 + start % 37] for start in range(0, 800, 47)] + [ids[:500]]
     generation = lean.start_several(prompts, SamplingSettings(max_new_tokens=60))
     steps = [generation.step() if place else generation.prefill() for place in range(60)]
     generation.close()

@@ -38,13 +38,22 @@ def test_int8_products_are_integer_instructions(lines):
     assert all(("dp4a" in mark) != ("unpacked" in mark) for mark in found) and len(found) > 6
     assert marks(lines, "matrix._int8_linear", 80) == [{"mma.sync"}]
     assert marks(lines, "matrix._int8_linear", 90) == [{"wgmma.mma", "griddepcontrol.wait"}]
-    assert marks(lines, "by_row._product", 80) == 2 * [{"mma.sync"}]
-    assert marks(lines, "by_row._product", 90) == 2 * [{"wgmma.mma"}]
+    assert marks(lines, "by_row._product", 80) == 3 * [{"mma.sync"}]
+    assert marks(lines, "by_row._product", 90) == 3 * [{"wgmma.mma"}]
+
+
+def test_a_norm_of_several_rows_sums_in_the_order_of_one(lines):
+    """So many neighbours in each thread, of as many warps: the sums' bits depend on both."""
+    for capability in (75, 80, 90):
+        one = [mark for found in marks(lines, "norm._vector", capability)[:2] for mark in found if "each" in mark]
+        (several,) = [mark for found in marks(lines, "by_row._norm", capability) for mark in found if "each" in mark]
+        assert one == 2 * [several]
 
 
 def test_kernels_wait_for_each_other_where_they_may_overlap(lines):
     apart = {"weights._quantize"}  # which runs while a model is loaded
     apart |= {"by_row._norm", "by_row._plain", "by_row._product"}  # quicker one after the other
+    apart |= {"attention._part"}  # of several rows as well
     for kernel in {line.split()[0] for line in lines} - apart:
         assert all("griddepcontrol.wait" in found for found in marks(lines, kernel, 90))
         assert not any("griddepcontrol.wait" in found for c in (75, 80) for found in marks(lines, kernel, c))

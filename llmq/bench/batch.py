@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmq import memory, telemetry
-from llmq.bench.generate import Arrivals, GenerateBench, Home, ModeSide, grouped, speeds_of
+from llmq.bench.generate import Arrivals, GenerateBench, ModeSide, grouped, speeds_of
 from llmq.bench.rounds import ratio, spread
 from llmq.bench.setup import Setup, Side, whole_numbers
 from llmq.contestant import Contestant
@@ -24,6 +24,7 @@ from llmq.engine.loading import Key, load_engine
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice
 from llmq.machine.door import Lease
+from llmq.methods import Method
 from llmq.models.opening import Model
 from llmq.models.reference_text import reference_text
 
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class LeanHome(Home):
-    """Where an engine of our own loop is. It keeps the memory of a batch for the next turn."""
+class LeanHome:
+    """Where an engine of our own loop is, which keeps the memory of a batch for the next turn; see `Home`."""
 
     engine: CudaLlama | None = None
 
-    def load(self, key: Key) -> int:
-        self.engine = self.engine or load_engine(key)
+    def load(self, key: Key, method: Method) -> int:
+        self.engine = self.engine or load_engine(key).under(method)
         return self.engine.weight_bytes + self.engine.scale_bytes
 
     def generate(self, mode: str, prompts: list[list[int]], new_tokens: int, arrivals: Arrivals) -> list[int]:
@@ -49,6 +50,9 @@ class LeanHome(Home):
                 found.append(generation.step() if place else generation.prefill())
                 arrivals.put(found[-1])
         return [tokens[0].token_id for tokens in found]
+
+    def forget(self) -> None:
+        self.engine.spare.clear()
 
     def release(self) -> None:
         self.engine = None
@@ -89,6 +93,8 @@ class BatchBench(GenerateBench):
         whole_numbers("batches", self.batches)
         if self.engine == self.own_loop and not self.device.startswith("cuda"):
             raise BadChoice("engine 'lean' decodes several sequences together on a GPU only; choose auto or hf")
+        if self.engine == self.own_loop and self.modes != type(self).modes:
+            raise BadChoice("modes are transformers'; engine 'lean' has none")
 
     def loop_of(self, contestant: Contestant, model: Model) -> str:
         if self.engine != self.own_loop:
@@ -121,9 +127,11 @@ class BatchBench(GenerateBench):
         return grouped(sides, lambda side: (side.batch, id(side.home) if apart else None))
 
     def _limited(self, side: BatchSide, room: float) -> BatchSide:
-        """With what it will need. What does not fit is tried on a GPU, which refuses it; a CPU's system would end the
-        process."""
+        """With what it will need through transformers. What does not fit is tried on a GPU, which refuses it; a CPU's
+        system would end the process."""
         model, method = side.key.model, side.contestant.method
+        if side.key.loop == self.own_loop:  # whose memory for a batch has no formula
+            return side
         asked = {"tokens": self.positions, "answer": self.new_tokens}
         found = memory.predict(model.shape, method, **asked, batch=side.batch)
         side.largest = memory.largest_batch(model, method, room, **asked)
@@ -137,7 +145,8 @@ class BatchBench(GenerateBench):
         most = max(whole_numbers("batches", self.batches))
         found = [memory.predict(key.model.shape, key.method, tokens=self.positions, batch=most) for key in keys]
         weights = [one.weights + one.scales for one in found]
-        needed = sum(weights) + max(one.total - own for one, own in zip(found, weights, strict=True))
+        beside = [one.total - own for one, own in zip(found, weights, strict=True)]
+        needed = sum(weights) + (sum if self.engine == self.own_loop else max)(beside)  # our own loop keeps its caches
         free = telemetry.free_bytes(self.device)
         if len(keys) == 1 or needed <= memory.HEADROOM * free:
             return ""
@@ -215,7 +224,7 @@ def _limit(method: str, rows: list[dict]) -> str:
     told = f"decoded {max(met)}" if met else "decoded none"
     told += f", failed at {min(failed)}" if failed else ""
     predicted = rows[0]["largest_batch"]
-    fits = "not predicted for its attention" if predicted is None else f"{predicted:,} by prediction"
+    fits = "not predicted" if predicted is None else f"{predicted:,} by prediction"
     return f"{method}: the largest batch that fits alone is {fits}; {told}."
 
 

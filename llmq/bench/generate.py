@@ -14,7 +14,7 @@ from llmq.bench.rounds import ratio, spread
 from llmq.bench.setup import DecodingBench, Setup, Side
 from llmq.contestant import Contestant
 from llmq.engine.loading import Key
-from llmq.errors import BadChoice, first_line, unknown
+from llmq.errors import BadChoice, UserError, first_line, unknown
 from llmq.events import Event, Progress
 from llmq.machine.door import Lease
 from llmq.machine.pool import watched_release
@@ -38,10 +38,10 @@ class Home:
 
     model: PreTrainedModel | None = None
 
-    def load(self, key: Key) -> int:
-        """Load the model unless it is there; its bytes."""
-        self.model = self.model or _loaded(key)
-        return stored_bytes(self.model) + key.method.scale_bytes(self.model)
+    def load(self, key: Key, method: Method) -> int:
+        """Load the model unless it is there; its bytes. `method`: with its threshold, which a key has not."""
+        self.model = self.model or _loaded(key, method)
+        return stored_bytes(self.model) + method.scale_bytes(self.model)
 
     def generate(self, mode: str, prompts: list[list[int]], new_tokens: int, arrivals: Arrivals) -> list[int]:
         """Continue all `prompts`, which are of one length; the tokens of the first."""
@@ -57,6 +57,9 @@ class Home:
         mask = torch.ones_like(prompt)
         made = self.model.generate(prompt, attention_mask=mask, generation_config=settings, streamer=arrivals)
         return made[0, prompt.shape[1] :].tolist()
+
+    def forget(self) -> None:
+        """Free what a batch left; transformers leaves nothing."""
 
     def release(self) -> None:
         self.model = None
@@ -83,7 +86,7 @@ class GenerateBench(DecodingBench):
     kind = "transformers"
     columns = ("method", "mode", "tokens_per_second", "over_fp16", "over_bnb", "prefill_seconds", "weight_bytes")
     columns += ("peak_bytes",)
-    own_loop: ClassVar[str] = ""  # the engine beside transformers that a subclass measures, too
+    own_loop: ClassVar[str | None] = None  # the engine beside transformers that a subclass measures, too
     modes: str = ",".join(MODES)
 
     def __post_init__(self):
@@ -126,7 +129,11 @@ class GenerateBench(DecodingBench):
         return [setup.prompt_ids]
 
     def begin(self, lease: Lease, side: ModeSide, setup: Setup) -> dict:
-        return {"engine": side.key.loop, "mode": side.mode, "weight_bytes": side.home.load(side.key)}
+        return {
+            "engine": side.key.loop,
+            "mode": side.mode,
+            "weight_bytes": side.home.load(side.key, side.contestant.method),
+        }
 
     def turn(self, lease: Lease, side: ModeSide, setup: Setup, number: int) -> dict:
         """Generate once. The first time compiles, and shows what memory that takes."""
@@ -135,8 +142,9 @@ class GenerateBench(DecodingBench):
         try:
             if not side.error:
                 generate(side, self.prompts(side, setup), arrivals)
-        except RuntimeError as error:  # a compiler's, or no memory: the others go on
+        except (RuntimeError, UserError) as error:  # a compiler's, no memory, no number: the others go on
             side.error = first_line(error)
+            side.home.forget()
         return {} if side.error else arrivals.figures(self.new_tokens)
 
     def _first(self, side: ModeSide, prompts: list[list[int]], arrivals: Arrivals) -> None:
@@ -216,16 +224,16 @@ def dropped_in(method: Method) -> bool:
     return method.name == "llm-int8" and method == replace(METHODS["llm-int8"], threshold=method.threshold)
 
 
-def _loaded(key: Key) -> PreTrainedModel:
+def _loaded(key: Key, method: Method) -> PreTrainedModel:
     """The model of one contestant; llm-int8 through the drop-in."""
     from llmq.kernels.backend import current
     from llmq.methods.layers.linear_8bit import convert_
 
-    ours = dropped_in(key.method)
+    ours = dropped_in(method)
     with current(key.device):
-        model = load_model(key.model.source, METHODS["fp16"] if ours else key.method, key.device)
+        model = load_model(key.model.source, METHODS["fp16"] if ours else method, key.device)
         if ours:
-            convert_(model, key.method.threshold)
+            convert_(model, method.threshold)
     return model
 
 

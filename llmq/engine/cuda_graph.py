@@ -51,16 +51,14 @@ class InFlight:
 
 
 class StepGraph:
-    """A decoder and the way to run its step: captured on a GPU, called elsewhere. `under_way`: how many steps may be at
-    once on a GPU."""
+    """A decoder and the way to run its step: captured on a GPU, called elsewhere. `slots`: how many steps can
+    be under way on a GPU with a place for what each gives."""
 
-    def __init__(
-        self, decoder: Decoder | BatchDecoder, settings: SamplingSettings, *, under_way: int = STEPS_UNDER_WAY
-    ):
+    def __init__(self, decoder: Decoder | BatchDecoder, settings: SamplingSettings, *, slots: int = STEPS_UNDER_WAY):
         self.decoder, self.sampler = decoder, Sampler(settings, decoder.device)
         on_gpu = decoder.device.startswith("cuda")
-        self.slots = [InFlight.make(decoder.logits) for _ in range(under_way if on_gpu else 0)]
-        self.graph = try_capture(self._capture) if on_gpu else None
+        self.slots = [InFlight.make(decoder.logits) for _ in range(slots if on_gpu else 0)]
+        self.graph = try_capture(self._capture) if on_gpu and decoder.can_be_captured else None
         self.prompts: dict[int, PromptGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if on_gpu else None  # prompts' graphs never run side by side
 

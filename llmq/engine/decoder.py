@@ -28,6 +28,8 @@ class Decoder:
     `threshold`: float for LLM.int8(), None where activations keep their 16 bits.
     """
 
+    can_be_captured = True  # as a graph: nothing in a step asks the host
+
     def __init__(self, weights: LlamaWeights, kernels, *, capacity: int, threshold: float | None, device: str):
         self.weights, self.kernels = weights, kernels
         self.capacity, self.threshold, self.device = capacity, threshold, device
@@ -142,6 +144,7 @@ def read_prompt(
     in turn is multiplied in 16 bit.
     """
     outlier_marks = outlier_marks_for(weights.architecture, ids.device) if outlier_marks is None else outlier_marks
+    assert len(weights.layers) == len(caches) == len(outlier_marks) / 4
     layers = iter(caches)
 
     def attend(qkv: torch.Tensor) -> torch.Tensor:

@@ -17,14 +17,8 @@ if TYPE_CHECKING:
 
 LOWEST_CAPABILITY = (7, 5)  # of a GPU; what the kernels are compile-checked for
 TENSOR_CORES = (8, 0)  # from here on Triton multiplies int8 matrices; before, a prompt takes torch's operations
-MANY_ROWS = {
-    "gate_rows",
-    "gated_rows",
-    "linear_rows",
-    "norm_rows",
-    "plain_rows",
-    "scores",
-}  # they hand each other what only Triton's use
+# They hand each other what only Triton's use.
+MANY_ROWS = {"gate_rows", "gated_rows", "linear_rows", "norm_rows", "plain_rows", "scores"}
 
 
 def kernels_for(device: str) -> tuple[ModuleType | SimpleNamespace, str]:

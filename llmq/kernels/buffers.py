@@ -112,19 +112,33 @@ class Cache(Tensors):
 class Partials(Tensors):
     """Attention over parts of the context, to be combined: float32 `sums` (heads, parts, head_dim), `peaks` and
     `weights` (heads, parts), the largest score and the sum of exponentials of each part; `arrived`: int32 (heads,),
-    how many parts of this token are done, 0 between two tokens. Of several sequences, the heads of each in turn."""
+    how many parts of this token are done, 0 between two tokens.
+
+    Of several sequences, the heads of each in turn; `sequence_parts`, int32 (sequences,), then stands for `part`, so
+    that the sums of each are in the order in which they are alone.
+    """
 
     sums: torch.Tensor
     peaks: torch.Tensor
     weights: torch.Tensor
     arrived: torch.Tensor
     part: int  # positions in one part
+    sequence_parts: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, heads: int, head_dim: int, capacity: int, device: str, *, positions: int | None = None) -> Partials:
-        """Cut a context of `capacity` positions, of which the first `positions` are used: all unless told."""
-        part = min(max(SHORTEST_PART, capacity // PARTS), LONGEST_PART)
-        parts = -(-(positions or capacity) // part)
-        peaks, weights = torch.empty(2, heads, parts, device=device)
-        arrived = torch.zeros(heads, dtype=torch.int32, device=device)
-        return cls(torch.empty(heads, parts, head_dim, device=device), peaks, weights, arrived, part)
+    def empty(
+        cls, heads: int, head_dim: int, capacity: int, device: str, *, part: int | None = None, sequences: int = 0
+    ) -> Partials:
+        """Cut `capacity` positions into parts, of `part` positions each or of as many as suit one sequence; for one
+        sequence, or with a part of its own for each of several `sequences`."""
+        part, rows = part or part_of(capacity), heads * max(1, sequences)
+        parts = -(-capacity // part)
+        peaks, weights = torch.empty(2, rows, parts, device=device)
+        arrived = torch.zeros(rows, dtype=torch.int32, device=device)
+        own = torch.full((sequences,), part, dtype=torch.int32, device=device) if sequences else None
+        return cls(torch.empty(rows, parts, head_dim, device=device), peaks, weights, arrived, part, own)
+
+
+def part_of(capacity: int) -> int:
+    """Return how many positions of a context are one part."""
+    return min(max(SHORTEST_PART, capacity // PARTS), LONGEST_PART)

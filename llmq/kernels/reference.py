@@ -218,7 +218,7 @@ def gate_rows(gate_up: torch.Tensor, noting: Noting) -> Rows:
 def gated_rows(rows: Rows, weight: Weight, noting: Noting) -> Rows:
     """Do `linear_rows`, then `gate_rows`: gate and up in one matrix, (2·inner, in). By row nothing is rounded between
     them, as in `product`."""
-    x = rows.x.float() if rows.by_row else rows.x
+    x = rows.x.float() if rows.by_row and isinstance(weight, Int8Weight) else rows.x
     gated = gate_rows(linear_rows(replace(rows, x=x), weight), Noting())
     return plain_rows(gated.x.to(rows.x.dtype), noting)
 

@@ -68,9 +68,9 @@ def _combined(
 @triton.jit
 def _part(
     qkv_ptr, keys_ptr, values_ptr, rope_ptr, position_ptr, sums_ptr, peaks_ptr, weights_ptr, arrived_ptr, out_ptr,
-    tally_ptr, index_ptr, value_ptr, threshold, heads, groups, width, capacity, parts, part, scale,
+    tally_ptr, index_ptr, value_ptr, part_ptr, threshold, heads, groups, width, capacity, parts, part, scale,
     HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, COMBINED: tl.constexpr,
-    NOTE: tl.constexpr, OVERLAP: tl.constexpr,
+    NOTE: tl.constexpr, SEVERAL: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     let_next_start(OVERLAP)
     head, mine, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -81,6 +81,8 @@ def _part(
     half = width // 2
     at, whole = tl.arange(0, HALF), tl.arange(0, WIDTH)
     position = tl.load(position_ptr + row).to(tl.int32)
+    if SEVERAL:
+        part = tl.load(part_ptr + row)
     start = mine * part
     if start <= position:
         stop = tl.minimum(start + part, position)
@@ -95,16 +97,16 @@ def _part(
         peak = -float("inf")
         # Each position of a block has sums of its own until the end: a sum over them in every turn costs a third.
         weights, totals = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
-        for row in range(start, stop, BLOCK):
+        for begin in range(start, stop, BLOCK):
             score = tl.sum(k1.to(tl.float32) * q1[None, :] + k2.to(tl.float32) * q2[None, :], 1)  # (BLOCK,)
-            score = tl.where(row + tl.arange(0, BLOCK) < stop, score, -float("inf"))
+            score = tl.where(begin + tl.arange(0, BLOCK) < stop, score, -float("inf"))
             higher = tl.maximum(peak, tl.max(score, 0))
             share = tl.exp(score - higher)
             shrink = tl.exp(peak - higher)
             weights = weights * shrink + share
             totals = totals * shrink + v.to(tl.float32) * share[:, None]
             peak = higher
-            k1, k2, v = _block(keys_ptr, values_ptr, row + BLOCK, stop, at, whole, half, width, BLOCK)
+            k1, k2, v = _block(keys_ptr, values_ptr, begin + BLOCK, stop, at, whole, half, width, BLOCK)
         weight, total = tl.sum(weights, 0), tl.sum(totals, 0)
         if position < start + part:  # the new token belongs to this part
             first, second = _rotated(qkv_ptr + (heads + group) * width, cosine, sine, half, HALF)
@@ -156,11 +158,13 @@ def attend(
     heads, parts, rows = qkv.shape[-1] // width - 2 * groups, scratch.sums.shape[1], position.shape[0]
     noted = isinstance(out, NotedVector)
     made = (out.x, out.tally, out.index, out.value, out.threshold) if noted else (out, None, None, None, 0.0)
-    overlap = options(qkv.device) if rows == 1 else {"OVERLAP": False}  # see `by_row`
+    several = scratch.sequence_parts is not None
+    assert not (several and noted), "what is noted is one token's"
+    overlap = {"OVERLAP": False} if several else options(qkv.device)  # see `by_row`
     _part[(heads, parts, rows)](
         qkv, cache.keys, cache.values, rope, position,
-        scratch.sums, scratch.peaks, scratch.weights, scratch.arrived, *made,
-        heads, groups, width, capacity, parts, scratch.part, width**-0.5,
+        scratch.sums, scratch.peaks, scratch.weights, scratch.arrived, *made[:4],
+        scratch.sequence_parts, made[4], heads, groups, width, capacity, parts, scratch.part, width**-0.5,
         HALF=triton.next_power_of_2(width // 2), WIDTH=triton.next_power_of_2(width), BLOCK=BLOCK,
-        COMBINED=COMBINED, NOTE=noted, num_warps=WARPS, **overlap,
+        COMBINED=COMBINED, NOTE=noted, SEVERAL=several, num_warps=WARPS, **overlap,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """LLM.int8() of several rows that each have outliers of their own: sequences decoded together, none of which may depend
 on another. What a row gives is, bit for bit, what `product` gives for it alone.
 
-The codes go through the int8 tensor cores, the weights streaming once for all rows. So do the outliers: the columns
-that are one in any row are gathered, and a value there, a whole multiple of 2^-14, is four digits of 8 bits, whose sums
-are exact. A row in which that column is no outlier has 0 there.
+The codes go through the int8 tensor cores, the weights streaming once for up to 64 rows. So do the outliers: the
+columns that are one in any row are gathered, and a value there, a whole multiple of 2^-14, is four digits of 8 bits,
+whose sums are exact. A row in which that column is no outlier has 0 there.
 
 No kernel here starts before the one in front has ended: at 8 to 64 rows, on one H100, what such a start reads ahead
 takes more from the kernel that runs than it saves (a whole step of 64 rows takes 6.9 ms so, and 7.2 otherwise).
@@ -25,11 +25,20 @@ OUTLIERS = 32  # columns of outliers multiplied at a time
 
 
 @triton.jit
-def _store(value, at, width, row, scale, threshold, codes_ptr, columns_ptr, marks_ptr, count_ptr, PTX: tl.constexpr):
+def _store(
+    value, at, width, row, scale, threshold, codes_ptr, columns_ptr, marks_ptr, count_ptr,
+    BLOCK: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """Store the codes of a row's float32 values at the places `at`. Whoever is the first to mark a column of outliers
-    lists it."""
+    lists it.
+
+    The codes are stored in another shape: in the values' own a thread would hold 16 of them and not 8, and RMSNorm's
+    sum would be in another order than in `norm`.
+    """
     inside = at < width
-    tl.store(codes_ptr + row * width + at, coded(value, scale, threshold, PTX).to(tl.int8), mask=inside)
+    codes = tl.reshape(coded(value, scale, threshold, PTX).to(tl.int8), (BLOCK // 8, 8))
+    places = codes_ptr + row * width + tl.reshape(at, (BLOCK // 8, 8))
+    tl.store(places, codes, mask=tl.reshape(inside, (BLOCK // 8, 8)))
     outlier = is_outlier(value, threshold) & inside
     new = outlier & (tl.atomic_xchg(marks_ptr + at, 1, mask=outlier, sem="relaxed") == 0)
     slot = tl.atomic_add(count_ptr + at * 0, 1, mask=new, sem="relaxed")
@@ -52,7 +61,7 @@ def _norm(
     absmax = tl.max(below(value, threshold), 0)
     tl.store(absmax_ptr + row, absmax)
     scale = code_scale(absmax, PTX)
-    _store(value, at, width, row, scale, threshold, codes_ptr, columns_ptr, marks_ptr, count_ptr, PTX)
+    _store(value, at, width, row, scale, threshold, codes_ptr, columns_ptr, marks_ptr, count_ptr, BLOCK, PTX)
 
 
 @triton.jit
@@ -71,7 +80,9 @@ def _plain(
     scale = code_scale(absmax, PTX)
     for start in tl.static_range(0, BLOCK * BLOCKS, BLOCK):
         value = tl.load(x_ptr + row * width + start + at, mask=start + at < width, other=0.0).to(tl.float32)
-        _store(value, start + at, width, row, scale, threshold, codes_ptr, columns_ptr, marks_ptr, count_ptr, PTX)
+        _store(
+            value, start + at, width, row, scale, threshold, codes_ptr, columns_ptr, marks_ptr, count_ptr, BLOCK, PTX
+        )
 
 
 def decomposed(x: torch.Tensor, noting: Noting, norm_weight: torch.Tensor | None = None, eps: float = 0.0) -> Rows:
@@ -83,7 +94,7 @@ def decomposed(x: torch.Tensor, noting: Noting, norm_weight: torch.Tensor | None
     marks, threshold = noting.outlier_marks, float(noting.threshold)
     made = codes, absmax, columns, marks, marks[-COUNTERS:], width
     if norm_weight is None:
-        block = min(4096, triton.next_power_of_2(width))
+        block = max(8, min(4096, triton.next_power_of_2(width)))
         _plain[(height,)](
             x, *made, threshold, BLOCK=block, BLOCKS=triton.cdiv(width, block), PTX=not INTERPRETED, num_warps=16
         )
@@ -91,8 +102,8 @@ def decomposed(x: torch.Tensor, noting: Noting, norm_weight: torch.Tensor | None
     out = torch.empty_like(x)
     warps = 4 if width <= 2048 else 8  # as many as the kernel of one row has, whose sum is in the same order
     _norm[(height,)](
-        x, norm_weight, out, *made, eps, threshold, BLOCK=triton.next_power_of_2(width), PTX=not INTERPRETED,
-        num_warps=warps,
+        x, norm_weight, out, *made, eps, threshold, BLOCK=max(8, triton.next_power_of_2(width)), PTX=not INTERPRETED,
+        num_warps=warps, **UNFUSED,
     )  # fmt: skip
     return Rows(out, noting.threshold, absmax, marks, True, codes, columns)
 
@@ -199,6 +210,7 @@ def _product(
         tl.debug_barrier()  # all that this program stored, before it says so
         last = tl.atomic_add(count_ptr + 1 + group, 1, sem="acq_rel") == PARTS - 1
         if last:
+            tl.store(count_ptr + 1 + group, 0)  # for the next product of these rows
             acc = tl.zeros((OUTPUTS, ROWS), tl.int32)
             for other in range(PARTS):
                 acc += tl.load(sums_ptr + other * OUTPUTS * ROWS + place, cache_modifier=".cg")
@@ -233,7 +245,8 @@ def multiply(
     (height, width), n_out = rows.x.shape, out.shape[1]
     tile = rows_tile(height, n_out, width, gated)
     across, down = triton.cdiv(n_out, tile.outputs), triton.cdiv(height, tile.rows)
-    assert across * down < COUNTERS or tile.parts == 1
+    assert bias is None or not gated, "no LLaMA has biases there"
+    assert across * down < COUNTERS or tile.parts == 1, "each tile that is summed in parts needs a counter"
     size = across * down * tile.parts * tile.outputs * tile.rows if tile.parts > 1 else 0
     sums = torch.empty(size, dtype=torch.int32, device=out.device)
     _product[(across, tile.parts, down)](

@@ -146,7 +146,8 @@ def _multiply(
 ) -> None:
     """Set `out` (rows, out), or add to it."""
     if rows.by_row:
-        return by_row.multiply(rows, weight, out, bias=bias, residual=residual)
+        by_row.multiply(rows, weight, out, bias=bias, residual=residual)
+        return
     x, only = rows.x, rows.threshold is None
     (height, width), n_out = x.shape, weight.shape[0]
     m, n, k, warps, stages = _codes_tile(height) if only else _tile(height, n_out, width)

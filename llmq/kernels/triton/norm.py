@@ -13,7 +13,7 @@ import triton.language as tl
 
 from llmq.kernels.buffers import SplitVector
 from llmq.kernels.triton.codes import below, code_scale, coded, is_outlier
-from llmq.kernels.triton.launch import INTERPRETED, let_next_start, options, wait_for_previous
+from llmq.kernels.triton.launch import INTERPRETED, UNFUSED, let_next_start, options, wait_for_previous
 
 SLICE = 128  # values written by one program
 
@@ -93,5 +93,5 @@ def _over(x, norm_weight, eps: float, threshold: float, out, parts: SplitVector 
         x, norm_weight, out, *places, empty, width, eps, float(threshold),
         BLOCK=triton.next_power_of_2(width), SLICE=SLICE, NORM=norm_weight is not None, SPLIT=parts is not None,
         EMPTIED=0 if empty is None else empty.numel(), PTX=not INTERPRETED, num_warps=4 if width <= 2048 else 8,
-        **options(x.device),
+        **UNFUSED, **options(x.device),
     )  # fmt: skip
