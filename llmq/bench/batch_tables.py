@@ -78,9 +78,11 @@ def batch_table(result: dict) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     c = result["conditions"]
+    known = any(row["predicted_bytes"] for row in result["results"])
+    predicted = "predicted: weights, keys and values, and one prefill's activations; " if known else ""
     note = (
         f"{c['device_name']}, {result['model']} ({weights(c)}); {length(c)} for every sequence, greedy; {schedule(c)}; "
-        f"predicted: weights, keys and values, and one prefill's activations; {origin(c)}. "
+        f"{predicted}{origin(c)}. "
         f"{' '.join(result['findings'])}"
     )
     return drawn(lines, note, result)
