@@ -239,10 +239,15 @@ def _loaded(key: Key, method: Method) -> PreTrainedModel:
 
 def _compiler(mode: str, device: str):
     """None on a GPU: what transformers does by itself."""
+    import torch
     from transformers import CompileConfig
 
     if mode == "eager" or device != "cpu":
         return None
+    # With torch 2.11 the first gradient of a process ends it where something was compiled before, on another thread.
+    with torch.inference_mode(False), torch.enable_grad():
+        one = torch.ones((), requires_grad=True)
+        torch.autograd.grad(one * one, one)
     config = CompileConfig(**CPU_COMPILER)
     config._compile_all_devices = True
     return config
