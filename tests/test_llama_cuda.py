@@ -19,7 +19,7 @@ from llmq.engine.llama_cuda import CudaGeneration, CudaLlama
 from llmq.engine.llama_weights import load_weights
 from llmq.engine.sampling import SamplingSettings
 from llmq.errors import BadChoice, ModelUnavailable, UserError
-from llmq.kernels import reference
+from llmq.kernels import integers, reference
 from llmq.methods import METHODS, parse_method
 from llmq.models.architecture import Unsupported, architecture_of
 
@@ -189,10 +189,10 @@ def test_products_are_summed_in_integers_as_it_says():
         x, weight = (torch.randint(100, 128, (count, 5001), dtype=torch.int8) for count in (rows, 7))
         exact = x.double() @ weight.double().T
         assert exact.min() > 2**24
-        assert torch.equal(reference._integer_product(x, weight), exact.float())
-        assert torch.equal(reference._float_product(x, weight), exact.float())
+        assert torch.equal(integers.integer_product(x, weight), exact.float())
+        assert torch.equal(integers.float_product(x, weight), exact.float())
     lowest = torch.full((5, 1024), -128, dtype=torch.int8)  # the largest sum there is
-    assert reference._float_product(lowest, lowest).eq(2**24).all()
+    assert integers.float_product(lowest, lowest).eq(2**24).all()
     assert all("exactly in integers" in METHODS["llm-int8"].arithmetic(device) for device in ("cpu", "cuda:0"))
 
 

@@ -14,14 +14,12 @@ from torch.nn import functional
 
 from llmq.kernels import primitives
 from llmq.kernels.buffers import Cache, NotedVector, Noting, Partials, Rows, SplitVector
+from llmq.kernels.integers import integer_product
 from llmq.kernels.primitives import Int8Weight, SplitRows, own_outliers, split_rows
 
 Weight = torch.Tensor | Int8Weight
 
 prompts_can_be_captured = False  # a split asks the host how many outliers there are
-FEWEST_ROWS = 17  # of cuBLAS' int8 product, as torch calls it
-FEW_ROWS = 4  # fewer are multiplied as fast by torch's integer product on any processor
-EXACT_COLUMNS = 1024  # of int8 codes: their products add up to 2**24 at most
 
 
 def quantize_rows(weight: torch.Tensor, out: Int8Weight) -> None:
@@ -290,24 +288,4 @@ def _split_product(split: SplitRows, outliers: torch.Tensor, weight: Int8Weight)
 
 def _scaled_product(split: SplitRows, weight: Int8Weight) -> torch.Tensor:
     """The int8 part alone, float32 (rows, out)."""
-    return _integer_product(split.codes, weight.codes).mul_(split.absmax[:, None]).mul_(weight.absmax / 127**2)
-
-
-def _float_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As `_integer_product`, by products of floats: sums of EXACT_COLUMNS of codes are exact in any order, and whole
-    sums are added up as integers."""
-    parts = zip(x.split(EXACT_COLUMNS, dim=1), weight.split(EXACT_COLUMNS, dim=1), strict=True)
-    whole, *more = ((codes.float() @ columns.float().T) for codes, columns in parts)
-    return sum((part.int() for part in more), whole.int()).float() if more else whole
-
-
-def _integer_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """int8 (rows, in) times int8 (out, in) transposed, as float32 (rows, out)."""
-    if not x.is_cuda:
-        fast = x.shape[0] < FEW_ROWS or "AVX512" in torch.backends.cpu.get_cpu_capability()
-        # torch 2.13 is wrong about a single column, and takes 10 to 28 times as long where it has to do without VNNI
-        return torch._int_mm(x, weight.T).float() if fast and x.shape[1] > 1 else _float_product(x, weight)
-    if x.shape[1] % 8 or weight.shape[0] % 8:
-        return _float_product(x, weight)
-    padded = functional.pad(x, (0, 0, 0, max(0, FEWEST_ROWS - x.shape[0])))
-    return torch._int_mm(padded, weight.T)[: x.shape[0]].float()
+    return integer_product(split.codes, weight.codes).mul_(split.absmax[:, None]).mul_(weight.absmax / 127**2)
