@@ -154,6 +154,8 @@ class GenerateBench(DecodingBench):
         device, started = self.device, arrivals.clock()
         on_gpu = device.startswith("cuda")
         counters.clear()
+        if side.mode == "compiled":
+            _take_a_gradient()
         before = torch.cuda.memory_allocated(device) if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
@@ -237,17 +239,21 @@ def _loaded(key: Key, method: Method) -> PreTrainedModel:
     return model
 
 
+def _take_a_gradient() -> None:
+    """With torch 2.11 the first gradient of a process ends it where another thread has compiled something before."""
+    import torch
+
+    with torch.inference_mode(False), torch.enable_grad():
+        one = torch.ones((), requires_grad=True)
+        torch.autograd.grad(one * one, one)
+
+
 def _compiler(mode: str, device: str):
     """None on a GPU: what transformers does by itself."""
-    import torch
     from transformers import CompileConfig
 
     if mode == "eager" or device != "cpu":
         return None
-    # With torch 2.11 the first gradient of a process ends it where something was compiled before, on another thread.
-    with torch.inference_mode(False), torch.enable_grad():
-        one = torch.ones((), requires_grad=True)
-        torch.autograd.grad(one * one, one)
     config = CompileConfig(**CPU_COMPILER)
     config._compile_all_devices = True
     return config
