@@ -62,9 +62,8 @@ class BatchDecoder:
         self.logits = zeros(rows, a.vocab_size, kind=torch.float32)
         self._attended = zeros(rows, a.heads * a.head_dim)
         self._scratch = Partials.empty(a.heads, a.head_dim, self.capacity, device, part=part, sequences=rows)
-        widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
         inputs = 4 * a.layers + 1 if threshold is not None else 0  # of the head, too
-        self._marks = zeros(inputs, widest + COUNTERS, kind=torch.int32)
+        self._marks = zeros(inputs, a.widest_input + COUNTERS, kind=torch.int32)
 
     @property
     def kv_bytes(self) -> int:

@@ -188,8 +188,7 @@ def through_layers(
 def outlier_marks_for(architecture: Architecture, device: torch.device | str) -> torch.Tensor:
     """Return zeros for the `outlier_marks` of a prompt."""
     a = architecture
-    widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
-    return torch.zeros(4 * a.layers, widest, dtype=torch.int8, device=device)
+    return torch.zeros(4 * a.layers, a.widest_input, dtype=torch.int8, device=device)
 
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -46,8 +46,7 @@ class _CpuWorkspace:
         self.logits = torch.empty(_eights(a.vocab_size))
         self.chosen = (ctypes.c_double * 2)()
         self.buffers = self._buffers(0)
-        widest = max(a.hidden_size, a.intermediate_size, a.heads * a.head_dim)
-        self.outlier_marks = torch.zeros(4 * a.layers + 1, _eights(widest) if watch else 0, dtype=torch.uint8)
+        self.outlier_marks = torch.zeros(4 * a.layers + 1, _eights(a.widest_input) if watch else 0, dtype=torch.uint8)
         self.read_bytes = 0  # what the last prompt needed besides
 
     @property

@@ -65,6 +65,11 @@ class Architecture:
     def qkv_rows(self) -> int:
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
+    @property
+    def widest_input(self) -> int:
+        """Of a layer's matrices."""
+        return max(self.hidden_size, self.intermediate_size, self.heads * self.head_dim)
+
 
 def matrices(prefix: str) -> list[list[str]]:
     """The linear layers of a decoder layer, named behind `prefix` (such as 'model.layers.3.'), by the matrix they are
