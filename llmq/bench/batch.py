@@ -91,13 +91,18 @@ class BatchBench(GenerateBench):
     def __post_init__(self):
         super().__post_init__()
         whole_numbers("batches", self.batches)
-        if self.engine == self.own_loop and not self.device.startswith("cuda"):
+        if self.lean and not self.device.startswith("cuda"):
             raise BadChoice("engine 'lean' decodes several sequences together on a GPU only; choose auto or hf")
-        if self.engine == self.own_loop and self.modes != type(self).modes:
+        if self.lean and self.modes != type(self).modes:
             raise BadChoice("modes are transformers'; engine 'lean' has none")
 
+    @property
+    def lean(self) -> bool:
+        """Whether it is our own loop that is measured."""
+        return self.engine == self.own_loop
+
     def loop_of(self, contestant: Contestant, model: Model) -> str:
-        if self.engine != self.own_loop:
+        if not self.lean:
             return super().loop_of(contestant, model)
         return choose_engines(self.engine, [contestant.method], model.config.to_dict(), self.device)[0]
 
@@ -118,7 +123,7 @@ class BatchBench(GenerateBench):
 
     def _modes(self, setup: Setup) -> list[ModeSide]:
         """Who takes part with every batch. Our own loop has no modes."""
-        if self.engine != self.own_loop:
+        if not self.lean:
             return super().sides(setup)
         return [ModeSide(contestant, key, mode="lean", home=LeanHome()) for contestant, key in setup.entries]
 
@@ -130,7 +135,7 @@ class BatchBench(GenerateBench):
         """With what it will need through transformers. What does not fit is tried on a GPU, which refuses it; a CPU's
         system would end the process."""
         model, method = side.key.model, side.contestant.method
-        if side.key.loop == self.own_loop:  # whose memory for a batch has no formula
+        if self.lean:  # whose memory for a batch has no formula
             return side
         asked = {"tokens": self.positions, "answer": self.new_tokens}
         found = memory.predict(model.shape, method, **asked, batch=side.batch)
@@ -146,7 +151,7 @@ class BatchBench(GenerateBench):
         found = [memory.predict(key.model.shape, key.method, tokens=self.positions, batch=most) for key in keys]
         weights = [one.weights + one.scales for one in found]
         beside = [one.total - own for one, own in zip(found, weights, strict=True)]
-        needed = sum(weights) + (sum if self.engine == self.own_loop else max)(beside)  # our own loop keeps its caches
+        needed = sum(weights) + (sum if self.lean else max)(beside)  # our own loop keeps its caches
         free = telemetry.free_bytes(self.device)
         if len(keys) == 1 or needed <= memory.HEADROOM * free:
             return ""
